@@ -1,0 +1,19 @@
+"""What travels through the broker: ids only, JSON only. Wire names are permanent."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+
+class RunShard(BaseModel):
+    """A hint that a shard waits to be claimed; losing or repeating it harms nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    wire_name: ClassVar[str] = "stoker.run_shard"
+    queue: ClassVar[str] = "generation"
+
+    shard_id: int
+    batch_id: str

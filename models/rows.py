@@ -1,0 +1,186 @@
+"""The rows (PROTOCOL.md). One file shows the whole schema; SQL that reads or writes it is in store/.
+
+jobs and results are partitioned by batch id (UUIDv7, so by week) and carry no foreign key: it would make
+COPY 2.1 to 2.5 times slower. Bodies and responses are text holding JSON, not jsonb, which refuses \\u0000.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    CheckConstraint,
+    DateTime,
+    Enum,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    MetaData,
+    SmallInteger,
+    Text,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, BIGINT, INTEGER, JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from models.states import BatchState, Ending, Outcome, ShardState, Source
+
+NAMING = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+
+class Base(DeclarativeBase):
+    """Timestamps are timestamptz; dicts are jsonb."""
+
+    metadata = MetaData(naming_convention=NAMING)
+    type_annotation_map = {  # noqa: RUF012  # SQLAlchemy's own protocol
+        datetime: DateTime(timezone=True),
+        dict[str, Any]: JSONB,
+        str: Text,
+    }
+
+
+def _word(states: type[BatchState] | type[Ending] | type[ShardState] | type[Outcome] | type[Source], name: str) -> Enum:
+    """A string column with a CHECK that holds it to an enum's values."""
+    return Enum(states, name=name, native_enum=False, create_constraint=True, length=16,
+                values_callable=lambda members: [member.value for member in members])
+
+
+class Batch(Base):
+    """Many jobs of one tenant with one endpoint and one completion window."""
+
+    __tablename__ = "batches"
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    tenant: Mapped[str] = mapped_column(server_default="local")
+    state: Mapped[BatchState] = mapped_column(_word(BatchState, "state"))
+    ending: Mapped[Ending | None] = mapped_column(_word(Ending, "ending"))
+    endpoint: Mapped[str]
+    input_name: Mapped[str]
+    input_digest: Mapped[str]  # sha256 of the file
+    submit_digest: Mapped[str]  # sha256 of the file's digest and the options: the same submit twice
+    options: Mapped[dict[str, Any]]
+    max_output_tokens: Mapped[int | None]
+    total: Mapped[int] = mapped_column(server_default="0")
+    shards_left: Mapped[int] = mapped_column(server_default="0")
+    cursor: Mapped[int] = mapped_column(BIGINT, server_default="0")  # last shard that dispatch took
+    screened: Mapped[bool] = mapped_column(server_default=text("false"))  # its first 200 jobs were looked at
+    paused_reason: Mapped[str | None]
+    fence: Mapped[int] = mapped_column(BIGINT, server_default="0")  # of the batch's own long steps
+    lease_until: Mapped[datetime | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=text("clock_timestamp()"))
+    expires_at: Mapped[datetime | None]
+    in_progress_at: Mapped[datetime | None]
+    cancelling_at: Mapped[datetime | None]
+    finalizing_at: Mapped[datetime | None]
+    ended_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        Index(None, "tenant", "submit_digest"),
+        Index("ix_batches_live", "id", postgresql_where=text(
+            "state IN ('validating', 'in_progress', 'cancelling', 'finalizing')")),
+    )
+
+
+class Job(Base):
+    """One line of a batch; never changed after its insert. Done = a row in results."""
+
+    __tablename__ = "jobs"
+
+    batch_id: Mapped[UUID] = mapped_column(primary_key=True)
+    seq: Mapped[int] = mapped_column(INTEGER, primary_key=True, autoincrement=False)  # from 0, the input's order
+    custom_id: Mapped[str]
+    body: Mapped[str]  # JSON, sent to the endpoint as it stands
+
+    __table_args__ = ({"postgresql_partition_by": "RANGE (batch_id)"},)
+
+
+class Result(Base):
+    """What a job ended with, exactly one row a job."""
+
+    __tablename__ = "results"
+
+    batch_id: Mapped[UUID] = mapped_column(primary_key=True)
+    seq: Mapped[int] = mapped_column(INTEGER, primary_key=True, autoincrement=False)
+    outcome: Mapped[Outcome] = mapped_column(_word(Outcome, "outcome"))
+    source: Mapped[Source] = mapped_column(_word(Source, "source"))
+    status_code: Mapped[int | None] = mapped_column(SmallInteger)
+    response: Mapped[str | None]  # JSON as the endpoint sent it
+    error_code: Mapped[str | None]
+    error_message: Mapped[str | None]
+    prompt_tokens: Mapped[int]
+    completion_tokens: Mapped[int]
+    cached_tokens: Mapped[int]
+    reasoning_tokens: Mapped[int]
+    duration_ms: Mapped[int]
+    engine_id: Mapped[int | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=text("clock_timestamp()"))
+
+    __table_args__ = ({"postgresql_partition_by": "RANGE (batch_id)"},)
+
+
+class Shard(Base):
+    """Jobs of one batch that go to a worker together; its fence guards every write of an attempt."""
+
+    __tablename__ = "shards"
+
+    id: Mapped[int] = mapped_column(BIGINT, Identity(), primary_key=True)
+    batch_id: Mapped[UUID] = mapped_column(ForeignKey("batches.id", ondelete="CASCADE"))
+    seqs: Mapped[list[int]] = mapped_column(ARRAY(Integer))
+    state: Mapped[ShardState] = mapped_column(_word(ShardState, "state"), server_default="pending")
+    fence: Mapped[int] = mapped_column(BIGINT, server_default="0")
+    crashes: Mapped[int] = mapped_column(SmallInteger, server_default="0")
+    holder: Mapped[str | None]
+    lease_until: Mapped[datetime | None]
+    not_before: Mapped[datetime | None]
+    dispatched_at: Mapped[datetime | None]
+    done_at_claim: Mapped[int] = mapped_column(server_default="0")
+    # Counters of committed results. They stand here, not on the batch's one row, where every write would queue.
+    done: Mapped[int] = mapped_column(server_default="0")
+    failed: Mapped[int] = mapped_column(server_default="0")
+    truncated: Mapped[int] = mapped_column(server_default="0")
+    empty: Mapped[int] = mapped_column(server_default="0")
+    prompt_tokens: Mapped[int] = mapped_column(BIGINT, server_default="0")
+    completion_tokens: Mapped[int] = mapped_column(BIGINT, server_default="0")
+    cached_tokens: Mapped[int] = mapped_column(BIGINT, server_default="0")
+    reasoning_tokens: Mapped[int] = mapped_column(BIGINT, server_default="0")
+
+    __table_args__ = (
+        CheckConstraint("done <= cardinality(seqs)", name="done"),
+        # No index on lease_until: it would end HOT updates by the heartbeat.
+        Index("ix_shards_pending", "batch_id", "id", postgresql_where=text("state = 'pending'")),
+        Index("ix_shards_live", "id", postgresql_where=text("state IN ('dispatched', 'running')")),
+        Index(None, "batch_id"),
+        {"postgresql_with": {"fillfactor": "70"}},
+    )
+
+
+class JobTry(Base):
+    """How often a job has failed transiently, and when it may be tried again."""
+
+    __tablename__ = "job_tries"
+
+    batch_id: Mapped[UUID] = mapped_column(ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True)
+    seq: Mapped[int] = mapped_column(INTEGER, primary_key=True, autoincrement=False)
+    tries: Mapped[int] = mapped_column(SmallInteger)
+    not_before: Mapped[datetime]
+    last_error: Mapped[str]
+
+
+class Engine(Base):
+    """An engine that gave results: its kind, version, flags and checkpoint digest, for the manifest."""
+
+    __tablename__ = "engines"
+
+    id: Mapped[int] = mapped_column(INTEGER, Identity(), primary_key=True)
+    digest: Mapped[str] = mapped_column(unique=True)
+    description: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(server_default=text("clock_timestamp()"))

@@ -1,0 +1,59 @@
+"""The states of batches and shards, the outcomes of jobs. A transition is a conditional UPDATE in store/."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class BatchState(StrEnum):
+    """validating → in_progress → finalizing → completed | failed | expired | cancelled (via cancelling)."""
+
+    VALIDATING = "validating"
+    IN_PROGRESS = "in_progress"
+    CANCELLING = "cancelling"
+    FINALIZING = "finalizing"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    EXPIRED = "expired"
+    CANCELLED = "cancelled"
+
+
+TERMINAL = frozenset({BatchState.COMPLETED, BatchState.FAILED, BatchState.EXPIRED, BatchState.CANCELLED})
+
+
+class Ending(StrEnum):
+    """Why a batch ends, known before it has ended; null while it simply runs."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+    EXPIRED = "expired"
+    CANCELLED = "cancelled"
+
+
+class ShardState(StrEnum):
+    """pending → dispatched → running → done; running falls back to pending by give back or recover."""
+
+    PENDING = "pending"
+    DISPATCHED = "dispatched"
+    RUNNING = "running"
+    DONE = "done"
+
+
+class Outcome(StrEnum):
+    """What a job's result is worth.
+
+    succeeded: a whole answer. truncated: cut by its token limit, or empty because of it.
+    empty: the engine ended by itself without content. failed: an error.
+    """
+
+    SUCCEEDED = "succeeded"
+    TRUNCATED = "truncated"
+    EMPTY = "empty"
+    FAILED = "failed"
+
+
+class Source(StrEnum):
+    """Where a result came from."""
+
+    ENGINE = "engine"
+    NONE = "none"

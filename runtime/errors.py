@@ -1,0 +1,86 @@
+"""The errors of Stoker; the branch an error stands on decides what becomes of the job.
+
+    StokerError
+    ├── BadInput             the caller's input is wrong: say line, field and remedy (exit code 2)
+    │   └── InvalidFile      a batch file with bad lines; nothing of it was stored
+    ├── NotFound             no such batch for this tenant (exit code 2)
+    ├── ServiceUnreachable   Postgres, the broker, Redis or the engine does not answer (exit code 3)
+    ├── Transient            try the job again later: the row of its tries says when
+    ├── Permanent            the job ends with this error as its result
+    ├── LostFence            another attempt owns the shard: write nothing more
+    └── Fatal                this process cannot go on: give back what it holds and exit
+
+Adapters translate foreign errors at their edge (`raise … from error`); nothing above them knows
+psycopg's, redis's or aiohttp's errors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class StokerError(Exception):
+    """Base of all errors that Stoker raises on purpose."""
+
+
+class BadInput(StokerError):
+    """What the caller gave cannot be used; the message names the place and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with one line of a batch file.
+
+    `line` counts from 1 (None: the file as a whole); `code` is a code of the batch contract;
+    `field` is a path in the line such as `body.temperature`, or None.
+    """
+
+    line: int | None
+    code: str
+    field: str | None
+    message: str
+
+    def __str__(self) -> str:
+        place = "file" if self.line is None else f"line {self.line}"
+        return f"{place}: {self.field + ': ' if self.field else ''}{self.message} [{self.code}]"
+
+
+class InvalidFile(BadInput):
+    """A batch file was refused. `problems` holds the first ones, `total` counts all that were found."""
+
+    def __init__(self, problems: list[Problem], *, total: int) -> None:
+        super().__init__(f"the file was refused: {total} problem{'s' if total != 1 else ''}; nothing was stored")
+        self.problems = problems
+        self.total = total
+
+
+class NotFound(StokerError):
+    """No such thing for this tenant."""
+
+
+class ServiceUnreachable(StokerError):
+    """A service does not answer; the message names it, its address without secrets, and the remedy."""
+
+
+class Transient(StokerError):
+    """The job may succeed later. `retry_after_s` is the server's own wish, if it stated one."""
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Permanent(StokerError):
+    """The job ends with this error. `code` is what its error line shows."""
+
+    def __init__(self, message: str, *, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class LostFence(StokerError):
+    """The shard's fence has moved on: this attempt owns it no more and must write nothing."""
+
+
+class Fatal(StokerError):
+    """This process cannot go on."""

@@ -1,0 +1,197 @@
+"""All settings, in small frozen groups; environment `STOKER_GROUP__FIELD` or a `.env` file.
+
+Read once at an entry point with `load_settings()` and passed down. Nothing below an entry point
+reads the environment. `.env.example` is generated from this module (`make env-example`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from runtime.errors import BadInput
+
+Seconds = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PostgresSettings(_Group):
+    """Where jobs and results live."""
+
+    url: str | None = Field(None, description="postgresql://user:password@host:5432/stoker; unset: embedded")
+    pool_size: Count = Field(5, description="connections a process keeps at most")
+
+
+class BrokerSettings(_Group):
+    """Where shards are announced to workers."""
+
+    url: str | None = Field(None, description="amqp://user:password@host:5672/vhost; unset: embedded (Valkey)")
+    delivery_limit: Count = Field(20, description="redeliveries before RabbitMQ dead-letters a hint; ends no job")
+
+
+class RedisSettings(_Group):
+    """What is live and may be lost: which workers are up, what they serve."""
+
+    url: str | None = Field(None, description="redis://:password@host:6379/0; unset: embedded")
+
+
+class EngineSettings(_Group):
+    """The inference server that a GPU worker starts and watches, or one that already runs."""
+
+    kind: Literal["auto", "vllm", "llamacpp", "none"] = Field(
+        "auto", description="auto: vLLM if its environment and a checkpoint for it exist, else llama.cpp"
+    )
+    url: str | None = Field(None, description="an OpenAI-compatible server that already runs; nothing is started")
+    api_key: str | None = Field(None, description="bearer token for that server")
+    checkpoint: Path | None = Field(None, description="a Hugging Face folder (vLLM) or a .gguf file (llama.cpp)")
+    alias: str | None = Field(None, description="name that jobs use as `model`; unset: from the checkpoint's name")
+    vllm_python: Path = Field(Path(".venv-vllm/bin/python"), description="Python of vLLM's own environment")
+    args: str = Field("", description="more flags for the engine, passed through as they are")
+    max_num_seqs: Count = Field(64, description="sequences the engine runs at once")
+    max_num_batched_tokens: Count = Field(4096, description="tokens in one step of the engine")
+    context_tokens: Count = Field(2048, description="prompt plus output tokens of one sequence")
+    start_timeout_s: Seconds = Field(900, description="how long a start may take until /health answers")
+    stall_s: Seconds = Field(120, description="no token for this long with work at hand: restart the engine")
+
+
+class EmbeddingsSettings(_Group):
+    """A second endpoint for /v1/embeddings: an engine generates or embeds, not both."""
+
+    url: str | None = Field(None, description="an OpenAI-compatible server for embeddings; unset: the engine's")
+    api_key: str | None = Field(None, description="bearer token for that server")
+    pack_tokens: Count = Field(8192, description="estimated tokens put into one embeddings request")
+    pack_inputs: Count = Field(128, description="texts put into one embeddings request")
+
+
+class WorkerSettings(_Group):
+    """A Celery worker process and its children."""
+
+    children: Count = Field(2, description="prefork children; each runs its own asyncio loop")
+    in_flight: Count | None = Field(None, description="jobs a child keeps in flight; unset: from max_num_seqs")
+    lease_s: Seconds = Field(30, description="how long a silent attempt keeps its shard")
+    heartbeat_s: Seconds = Field(10, description="how often a lease is extended; well below lease_s")
+    grace_s: Seconds = Field(30, description="on SIGTERM: how long in-flight jobs may go on")
+    yield_s: Seconds = Field(600, description="a task starts nothing new after this long and gives back the rest")
+
+
+class ShardSettings(_Group):
+    """Where a shard ends, whichever bound is met first."""
+
+    max_jobs: Annotated[int, Field(ge=1, le=10_000)] = Field(64, description="jobs in a shard")
+    max_tokens: Count = Field(256_000, description="estimated prompt and output tokens in a shard")
+    max_bytes: Count = Field(16 * 1024 * 1024, description="bytes of job bodies in a shard")
+
+
+class LimitSettings(_Group):
+    """Hard limits; a job or file beyond them is refused or ended with a stated error."""
+
+    line_bytes: Count = Field(32 * 1024 * 1024, description="bytes of one line of a batch file")
+    max_output_tokens: Count = Field(1024, description="output tokens of one completion; larger wishes are clamped")
+    request_timeout_s: Seconds = Field(900, description="one request to an endpoint; then the job ends `timeout`")
+    max_tries: Count = Field(8, description="tries of a job that fails transiently")
+    window_s: Seconds = Field(86_400, description="a batch's completion window unless it states one")
+
+
+class LogSettings(_Group):
+    """Logs go to stderr."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level written")
+    format: Literal["auto", "json", "human"] = Field("auto", description="auto: human on a terminal, else JSON")
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. An unknown field of a group is refused, so that a typing error shows."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="STOKER_", env_nested_delimiter="__", env_file=".env", env_ignore_empty=True,
+        frozen=True, extra="ignore",
+    )
+
+    home: Path | None = Field(None, description="folder of the embedded services and run files")
+    postgres: PostgresSettings = PostgresSettings()
+    broker: BrokerSettings = BrokerSettings()
+    redis: RedisSettings = RedisSettings()
+    engine: EngineSettings = EngineSettings()
+    embeddings: EmbeddingsSettings = EmbeddingsSettings()
+    worker: WorkerSettings = WorkerSettings()
+    shard: ShardSettings = ShardSettings()
+    limits: LimitSettings = LimitSettings()
+    log: LogSettings = LogSettings()
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether no service is named: Postgres and the broker then run as our own children."""
+        return self.postgres.url is None and self.broker.url is None and self.redis.url is None
+
+
+def load_settings() -> Settings:
+    """Settings from the environment and `.env`.
+
+    Raises BadInput naming the variable, what is wrong with it and the remedy.
+    """
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        faults = "; ".join(
+            f"STOKER_{'__'.join(str(part) for part in fault['loc']).upper()}: {fault['msg']}"
+            for fault in error.errors()
+        )
+        raise BadInput(f"settings: {faults} (see .env.example for every name)") from error
+    named = {"STOKER_POSTGRES__URL": settings.postgres.url, "STOKER_BROKER__URL": settings.broker.url,
+             "STOKER_REDIS__URL": settings.redis.url}
+    missing = [name for name, url in named.items() if url is None]
+    if missing and len(missing) < len(named):
+        raise BadInput(
+            f"settings: {', '.join(missing)} not set while other services are; "
+            "set all three, or none to use the embedded ones"
+        )
+    if settings.worker.heartbeat_s * 2 > settings.worker.lease_s:
+        raise BadInput("settings: STOKER_WORKER__HEARTBEAT_S must be at most half of STOKER_WORKER__LEASE_S")
+    return settings
+
+
+def environment_of(settings: Settings) -> dict[str, str]:
+    """The settings that differ from the defaults as `STOKER_…` variables, for child processes."""
+    return {name: value for name, value, default, _ in _variables(settings) if value != default}
+
+
+def env_example() -> str:
+    """The text of `.env.example`: every variable with its default, commented out, and what it is for."""
+    lines = ["# Every setting of Stoker with its default. Copy to .env and change what you need.",
+             "# Generated by `make env-example`; a test holds it to runtime/settings.py."]
+    for name, _, default, description in _variables(Settings.model_construct()):
+        lines += ["", f"# {description}", f"# {name}={default}"]
+    return "\n".join(lines) + "\n"
+
+
+def without_secrets(url: str) -> str:
+    """A URL with its password replaced by ***, fit for logs and messages."""
+    return re.sub(r"(?<=:)[^:@/]+(?=@)", "***", url)
+
+
+def _variables(settings: Settings) -> Iterator[tuple[str, str, str, str]]:
+    """(name, value, default, description) of every leaf setting, values as environment text."""
+    for group_name, group_field in Settings.model_fields.items():
+        group = getattr(settings, group_name)
+        if not isinstance(group, BaseModel):
+            yield (f"STOKER_{group_name.upper()}", _as_text(group), _as_text(group_field.default),
+                   group_field.description or "")
+            continue
+        for name, field in type(group).model_fields.items():
+            yield (f"STOKER_{group_name.upper()}__{name.upper()}", _as_text(getattr(group, name)),
+                   _as_text(field.default), field.description or "")
+
+
+def _as_text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:g}" if isinstance(value, float) else str(value)

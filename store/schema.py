@@ -1,0 +1,65 @@
+"""The schema's migrations and its weekly partitions."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+import migrations
+from runtime.clock import WEEK, utc_now, uuid7_floor, week_start
+from store.database import Database
+
+PARTITIONED = ("jobs", "results")
+WEEKS_AHEAD = 4
+
+
+def migrate(database: Database) -> None:
+    """Bring the schema to the newest revision, with partitions; safe to call from several processes at once."""
+    with database.transaction() as session:
+        session.execute(text("SELECT pg_advisory_xact_lock(hashtext('stoker_migrate'))"))
+        config = _alembic_config()
+        config.attributes["connection"] = session.connection()
+        command.upgrade(config, "head")
+        make_partitions(session, now=utc_now())
+
+
+def schema_revisions(session: Session) -> tuple[str | None, str | None]:
+    """(revision of the database or None, newest revision of this code)."""
+    current = MigrationContext.configure(session.connection()).get_current_revision()
+    return current, ScriptDirectory.from_config(_alembic_config()).get_current_head()
+
+
+def make_partitions(session: Session, *, now: datetime) -> None:
+    """Create this week's partitions of jobs and results and the next four weeks'; existing ones stay.
+
+    A batch whose week has no partition lands in the DEFAULT partition, so a missed call loses nothing.
+    """
+    existing = set(session.scalars(text("SELECT relname FROM pg_class WHERE relispartition")))
+    for week in range(WEEKS_AHEAD + 1):
+        start = week_start(now) + week * WEEK
+        for table in PARTITIONED:
+            name = partition_name(table, start)
+            if name not in existing:
+                session.execute(text(
+                    f"CREATE TABLE IF NOT EXISTS {name} PARTITION OF {table} "
+                    f"FOR VALUES FROM ('{uuid7_floor(start)}') TO ('{uuid7_floor(start + timedelta(weeks=1))}')"
+                ))
+
+
+def partition_name(table: str, start: datetime) -> str:
+    """jobs_2026w48 for the week that begins at `start`."""
+    year, week, _ = start.isocalendar()
+    return f"{table}_{year}w{week:02}"
+
+
+def _alembic_config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    return config
