@@ -1,0 +1,49 @@
+"""What a worker holds while it runs jobs: the job as loaded, the result as written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from models.states import Outcome, Source
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One unfinished job of a claimed shard. `body` is the request's JSON; `tries` counts earlier transient failures."""
+
+    seq: int
+    body: str
+    tries: int
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one answer, as the endpoint counted them."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """What one job ended with: `response` is the endpoint's JSON, or an error code and message stand instead.
+
+    A rejection by the endpoint (4xx) has both: its status code and body as response, outcome failed.
+    """
+
+    seq: int
+    outcome: Outcome
+    source: Source = Source.ENGINE
+    status_code: int | None = None
+    response: str | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+    usage: Usage = Usage()
+    duration_ms: int = 0
+
+
+def failed(seq: int, *, code: str, message: str, source: Source = Source.NONE) -> JobResult:
+    """The result of a job that never got a response."""
+    return JobResult(seq=seq, outcome=Outcome.FAILED, source=source, error_code=code, error_message=message)
