@@ -157,6 +157,8 @@ class Shard(Base):
         CheckConstraint("done <= cardinality(seqs)", name="done"),
         # No index on lease_until: it would end HOT updates by the heartbeat.
         Index("ix_shards_pending", "batch_id", "id", postgresql_where=text("state = 'pending'")),
+        Index("ix_shards_returned", "batch_id", "not_before", postgresql_where=text(
+            "state = 'pending' AND not_before IS NOT NULL")),
         Index("ix_shards_live", "id", postgresql_where=text("state IN ('dispatched', 'running')")),
         Index(None, "batch_id"),
         {"postgresql_with": {"fillfactor": "70"}},

@@ -115,6 +115,7 @@ def upgrade() -> None:
     op.create_index(op.f('ix_shards_batch_id'), 'shards', ['batch_id'], unique=False)
     op.create_index('ix_shards_live', 'shards', ['id'], unique=False, postgresql_where=sa.text("state IN ('dispatched', 'running')"))
     op.create_index('ix_shards_pending', 'shards', ['batch_id', 'id'], unique=False, postgresql_where=sa.text("state = 'pending'"))
+    op.create_index('ix_shards_returned', 'shards', ['batch_id', 'not_before'], unique=False, postgresql_where=sa.text("state = 'pending' AND not_before IS NOT NULL"))
     # Weekly partitions are made ahead by store.schema.make_partitions; what they miss lands here.
     op.execute('CREATE TABLE jobs_default PARTITION OF jobs DEFAULT')
     op.execute('CREATE TABLE results_default PARTITION OF results DEFAULT')

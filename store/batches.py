@@ -1,0 +1,218 @@
+"""Batches: reading them, their progress, and their transitions outside the shard protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row, select, text, update
+from sqlalchemy.orm import Session
+
+from models.rows import Batch
+from models.states import TERMINAL, BatchState, Ending
+from runtime.errors import NotFound
+from store.notifications import wake_dispatch
+
+SCREENED_JOBS = 200
+SCREENED_FAILURES = 60  # over 30% of the first 200
+
+
+@dataclass(frozen=True, slots=True)
+class BatchProgress:
+    """A batch and the sums of its shards' counters; tokens are as the endpoints counted them."""
+
+    id: UUID
+    state: BatchState
+    ending: Ending | None
+    paused_reason: str | None
+    endpoint: str
+    input_name: str
+    options: dict[str, Any]
+    max_output_tokens: int | None
+    created_at: datetime
+    in_progress_at: datetime | None
+    expires_at: datetime | None
+    ended_at: datetime | None
+    total: int
+    done: int
+    failed: int
+    truncated: int
+    empty: int
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    reasoning_tokens: int
+    running_shards: int
+
+    @property
+    def succeeded(self) -> int:
+        """Jobs with a whole answer."""
+        return self.done - self.failed - self.truncated - self.empty
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether the batch is in a terminal state."""
+        return self.state in TERMINAL
+
+
+_PROGRESS = """
+SELECT b.id, b.state, b.ending, b.paused_reason, b.endpoint, b.input_name, b.options, b.max_output_tokens,
+    b.created_at, b.in_progress_at, b.expires_at, b.ended_at, b.total,
+    coalesce(sum(s.done), 0), coalesce(sum(s.failed), 0), coalesce(sum(s.truncated), 0), coalesce(sum(s.empty), 0),
+    coalesce(sum(s.prompt_tokens), 0), coalesce(sum(s.completion_tokens), 0), coalesce(sum(s.cached_tokens), 0),
+    coalesce(sum(s.reasoning_tokens), 0), count(*) FILTER (WHERE s.state = 'running')
+FROM batches b LEFT JOIN shards s ON s.batch_id = b.id
+WHERE b.tenant = :tenant AND {condition}
+GROUP BY b.id ORDER BY b.id DESC LIMIT :limit
+"""
+
+
+def batch_progress(session: Session, batch_id: UUID, *, tenant: str) -> BatchProgress:
+    """One batch. Raises NotFound if the tenant has none with this id."""
+    row = session.execute(text(_PROGRESS.format(condition="b.id = :batch_id")),
+                          {"tenant": tenant, "batch_id": batch_id, "limit": 1}).one_or_none()
+    if row is None:
+        raise NotFound(f"no batch {batch_id}")
+    return _progress(row)
+
+
+def latest_batches(session: Session, *, tenant: str, limit: int) -> list[BatchProgress]:
+    """The tenant's newest batches, newest first."""
+    rows = session.execute(text(_PROGRESS.format(condition="true")), {"tenant": tenant, "limit": limit})
+    return [_progress(row) for row in rows]
+
+
+def find_batches(session: Session, prefix: str, *, tenant: str) -> list[UUID]:
+    """Up to two ids that begin with `prefix`, so that a caller can tell one from ambiguous."""
+    return list(session.scalars(
+        select(Batch.id).where(Batch.tenant == tenant, text("CAST(id AS text) LIKE :prefix || '%'"))
+        .limit(2), {"prefix": prefix}))
+
+
+def request_cancel(session: Session, batch_id: UUID) -> bool:
+    """Turn a live batch to cancelling; the dispatch leader writes its unfinished jobs. False: it has ended."""
+    changed = session.execute(
+        update(Batch)
+        .where(Batch.id == batch_id, Batch.state == BatchState.IN_PROGRESS, Batch.ending.is_(None))
+        .values(state=BatchState.CANCELLING, ending=Ending.CANCELLED, cancelling_at=text("clock_timestamp()"),
+                paused_reason=None)
+        .returning(Batch.id)).one_or_none()
+    wake_dispatch(session)
+    return changed is not None
+
+
+def resume(session: Session, batch_id: UUID) -> bool:
+    """Let a paused batch go on; it is not screened again. False if it was not paused."""
+    changed = session.execute(
+        update(Batch).where(Batch.id == batch_id, Batch.paused_reason.is_not(None))
+        .values(paused_reason=None, screened=True).returning(Batch.id)).one_or_none()
+    wake_dispatch(session)
+    return changed is not None
+
+
+def mark_expired(session: Session) -> list[UUID]:
+    """Begin the end of batches whose window is over; they are wound down like cancelled ones."""
+    return list(session.scalars(
+        update(Batch)
+        .where(Batch.state == BatchState.IN_PROGRESS, Batch.ending.is_(None),
+               Batch.expires_at < text("clock_timestamp()"))
+        .values(ending=Ending.EXPIRED, paused_reason=None).returning(Batch.id)))
+
+
+def shards_to_wind_down(session: Session, *, limit: int) -> Sequence[Row[tuple[int, Ending]]]:
+    """Shards that no worker holds, of batches that are being cancelled or have expired: (id, ending)."""
+    return session.execute(text("""
+        SELECT s.id, b.ending FROM batches b JOIN shards s ON s.batch_id = b.id
+        WHERE b.state IN ('in_progress', 'cancelling') AND b.ending IS NOT NULL
+          AND s.state IN ('pending', 'dispatched')
+        ORDER BY s.id LIMIT :limit"""), {"limit": limit}).all()
+
+
+def end_unfinished(session: Session, *, shard_id: int, fence: int, code: str, message: str) -> int:
+    """Give every unfinished job of a claimed shard an error result, under the fence: how many it was."""
+    return session.execute(text("""
+        WITH f AS (
+            SELECT id, batch_id, seqs FROM shards WHERE id = :shard_id AND fence = :fence AND state = 'running'
+            FOR NO KEY UPDATE
+        ), i AS (
+            INSERT INTO results (batch_id, seq, outcome, source, error_code, error_message,
+                prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, duration_ms)
+            SELECT f.batch_id, unnest(f.seqs), 'failed', 'none', :code, :message, 0, 0, 0, 0, 0 FROM f
+            ON CONFLICT (batch_id, seq) DO NOTHING RETURNING 1
+        ), c AS (SELECT count(*) AS n FROM i)
+        UPDATE shards s SET done = s.done + c.n, failed = s.failed + c.n FROM f, c WHERE s.id = f.id
+        RETURNING c.n"""),
+        {"shard_id": shard_id, "fence": fence, "code": code, "message": message}).scalar_one_or_none() or 0
+
+
+def screen(session: Session) -> list[tuple[UUID, str]]:
+    """Pause batches of which over 30% of the first 200 finished jobs failed: (id, reason) of each.
+
+    A batch that has passed is not looked at again. An engine that refuses everything is found out
+    before it has refused a million jobs.
+    """
+    paused = []
+    live = session.execute(text("""
+        SELECT b.id, b.total FROM batches b WHERE b.state = 'in_progress' AND NOT b.screened
+          AND b.ending IS NULL AND b.paused_reason IS NULL AND b.total >= :jobs"""), {"jobs": SCREENED_JOBS}).all()
+    for batch_id, _ in live:
+        seen, failures, common = session.execute(text("""
+            SELECT count(*), count(*) FILTER (WHERE outcome = 'failed'),
+                mode() WITHIN GROUP (ORDER BY coalesce(error_code, '') || ': ' || left(coalesce(error_message, ''), 200))
+                    FILTER (WHERE outcome = 'failed')
+            FROM (SELECT * FROM results WHERE batch_id = :id LIMIT :jobs) AS first"""),
+            {"id": batch_id, "jobs": SCREENED_JOBS}).one()
+        if failures > SCREENED_FAILURES:
+            reason = f"{failures} of the first {seen} jobs failed, most often with {common}"
+            session.execute(update(Batch).where(Batch.id == batch_id).values(paused_reason=reason))
+            paused.append((batch_id, reason))
+        elif seen >= SCREENED_JOBS:
+            session.execute(update(Batch).where(Batch.id == batch_id).values(screened=True))
+    return paused
+
+
+def batches_to_finish(session: Session) -> list[UUID]:
+    """Batches whose last shard is closed."""
+    return list(session.scalars(select(Batch.id).where(Batch.state == BatchState.FINALIZING).order_by(Batch.id)))
+
+
+def finish(session: Session, batch_id: UUID) -> int:
+    """End a finalizing batch once every job has its result: how many had none (0 in a sound system).
+
+    Jobs found without a result get new shards and the batch goes on: nothing is lost even to a defect.
+    """
+    locked = session.execute(text(
+        "SELECT total FROM batches WHERE id = :id AND state = 'finalizing' FOR UPDATE SKIP LOCKED"),
+        {"id": batch_id}).scalar_one_or_none()
+    if locked is None:
+        return 0
+    results = session.execute(text("SELECT count(*) FROM results WHERE batch_id = :id"), {"id": batch_id}).scalar_one()
+    if results != locked:
+        return _requeue_missing(session, batch_id)
+    session.execute(text("DELETE FROM job_tries WHERE batch_id = :id"), {"id": batch_id})
+    session.execute(text("""
+        UPDATE batches SET state = coalesce(ending, 'completed'), ending = coalesce(ending, 'completed'),
+            ended_at = clock_timestamp() WHERE id = :id"""), {"id": batch_id})
+    return 0
+
+
+def _requeue_missing(session: Session, batch_id: UUID) -> int:
+    missing = list(session.scalars(text("""
+        SELECT j.seq FROM jobs j WHERE j.batch_id = :id AND NOT EXISTS (
+            SELECT FROM results r WHERE r.batch_id = j.batch_id AND r.seq = j.seq)
+        ORDER BY j.seq"""), {"id": batch_id}))
+    parts = [missing[start : start + 64] for start in range(0, len(missing), 64)]
+    session.execute(text(
+        "INSERT INTO shards (batch_id, seqs, not_before) VALUES (:id, CAST(:seqs AS int4[]), clock_timestamp())"),
+        [{"id": batch_id, "seqs": part} for part in parts])
+    session.execute(text("UPDATE batches SET state = 'in_progress', finalizing_at = NULL, shards_left = :n WHERE id = :id"),
+                    {"id": batch_id, "n": len(parts)})
+    return len(missing)
+
+
+def _progress(row: Row[Any]) -> BatchProgress:
+    identifier, state, ending, *rest = row
+    return BatchProgress(identifier, BatchState(state), Ending(ending) if ending else None, *rest)

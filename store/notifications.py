@@ -1,0 +1,57 @@
+"""Waking the dispatch loop through Postgres NOTIFY, and the advisory lock that makes it one loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from runtime.errors import ServiceUnreachable
+from store.database import Database
+
+CHANNEL = "stoker_dispatch"
+LEADER_LOCK = 0x73746F6B  # "stok": one dispatch leader a database
+
+
+def wake_dispatch(session: Session) -> None:
+    """Wake the dispatch leader when this transaction commits."""
+    session.execute(text("SELECT pg_notify(:channel, '')"), {"channel": CHANNEL})
+
+
+class Leadership:
+    """The dispatch leader's own connection: holds the lock, hears the notifications.
+
+    Postgres frees the lock when the connection ends, so a killed leader is succeeded at once.
+    """
+
+    def __init__(self, connection: psycopg.Connection) -> None:
+        self._connection = connection
+
+    def acquire(self) -> bool:
+        """Whether this process leads; asking again while it leads is true and changes nothing."""
+        row = self._connection.execute(
+            "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid() "
+            "AND objid = %(lock)s) OR pg_try_advisory_lock(%(lock)s)", {"lock": LEADER_LOCK}).fetchone()
+        return bool(row and row[0])
+
+    def wait(self, timeout_s: float) -> None:
+        """Return at the next notification, or after the time; many notifications wake once.
+
+        Raises ServiceUnreachable if the connection broke: the lock is gone then.
+        """
+        try:
+            for _ in self._connection.notifies(timeout=timeout_s, stop_after=1):
+                pass
+        except psycopg.OperationalError as error:
+            raise ServiceUnreachable(f"Postgres: {error}") from error
+
+
+@contextmanager
+def leadership(database: Database) -> Iterator[Leadership]:
+    """A connection that can lead, listening for notifications."""
+    with database.connection(autocommit=True) as connection:
+        connection.execute(f"LISTEN {CHANNEL}")
+        yield Leadership(connection)

@@ -1,0 +1,81 @@
+"""What live workers announce in Redis: children, served models, engine readings. May be lost at any time.
+
+Nothing durable depends on it: without it dispatch keeps a small window and submit checks no model names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import redis
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from runtime.errors import ServiceUnreachable
+from runtime.settings import without_secrets
+
+KEY_PREFIX = "stoker:worker:"
+TTL_S = 15
+ANNOUNCE_S = 5  # a third of the TTL: two announcements may be lost
+
+
+class WorkerPresence(BaseModel):
+    """One worker's announcement."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    name: str
+    children: int
+    models: list[str]
+    engine: str
+    healthy: bool
+    running: int | None = None
+    waiting: int | None = None
+
+
+class PresenceBoard:
+    """The live workers, as Redis knows them. Raises ServiceUnreachable when Redis does not answer."""
+
+    def __init__(self, url: str) -> None:
+        self._address = without_secrets(url)
+        self._redis = redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5)
+
+    def announce(self, presence: WorkerPresence) -> None:
+        """Say that this worker lives; forgotten after 15 s."""
+        with self._translated():
+            self._redis.set(KEY_PREFIX + presence.name, presence.model_dump_json(), ex=TTL_S)
+
+    def withdraw(self, name: str) -> None:
+        """Say that this worker has ended."""
+        with self._translated():
+            self._redis.delete(KEY_PREFIX + name)
+
+    def workers(self) -> list[WorkerPresence]:
+        """Every live worker."""
+        with self._translated():
+            keys = list(self._redis.scan_iter(match=KEY_PREFIX + "*", count=1000))
+            values = self._redis.mget(keys) if keys else []
+        return sorted(_parsed(values), key=lambda worker: worker.name)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._redis.close()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except redis.RedisError as error:
+            raise ServiceUnreachable(
+                f"Redis at {self._address} does not answer: {error}; check STOKER_REDIS__URL and that it runs"
+            ) from error
+
+
+def _parsed(values: list[bytes | None]) -> list[WorkerPresence]:
+    found = []
+    for value in values:
+        try:
+            found.append(WorkerPresence.model_validate_json(value or b""))
+        except ValidationError:  # expired meanwhile, or written by another version
+            continue
+    return found

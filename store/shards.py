@@ -1,0 +1,275 @@
+"""The shard protocol's statements: claim, load, heartbeat, write, close, give back, recover, halve.
+
+Every write of an attempt is guarded by its fence, so a process that wakes after its lease is over changes
+nothing. Lock order: shard, then batch. Each function is one step; the caller's transaction commits it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import TextClause, text
+from sqlalchemy.orm import Session
+
+from models.jobs import Job, JobResult
+from store.notifications import wake_dispatch
+
+CRASHES_TO_HALVE = 3  # in a row without a committed result; simulated: halving at the first blamed the innocent
+CRASHES_TO_POISON = 6  # of a shard with one unfinished job
+
+_RUNNABLE = "b.state = 'in_progress' AND b.ending IS NULL AND b.paused_reason IS NULL"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A claimed shard. `runnable` is false when its batch was cancelled, paused or has expired meanwhile."""
+
+    shard_id: int
+    fence: int
+    batch_id: UUID
+    seqs: tuple[int, ...]
+    endpoint: str
+    runnable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """A job that failed transiently: how often by now, when to try again, and why."""
+
+    seq: int
+    tries: int
+    not_before: datetime
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedJobs:
+    """A claim's unfinished jobs in the shard's order; `next_due` is when the first waiting one may run, if any."""
+
+    jobs: list[Job]
+    next_due: datetime | None
+
+
+def _claim_where(condition: str) -> TextClause:
+    return text(f"""
+        UPDATE shards s SET state = 'running', fence = s.fence + 1, done_at_claim = s.done, holder = :holder,
+            not_before = NULL, lease_until = clock_timestamp() + make_interval(secs => :lease_s)
+        FROM batches b WHERE b.id = s.batch_id AND {condition}
+        RETURNING s.id, s.fence, s.batch_id, s.seqs, b.endpoint, ({_RUNNABLE})""")
+
+
+_CLAIM = _claim_where("s.id = :shard_id AND s.state = ANY(:states)")
+_CLAIM_NEXT = _claim_where(
+    "s.id = (SELECT id FROM shards WHERE state = 'dispatched' ORDER BY dispatched_at, id LIMIT 1 "
+    "FOR UPDATE SKIP LOCKED)"
+)
+
+
+def claim(
+    session: Session, shard_id: int, *, holder: str, lease_s: float, states: Sequence[str] = ("dispatched",)
+) -> Claim | None:
+    """Take a shard and a new fence. None: somebody else has it, or it is done; then do nothing at all."""
+    row = session.execute(_CLAIM, {
+        "shard_id": shard_id, "holder": holder, "lease_s": lease_s, "states": list(states)}).one_or_none()
+    return _claimed(session, row)
+
+
+def claim_next(session: Session, *, holder: str, lease_s: float) -> Claim | None:
+    """Take the shard that was dispatched first and nobody has claimed yet; its message will find it taken."""
+    row = session.execute(_CLAIM_NEXT, {"holder": holder, "lease_s": lease_s}).one_or_none()
+    return _claimed(session, row)
+
+
+def load_jobs(session: Session, claim: Claim) -> LoadedJobs:
+    """The shard's jobs without a result, in its order; those waiting for a later try are left out."""
+    rows = session.execute(text("""
+        SELECT j.seq, j.body, coalesce(t.tries, 0), t.not_before,
+               coalesce(t.not_before > clock_timestamp(), false)
+        FROM unnest(CAST(:seqs AS int4[])) WITH ORDINALITY AS u(seq, place)
+        JOIN jobs j ON j.batch_id = :batch_id AND j.seq = u.seq
+        LEFT JOIN job_tries t ON t.batch_id = j.batch_id AND t.seq = j.seq
+        WHERE NOT EXISTS (SELECT FROM results r WHERE r.batch_id = j.batch_id AND r.seq = j.seq)
+        ORDER BY u.place"""), {"seqs": list(claim.seqs), "batch_id": claim.batch_id}).all()
+    return LoadedJobs(
+        jobs=[Job(seq=seq, body=body, tries=tries) for seq, body, tries, _, waits in rows if not waits],
+        next_due=min((due for _, _, _, due, waits in rows if waits), default=None),
+    )
+
+
+def extend_leases(session: Session, fences: Mapping[int, int], *, lease_s: float) -> dict[int, bool]:
+    """Heartbeat of all held shards (id → fence): the ids still ours → whether their batch may go on.
+
+    An id that is missing from the answer has lost its fence: cancel its requests and write nothing.
+    """
+    rows = session.execute(text(f"""
+        UPDATE shards s SET lease_until = clock_timestamp() + make_interval(secs => :lease_s)
+        FROM unnest(CAST(:ids AS int8[]), CAST(:fences AS int8[])) AS held(id, fence), batches b
+        WHERE s.id = held.id AND s.fence = held.fence AND s.state = 'running' AND b.id = s.batch_id
+        RETURNING s.id, ({_RUNNABLE})"""),
+        {"ids": list(fences), "fences": list(fences.values()), "lease_s": lease_s}).all()
+    return {shard_id: runnable for shard_id, runnable in rows}
+
+
+WRITE = text("""
+WITH f AS (
+    SELECT id, batch_id FROM shards WHERE id = :shard_id AND fence = :fence AND state = 'running'
+    FOR NO KEY UPDATE
+), i AS (
+    INSERT INTO results (batch_id, seq, outcome, source, status_code, response, error_code, error_message,
+        prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, duration_ms, engine_id)
+    SELECT f.batch_id, u.*, CAST(:engine_id AS int4) FROM f, unnest(
+        CAST(:seqs AS int4[]), CAST(:outcomes AS text[]), CAST(:sources AS text[]), CAST(:status_codes AS int2[]),
+        CAST(:responses AS text[]), CAST(:error_codes AS text[]), CAST(:error_messages AS text[]),
+        CAST(:prompt_tokens AS int4[]), CAST(:completion_tokens AS int4[]), CAST(:cached_tokens AS int4[]),
+        CAST(:reasoning_tokens AS int4[]), CAST(:durations AS int4[])) AS u
+    ON CONFLICT (batch_id, seq) DO NOTHING
+    RETURNING outcome, prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens
+), c AS (
+    SELECT count(*) AS done, count(*) FILTER (WHERE outcome = 'failed') AS failed,
+        count(*) FILTER (WHERE outcome = 'truncated') AS truncated,
+        count(*) FILTER (WHERE outcome = 'empty') AS empty,
+        coalesce(sum(prompt_tokens), 0) AS prompt_tokens, coalesce(sum(completion_tokens), 0) AS completion_tokens,
+        coalesce(sum(cached_tokens), 0) AS cached_tokens, coalesce(sum(reasoning_tokens), 0) AS reasoning_tokens
+    FROM i
+)
+UPDATE shards s SET done = s.done + c.done, failed = s.failed + c.failed, truncated = s.truncated + c.truncated,
+    empty = s.empty + c.empty, prompt_tokens = s.prompt_tokens + c.prompt_tokens,
+    completion_tokens = s.completion_tokens + c.completion_tokens,
+    cached_tokens = s.cached_tokens + c.cached_tokens, reasoning_tokens = s.reasoning_tokens + c.reasoning_tokens,
+    lease_until = clock_timestamp() + make_interval(secs => :lease_s)
+FROM f, c WHERE s.id = f.id RETURNING s.done
+""")
+
+
+def write_results(
+    session: Session, claim: Claim, results: Sequence[JobResult], *, engine_id: int | None, lease_s: float
+) -> int | None:
+    """Insert results under the fence and count them: the shard's finished jobs, or None if the fence is lost.
+
+    Repeating the call, after an ambiguous COMMIT say, inserts and counts nothing twice.
+    """
+    return session.execute(WRITE, {
+        "shard_id": claim.shard_id, "fence": claim.fence, "engine_id": engine_id, "lease_s": lease_s,
+        "seqs": [r.seq for r in results],
+        "outcomes": [r.outcome.value for r in results],
+        "sources": [r.source.value for r in results],
+        "status_codes": [r.status_code for r in results],
+        "responses": [r.response for r in results],
+        "error_codes": [r.error_code for r in results],
+        "error_messages": [r.error_message for r in results],
+        "prompt_tokens": [r.usage.prompt_tokens for r in results],
+        "completion_tokens": [r.usage.completion_tokens for r in results],
+        "cached_tokens": [r.usage.cached_tokens for r in results],
+        "reasoning_tokens": [r.usage.reasoning_tokens for r in results],
+        "durations": [r.duration_ms for r in results],
+    }).scalar_one_or_none()
+
+
+def write_retries(session: Session, claim: Claim, retries: Sequence[Retry]) -> bool:
+    """Record transient failures under the fence; false if the fence is lost."""
+    held = session.execute(text(
+        "SELECT 1 FROM shards WHERE id = :shard_id AND fence = :fence AND state = 'running' FOR NO KEY UPDATE"),
+        {"shard_id": claim.shard_id, "fence": claim.fence}).one_or_none()
+    if held is None:
+        return False
+    session.execute(text("""
+        INSERT INTO job_tries (batch_id, seq, tries, not_before, last_error)
+        VALUES (:batch_id, :seq, :tries, :not_before, :error)
+        ON CONFLICT (batch_id, seq) DO UPDATE
+        SET tries = excluded.tries, not_before = excluded.not_before, last_error = excluded.last_error"""),
+        [{"batch_id": claim.batch_id, "seq": r.seq, "tries": r.tries, "not_before": r.not_before,
+          "error": r.error} for r in retries])
+    return True
+
+
+def close(session: Session, claim: Claim) -> bool:
+    """End a shard whose jobs all have results; the last one of a batch turns it to finalizing.
+
+    True if this call closed it. Guarded by the fence and by the count, so exactly one closer exists.
+    """
+    closed = session.execute(text("""
+        UPDATE shards SET state = 'done', fence = fence + 1, lease_until = NULL
+        WHERE id = :shard_id AND fence = :fence AND state = 'running' AND done = cardinality(seqs)
+        RETURNING batch_id"""), {"shard_id": claim.shard_id, "fence": claim.fence}).one_or_none()
+    if closed is None:
+        return False
+    session.execute(text("""
+        UPDATE batches SET shards_left = shards_left - 1,
+            finalizing_at = CASE WHEN shards_left = 1 THEN clock_timestamp() END,
+            state = CASE WHEN shards_left = 1 THEN 'finalizing' ELSE state END
+        WHERE id = :batch_id"""), {"batch_id": claim.batch_id})
+    wake_dispatch(session)
+    return True
+
+
+def give_back(session: Session, claim: Claim, *, wait_s: float) -> bool:
+    """Return an unfinished shard to pending, to be dispatched after `wait_s`; false if the fence is lost."""
+    returned = session.execute(text("""
+        UPDATE shards SET state = 'pending', fence = fence + 1, lease_until = NULL,
+            not_before = clock_timestamp() + make_interval(secs => :wait_s)
+        WHERE id = :shard_id AND fence = :fence AND state = 'running' RETURNING 1"""),
+        {"shard_id": claim.shard_id, "fence": claim.fence, "wait_s": wait_s}).one_or_none()
+    wake_dispatch(session)
+    return returned is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """A shard taken back from a dead lease. `crashes` counts attempts in a row that committed nothing."""
+
+    shard_id: int
+    crashes: int
+
+
+def recover_dead_leases(session: Session, *, lease_s: float) -> list[Recovered]:
+    """Take over shards whose lease is over: the only place that does, and that counts a crash.
+
+    Leases are spared for one lease time after Postgres started: their holders could not extend them.
+    """
+    rows = session.execute(text("""
+        UPDATE shards SET state = 'pending', fence = fence + 1, lease_until = NULL, not_before = clock_timestamp(),
+            crashes = CASE WHEN done > done_at_claim THEN 0 ELSE crashes + 1 END
+        WHERE id IN (
+            SELECT id FROM shards WHERE state = 'running' AND lease_until < clock_timestamp()
+              AND pg_postmaster_start_time() < clock_timestamp() - make_interval(secs => :lease_s)
+            ORDER BY id LIMIT 500 FOR UPDATE SKIP LOCKED)
+        RETURNING id, crashes"""), {"lease_s": lease_s}).all()
+    return [Recovered(shard_id=shard_id, crashes=crashes) for shard_id, crashes in rows]
+
+
+def halve(session: Session, claim: Claim) -> int:
+    """Split a claimed shard's unfinished jobs into two new shards: how many jobs it had left.
+
+    The parent keeps its finished jobs and must be closed by the caller. One job alone is not split: 1.
+    """
+    left = list(session.scalars(text("""
+        SELECT u.seq FROM unnest(CAST(:seqs AS int4[])) WITH ORDINALITY AS u(seq, place)
+        WHERE NOT EXISTS (SELECT FROM results r WHERE r.batch_id = :batch_id AND r.seq = u.seq)
+        ORDER BY u.place"""), {"seqs": list(claim.seqs), "batch_id": claim.batch_id}))
+    if len(left) < 2:
+        return len(left)
+    middle = len(left) // 2
+    session.execute(text("""
+        UPDATE shards SET seqs = ARRAY(SELECT s FROM unnest(seqs) s WHERE s <> ALL(CAST(:left AS int4[])))
+        WHERE id = :shard_id AND fence = :fence"""),
+        {"left": left, "shard_id": claim.shard_id, "fence": claim.fence})
+    session.execute(text("""
+        INSERT INTO shards (batch_id, seqs, not_before, crashes)
+        VALUES (:batch_id, CAST(:seqs AS int4[]), clock_timestamp(), :crashes)"""),
+        [{"batch_id": claim.batch_id, "seqs": half, "crashes": CRASHES_TO_HALVE if len(half) == 1 else 0}
+         for half in (left[:middle], left[middle:])])
+    session.execute(text("UPDATE batches SET shards_left = shards_left + 2 WHERE id = :batch_id"),
+                    {"batch_id": claim.batch_id})
+    return len(left)
+
+
+def _claimed(session: Session, row: object) -> Claim | None:
+    if row is None:
+        return None
+    wake_dispatch(session)
+    shard_id, fence, batch_id, seqs, endpoint, runnable = row  # type: ignore[misc]
+    return Claim(shard_id=shard_id, fence=fence, batch_id=batch_id, seqs=tuple(seqs), endpoint=endpoint,
+                 runnable=runnable)
