@@ -7,6 +7,7 @@
     ├── ServiceUnreachable   Postgres, the broker, Redis or the engine does not answer (exit code 3)
     ├── Transient            try the job again later: the row of its tries says when
     ├── Permanent            the job ends with this error as its result
+    ├── Unstorable           Postgres refuses a value: that job ends with an error instead
     ├── LostFence            another attempt owns the shard: write nothing more
     └── Fatal                this process cannot go on: give back what it holds and exit
 
@@ -76,6 +77,10 @@ class Permanent(StokerError):
     def __init__(self, message: str, *, code: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class Unstorable(StokerError):
+    """Postgres refuses a value, for good."""
 
 
 class LostFence(StokerError):

@@ -1,21 +1,22 @@
 """Turns a Llama-architecture GGUF into a Hugging Face checkpoint folder in bfloat16.
 
-Run by `.venv-quantize/bin/python`. vLLM and llmcompressor want safetensors; transformers reads a GGUF but will not
-save it. What was lost by the GGUF's quantization stays lost: this only changes the container.
+Run by `.venv-quantize/bin/python`. vLLM and llmcompressor want safetensors; transformers reads a GGUF but
+will not save it. What the GGUF's quantization lost stays lost: this only changes the container.
 
-Tensor names are those of llama.cpp's gguf-py (`TENSOR_NAMES`). The GGUF keeps the rows of q_proj and k_proj in the order
-of Meta's original rotary code (pairs next to each other); Hugging Face's Llama wants halves. The permutation is
-`LlamaModel.permute` in llama.cpp's convert_hf_to_gguf.py; its inverse, `unpermute` here, is the one in transformers'
-modeling_gguf_pytorch_utils.py (`LlamaTensorProcessor._reverse_permute_weights`).
+Tensor names are those of llama.cpp's gguf-py (`TENSOR_NAMES`). The GGUF keeps the rows of q_proj and k_proj
+in the order of Meta's original rotary code (pairs next to each other); Hugging Face's Llama wants halves.
+The permutation is `LlamaModel.permute` in llama.cpp's convert_hf_to_gguf.py; its inverse, `unpermute` here,
+is the one in transformers' modeling_gguf_pytorch_utils.py
+(`LlamaTensorProcessor._reverse_permute_weights`).
 
-The tokenizer is rebuilt from the GGUF's vocabulary and merges, not by `AutoTokenizer(gguf_file=...)`: that one (transformers
-5.17) ends texts with <|im_start|>, drops the digit splitting of "smollm" and turns U+2581 into a space when decoding.
+The tokenizer is rebuilt from the GGUF's vocabulary and merges, not by `AutoTokenizer(gguf_file=...)`: that
+one (transformers 5.17) ends texts with <|im_start|>, drops the digit splitting of "smollm" and turns U+2581
+into a space when decoding.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shutil
 import sys
@@ -55,21 +56,27 @@ class UnsupportedCheckpointError(Exception):
 
 def main() -> int:
     """Convert one GGUF; return 0, or 2 when the file cannot be converted."""
-    parser = argparse.ArgumentParser(description="Turn a Llama GGUF into a bfloat16 Hugging Face checkpoint folder.")
+    parser = argparse.ArgumentParser(
+        description="Turn a Llama GGUF into a bfloat16 Hugging Face checkpoint folder."
+    )
     parser.add_argument("gguf", type=Path, help="the GGUF file")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the checkpoint folder to write (replaced)")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="the checkpoint folder to write (replaced)"
+    )
     arguments = parser.parse_args()
     gguf: Path = arguments.gguf
     output: Path = arguments.output
     if not gguf.is_file():
-        print(f"dequantize_gguf: there is no file {gguf}; `make checkpoint` fetches the demo one", file=sys.stderr)
+        sys.stderr.write(
+            f"dequantize_gguf: there is no file {gguf}; `make checkpoint` fetches the demo one\n"
+        )
         return 2
     try:
         convert(gguf, output)
     except UnsupportedCheckpointError as error:
-        print(f"dequantize_gguf: {error}", file=sys.stderr)
+        sys.stderr.write(f"dequantize_gguf: {error}\n")
         return 2
-    print(f"written: {output}", file=sys.stderr)
+    sys.stderr.write(f"written: {output}\n")
     return 0
 
 
@@ -89,7 +96,9 @@ def convert(gguf: Path, output: Path) -> None:
         folder.mkdir()
         config.save_pretrained(folder)
         GenerationConfig(
-            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
         ).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         weights = folder / "model.safetensors"
@@ -97,7 +106,7 @@ def convert(gguf: Path, output: Path) -> None:
         weights.chmod(0o644)  # safetensors writes 0600; a container's user must read it too
         if output.exists():
             shutil.rmtree(output)
-        os.rename(folder, output)
+        folder.rename(output)
 
 
 def unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -111,7 +120,9 @@ def _config(reader: GGUFReader) -> LlamaConfig:
     if architecture != "llama":
         raise UnsupportedCheckpointError(f"architecture {architecture!r}; only 'llama' is known here")
     if _field(reader, "llama.rope.scaling.type", default="none") != "none":
-        raise UnsupportedCheckpointError("a scaled rotary embedding (llama.rope.scaling.type) is not known here")
+        raise UnsupportedCheckpointError(
+            "a scaled rotary embedding (llama.rope.scaling.type) is not known here"
+        )
     names = {tensor.name for tensor in reader.tensors}
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
@@ -124,7 +135,10 @@ def _config(reader: GGUFReader) -> LlamaConfig:
         num_key_value_heads=_field(reader, "llama.attention.head_count_kv"),
         max_position_embeddings=_field(reader, "llama.context_length"),
         rms_norm_eps=_field(reader, "llama.attention.layer_norm_rms_epsilon"),
-        rope_parameters={"rope_type": "default", "rope_theta": _field(reader, "llama.rope.freq_base", default=10000.0)},
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": _field(reader, "llama.rope.freq_base", default=10000.0),
+        },
         tie_word_embeddings="output.weight" not in names,
         bos_token_id=_field(reader, "tokenizer.ggml.bos_token_id"),
         eos_token_id=_field(reader, "tokenizer.ggml.eos_token_id"),
@@ -142,12 +156,18 @@ def _tokenizer(reader: GGUFReader) -> PreTrainedTokenizerFast:
         raise UnsupportedCheckpointError(f"tokenizer {kind!r}; only ('gpt2', 'smollm') is known here")
     tokens = _field(reader, "tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]
-    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges)
+    )
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), byte_level]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     token_types = _field(reader, "tokenizer.ggml.token_type")
-    control = [token for token, token_type in zip(tokens, token_types, strict=True) if token_type == CONTROL_TOKEN]
+    control = [
+        token for token, token_type in zip(tokens, token_types, strict=True) if token_type == CONTROL_TOKEN
+    ]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -163,7 +183,7 @@ def _tokenizer(reader: GGUFReader) -> PreTrainedTokenizerFast:
 
 
 def _field(reader: GGUFReader, name: str, **fallback: Any) -> Any:
-    """Return the metadata value `name`, or `default=` where it is absent; without a default its absence is an error."""
+    """Return the metadata value `name`, or `default=` where it is absent; without one absence is an error."""
     field = reader.get_field(name)
     if field is not None:
         return field.contents()

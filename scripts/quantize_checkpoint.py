@@ -2,17 +2,16 @@
 
 Run by `.venv-quantize/bin/python`. Both schemes round to nearest, so no sample texts are needed:
 
-    w8a8    int8 weights per output channel, int8 activations per token at run time: the fast one on a CPU (AMX, VNNI)
-    w4a16   int4 weights in groups, bfloat16 activations: the small one; at saturation it saves memory, not time
+    w8a8    int8 weights per output channel, int8 activations per token at run time: the fast one on a CPU
+    w4a16   int4 weights in groups, bfloat16 activations: the small one; it saves memory, not time
 
-lm_head (often tied to the embeddings) stays as it is. The folder is written in the compressed-tensors format, which vLLM
-recognises by itself: no --quantization flag.
+lm_head (often tied to the embeddings) stays as it is. The folder is written in the compressed-tensors
+format, which vLLM recognises by itself: no --quantization flag.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 import tempfile
@@ -37,27 +36,35 @@ class UnsupportedCheckpointError(Exception):
 def main() -> int:
     """Quantize one checkpoint; return 0, or 2 when it cannot be done as asked."""
     parser = argparse.ArgumentParser(description="Quantize a checkpoint folder, without calibration samples.")
-    parser.add_argument("checkpoint", type=Path, help="a Hugging Face folder: config.json, safetensors, tokenizer")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the checkpoint folder to write (replaced)")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a Hugging Face folder: config.json, safetensors, tokenizer"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="the checkpoint folder to write (replaced)"
+    )
     parser.add_argument("--scheme", choices=SCHEMES, required=True)
-    parser.add_argument("--group-size", type=int, help="w4a16 only; default: the largest of 128, 64, 32 that fits")
+    parser.add_argument(
+        "--group-size", type=int, help="w4a16 only; default: the largest of 128, 64, 32 that fits"
+    )
     arguments = parser.parse_args()
     checkpoint: Path = arguments.checkpoint
     output: Path = arguments.output
     if not (checkpoint / "config.json").is_file():
-        print(f"quantize_checkpoint: {checkpoint} has no config.json; name a Hugging Face folder", file=sys.stderr)
+        sys.stderr.write(
+            f"quantize_checkpoint: {checkpoint} has no config.json; name a Hugging Face folder\n"
+        )
         return 2
     try:
         quantize(checkpoint, output, scheme=arguments.scheme, group_size=arguments.group_size)
     except UnsupportedCheckpointError as error:
-        print(f"quantize_checkpoint: {error}", file=sys.stderr)
+        sys.stderr.write(f"quantize_checkpoint: {error}\n")
         return 2
-    print(f"written: {output}", file=sys.stderr)
+    sys.stderr.write(f"written: {output}\n")
     return 0
 
 
 def quantize(checkpoint: Path, output: Path, *, scheme: str, group_size: int | None = None) -> None:
-    """Write `checkpoint` quantized by `scheme` to the folder `output`, complete with tokenizer and generation config.
+    """Write `checkpoint` quantized by `scheme`, with tokenizer and generation config, to the folder `output`.
 
     The folder appears by rename when it is complete; an older one of the same name is replaced. Raises
     UnsupportedCheckpointError.
@@ -77,7 +84,7 @@ def quantize(checkpoint: Path, output: Path, *, scheme: str, group_size: int | N
             weights.chmod(0o644)  # safetensors writes 0600; a container's user must read it too
         if output.exists():
             shutil.rmtree(output)
-        os.rename(folder, output)
+        folder.rename(output)
 
 
 def _scheme(model: PreTrainedModel, scheme: str, group_size: int | None) -> QuantizationScheme:
@@ -95,14 +102,17 @@ def _group_size(model: PreTrainedModel) -> int:
     for size in GROUP_SIZES:
         if all(width % size == 0 for _, width in _input_widths(model)):
             return size
-    raise UnsupportedCheckpointError(f"no group size of {GROUP_SIZES} divides the width of every layer; use w8a8")
+    raise UnsupportedCheckpointError(
+        f"no group size of {GROUP_SIZES} divides the width of every layer; use w8a8"
+    )
 
 
 def _require_fit(model: PreTrainedModel, group_size: int) -> None:
     for name, width in _input_widths(model):
         if group_size < 1 or width % group_size:
             raise UnsupportedCheckpointError(
-                f"group size {group_size} does not divide the width {width} of {name}; leave --group-size out or use w8a8"
+                f"group size {group_size} does not divide the width {width} of {name}; "
+                "leave --group-size out or use w8a8"
             )
 
 

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 
 import psycopg
 from sqlalchemy import URL, create_engine, make_url
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
-from runtime.errors import ServiceUnreachable
+from runtime.errors import ServiceUnreachable, Unstorable
 from runtime.settings import without_secrets
 
 CONNECT_TIMEOUT_S = 5
@@ -59,6 +59,8 @@ class Database:
             yield
         except (OperationalError, InterfaceError, psycopg.OperationalError) as error:
             raise self._unreachable(error) from error
+        except (DataError, UnicodeEncodeError) as error:
+            raise Unstorable(str(error).splitlines()[0]) from error
         except DBAPIError as error:
             if error.connection_invalidated:
                 raise self._unreachable(error) from error

@@ -196,12 +196,13 @@ def close(session: Session, claim: Claim) -> bool:
         RETURNING batch_id"""), {"shard_id": claim.shard_id, "fence": claim.fence}).one_or_none()
     if closed is None:
         return False
-    session.execute(text("""
+    left = session.execute(text("""
         UPDATE batches SET shards_left = shards_left - 1,
             finalizing_at = CASE WHEN shards_left = 1 THEN clock_timestamp() END,
             state = CASE WHEN shards_left = 1 THEN 'finalizing' ELSE state END
-        WHERE id = :batch_id"""), {"batch_id": claim.batch_id})
-    wake_dispatch(session)
+        WHERE id = :batch_id RETURNING shards_left"""), {"batch_id": claim.batch_id}).scalar_one()
+    if left == 0:
+        wake_dispatch(session)
     return True
 
 

@@ -1,0 +1,279 @@
+"""One OpenAI-compatible HTTP server: send a body, get a reply or an error that says what to do next.
+
+It must not retry (the pipeline decides), look into bodies, or let a key into a message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import math
+import time
+from dataclasses import dataclass
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from types import TracebackType
+from typing import NoReturn, Protocol, Self
+from urllib.parse import SplitResult, urlsplit
+
+import aiohttp
+import msgspec
+
+from runtime.clock import utc_now
+from runtime.errors import BadInput, Permanent, Transient
+
+RESPONSE_LIMIT_BYTES = 256 * 1024 * 1024
+# aiohttp warns that bytes above this size would hold up the loop in one write; a BytesIO goes out in pieces.
+ONE_WRITE_BYTES = 1024 * 1024
+# Below the 5 s after which uvicorn, vLLM's server, closes an idle connection: else a request may go out on
+# a connection that is being closed, and look like a dead server.
+KEEPALIVE_S = 4.0
+CONNECT_TIMEOUT_S = 10.0
+# Chosen, not measured: a front end busy with hundreds of requests still answers in a second or two.
+PROBE_TIMEOUT_S = 10.0
+EXCERPT_CHARACTERS = 200
+# 520 to 524 and 529 are what proxies in front of managed providers say for 502, 503 and 504.
+TRANSIENT_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
+
+
+class EndpointDown(Transient):
+    """The server refused, reset or broke the connection: it may have died with all that was in flight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the server answered for good: a success or a rejection, its body as it came."""
+
+    status_code: int
+    body: bytes
+    duration_ms: int
+
+
+class Endpoint:
+    """An open connection pool to one server, for the running loop: `async with Endpoint(url, …) as endpoint`.
+
+    `url` is `http(s)://host:port[/prefix][/v1]` or `unix:///path/to.sock`. At most `connections` posts are
+    under way at once; waiting for a free one does not count towards `timeout_s`, and probes never wait.
+    Proxies and .netrc of the environment are not used.
+    """
+
+    def __init__(self, url: str, *, api_key: str | None, timeout_s: float, connections: int) -> None:
+        """Raise BadInput, without naming the URL's secrets, if `url` has another form."""
+        self.url = url
+        self._base, self._socket = _address_of(url)
+        self._api_key = api_key
+        self._timeout_s = timeout_s
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
+        self._free = asyncio.Semaphore(connections)
+        self._open: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        connector = (
+            aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
+            if self._socket is None
+            else aiohttp.UnixConnector(self._socket, limit=0, keepalive_timeout=KEEPALIVE_S)
+        )
+        headers = {"Accept-Encoding": "identity", "Content-Type": "application/json", "User-Agent": "stoker"}
+        if self._api_key:
+            headers["Authorization"] = f"Bearer {self._api_key}"
+        self._open = aiohttp.ClientSession(
+            connector=connector, headers=headers, cookie_jar=aiohttp.DummyCookieJar(), timeout=self._timeout
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._session.close()
+        self._open = None
+
+    async def post(self, path: str, body: bytes, *, request_id: str) -> Reply:
+        """Send one job's body to `path` (`/v1/…`); return a success or a rejection (any other 3xx, 4xx, 5xx).
+
+        Raises Transient for a status that may pass, with the server's Retry-After; EndpointDown if the
+        connection failed; Permanent `timeout` or `response_too_large`. Cancelling it closes the
+        connection, which makes the server abort the request.
+        """
+        content = body if len(body) <= ONE_WRITE_BYTES else io.BytesIO(body)
+        async with self._free:
+            started = time.monotonic()
+            try:
+                async with self._session.post(
+                    self._base + path,
+                    data=content,
+                    headers={"X-Request-Id": request_id},
+                    allow_redirects=False,
+                ) as response:
+                    answer = await self._body_of(response)
+            except (aiohttp.ClientError, OSError) as error:
+                self._raise_for(error, timeout_s=self._timeout_s)
+        if response.status in TRANSIENT_STATUSES:
+            raise Transient(
+                f"{self.url} answered {response.status}: {self._excerpt(answer)}",
+                retry_after_s=_retry_after_s(response.headers),
+            )
+        if response.status >= 300:
+            answer = self._without_key(answer)
+        return Reply(response.status, answer, round((time.monotonic() - started) * 1000))
+
+    async def is_healthy(self) -> bool:
+        """Whether GET /health says 200, or /v1/models where there is no /health; False if nothing answers."""
+        try:
+            status, _ = await self._get("/health")
+            if status in {404, 405}:
+                status, _ = await self._get("/v1/models")
+        except (Transient, Permanent):
+            return False
+        return status == 200
+
+    async def served_models(self) -> list[str]:
+        """The names that jobs may use as `model`, in the server's order.
+
+        Raises EndpointDown if nothing answers, Transient or Permanent if something else than a list does.
+        """
+        status, answer = await self._get("/v1/models")
+        if status in TRANSIENT_STATUSES:
+            raise Transient(f"{self.url}/v1/models answered {status}: {self._excerpt(answer)}")
+        try:
+            return [model.id for model in msgspec.json.decode(answer, type=_Models).data]
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise Permanent(
+                f"{self.url}/v1/models answered {status}, not a list of models: {self._excerpt(answer)}",
+                code="invalid_response",
+            ) from error
+
+    async def version(self) -> str | None:
+        """What the server calls its version (vLLM, llama.cpp); None if it does not say.
+
+        Raises EndpointDown if nothing answers.
+        """
+        for path in ("/version", "/props"):
+            status, answer = await self._get(path)
+            if status != 200:
+                continue
+            try:
+                known = msgspec.json.decode(answer, type=_Version)
+            except (msgspec.MsgspecError, UnicodeDecodeError):
+                continue
+            if known.version or known.build_info:
+                return known.version or known.build_info
+        return None
+
+    @property
+    def _session(self) -> aiohttp.ClientSession:
+        if self._open is None:
+            raise RuntimeError("an Endpoint is used inside `async with` only")
+        return self._open
+
+    async def _get(self, path: str) -> tuple[int, bytes]:
+        timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
+        try:
+            async with self._session.get(
+                self._base + path, timeout=timeout, allow_redirects=False
+            ) as response:
+                return response.status, await self._body_of(response)
+        except (aiohttp.ClientError, OSError) as error:
+            self._raise_for(error, timeout_s=PROBE_TIMEOUT_S)
+
+    async def _body_of(self, response: aiohttp.ClientResponse) -> bytes:
+        """The whole body; Permanent as soon as it is seen to be over the limit, before it fills the memory."""
+        if (response.content_length or 0) <= RESPONSE_LIMIT_BYTES:
+            chunks = []
+            size_bytes = 0
+            while chunk := await response.content.readany():
+                chunks.append(chunk)
+                size_bytes += len(chunk)
+                if size_bytes > RESPONSE_LIMIT_BYTES:
+                    break
+            else:
+                return b"".join(chunks)
+        response.close()
+        raise Permanent(
+            f"{self.url} answered with more than {RESPONSE_LIMIT_BYTES // 1024**2} MB", code="response_too_large"
+        )
+
+    def _raise_for(self, error: aiohttp.ClientError | OSError, *, timeout_s: float) -> NoReturn:
+        if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ConnectionTimeoutError):
+            raise Permanent(f"{self.url} did not answer within {timeout_s:g} s", code="timeout") from error
+        reason = self._excerpt(str(error).encode()) or type(error).__name__
+        if isinstance(error, aiohttp.ClientResponseError):
+            raise Transient(f"{self.url} does not speak HTTP: {reason}") from error
+        raise EndpointDown(f"{self.url}: {reason}") from error
+
+    def _excerpt(self, answer: bytes) -> str:
+        text = self._without_key(answer)[: 4 * EXCERPT_CHARACTERS].decode(errors="replace")
+        return " ".join(text.replace("\0", " ").split())[:EXCERPT_CHARACTERS]
+
+    def _without_key(self, answer: bytes) -> bytes:
+        return answer.replace(self._api_key.encode(), b"***") if self._api_key else answer
+
+
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+class _Version(msgspec.Struct):
+    version: str | None = None
+    build_info: str | None = None
+
+
+class _Headers(Protocol):
+    def get(self, name: str, /) -> str | None: ...
+
+
+def _address_of(url: str) -> tuple[str, str | None]:
+    """(what a path is appended to, path of the unix socket or None)."""
+    try:
+        parts = urlsplit(url)
+        fault = _fault_of(parts)
+    except ValueError as error:
+        raise BadInput("the endpoint's URL is malformed; write http://host:port/v1") from error
+    if fault is not None:
+        raise BadInput(f"the endpoint's URL {fault}; write http://host:port/v1 or unix:///path/to.sock")
+    if parts.scheme == "unix":
+        return "http://localhost", parts.path
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}", None
+
+
+def _fault_of(parts: SplitResult) -> str | None:
+    if parts.username is not None or parts.password is not None:
+        return "holds a user or password, which belongs into the endpoint's api_key"
+    if parts.query or parts.fragment:
+        return "has a query or fragment"
+    if parts.scheme == "unix":
+        return None if parts.path and not parts.netloc else "names no absolute path"
+    if parts.scheme not in {"http", "https"}:
+        return "has neither http, https nor unix as its scheme"
+    if not parts.hostname or parts.port == 0:  # a port that is no number raises ValueError
+        return "names no host or port"
+    return None
+
+
+def _retry_after_s(headers: _Headers) -> float | None:
+    """The server's wish from `retry-after-ms` (OpenAI, Azure) or `Retry-After` (RFC 9110: seconds or a date)."""
+    milliseconds = _seconds(headers.get("retry-after-ms"))
+    if milliseconds is not None:
+        return milliseconds / 1000
+    wish = headers.get("Retry-After")
+    seconds = _seconds(wish)
+    if seconds is not None or wish is None:
+        return seconds
+    try:
+        moment = parsedate_to_datetime(wish)
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=UTC)
+        return max(0.0, (moment - utc_now()).total_seconds())
+    except (ValueError, OverflowError):
+        return None
+
+
+def _seconds(text: str | None) -> float | None:
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return max(0.0, number) if math.isfinite(number) else None

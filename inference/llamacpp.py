@@ -1,0 +1,111 @@
+"""A llama.cpp HTTP server in the foreground: the engine of a machine without a GPU.
+
+    python -m inference.llamacpp --checkpoint FILE.gguf --uds /run/engine.sock --alias small
+
+It speaks the OpenAI protocol (/v1/chat/completions, /v1/completions, /v1/embeddings, /v1/models) and has /health
+(503 until the checkpoint is loaded) and /metrics. It must not do what its caller can: restart itself, choose
+the checkpoint, ask for a key. Without a key it belongs on a unix socket or on loopback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import stat
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+DEFAULT_SLOTS = 8
+DEFAULT_CONTEXT_PER_SLOT_TOKENS = 2048
+STOP_TIMEOUT_S = 1.5
+EXIT_CANNOT_START = 2
+UDS_SUFFIX = ".sock"  # llama.cpp takes a host for a unix socket only when it ends so
+LOG_ERRORS_ONLY = 1  # llama.cpp's scale; from 2 on every request writes lines
+# The rows of tokens that one embedding may have; llama.cpp computes an embedding in one step, whole.
+GENERATION_STEP_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a server is started with. `uds` wins over `host` and `port`."""
+
+    checkpoint: Path
+    alias: str
+    host: str
+    port: int
+    uds: Path | None
+    slots: int
+    context_per_slot_tokens: int
+    threads: int
+    embeddings: bool
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT; 0 after a stop that was asked for, 2 when the server cannot start.
+
+    A signal during loading ends the process at once, by that signal: nothing has been served by then.
+    """
+    options = parse(arguments)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for the end of loading
+    try:
+        serve(options)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"llama.cpp cannot start: {error}", file=sys.stderr)
+        return EXIT_CANNOT_START
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> Options:
+    """The options on the command line; ends the process with usage and status 2 when they are wrong."""
+    parser = argparse.ArgumentParser(prog="python -m inference.llamacpp", description="Serve a GGUF checkpoint.")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE.gguf")
+    parser.add_argument("--alias", required=True, help="the name that requests use for the checkpoint")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0, help="required without --uds")
+    parser.add_argument("--uds", type=Path, metavar="PATH.sock", help="a unix socket instead of a port")
+    parser.add_argument("--slots", type=_positive, default=DEFAULT_SLOTS, help="requests computed at a time")
+    parser.add_argument("--context-per-slot", type=_positive, default=DEFAULT_CONTEXT_PER_SLOT_TOKENS)
+    parser.add_argument("--threads", type=_positive, default=os.cpu_count() or 1)
+    parser.add_argument("--embeddings", action="store_true", help="serve /v1/embeddings instead of generation")
+    found = parser.parse_args(arguments)
+    if (found.uds is None) == (found.port == 0):
+        parser.error("give one of --uds and --port")
+    if found.uds is not None and found.uds.suffix != UDS_SUFFIX:
+        parser.error(f"--uds must end in {UDS_SUFFIX}")
+    return Options(
+        checkpoint=found.checkpoint,
+        alias=found.alias,
+        host=found.host,
+        port=found.port,
+        uds=None if found.uds is None else found.uds.absolute(),
+        slots=found.slots,
+        context_per_slot_tokens=found.context_per_slot,
+        threads=found.threads,
+        embeddings=found.embeddings,
+    )
+
+
+def serve(options: Options) -> None:
+    """Load the checkpoint and serve until a signal; requests in flight at that moment are cut off."""
+    if not options.checkpoint.is_file():
+        raise FileNotFoundError(f"no checkpoint at {options.checkpoint}")
+    if options.uds is not None:
+        _free(options.uds)
+        os.umask(0o077)  # llama.cpp makes the socket: only our own user may connect
+    server = _Server(options)
+    server.start()
+    asked_to_stop = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        asked_to_stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask)
+    asked_to_stop.wait()
+    server.stop()

@@ -1,0 +1,261 @@
+"""The dispatch leader: Postgres decides which shards go out next, the broker delivers hints.
+
+One leader a database, by advisory lock; every worker runs a standby. It keeps only a short window of hints
+with the broker, so that order and fairness stay Postgres's; it also recovers dead leases, winds down cancelled
+and expired batches, finishes batches, and sends lost hints again. All of it may be repeated or cut off anywhere.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+from uuid import UUID
+
+from models.states import Ending
+from runtime.clock import utc_now
+from runtime.errors import ServiceUnreachable
+from runtime.logs import get_logger
+from runtime.settings import Settings
+from store.batches import (
+    batches_to_finish,
+    end_unfinished,
+    finish,
+    mark_expired,
+    screen,
+    shards_to_wind_down,
+)
+from store.database import Database
+from store.dispatching import (
+    Candidates,
+    candidates,
+    mark_dispatched,
+    stale_dispatched,
+    touch_dispatched,
+    unclaimed_count,
+)
+from store.notifications import leadership
+from store.presence import PresenceBoard
+from store.schema import make_partitions
+from store.shards import (
+    CRASHES_TO_HALVE,
+    CRASHES_TO_POISON,
+    Recovered,
+    claim,
+    close,
+    give_back,
+    halve,
+    recover_dead_leases,
+)
+from store.submissions import delete_abandoned_batches
+
+log = get_logger(__name__)
+
+SWEEP_S = 1.0
+WAKE_REST_S = 0.02  # least time between two fills: notifications of one moment are answered once
+LOST_AFTER_S = 60.0
+BLIND_WINDOW = 2  # hints in the broker when no worker's presence is known
+WIND_DOWN_SHARDS = 200  # in one sweep, so that other batches' dispatch never waits long
+PARTITIONS_EVERY_S = 3600.0
+HOLDER = "dispatch"
+
+_ENDINGS = {
+    Ending.CANCELLED: ("batch_cancelled", "the batch was cancelled before this job ran"),
+    Ending.EXPIRED: ("batch_expired", "the batch's completion window ended before this job ran"),
+}
+
+
+class Publisher(Protocol):
+    """Sends hints through the broker. Both methods raise ServiceUnreachable."""
+
+    def publish(self, shards: Sequence[tuple[int, UUID]]) -> None:
+        """Send one hint for each (shard, batch), confirmed by the broker; routable or an error."""
+
+    def ready_count(self) -> int:
+        """How many hints wait in the broker's queue, not delivered to any worker."""
+
+
+def dispatch_until(stop: threading.Event, *, database: Database, publisher: Publisher, board: PresenceBoard,
+                   settings: Settings) -> None:
+    """Lead, or stand by to lead, until `stop` is set. Outages of Postgres or the broker are waited out."""
+    dispatcher = Dispatcher(database, publisher, board, settings)
+    while not stop.is_set():
+        try:
+            with leadership(database) as lead:
+                while not stop.is_set():
+                    if not lead.acquire():
+                        stop.wait(SWEEP_S)
+                        continue
+                    dispatcher.tick()
+                    stop.wait(WAKE_REST_S)
+                    lead.wait(SWEEP_S)
+        except ServiceUnreachable as error:
+            log.warning("dispatch_waits", error=str(error))
+            stop.wait(SWEEP_S)
+
+
+class Dispatcher:
+    """The leader's work; `tick` does what is due. Holds no state that another leader would miss."""
+
+    def __init__(self, database: Database, publisher: Publisher, board: PresenceBoard, settings: Settings) -> None:
+        self._database = database
+        self._publisher = publisher
+        self._board = board
+        self._settings = settings
+        self._window = BLIND_WINDOW
+        self._unsent: list[tuple[int, UUID]] = []
+        self._sweep_at = 0.0
+        self._partitions_at = 0.0
+
+    def tick(self) -> None:
+        """Finish what has ended, fill the window, and once a second sweep for what needs care."""
+        now = time.monotonic()
+        if now >= self._sweep_at:
+            self._sweep_at = now + SWEEP_S
+            self.sweep()
+        self.finish_batches()
+        self.fill_window()
+
+    def fill_window(self) -> None:
+        """Dispatch shards until the hints nobody has claimed are as many as the live children."""
+        with self._database.transaction() as session:
+            free = self._window - unclaimed_count(session)
+            chosen = fair_share(candidates(session, limit=free), free=free) if free > 0 else {}
+            marked = mark_dispatched(session, chosen) if chosen else []
+        self._send([*self._unsent, *marked])
+
+    def finish_batches(self) -> None:
+        """End the batches whose last shard is closed."""
+        with self._database.transaction() as session:
+            ready = batches_to_finish(session)
+        for batch_id in ready:
+            with self._database.transaction() as session:
+                missing = finish(session, batch_id)
+            if missing:
+                log.error("results_missing", batch_id=str(batch_id), jobs=missing)
+            else:
+                log.info("batch_ended", batch_id=str(batch_id))
+
+    def sweep(self) -> None:
+        """Once a second: presence, dead leases, expiry, winding down, screening, lost hints, partitions."""
+        self._read_presence()
+        self._recover()
+        self._wind_down()
+        with self._database.transaction() as session:
+            for batch_id, reason in screen(session):
+                log.warning("batch_paused", batch_id=str(batch_id), reason=reason)
+        self._send_lost_hints()
+        self._keep_house()
+
+    def _read_presence(self) -> None:
+        try:
+            workers = self._board.workers()
+        except ServiceUnreachable as error:
+            log.warning("presence_unknown", error=str(error))
+            return
+        self._window = sum(worker.children for worker in workers) or BLIND_WINDOW
+
+    def _recover(self) -> None:
+        with self._database.transaction() as session:
+            recovered = recover_dead_leases(session, lease_s=self._settings.worker.lease_s)
+        for shard in recovered:
+            log.warning("lease_recovered", shard_id=shard.shard_id, crashes=shard.crashes)
+            if shard.crashes >= CRASHES_TO_HALVE:
+                self._isolate(shard)
+
+    def _isolate(self, shard: Recovered) -> None:
+        """Split a shard whose attempts keep dying; a job that is alone and kills again ends as poison."""
+        with self._database.transaction() as session:
+            taken = claim(session, shard.shard_id, holder=HOLDER, lease_s=self._settings.worker.lease_s,
+                          states=("pending",))
+            if taken is None:
+                return
+            left = halve(session, taken)
+            if left == 1 and shard.crashes < CRASHES_TO_POISON:
+                give_back(session, taken, wait_s=0.0)
+                return
+            if left == 1:
+                end_unfinished(session, shard_id=taken.shard_id, fence=taken.fence, code="poison_job",
+                               message=f"{shard.crashes} workers died while they ran this job alone")
+            close(session, taken)
+
+    def _wind_down(self) -> None:
+        with self._database.transaction() as session:
+            for batch_id in mark_expired(session):
+                log.info("batch_expired", batch_id=str(batch_id))
+            rows = shards_to_wind_down(session, limit=WIND_DOWN_SHARDS)
+        for shard_id, ending in rows:
+            code, message = _ENDINGS[Ending(ending)]
+            with self._database.transaction() as session:
+                taken = claim(session, shard_id, holder=HOLDER, lease_s=self._settings.worker.lease_s,
+                              states=("pending", "dispatched"))
+                if taken is not None:
+                    end_unfinished(session, shard_id=shard_id, fence=taken.fence, code=code, message=message)
+                    close(session, taken)
+
+    def _send_lost_hints(self) -> None:
+        with self._database.transaction() as session:
+            stale = stale_dispatched(session, older_than_s=LOST_AFTER_S)
+            if not stale:
+                return
+            dispatched = unclaimed_count(session)
+        try:
+            ready = self._publisher.ready_count()
+        except ServiceUnreachable as error:
+            log.warning("broker_unreachable", error=str(error))
+            return
+        if ready < dispatched:
+            log.warning("hints_sent_again", shards=len(stale), ready=ready, dispatched=dispatched)
+            self._send(stale)
+            with self._database.transaction() as session:
+                touch_dispatched(session, [shard_id for shard_id, _ in stale])
+
+    def _keep_house(self) -> None:
+        now = time.monotonic()
+        if now < self._partitions_at:
+            return
+        self._partitions_at = now + PARTITIONS_EVERY_S
+        with self._database.transaction() as session:
+            make_partitions(session, now=utc_now())
+            delete_abandoned_batches(session)
+
+    def _send(self, shards: list[tuple[int, UUID]]) -> None:
+        """Publish after commit; what the broker did not take is kept for the next tick."""
+        self._unsent = []
+        if not shards:
+            return
+        try:
+            self._publisher.publish(shards)
+        except ServiceUnreachable as error:
+            log.warning("publish_failed", shards=len(shards), error=str(error))
+            self._unsent = shards
+
+
+def fair_share(waiting: Iterable[Candidates], *, free: int) -> dict[UUID, list[int]]:
+    """Choose `free` shards: each goes to the tenant, then the batch, with the fewest live shards.
+
+    Max-min fairness over what is live at this moment, so a new leader decides as the old one would have;
+    among equals the batch that must end first wins (the order of `waiting`).
+    """
+    tenants: dict[str, int] = defaultdict(int)
+    queues: dict[str, list[tuple[int, int, Candidates, int]]] = defaultdict(list)
+    for order, batch in enumerate(waiting):
+        tenants[batch.tenant] += batch.live_shards
+        queues[batch.tenant].append((batch.live_shards, order, batch, 0))
+    for queue in queues.values():
+        heapq.heapify(queue)
+    chosen: dict[UUID, list[int]] = defaultdict(list)
+    for _ in range(free):
+        open_tenants = [tenant for tenant, queue in queues.items() if queue]
+        if not open_tenants:
+            break
+        tenant = min(open_tenants, key=lambda name: (tenants[name], queues[name][0][1]))
+        live, order, batch, taken = heapq.heappop(queues[tenant])
+        chosen[batch.batch_id].append(batch.shard_ids[taken])
+        tenants[tenant] += 1
+        if taken + 1 < len(batch.shard_ids):
+            heapq.heappush(queues[tenant], (live + 1, order, batch, taken + 1))
+    return dict(chosen)

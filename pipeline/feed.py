@@ -1,0 +1,349 @@
+"""Feeding an engine from claimed shards: the asyncio loop of one worker child.
+
+One call holds one or more shards: it sends their jobs concurrently, and claims the next shard as soon as
+its share of the engine would fall, so that a slow job never leaves the engine half empty. Results are
+written as they come, only while the fence holds. Any line may be the last that runs: what was not written
+is still unfinished in Postgres and will be claimed again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from uuid import UUID
+
+from sqlalchemy.orm import Session
+
+from inference.embeddings import Pack, pack
+from inference.endpoint import Endpoint, EndpointDown
+from inference.replies import result_of
+from models.jobs import Job, JobResult, failed
+from models.states import Source
+from pipeline.attempt import Attempt, Unit
+from pipeline.heartbeat import Heartbeat
+from pipeline.retry import after_failure
+from runtime.clock import utc_now
+from runtime.errors import LostFence, Permanent, ServiceUnreachable, Transient, Unstorable
+from runtime.logs import get_logger
+from runtime.settings import Settings
+from store.database import Database
+from store.shards import (
+    Claim,
+    LoadedJobs,
+    Retry,
+    claim,
+    claim_next,
+    close,
+    give_back,
+    load_jobs,
+    write_results,
+    write_retries,
+)
+
+log = get_logger(__name__)
+
+EMBEDDINGS_PATH = "/v1/embeddings"
+TICK_S = 0.2  # how soon a drain, a due write or a newly dispatched shard is noticed while nothing else happens
+DOWN_PATIENCE_S = 60.0
+DOWN_WAIT_S = 2.0  # how long a shard stays away from workers after its endpoint refused connections
+
+
+@dataclass(frozen=True, slots=True)
+class FeedContext:
+    """What a worker child has for all its tasks."""
+
+    database: Database
+    heartbeat: Heartbeat
+    generation: Endpoint
+    embeddings: Endpoint
+    settings: Settings
+    holder: str
+    in_flight: int
+    draining: Callable[[], bool]
+    engine_id: Callable[[], int | None]
+    refused: set[Endpoint] = field(default_factory=set)
+    """Endpoints that refused a connection and have not been seen healthy since."""
+
+
+@dataclass(slots=True)
+class FeedReport:
+    """What one call did."""
+
+    shards: int = 0
+    jobs: int = 0
+
+
+async def feed(context: FeedContext, shard_id: int) -> FeedReport:
+    """Run the hinted shard, and then others while there are some; returns when it holds none.
+
+    A shard that somebody else has, or that is done, is no error: the report is empty.
+    Safe to run twice or to die at any line: the fence guards every write.
+    """
+    return await _Feeder(context).run(shard_id)
+
+
+class _Feeder:
+    def __init__(self, context: FeedContext) -> None:
+        self._context = context
+        self._attempts: dict[int, Attempt] = {}
+        self._report = FeedReport()
+        self._wake = asyncio.Event()
+        self._write_wanted = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._yield_at = time.monotonic() + context.settings.worker.yield_s
+        self._grace_until: float | None = None
+        self._next_claim_at = 0.0
+
+    async def run(self, shard_id: int) -> FeedReport:
+        lease_s, holder = self._context.settings.worker.lease_s, self._context.holder
+        if await self._is_served():
+            await self._claim(lambda session: claim(session, shard_id, holder=holder, lease_s=lease_s))
+        if self._attempts:
+            async with asyncio.TaskGroup() as group:
+                writer = group.create_task(self._write_loop())
+                await self._feed_loop()
+                writer.cancel()
+        return self._report
+
+    async def _is_served(self) -> bool:
+        """Wait a little for an endpoint that refused connections; nothing is claimed meanwhile.
+
+        False after DOWN_PATIENCE_S: the shard stays dispatched and its hint is sent again.
+        """
+        until = time.monotonic() + DOWN_PATIENCE_S
+        while self._context.refused:
+            for endpoint in list(self._context.refused):
+                if await endpoint.is_healthy():
+                    self._context.refused.discard(endpoint)
+            if self._context.refused:
+                if self._context.draining() or time.monotonic() >= until:
+                    return False
+                await asyncio.sleep(TICK_S)
+        return True
+
+    async def _feed_loop(self) -> None:
+        lease_s, holder = self._context.settings.worker.lease_s, self._context.holder
+        while self._attempts:
+            self._wind_down_if_told()
+            self._start_units()
+            if self._is_hungry():
+                self._next_claim_at = time.monotonic() + TICK_S
+                if await self._claim(lambda session: claim_next(session, holder=holder, lease_s=lease_s)):
+                    self._next_claim_at = 0.0
+                    continue
+            self._wake.clear()
+            await _wait(self._wake, timeout_s=TICK_S)
+
+    def _wind_down_if_told(self) -> None:
+        now = time.monotonic()
+        if self._grace_until is None and self._context.draining():
+            self._grace_until = now + self._context.settings.worker.grace_s
+        if self._is_stopping(now):
+            for attempt in self._attempts.values():
+                attempt.stop()
+                if self._grace_until is not None and now >= self._grace_until:
+                    attempt.abandon_in_flight()
+            self._write_wanted.set()
+
+    def _is_stopping(self, now: float) -> bool:
+        return self._grace_until is not None or now >= self._yield_at
+
+    def _is_hungry(self) -> bool:
+        now = time.monotonic()
+        return (
+            now >= self._next_claim_at
+            and not self._is_stopping(now)
+            and self._in_flight() < self._context.in_flight
+            and not any(attempt.waiting or attempt.endpoint_is_down for attempt in self._attempts.values())
+        )
+
+    def _in_flight(self) -> int:
+        return sum(len(attempt.in_flight) for attempt in self._attempts.values())
+
+    def _start_units(self) -> None:
+        free = self._context.in_flight - self._in_flight()
+        for attempt in self._attempts.values():
+            while free > 0 and attempt.waiting:
+                self._start(attempt, attempt.waiting.popleft())
+                free -= 1
+
+    def _start(self, attempt: Attempt, unit: Unit) -> None:
+        def ended(task: asyncio.Task[None]) -> None:
+            attempt.in_flight.discard(task)
+            self._wake.set()
+            if attempt.wants_write():
+                self._write_wanted.set()
+
+        task = self._loop.create_task(self._run_unit(attempt, unit))
+        attempt.in_flight.add(task)
+        task.add_done_callback(ended)
+
+    async def _run_unit(self, attempt: Attempt, unit: Unit) -> None:
+        """Send one unit and record what became of its jobs: the one place that maps errors to outcomes."""
+        jobs = unit.jobs if isinstance(unit, Pack) else (unit,)
+        try:
+            for result in await self._ask(attempt, unit):
+                attempt.record(result)
+        except EndpointDown as error:
+            if error.was_sent:
+                self._retry(attempt, jobs, error)
+            else:
+                self._context.refused.add(self._endpoint(attempt.claim.endpoint))
+                attempt.endpoint_is_down = True
+                attempt.stop()
+        except Transient as error:
+            self._retry(attempt, jobs, error)
+        except Permanent as error:
+            for job in jobs:
+                attempt.record(failed(job.seq, code=error.code, message=str(error)))
+        except Exception as error:  # noqa: BLE001  # a defect of ours ends the job with a traceback in the log, never a shard for ever
+            log.exception("job_defect", batch_id=str(attempt.claim.batch_id), seqs=[job.seq for job in jobs])
+            for job in jobs:
+                attempt.record(failed(job.seq, code="internal_error", message=f"{type(error).__name__}: {error}"))
+
+    async def _ask(self, attempt: Attempt, unit: Unit) -> list[JobResult]:
+        path = attempt.claim.endpoint
+        if isinstance(unit, Job):
+            reply = await self._endpoint(path).post(
+                path, unit.body.encode(), request_id=request_id(attempt.claim.batch_id, unit.seq))
+            return [result_of(unit.seq, path, reply)]
+        reply = await self._endpoint(path).post(
+            path, unit.body, request_id=request_id(attempt.claim.batch_id, unit.jobs[0].seq))
+        if 400 <= reply.status_code < 500:
+            attempt.waiting.extendleft(unit.singles())
+            return []
+        return unit.split(reply)
+
+    def _endpoint(self, path: str) -> Endpoint:
+        return self._context.embeddings if path == EMBEDDINGS_PATH else self._context.generation
+
+    def _retry(self, attempt: Attempt, jobs: tuple[Job, ...], error: Transient) -> None:
+        max_tries = self._context.settings.limits.max_tries
+        for job in jobs:
+            attempt.record(after_failure(job, error, max_tries=max_tries, now=utc_now()))
+
+    async def _claim(self, step: Callable[[Session], Claim | None]) -> bool:
+        """Claim a shard by `step` and take its jobs in; false if there was none."""
+        def take() -> tuple[Claim, LoadedJobs] | None:
+            with self._context.database.transaction() as session:
+                claimed = step(session)
+                return claimed and (claimed, load_jobs(session, claimed))
+
+        try:
+            taken = await asyncio.to_thread(take)
+        except ServiceUnreachable as error:
+            log.warning("claim_failed", error=str(error))
+            return False
+        if taken is None:
+            return False
+        claimed, loaded = taken
+        attempt = Attempt(claimed, loaded, self._units(claimed, loaded) if claimed.runnable else ())
+        self._attempts[claimed.shard_id] = attempt
+        self._context.heartbeat.add(
+            claimed, lambda _, runnable: self._loop.call_soon_threadsafe(self._on_beat, attempt, runnable))
+        self._report.shards += 1
+        self._write_wanted.set()
+        return True
+
+    def _units(self, claimed: Claim, loaded: LoadedJobs) -> Iterator[Unit]:
+        if claimed.endpoint != EMBEDDINGS_PATH:
+            yield from loaded.jobs
+            return
+        limits = self._context.settings.embeddings
+        yield from pack(loaded.jobs, max_tokens=limits.pack_tokens, max_inputs=limits.pack_inputs)
+
+    def _on_beat(self, attempt: Attempt, runnable: bool | None) -> None:
+        if runnable is None:
+            attempt.lose()
+        elif not runnable:
+            attempt.stop()
+        self._write_wanted.set()
+
+    async def _write_loop(self) -> None:
+        """Write what is due and end the attempts that are over; the only place that writes, one at a time."""
+        while True:
+            self._write_wanted.clear()
+            for attempt in list(self._attempts.values()):
+                if attempt.wants_write():
+                    await self._write_and_end(attempt)
+            await _wait(self._write_wanted, timeout_s=TICK_S)
+
+    async def _write_and_end(self, attempt: Attempt) -> None:
+        is_over = attempt.is_over
+        results, retries = attempt.take_unwritten()
+        try:
+            if not attempt.is_lost:
+                await self._persistently(lambda: self._write(attempt, results, retries, is_over=is_over))
+                self._report.jobs += len(results)
+        except LostFence:
+            attempt.lose()
+            log.warning("fence_lost", shard_id=attempt.claim.shard_id, fence=attempt.claim.fence)
+        if attempt.is_lost or is_over:
+            self._context.heartbeat.remove(attempt.claim)
+            self._attempts.pop(attempt.claim.shard_id, None)
+            self._wake.set()
+
+    async def _persistently(self, step: Callable[[], None]) -> None:
+        """Run a database step, again and again while Postgres is away: results in hand are not thrown away."""
+        while True:
+            try:
+                return await asyncio.to_thread(step)
+            except ServiceUnreachable as error:
+                log.warning("write_waits", error=str(error))
+                await asyncio.sleep(1.0)
+
+    def _write(self, attempt: Attempt, results: list[JobResult], retries: list[Retry], *, is_over: bool) -> None:
+        try:
+            self._transact(attempt, results, retries, is_over=is_over)
+        except Unstorable:
+            for result in results:
+                self._write_alone(attempt, result)
+            self._transact(attempt, [], retries, is_over=is_over)
+
+    def _write_alone(self, attempt: Attempt, result: JobResult) -> None:
+        try:
+            self._transact(attempt, [result], [], is_over=False)
+        except Unstorable as error:
+            refused = failed(result.seq, code="unstorable_response", message=str(error), source=Source.ENGINE)
+            self._transact(attempt, [refused], [], is_over=False)
+
+    def _transact(self, attempt: Attempt, results: list[JobResult], retries: list[Retry], *, is_over: bool) -> None:
+        """One transaction: results, retries, and the end of the attempt if it is over.
+
+        Raises LostFence if another attempt owns the shard; nothing was written then.
+        """
+        lease_s = self._context.settings.worker.lease_s
+        with self._context.database.transaction() as session:
+            if results and write_results(session, attempt.claim, results, engine_id=self._context.engine_id(),
+                                         lease_s=lease_s) is None:
+                raise LostFence
+            if retries and not write_retries(session, attempt.claim, retries):
+                raise LostFence
+            if is_over and not close(session, attempt.claim) and not give_back(
+                    session, attempt.claim, wait_s=_wait_s(attempt)):
+                raise LostFence
+
+
+def request_id(batch_id: UUID, seq: int) -> str:
+    """The id of a job's request: in our result line, in the engine's log and in its response."""
+    return f"batch_req_{batch_id.hex}_{seq}"
+
+
+def _wait_s(attempt: Attempt) -> float:
+    """How long a given-back shard stays away: until its first retry is due, or its endpoint had time to return."""
+    if attempt.endpoint_is_down:
+        return DOWN_WAIT_S
+    if attempt.next_due is None:
+        return 0.0
+    return max(0.0, (attempt.next_due - utc_now()).total_seconds())
+
+
+async def _wait(event: asyncio.Event, *, timeout_s: float) -> None:
+    """Return when the event is set, or after the time."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        return

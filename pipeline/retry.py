@@ -1,0 +1,29 @@
+"""The one place that decides whether a job that failed transiently is tried again, and when."""
+
+from __future__ import annotations
+
+import random
+from datetime import datetime, timedelta
+
+from models.jobs import Job, JobResult, failed
+from models.states import Source
+from runtime.errors import Transient
+from store.shards import Retry
+
+BASE_S = 1.0
+CAP_S = 60.0
+
+
+def after_failure(job: Job, error: Transient, *, max_tries: int, now: datetime) -> Retry | JobResult:
+    """A later try by exponential backoff with full jitter, or the job's end when its tries are spent.
+
+    Full jitter (Brooker, "Exponential Backoff And Jitter", 2015): uniform over [0, min(cap, base * 2^tries)];
+    the server's Retry-After is the least wait.
+    """
+    tries = job.tries + 1
+    if tries >= max_tries:
+        return failed(job.seq, code="retries_exhausted", source=Source.ENGINE,
+                      message=f"failed {tries} times, the last time with: {error}")
+    wait_s = random.uniform(0, min(CAP_S, BASE_S * 2**tries))  # noqa: S311  # jitter, not a secret
+    wait_s = max(wait_s, error.retry_after_s or 0.0)
+    return Retry(seq=job.seq, tries=tries, not_before=now + timedelta(seconds=wait_s), error=str(error)[:500])
