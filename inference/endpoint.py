@@ -9,11 +9,12 @@ import asyncio
 import io
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from types import TracebackType
-from typing import NoReturn, Protocol, Self
+from typing import NoReturn, Self
 from urllib.parse import SplitResult, urlsplit
 
 import aiohttp
@@ -221,10 +222,6 @@ class _Version(msgspec.Struct):
     build_info: str | None = None
 
 
-class _Headers(Protocol):
-    def get(self, name: str, /) -> str | None: ...
-
-
 def _address_of(url: str) -> tuple[str, str | None]:
     """(what a path is appended to, path of the unix socket or None)."""
     try:
@@ -253,7 +250,7 @@ def _fault_of(parts: SplitResult) -> str | None:
     return None
 
 
-def _retry_after_s(headers: _Headers) -> float | None:
+def _retry_after_s(headers: Mapping[str, str]) -> float | None:
     """The server's wish from `retry-after-ms` (OpenAI, Azure) or `Retry-After` (RFC 9110: seconds or a date)."""
     milliseconds = _seconds(headers.get("retry-after-ms"))
     if milliseconds is not None:

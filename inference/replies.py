@@ -136,28 +136,27 @@ _COUNTS_DECODER = msgspec.json.Decoder(_Counts, strict=False)  # some servers co
 
 
 def _decode(text: str, decoder: msgspec.json.Decoder[_Answer]) -> tuple[str, _Answer]:
-    """The answer and its JSON, which is `text` unless only Python's json could read that.
-
-    That is the case with escaped lone surrogates, which llama.cpp sends when a token limit cuts an emoji,
-    and with NaN, which becomes null.
-    """
+    """The answer and its JSON, which is `text` unless only Python's json could read that."""
     try:
         return text, decoder.decode(text)
     except msgspec.ValidationError:
         raise
     except msgspec.DecodeError:
-        text = json.dumps(json.loads(text, parse_constant=_null))
+        text = _rewritten(text)
         return text, decoder.decode(_without_surrogates(text))
 
 
+def _rewritten(text: str) -> str:
+    """The same JSON where msgspec refuses it: escaped lone surrogates stay, NaN and Infinity become null.
+
+    Servers send such a surrogate when a token limit cuts an emoji. Raises ValueError if it is no JSON.
+    """
+    return json.dumps(json.loads(text, parse_constant=lambda _: None))
+
+
 def _without_surrogates(text: str) -> str:
-    """The same JSON with U+FFFD for what UTF-8 cannot hold: enough to judge it, not to keep it."""
-    whole = json.dumps(json.loads(text), ensure_ascii=False)
-    return whole.encode("utf-8", "replace").decode()
-
-
-def _null(constant: str) -> None:
-    return None
+    """The same JSON with a question mark for what UTF-8 cannot hold: enough to judge it, not to keep it."""
+    return json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8", "replace").decode()
 
 
 def _outcome_of(choices: Sequence[_Choice | _TextChoice]) -> Outcome:
@@ -203,13 +202,8 @@ def _invalid(seq: int, reply: Reply, reason: str) -> JobResult:
 
 def _rejection(seq: int, reply: Reply, text: str) -> JobResult:
     """A job that the endpoint refused. Rare, so plain `json` reads the many forms that errors have."""
-    try:
-        answer = json.loads(text, parse_constant=_null)
-        response = text if "NaN" not in text and "Infinity" not in text else json.dumps(answer)
-    except (ValueError, RecursionError):
-        answer = {"error": {"message": _short(text) or f"HTTP {reply.status_code}"}}
-        response = json.dumps(answer)
-    code, message = _error_in(answer)
+    response = _as_json(text) or json.dumps({"error": {"message": _short(text) or f"HTTP {reply.status_code}"}})
+    code, message = _error_in(json.loads(response))
     return JobResult(
         seq=seq,
         outcome=Outcome.FAILED,
@@ -219,6 +213,19 @@ def _rejection(seq: int, reply: Reply, text: str) -> JobResult:
         error_message=_short(message) or f"HTTP {reply.status_code}",
         duration_ms=reply.duration_ms,
     )
+
+
+def _as_json(text: str) -> str | None:
+    try:
+        msgspec.json.decode(text, type=msgspec.Raw)
+        return text
+    except msgspec.DecodeError:
+        try:
+            return _rewritten(text)
+        except (ValueError, RecursionError):
+            return None
+    except RecursionError:
+        return None
 
 
 def _error_in(answer: Any) -> tuple[str | None, str]:

@@ -12,7 +12,6 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from uuid import UUID
 
 from sqlalchemy.orm import Session
 
@@ -20,6 +19,7 @@ from inference.embeddings import Pack, pack
 from inference.endpoint import Endpoint, EndpointDown
 from inference.replies import result_of
 from models.jobs import Job, JobResult, failed
+from models.names import request_name
 from models.states import Source
 from pipeline.attempt import Attempt, Unit
 from pipeline.heartbeat import Heartbeat
@@ -207,10 +207,10 @@ class _Feeder:
         path = attempt.claim.endpoint
         if isinstance(unit, Job):
             reply = await self._endpoint(path).post(
-                path, unit.body.encode(), request_id=request_id(attempt.claim.batch_id, unit.seq))
+                path, unit.body.encode(), request_id=request_name(attempt.claim.batch_id, unit.seq))
             return [result_of(unit.seq, path, reply)]
         reply = await self._endpoint(path).post(
-            path, unit.body, request_id=request_id(attempt.claim.batch_id, unit.jobs[0].seq))
+            path, unit.body, request_id=request_name(attempt.claim.batch_id, unit.jobs[0].seq))
         if 400 <= reply.status_code < 500:
             attempt.waiting.extendleft(unit.singles())
             return []
@@ -324,11 +324,6 @@ class _Feeder:
             if is_over and not close(session, attempt.claim) and not give_back(
                     session, attempt.claim, wait_s=_wait_s(attempt)):
                 raise LostFence
-
-
-def request_id(batch_id: UUID, seq: int) -> str:
-    """The id of a job's request: in our result line, in the engine's log and in its response."""
-    return f"batch_req_{batch_id.hex}_{seq}"
 
 
 def _wait_s(attempt: Attempt) -> float:

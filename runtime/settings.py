@@ -132,6 +132,18 @@ class Settings(BaseSettings):
         """Whether no service is named: Postgres and the broker then run as our own children."""
         return self.postgres.url is None and self.broker.url is None and self.redis.url is None
 
+    def require_postgres(self) -> str:
+        """Postgres's URL; raises BadInput if none is set."""
+        return _required(self.postgres.url, "STOKER_POSTGRES__URL")
+
+    def require_broker(self) -> str:
+        """The broker's URL; raises BadInput if none is set."""
+        return _required(self.broker.url, "STOKER_BROKER__URL")
+
+    def require_redis(self) -> str:
+        """Redis's URL; raises BadInput if none is set."""
+        return _required(self.redis.url, "STOKER_REDIS__URL")
+
 
 def load_settings() -> Settings:
     """Settings from the environment and `.env`.
@@ -176,6 +188,12 @@ def env_example() -> str:
 def without_secrets(url: str) -> str:
     """A URL with its password replaced by ***, fit for logs and messages."""
     return re.sub(r"(?<=:)[^:@/]+(?=@)", "***", url)
+
+
+def _required(url: str | None, name: str) -> str:
+    if url is None:
+        raise BadInput(f"{name} is not set; `stoker up` and `stoker run` need none, other commands need all three services")
+    return url
 
 
 def _variables(settings: Settings) -> Iterator[tuple[str, str, str, str]]:

@@ -85,11 +85,12 @@ def latest_batches(session: Session, *, tenant: str, limit: int) -> list[BatchPr
     return [_progress(row) for row in rows]
 
 
-def find_batches(session: Session, prefix: str, *, tenant: str) -> list[UUID]:
-    """Up to two ids that begin with `prefix`, so that a caller can tell one from ambiguous."""
-    return list(session.scalars(
-        select(Batch.id).where(Batch.tenant == tenant, text("CAST(id AS text) LIKE :prefix || '%'"))
-        .limit(2), {"prefix": prefix}))
+def find_batches(session: Session, hex_prefix: str, *, tenant: str) -> list[UUID]:
+    """Up to two batches whose id begins so, so that a caller can tell one from ambiguous."""
+    return list(session.scalars(text("""
+        SELECT id FROM batches WHERE tenant = :tenant
+          AND starts_with(replace(CAST(id AS text), '-', ''), :prefix) ORDER BY id DESC LIMIT 2"""),
+        {"tenant": tenant, "prefix": hex_prefix}))
 
 
 def request_cancel(session: Session, batch_id: UUID) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 from uuid import UUID
 
 from celery import Celery
@@ -53,11 +52,11 @@ class HintPublisher:
 
     def publish(self, shards: Sequence[tuple[int, UUID]]) -> None:
         """One hint a shard; mandatory, so that a queue that is gone is an error and not a loss."""
-        with self._channel() as connection, connection.Producer(serializer="json", on_return=_refuse) as producer:
+        with self._channel() as connection, connection.Producer(serializer="json") as producer:
             for shard_id, batch_id in shards:
                 hint = RunShard(shard_id=shard_id, batch_id=str(batch_id))
                 message = self._app.amqp.create_task_message(
-                    f"{shard_id}-{_suffix()}", RunShard.wire_name, kwargs=hint.model_dump(), ignore_result=True)
+                    f"{shard_id}-{secrets.token_hex(4)}", RunShard.wire_name, kwargs=hint.model_dump(), ignore_result=True)
                 producer.publish(message.body, exchange="", routing_key=RunShard.queue, mandatory=True,
                                  confirm_timeout=CONFIRM_S, headers=message.headers, **message.properties)
 
@@ -91,12 +90,3 @@ class HintPublisher:
         for queue in self._queues:
             queue(connection.default_channel).declare()
         return connection
-
-
-def _suffix() -> str:
-    """Makes a hint's Celery task id unique when the same shard is announced again."""
-    return secrets.token_hex(4)
-
-
-def _refuse(exception: Exception, *_: Any) -> None:
-    raise exception

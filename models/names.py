@@ -1,0 +1,22 @@
+"""How a batch is called outside: `batch_` and the 32 hex digits of its UUID; any unique beginning will do."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+PREFIX = "batch_"
+
+
+def batch_name(batch_id: UUID) -> str:
+    """`batch_01a2…` of a batch id."""
+    return PREFIX + batch_id.hex
+
+
+def batch_hex(name: str) -> str:
+    """The hex digits that a whole or shortened name states; dashes and the prefix may be there or not."""
+    return name.strip().lower().removeprefix(PREFIX).replace("-", "")
+
+
+def request_name(batch_id: UUID, seq: int) -> str:
+    """The id of a job's request: in its result line, in the engine's log and in the engine's response."""
+    return f"batch_req_{batch_id.hex}_{seq}"

@@ -1,0 +1,78 @@
+"""The Celery app: its settings, its one queue, its task, and the steps a worker process adds.
+
+Settled by measurement (docs/decisions/0003-celery.md): prefork, late acks, prefetch of one, JSON only,
+no result backend, no countdowns or retries. Recovery is the lease's, in Postgres; acks are flow control.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import Celery, signals
+from celery.worker.consumer.consumer import Consumer as CeleryConsumer
+
+from models.messages import RunShard
+from runtime.logs import configure_logs
+from runtime.settings import Settings
+from tasks.generation import run_shard
+from worker.child import Child
+from worker.queues import node_queue
+from worker.shared import SharedState
+from worker.steps import DispatchStep, EngineStep, PresenceStep, WorkerParts
+
+# A visibility timeout above the longest task (yield after 10 min, then a request of at most 15 min); the two
+# sweeps bring a killed worker's hint back in 6.7 s instead of 96 s. Read only by the Redis transport.
+_REDIS_TRANSPORT = {"visibility_timeout": 1800, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
+_AMQP_TRANSPORT = {"confirm_publish": True}
+
+
+class Consumer(CeleryConsumer):  # type: ignore[misc]  # celery has no types
+    """Celery's consumer without delayed delivery: nothing here has an ETA, and it would declare 28 queues."""
+
+    class Blueprint(CeleryConsumer.Blueprint):  # type: ignore[misc]
+        default_steps = tuple(
+            step for step in CeleryConsumer.Blueprint.default_steps if "delayed_delivery" not in step)
+
+
+def make_app(settings: Settings) -> Celery:
+    """The app for workers and publishers. Raises BadInput if no broker is named."""
+    broker_url = settings.require_broker()
+    app = Celery("stoker", broker=broker_url, set_as_current=True)
+    app.conf.update(
+        task_serializer="json", accept_content=["json"], task_ignore_result=True,
+        task_acks_late=True, worker_prefetch_multiplier=1,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        task_default_queue=RunShard.queue, task_create_missing_queues=False,
+        task_queues=[node_queue(delivery_limit=settings.broker.delivery_limit)],
+        worker_pool="prefork", worker_concurrency=settings.worker.children,
+        worker_consumer="worker.celery_app:Consumer",
+        broker_connection_retry_on_startup=True, broker_connection_max_retries=None,
+        broker_transport_options=_AMQP_TRANSPORT if broker_url.startswith("amqp") else _REDIS_TRANSPORT,
+        worker_send_task_events=True, worker_hijack_root_logger=False, worker_redirect_stdouts=False,
+    )
+    _wire(app, WorkerParts(settings=settings, shared=SharedState()))
+    return app
+
+
+def _wire(app: Celery, parts: WorkerParts) -> None:
+    """Attach the task, the process signals and the bootsteps."""
+    child: list[Child] = []
+
+    @app.task(name=RunShard.wire_name)  # type: ignore[untyped-decorator]
+    def _run_shard(**message: Any) -> None:
+        run_shard(child[0].context, child[0].runner, RunShard.model_validate(message))
+
+    def start_child(**_: Any) -> None:
+        child.append(Child(parts))
+
+    def end_child(**_: Any) -> None:
+        if child:
+            child.pop().close()
+
+    signals.setup_logging.connect(lambda **_: configure_logs(parts.settings.log), weak=False)
+    signals.worker_process_init.connect(start_child, weak=False)
+    signals.worker_process_shutdown.connect(end_child, weak=False)
+    signals.worker_shutting_down.connect(lambda **_: parts.shared.start_draining(), weak=False)
+    signals.worker_shutdown.connect(lambda **_: parts.end(), weak=False)
+    app.steps["worker"].update({EngineStep, PresenceStep, DispatchStep})
+    app.stoker_parts = parts

@@ -1,0 +1,55 @@
+"""What one prefork child owns: its asyncio loop, connections and heartbeat; made after the fork."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import socket
+
+import uvloop
+
+from inference.endpoint import Endpoint
+from pipeline.feed import FeedContext
+from pipeline.heartbeat import Heartbeat
+from store.database import Database
+from worker.steps import WorkerParts
+
+
+class Child:
+    """The parts that a child's tasks share, from `worker_process_init` to its end."""
+
+    def __init__(self, parts: WorkerParts) -> None:
+        settings = parts.settings
+        self.runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+        self._database = Database(settings.require_postgres(), pool_size=settings.postgres.pool_size)
+        self._heartbeat = Heartbeat(
+            self._database, lease_s=settings.worker.lease_s, interval_s=settings.worker.heartbeat_s)
+        in_flight = settings.worker.in_flight or math.ceil(2 * settings.engine.max_num_seqs / settings.worker.children)
+        generation = Endpoint(parts.engine_url, api_key=settings.engine.api_key,
+                              timeout_s=settings.limits.request_timeout_s, connections=in_flight)
+        embeddings = generation if settings.embeddings.url is None else Endpoint(
+            settings.embeddings.url, api_key=settings.embeddings.api_key,
+            timeout_s=settings.limits.request_timeout_s, connections=in_flight)
+        self._endpoints = {generation, embeddings}
+        self.runner.run(self._open())
+        self._heartbeat.__enter__()
+        self.context = FeedContext(
+            database=self._database, heartbeat=self._heartbeat, generation=generation, embeddings=embeddings,
+            settings=settings, holder=f"{socket.gethostname()}:{os.getpid()}", in_flight=in_flight,
+            draining=parts.shared.is_draining, engine_id=parts.shared.engine_id)
+
+    async def _open(self) -> None:
+        for endpoint in self._endpoints:
+            await endpoint.__aenter__()
+
+    async def _close_endpoints(self) -> None:
+        for endpoint in self._endpoints:
+            await endpoint.__aexit__(None, None, None)
+
+    def close(self) -> None:
+        """End the heartbeat and close every connection."""
+        self._heartbeat.__exit__(None, None, None)
+        self.runner.run(self._close_endpoints())
+        self.runner.close()
+        self._database.close()

@@ -1,0 +1,8 @@
+"""The Celery entry point: `celery -A worker.main worker`."""
+
+from __future__ import annotations
+
+from runtime.settings import load_settings
+from worker.celery_app import make_app
+
+app = make_app(load_settings())

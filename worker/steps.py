@@ -1,0 +1,169 @@
+"""What a worker process starts beside Celery's pool: its engine, its presence, a standby dispatch leader.
+
+Steps start after the pool and before the consumer, so no hint is taken before the engine is up. Their parts
+end by `WorkerParts.end`, after the pool has drained: Celery would stop the steps before it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from celery.bootsteps import StartStopStep
+from celery.worker.components import Pool
+
+from inference.endpoint import Endpoint
+from inference.engines import EnginePlan, plan_engine
+from inference.supervisor import EngineSupervisor
+from pipeline.identity import identify_endpoint, register
+from runtime.children import spawn, stop
+from runtime.errors import ServiceUnreachable
+from runtime.logs import get_logger
+from runtime.settings import Settings, environment_of
+from store.database import Database
+from store.presence import ANNOUNCE_S, PresenceBoard, WorkerPresence
+from worker.shared import SharedState
+
+log = get_logger(__name__)
+
+DISPATCH_GRACE_S = 5.0
+
+
+class WorkerParts:
+    """What the parent process owns, from before the fork to its end."""
+
+    def __init__(self, *, settings: Settings, shared: SharedState) -> None:
+        self.settings = settings
+        self.shared = shared
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._plan: EnginePlan | None = None
+        self._planned = False
+        self.engine: EngineSupervisor | None = None
+        self.dispatcher: subprocess.Popen[bytes] | None = None
+        self.presence: PresenceThread | None = None
+        self._owner = 0
+
+    def plan(self) -> EnginePlan | None:
+        """The engine to start, planned once in the parent before it forks: the children need its address."""
+        if not self._planned:
+            self._owner = os.getpid()
+            self._folder = tempfile.TemporaryDirectory(prefix="stoker-worker-")
+            self._plan = plan_engine(self.settings.engine, socket=Path(self._folder.name) / "engine.sock")
+            self._planned = True
+        return self._plan
+
+    @property
+    def engine_url(self) -> str:
+        """Where jobs are sent: our own engine, or the one that the settings name."""
+        plan = self.plan()
+        return plan.url if plan is not None else self.settings.engine.url or ""
+
+    @property
+    def log_file(self) -> Path:
+        """Where the engine's output goes."""
+        folder = self.settings.home / "logs" if self.settings.home else Path(tempfile.gettempdir())
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"stoker-engine-{os.getpid()}.log"
+
+    def end(self) -> None:
+        """End everything that was started; called when the pool has drained, and once more is harmless."""
+        if self._owner != os.getpid():
+            return
+        if self.presence is not None:
+            self.presence.stop()
+        if self.dispatcher is not None:
+            stop(self.dispatcher, grace_s=DISPATCH_GRACE_S)
+        if self.engine is not None:
+            self.engine.stop()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+class EngineStep(StartStopStep):  # type: ignore[misc]  # celery has no types
+    """Starts the engine, waits until it is healthy, and registers it."""
+
+    requires = {Pool}  # noqa: RUF012  # celery's own protocol
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self._parts: WorkerParts = worker.app.stoker_parts
+        self._parts.plan()
+
+    def start(self, worker: Any) -> None:
+        """Block until the engine answers; Celery ends the worker if it cannot."""
+        parts, plan = self._parts, self._parts.plan()
+        if plan is not None:
+            if plan.warning:
+                log.warning("checkpoint_16_bit", advice=plan.warning)
+            parts.engine = EngineSupervisor(
+                plan, log_file=parts.log_file, start_timeout_s=parts.settings.engine.start_timeout_s,
+                stall_s=parts.settings.engine.stall_s)
+            log.info("engine_starts", engine=plan.kind, checkpoint=plan.description["checkpoint"],
+                     log=str(parts.log_file))
+            parts.engine.start()
+        identity = identify_endpoint(parts.engine_url, plan=plan, settings=parts.settings)
+        parts.shared.set_engine_id(register(parts.settings, identity))
+        parts.presence = PresenceThread(parts, worker.hostname, models=identity.models, engine=identity.label)
+        parts.presence.start()
+
+    def terminate(self, worker: Any) -> None:
+        """A cold shutdown: do not wait for anything."""
+        self._parts.end()
+
+
+class DispatchStep(StartStopStep):  # type: ignore[misc]
+    """Runs the dispatch loop in a process of its own: a pool task would stall behind long shards."""
+
+    requires = {Pool, EngineStep}  # noqa: RUF012
+
+    def start(self, worker: Any) -> None:
+        """Start the standby leader; it dies with this process."""
+        parts: WorkerParts = worker.app.stoker_parts
+        parts.dispatcher = spawn([sys.executable, "-m", "worker.dispatcher"], log=None, session=True,
+                                 env={**os.environ, **environment_of(parts.settings)})
+
+
+class PresenceThread(threading.Thread):
+    """Announces this worker in Redis every 5 s; what Redis does not hear costs nothing durable."""
+
+    def __init__(self, parts: WorkerParts, name: str, *, models: list[str], engine: str) -> None:
+        super().__init__(name="presence", daemon=True)
+        self._parts = parts
+        self._name_in_redis = name
+        self._models = models
+        self._engine_label = engine
+        self._stop_wanted = threading.Event()
+
+    def run(self) -> None:
+        board = PresenceBoard(self._parts.settings.require_redis())
+        while True:
+            try:
+                board.announce(self._presence())
+            except ServiceUnreachable as error:
+                log.warning("presence_not_announced", error=str(error))
+            if self._stop_wanted.wait(ANNOUNCE_S):
+                break
+        try:
+            board.withdraw(self._name_in_redis)
+        except ServiceUnreachable as error:
+            log.warning("presence_not_withdrawn", error=str(error))
+        board.close()
+
+    def stop(self) -> None:
+        """Withdraw the announcement and end the thread."""
+        self._stop_wanted.set()
+        self.join()
+
+    def _presence(self) -> WorkerPresence:
+        engine = self._parts.engine
+        return WorkerPresence(
+            name=self._name_in_redis, children=self._parts.settings.worker.children, models=self._models,
+            engine=self._engine_label, healthy=engine.is_healthy if engine else True,
+            running=engine.readings.running if engine else None,
+            waiting=engine.readings.waiting if engine else None)
