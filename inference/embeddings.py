@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from inference.endpoint import Reply
-from inference.replies import result_of
+from inference.replies import result_of, usage_of
 from models.jobs import Job, JobResult, Usage
 from models.states import Outcome
 
@@ -26,7 +26,6 @@ BYTES_PER_TOKEN = 4
 SPECIAL_TOKENS = 2
 # Fields that make base64 something else than little-endian float32, or that ask without `input`.
 UNPACKABLE_FIELDS = frozenset({"embed_dtype", "endianness", "messages", "stream"})
-FORMATS = frozenset({"float", "base64"})
 
 
 
@@ -65,8 +64,7 @@ class Pack:
     def _divided(self, reply: Reply) -> Iterator[JobResult]:
         answer = _REPLY_DECODER.decode(reply.body)
         vectors = iter(_in_order(answer.data, expected=sum(self.input_counts)))
-        prompt_tokens = _apportion(answer.usage.prompt_tokens, self.token_estimates)
-        total_tokens = _apportion(answer.usage.total_tokens, self.token_estimates)
+        tokens = _apportion(usage_of(answer.usage).prompt_tokens, self.token_estimates)
         for position, job in enumerate(self.jobs):
             asked = self.formats[position]
             response = _Response(
@@ -75,14 +73,14 @@ class Pack:
                     for index in range(self.input_counts[position])
                 ],
                 model=answer.model,
-                usage=_Counts(prompt_tokens[position], total_tokens[position]),
+                usage=_Counts(tokens[position], tokens[position]),
             )
             yield JobResult(
                 seq=job.seq,
                 outcome=Outcome.SUCCEEDED,
                 status_code=reply.status_code,
                 response=_ENCODER.encode(response).decode(),
-                usage=Usage(prompt_tokens=prompt_tokens[position]),
+                usage=Usage(prompt_tokens=tokens[position]),
                 duration_ms=reply.duration_ms,
             )
 
@@ -98,7 +96,7 @@ class Pack:
 
 
 def pack(jobs: Sequence[Job], *, max_tokens: int, max_inputs: int) -> list[Pack]:
-    """Every job in exactly one pack; a pack holds at most `max_inputs` texts and `max_tokens` estimated tokens.
+    """Every job in exactly one pack of at most `max_inputs` texts and `max_tokens` estimated tokens.
 
     A job is never cut: one over a bound stands alone, as does one whose body has no plain `input` (the
     server judges it). Jobs of a pack differ in `input` and `encoding_format` only, and are near in length.
@@ -111,7 +109,8 @@ def pack(jobs: Sequence[Job], *, max_tokens: int, max_inputs: int) -> list[Pack]
             alone.append(_alone(job, _tokens_of(job.body)))
         else:
             groups[asked.group].append(asked)
-    return [*(_packed(part) for group in groups.values() for part in _cut(group, max_tokens, max_inputs)), *alone]
+    parts = (part for group in groups.values() for part in _cut(group, max_tokens, max_inputs))
+    return [*map(_packed, parts), *alone]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +130,15 @@ class _Vector(msgspec.Struct):
     embedding: msgspec.Raw
 
 
-class _Counts(msgspec.Struct):
-    prompt_tokens: int = 0
-    total_tokens: int = 0
-
-
 class _PackReply(msgspec.Struct):
     data: list[_Vector]
     model: str = ""
-    usage: _Counts = msgspec.field(default_factory=_Counts)
+    usage: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+class _Counts(msgspec.Struct):
+    prompt_tokens: int
+    total_tokens: int
 
 
 class _Item(msgspec.Struct, kw_only=True):
@@ -189,7 +188,7 @@ def _read(job: Job) -> _Asked | None:
     except (ValueError, KeyError, RecursionError):
         return None
     inputs = _inputs_of(given)
-    if inputs is None or wish not in FORMATS or not UNPACKABLE_FIELDS.isdisjoint(fields):
+    if inputs is None or wish not in ("float", "base64") or not UNPACKABLE_FIELDS.isdisjoint(fields):
         return None
     lengths = [_tokens_of(text) for text in inputs]
     rest = sorted((name, bytes(value)) for name, value in fields.items())
@@ -267,7 +266,7 @@ def _to_little_endian(numbers: array[float]) -> None:
 
 
 def _apportion(total: int, weights: Sequence[int]) -> list[int]:
-    """`total` in whole parts proportional to the weights (positive), by largest remainder; they sum to `total`."""
+    """`total` in whole parts that sum to it, proportional to the positive weights, by largest remainder."""
     whole = sum(weights)
     parts = [total * weight // whole for weight in weights]
     remainders = [total * weight % whole for weight in weights]

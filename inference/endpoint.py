@@ -177,7 +177,7 @@ class Endpoint:
             self._raise_for(error, timeout_s=PROBE_TIMEOUT_S)
 
     async def _body_of(self, response: aiohttp.ClientResponse) -> bytes:
-        """The whole body; Permanent as soon as it is seen to be over the limit, before it fills the memory."""
+        """The whole body; Permanent as soon as it is over the limit, before it fills the memory."""
         if (response.content_length or 0) <= RESPONSE_LIMIT_BYTES:
             chunks = []
             size_bytes = 0
@@ -190,7 +190,8 @@ class Endpoint:
                 return b"".join(chunks)
         response.close()
         raise Permanent(
-            f"{self.url} answered with more than {RESPONSE_LIMIT_BYTES // 1024**2} MB", code="response_too_large"
+            f"{self.url} answered with more than {RESPONSE_LIMIT_BYTES // 1024**2} MB",
+            code="response_too_large",
         )
 
     def _raise_for(self, error: aiohttp.ClientError | OSError, *, timeout_s: float) -> NoReturn:
@@ -251,7 +252,7 @@ def _fault_of(parts: SplitResult) -> str | None:
 
 
 def _retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """The server's wish from `retry-after-ms` (OpenAI, Azure) or `Retry-After` (RFC 9110: seconds or a date)."""
+    """The wish in `retry-after-ms` (OpenAI, Azure) or `Retry-After` (RFC 9110: seconds or a date)."""
     milliseconds = _seconds(headers.get("retry-after-ms"))
     if milliseconds is not None:
         return milliseconds / 1000

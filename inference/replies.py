@@ -38,8 +38,24 @@ def result_of(seq: int, path: str, reply: Reply) -> JobResult:
         outcome=answer.outcome(),
         status_code=reply.status_code,
         response=text,
-        usage=_usage_of(answer.usage),
+        usage=usage_of(answer.usage),
         duration_ms=reply.duration_ms,
+    )
+
+
+def usage_of(raw: msgspec.Raw) -> Usage:
+    """The counts; zeros where they are missing or absurd, for a good answer is not lost over its bill."""
+    try:
+        counts = _COUNTS_DECODER.decode(raw)
+    except msgspec.MsgspecError:
+        return Usage()
+    cached = counts.prompt_tokens_details
+    reasoning = counts.completion_tokens_details
+    return Usage(
+        prompt_tokens=_count(counts.prompt_tokens),
+        completion_tokens=_count(counts.completion_tokens),
+        cached_tokens=_count(cached.cached_tokens) if cached else 0,
+        reasoning_tokens=_count(reasoning.reasoning_tokens) if reasoning else 0,
     )
 
 
@@ -136,27 +152,29 @@ _COUNTS_DECODER = msgspec.json.Decoder(_Counts, strict=False)  # some servers co
 
 
 def _decode(text: str, decoder: msgspec.json.Decoder[_Answer]) -> tuple[str, _Answer]:
-    """The answer and its JSON, which is `text` unless only Python's json could read that."""
+    """The answer and its JSON, which is `text` unless only Python's json can read that."""
     try:
         return text, decoder.decode(text)
     except msgspec.ValidationError:
         raise
     except msgspec.DecodeError:
-        text = _rewritten(text)
-        return text, decoder.decode(_without_surrogates(text))
+        text, whole = _read(text)
+        # A question mark for what UTF-8 cannot hold: enough to judge the answer; what is kept has the escapes.
+        return text, decoder.decode(json.dumps(whole, ensure_ascii=False).encode("utf-8", "replace"))
 
 
-def _rewritten(text: str) -> str:
-    """The same JSON where msgspec refuses it: escaped lone surrogates stay, NaN and Infinity become null.
+def _read(text: str) -> tuple[str, Any]:
+    """The JSON and what it says; rewritten only where msgspec refuses what Python's json takes.
 
-    Servers send such a surrogate when a token limit cuts an emoji. Raises ValueError if it is no JSON.
+    Escaped lone surrogates, which servers send when a token limit cuts an emoji, stay; NaN becomes null.
+    Raises ValueError or RecursionError if it is no JSON.
     """
-    return json.dumps(json.loads(text, parse_constant=lambda _: None))
-
-
-def _without_surrogates(text: str) -> str:
-    """The same JSON with a question mark for what UTF-8 cannot hold: enough to judge it, not to keep it."""
-    return json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8", "replace").decode()
+    answer = json.loads(text, parse_constant=lambda _: None)
+    try:
+        msgspec.json.decode(text, type=msgspec.Raw)
+    except msgspec.DecodeError:
+        text = json.dumps(answer)
+    return text, answer
 
 
 def _outcome_of(choices: Sequence[_Choice | _TextChoice]) -> Outcome:
@@ -169,22 +187,6 @@ def _is_blank(text: str | None) -> bool:
     return not text or text.isspace()
 
 
-def _usage_of(raw: msgspec.Raw) -> Usage:
-    """The counts; zeros where they are missing or absurd, for a good answer is not lost over its bill."""
-    try:
-        counts = _COUNTS_DECODER.decode(raw)
-    except msgspec.MsgspecError:
-        return Usage()
-    cached = counts.prompt_tokens_details
-    reasoning = counts.completion_tokens_details
-    return Usage(
-        prompt_tokens=_count(counts.prompt_tokens),
-        completion_tokens=_count(counts.completion_tokens),
-        cached_tokens=_count(cached.cached_tokens) if cached else 0,
-        reasoning_tokens=_count(reasoning.reasoning_tokens) if reasoning else 0,
-    )
-
-
 def _count(tokens: int | None) -> int:
     return min(max(tokens or 0, 0), LARGEST_COUNT)
 
@@ -195,15 +197,18 @@ def _invalid(seq: int, reply: Reply, reason: str) -> JobResult:
         outcome=Outcome.FAILED,
         status_code=reply.status_code,
         error_code="invalid_response",
-        error_message=_short(f"the endpoint answered {reply.status_code} without the expected JSON: {reason}"),
+        error_message=_short(f"{reply.status_code} without the expected JSON: {reason}"),
         duration_ms=reply.duration_ms,
     )
 
 
 def _rejection(seq: int, reply: Reply, text: str) -> JobResult:
     """A job that the endpoint refused. Rare, so plain `json` reads the many forms that errors have."""
-    response = _as_json(text) or json.dumps({"error": {"message": _short(text) or f"HTTP {reply.status_code}"}})
-    code, message = _error_in(json.loads(response))
+    try:
+        response, answer = _read(text)
+    except (ValueError, RecursionError):
+        response, answer = _read(json.dumps({"error": {"message": _short(text) or f"HTTP {reply.status_code}"}}))
+    code, message = _error_in(answer)
     return JobResult(
         seq=seq,
         outcome=Outcome.FAILED,
@@ -215,19 +220,6 @@ def _rejection(seq: int, reply: Reply, text: str) -> JobResult:
     )
 
 
-def _as_json(text: str) -> str | None:
-    try:
-        msgspec.json.decode(text, type=msgspec.Raw)
-        return text
-    except msgspec.DecodeError:
-        try:
-            return _rewritten(text)
-        except (ValueError, RecursionError):
-            return None
-    except RecursionError:
-        return None
-
-
 def _error_in(answer: Any) -> tuple[str | None, str]:
     """(code, message) of an error as OpenAI, vLLM (old and new), TGI and FastAPI write it."""
     error = answer.get("error", answer) if isinstance(answer, dict) else answer
@@ -236,7 +228,8 @@ def _error_in(answer: Any) -> tuple[str | None, str]:
     words = (error.get("code"), error.get("type"))
     code = next((word for word in words if isinstance(word, str) and word.strip()), None)
     message = error.get("message") or error.get("detail") or error
-    return code and _short(code)[:CODE_CHARACTERS], message if isinstance(message, str) else json.dumps(message)
+    text = message if isinstance(message, str) else json.dumps(message)
+    return code and _short(code)[:CODE_CHARACTERS], text
 
 
 def _short(text: str) -> str:

@@ -62,6 +62,7 @@ class EngineSupervisor:
         self._stop = threading.Event()
         self._started = threading.Event()
         self._failure: StokerError | None = None
+        self._read_at = self._healthy_at = self._progress_at = 0.0
         self._thread = threading.Thread(target=self._run, name="engine-watch", daemon=True)
 
     @property
@@ -116,7 +117,7 @@ class EngineSupervisor:
             return
         Path(self.plan.url.removeprefix("unix://")).unlink(missing_ok=True)
         self._child = spawn(self.plan.command, env=self.plan.env, log=self._log_file, session=True,
-                            death_signal=signal.SIGKILL)
+                            death_signal=signal.SIGTERM)
         async with self._endpoint() as endpoint:
             while not await endpoint.is_healthy():
                 if self._stop.is_set():
@@ -128,6 +129,7 @@ class EngineSupervisor:
                 await self._sleep(0.2)
             self.version = await endpoint.version()
         self.is_healthy = True
+        self._healthy_at = self._progress_at = time.monotonic()
         log.info("engine_up", engine=self.plan.kind, version=self.version, alias=self.plan.alias,
                  seconds=round(time.monotonic() - started, 1))
 
@@ -149,10 +151,6 @@ class EngineSupervisor:
             self._healthy_at = now
             return self._stalled(parse_readings(text or ""), now)
         return "/health does not answer" if now - self._healthy_at > UNHEALTHY_AFTER_S else None
-
-    _read_at = 0.0
-    _healthy_at = 0.0
-    _progress_at = 0.0
 
     def _stalled(self, readings: EngineReadings, now: float) -> str | None:
         is_idle = not readings.running

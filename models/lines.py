@@ -7,7 +7,7 @@ endpoint untouched, and a body that needs no change keeps its bytes. It must not
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -15,21 +15,22 @@ import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.line_problems import explain, explain_length
+from models.line_problems import LINE_REFUSALS, explain_body, explain_line, explain_url
 from runtime.errors import BadInput, Problem
 
 BYTES_PER_TOKEN = 4  # English text in byte-pair vocabularies; JSON's own characters make it a high estimate
 
 Name = Annotated[str, Meta(min_length=1)]
-Tokens = Annotated[int, Meta(ge=1)] | None | UnsetType
 Penalty = Annotated[float, Meta(ge=-2, le=2)] | None
+Tokens = Annotated[int, Meta(ge=1)] | UnsetType | None
+Texts = str | Annotated[list[Any], Meta(min_length=1)]
 
 
 class SubmitOptions(BaseModel):
     """What a submit changes in every line.
 
-    `sets` overrides fields of the body whether present or not, `model` the model; `max_output_tokens` is
-    the most that one completion of a job may generate: larger or missing wishes are set to it.
+    `sets` replaces fields of the body whether present or not, `model` the model; `max_output_tokens` is the
+    most that one completion may generate: a larger wish, or none, becomes this.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,29 +42,28 @@ class SubmitOptions(BaseModel):
 
 @dataclass(frozen=True)
 class LineRules:
-    """What every line of one file is held to."""
+    """What every line of one file is held to: the options, and the most bytes that a line may have."""
 
     options: SubmitOptions
     line_bytes: int
-    served_models: frozenset[str] | None = field(default=None)
 
     @cached_property
     def replaced(self) -> dict[str, Raw]:
-        """The body fields that the options replace, as JSON."""
+        """The fields of the body that the options replace, as JSON."""
         model = {} if self.options.model is None else {"model": self.options.model}
-        return {name: Raw(msgspec.json.encode(value)) for name, value in (self.options.sets | model).items()}
+        return {name: _as_raw(value) for name, value in (self.options.sets | model).items()}
 
     @cached_property
-    def clamped_start(self) -> bytes:
-        """How a body begins that stated no limit for its output tokens."""
+    def limited_start(self) -> bytes:
+        """How a body begins that stated no limit of its output tokens."""
         return b'{"max_tokens":%d,' % self.options.max_output_tokens
 
 
 class ParsedLine(Struct, frozen=True, gc=False):
-    """A good line, ready to be stored; a Struct, made in a tenth of a frozen dataclass's time.
+    """A good line, ready to be stored. A Struct: made once a line, in a tenth of a frozen dataclass's time.
 
-    `prompt_tokens` is an estimate from the body's bytes; `output_tokens` is what its completions may
-    generate together.
+    `prompt_tokens` is an estimate from the body's length; `output_tokens` is the most that all completions
+    of the line may generate together.
     """
 
     custom_id: str
@@ -89,10 +89,134 @@ class _Sampled(Struct, gc=False, kw_only=True):
     """What chat and plain completions have in common."""
 
     model: Name
-    stream: Literal[False] | None = None  # msgspec has no Literal[False]; see _is_streamed
+    stream: Literal[False] | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     presence_penalty: Penalty = None
     frequency_penalty: Penalty = None
     max_tokens: Tokens = UNSET
+
+
+class ChatBody(_Sampled, gc=False, kw_only=True):
+    """The checked part of a /v1/chat/completions body."""
+
+    messages: Annotated[list[_Message], Meta(min_length=1)]
+    max_completion_tokens: Tokens = UNSET
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+
+
+class CompletionBody(_Sampled, gc=False, kw_only=True):
+    """The checked part of a /v1/completions body; a prompt may be texts or token ids."""
+
+    prompt: Texts
+
+
+class EmbeddingsBody(Struct, gc=False, kw_only=True):
+    """The checked part of a /v1/embeddings body."""
+
+    model: Name
+    input: Texts
+    stream: Literal[False] | None = None
+
+
+_LINE = msgspec.json.Decoder(_Line)
+_FIELDS = msgspec.json.Decoder(dict[str, Raw])
+_BODIES: Mapping[str, msgspec.json.Decoder[Any]] = {
+    "/v1/chat/completions": msgspec.json.Decoder(ChatBody),
+    "/v1/completions": msgspec.json.Decoder(CompletionBody),
+    "/v1/embeddings": msgspec.json.Decoder(EmbeddingsBody),
+}
+ENDPOINTS = tuple(_BODIES)
+
+
+def parse_line(raw: bytes, number: int, *, rules: LineRules, endpoint: str | None) -> ParsedLine | Problem:
+    """The line as it is stored, or the first thing wrong with it; raises nothing, whatever the bytes.
+
+    `raw` is one line of the file, with or without its newline, cut after `rules.line_bytes` + 1 bytes at the
+    latest; `number` counts from 1; `endpoint` is the batch's url once a line has stated it.
+    """
+    try:
+        if len(raw) > rules.line_bytes + 2 or len(raw.rstrip(b"\r\n")) > rules.line_bytes:
+            return explain_line(raw, number, line_bytes=rules.line_bytes)
+        line = _LINE.decode(raw)
+        if "\0" in line.custom_id or not (raw.isascii() or raw.decode()):
+            return explain_line(raw, number, line_bytes=rules.line_bytes)
+    except LINE_REFUSALS:
+        return explain_line(raw, number, line_bytes=rules.line_bytes)
+    if line.url != (endpoint or line.url) or line.url not in _BODIES:
+        return explain_url(line.url, number, endpoint=endpoint, endpoints=ENDPOINTS)
+    try:
+        body = bytes(line.body)
+        if rules.replaced:
+            body = _replace(body, rules.replaced)
+        return _checked(line, body, rules)
+    except LINE_REFUSALS as error:
+        return explain_body(body, number, error=error, replaced=rules.replaced)
+
+
+def parse_sets(pairs: Sequence[str]) -> dict[str, Any]:
+    """`["temperature=0", "user=me"]` as fields of a body: each value is JSON if it can be read so, else text.
+
+    Raises BadInput naming a pair without a name or `=`.
+    """
+    sets: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise BadInput(f"--set {pair}: write --set NAME=VALUE, such as --set temperature=0")
+        try:
+            sets[name] = msgspec.json.decode(value)
+        except msgspec.DecodeError:
+            sets[name] = value
+    return sets
+
+
+def _checked(line: _Line, body: bytes, rules: LineRules) -> ParsedLine:
+    """Raises msgspec's errors when the body breaks the rules of its endpoint."""
+    fields = _BODIES[line.url].decode(body)
+    prompt_tokens = len(body) // BYTES_PER_TOKEN
+    output_tokens = 0
+    if isinstance(fields, _Sampled):
+        body, output_tokens = _limited(body, fields, rules)
+        output_tokens *= fields.n or 1
+        if isinstance(fields, CompletionBody):
+            output_tokens *= _prompts_in(fields.prompt)
+    return ParsedLine(line.custom_id, line.url, fields.model, body, prompt_tokens, output_tokens)
+
+
+def _limited(body: bytes, fields: _Sampled, rules: LineRules) -> tuple[bytes, int]:
+    """The body within the limit of output tokens, and how many one completion may now have.
+
+    Where a chat states both limits the newer one rules, as in the API; the other is held to ours as well,
+    because not every server reads them in that order.
+    """
+    if isinstance(fields, ChatBody) and type(fields.max_completion_tokens) is int:
+        body, tokens = _clamp(body, "max_completion_tokens", fields.max_completion_tokens, rules)
+        if type(fields.max_tokens) is int:
+            body, _ = _clamp(body, "max_tokens", fields.max_tokens, rules)
+        return body, tokens
+    return _clamp(body, "max_tokens", fields.max_tokens, rules)
+
+
+def _clamp(body: bytes, name: str, wish: int | UnsetType | None, rules: LineRules) -> tuple[bytes, int]:
+    most = rules.options.max_output_tokens
+    if wish is UNSET:
+        return rules.limited_start + body[1:], most
+    if type(wish) is int and wish <= most:
+        return body, wish
+    return _replace(body, {name: _as_raw(most)}), most
+
+
+def _replace(body: bytes, replaced: Mapping[str, Raw]) -> bytes:
+    """The body with these fields set; all others keep their bytes and order."""
+    return msgspec.json.encode(_FIELDS.decode(body) | replaced)
+
+
+def _prompts_in(prompt: str | list[Any]) -> int:
+    """How many prompts a completion's `prompt` holds: a list of token ids is one."""
+    return 1 if isinstance(prompt, str) or isinstance(prompt[0], int) else len(prompt)
+
+
+def _as_raw(value: object) -> Raw:
+    return Raw(msgspec.json.encode(value))

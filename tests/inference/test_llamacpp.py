@@ -56,8 +56,7 @@ def engine(checkpoint: Path) -> Iterator[Path]:
         server = start(checkpoint, "--uds", str(uds), "--slots", "2", "--context-per-slot", "256")
         wait_until_healthy(server, uds)
         yield uds
-        server.kill()
-        server.wait()
+        stop(server)
 
 
 def start(checkpoint: Path, *options: str) -> subprocess.Popen[bytes]:
@@ -105,8 +104,10 @@ def stop(server: subprocess.Popen[bytes]) -> tuple[int, str]:
     server.send_signal(signal.SIGTERM)
     try:
         output = server.communicate(timeout=STOP_TIMEOUT_S)[0]
-    finally:
+    except subprocess.TimeoutExpired:
         server.kill()
+        server.communicate()
+        raise
     return server.returncode, output.decode()
 
 

@@ -1,0 +1,168 @@
+"""A batch file as submit reads it: line by line in flat memory, good lines out, problems counted.
+
+It must not store anything, and it never keeps more than one line and what `duplicates` holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from stat import S_ISREG
+from typing import BinaryIO
+
+from models.lines import LineRules, ParsedLine, parse_line
+from pipeline.duplicates import DigestBuckets, duplicates
+from runtime.errors import BadInput, InvalidFile, Problem
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BUFFER_BYTES = 1024 * 1024
+PROGRESS_EVERY_LINES = 4096
+KEPT_PROBLEMS = 20
+NAMED_MODELS = 20
+
+Progress = Callable[[int, int], None]
+
+
+class BatchFile:
+    """One open batch file. Iterating gives its good lines while no line is bad.
+
+    After the first bad line it gives no more, reads on to count all problems, and raises InvalidFile; so
+    does a custom_id that two lines share, a model that is not served, and a file without a line. Blank
+    lines are skipped, as other readers of the format do. `endpoint` is known once a line was given.
+    """
+
+    def __init__(
+        self, file: BinaryIO, *, rules: LineRules, served_models: frozenset[str] | None, on_progress: Progress | None
+    ) -> None:
+        self.endpoint: str | None = None
+        self._file = file
+        self._rules = rules
+        self._served_models = served_models
+        self._on_progress = on_progress
+        self._stat = os.fstat(file.fileno())
+        self._problems: list[Problem] = []
+        self._total_problems = 0
+        self._missing_models: dict[str, tuple[int, int]] = {}  # name: its first line, its lines
+
+    @property
+    def size_bytes(self) -> int:
+        """The file's size when it was opened."""
+        return self._stat.st_size
+
+    def digest(self) -> str:
+        """The sha256 of the whole file, in hex."""
+        self._file.seek(0)
+        return hashlib.file_digest(self._file, "sha256").hexdigest()
+
+    def __iter__(self) -> Iterator[ParsedLine]:
+        with DigestBuckets() as digests:
+            add, served = digests.add, self._served_models
+            for number, line in self._parsed():
+                if isinstance(line, Problem):
+                    self._refuse(line)
+                    continue
+                if self.endpoint is None:
+                    self.endpoint = line.url
+                if served is not None and line.model not in served:
+                    self._miss_model(line.model, number)
+                add(line.custom_id)
+                if not self._total_problems:
+                    yield line
+            self._find_duplicates(digests)
+        self._finish()
+
+    def _parsed(self) -> Iterator[tuple[int, ParsedLine | Problem]]:
+        rules = self._rules
+        self._file.seek(0)
+        for number, raw in read_lines(self._file, line_bytes=rules.line_bytes):
+            yield number, parse_line(raw, number, rules=rules, endpoint=self.endpoint)
+            if self._on_progress is not None and number % PROGRESS_EVERY_LINES == 0:
+                self._on_progress(self._file.tell(), self.size_bytes)
+
+    def _refuse(self, problem: Problem, *, count: int = 1) -> None:
+        self._total_problems += count
+        if len(self._problems) < KEPT_PROBLEMS:
+            self._problems.append(problem)
+
+    def _miss_model(self, model: str, number: int) -> None:
+        self._total_problems += 1
+        first, lines = self._missing_models.get(model, (number, 0))
+        if lines or len(self._missing_models) < NAMED_MODELS:
+            self._missing_models[model] = (first, lines + 1)
+
+    def _find_duplicates(self, digests: DigestBuckets) -> None:
+        suspects = digests.suspects()
+        self._total_problems += suspects.unchecked
+        if not suspects.digests:
+            return
+        ids = ((number, line.custom_id) for number, line in self._parsed() if isinstance(line, ParsedLine))
+        found: list[Problem] = []
+        for twice in duplicates(ids, suspects):
+            self._total_problems += 1
+            if len(found) < KEPT_PROBLEMS:
+                found.append(Problem(twice.line, "duplicate_custom_id", "custom_id", (
+                    f'"{twice.custom_id}" is used by line {twice.first_line} already; give every line its own')))
+        self._problems += found
+
+    def _finish(self) -> None:
+        """Raises InvalidFile or, if the file was written to meanwhile, BadInput."""
+        now = os.fstat(self._file.fileno())
+        if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
+            raise BadInput("the file changed while it was read; submit it again when it is complete")
+        if self.endpoint is None and not self._total_problems:
+            self._refuse(Problem(None, "empty_file", None, "has no lines; write one request a line"))
+        if self._total_problems:
+            problems = [*self._problems, *self._model_problems()]
+            problems.sort(key=lambda problem: problem.line or 0)
+            raise InvalidFile(problems[:KEPT_PROBLEMS], total=self._total_problems)
+        if self._on_progress is not None:
+            self._on_progress(self.size_bytes, self.size_bytes)
+
+    def _model_problems(self) -> Iterator[Problem]:
+        served = ", ".join(sorted(self._served_models or ())) or "none"
+        for model, (first, lines) in self._missing_models.items():
+            yield Problem(first, "model_not_found", "body.model", (
+                f'"{model}" is not served ({lines:,} line{"s" if lines > 1 else ""}); served: {served}. '
+                "Name one of these in the lines, or submit with --model NAME"))
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """The file at `path`, to be read several times. Raises BadInput if that cannot be done."""
+    try:
+        with path.open("rb", buffering=BUFFER_BYTES) as file:
+            if not S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise BadInput(f"{path}: is not a regular file; give a .jsonl file, or - for standard input")
+            yield file
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}; check the path and its permissions") from error
+
+
+def read_lines(file: BinaryIO, *, line_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, bytes with the newline) of each line that is not blank, from where the file stands.
+
+    Of a line of more than `line_bytes` only the first few more are given; the rest is skipped piece by piece.
+    """
+    most = line_bytes + 2  # a line of the full length and CR LF
+    number = 0
+    for raw in _pieces(file, most):
+        number += 1
+        if len(raw) >= most and not raw.endswith(b"\n"):
+            _skip_line(file)
+        if number == 1:
+            raw = raw.removeprefix(BYTE_ORDER_MARK)  # noqa: PLW2901
+        if not raw.isspace() and raw:
+            yield number, raw
+
+
+def _pieces(file: BinaryIO, most: int) -> Iterable[bytes]:
+    return iter(lambda: file.readline(most), b"")
+
+
+def _skip_line(file: BinaryIO) -> None:
+    while piece := file.readline(BUFFER_BYTES):
+        if piece.endswith(b"\n"):
+            return

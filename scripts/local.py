@@ -1,0 +1,134 @@
+"""Services and a worker on this machine, as children of a command; found again by other commands.
+
+`stoker up` and `stoker run` without any service set start embedded ones; while they run, every other
+command on this machine finds them through a small file in the home folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from runtime.children import birth_of, spawn, stop
+from runtime.errors import ServiceUnreachable
+from runtime.settings import Settings, environment_of
+from scripts.embedded import default_home, embedded_services
+from store.database import Database
+from store.presence import PresenceBoard
+from store.schema import migrate
+
+STOP_MARGIN_S = 30.0  # beyond the grace: the pool's end, the engine's, the dispatcher's
+LOG_TAIL_LINES = 15
+
+
+def home_of(settings: Settings) -> Path:
+    """The folder of embedded services, logs and run files."""
+    return settings.home or default_home(os.environ)
+
+
+def connected(settings: Settings) -> Settings:
+    """Settings with the three services' addresses: the given ones, or those of a running `stoker up`.
+
+    Raises ServiceUnreachable with the remedy if there are none.
+    """
+    if not settings.is_embedded:
+        return settings
+    found = _running_services(settings)
+    if found is None:
+        raise ServiceUnreachable(
+            "no services: set STOKER_POSTGRES__URL, STOKER_BROKER__URL and STOKER_REDIS__URL (see .env.example), "
+            "or start embedded ones with `stoker up`")
+    return found
+
+
+@contextmanager
+def local_services(settings: Settings) -> Iterator[Settings]:
+    """Settings with services that answer: given ones, running embedded ones, or new ones for this block."""
+    running = settings if not settings.is_embedded else _running_services(settings)
+    if running is not None:
+        yield running
+        return
+    home = home_of(settings)
+    with embedded_services(home) as services:
+        addresses = {"postgres": services.postgres_url, "broker": services.broker_url, "redis": services.redis_url}
+        announcement = _announcement(settings)
+        announcement.write_text(json.dumps({
+            "pid": os.getpid(), "birth": birth_of(os.getpid()), "addresses": addresses}))
+        announcement.chmod(0o600)
+        try:
+            yield _with_addresses(settings, addresses)
+        finally:
+            announcement.unlink(missing_ok=True)
+
+
+@contextmanager
+def local_worker(settings: Settings, *, on_wait: Callable[[float], None] | None = None) -> Iterator[Path]:
+    """A worker process for this block, up and announced: its log file. Ended by SIGTERM, so it drains.
+
+    Raises ServiceUnreachable with the end of its log if it does not come up.
+    """
+    log = home_of(settings) / "logs" / "worker.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    name = f"local-{os.getpid()}@{os.uname().nodename}"
+    worker = spawn([sys.executable, "-m", "celery", "-A", "worker.main", "worker", "-n", name],
+                   env={**os.environ, **environment_of(settings)}, log=log, session=True)
+    try:
+        _wait_announced(settings, worker, name=name, log=log, on_wait=on_wait)
+        yield log
+    finally:
+        stop(worker, grace_s=settings.worker.grace_s + STOP_MARGIN_S)
+
+
+def prepare_schema(settings: Settings) -> None:
+    """Bring the database's schema up to date."""
+    database = Database(settings.require_postgres())
+    try:
+        migrate(database)
+    finally:
+        database.close()
+
+
+def _wait_announced(settings: Settings, worker: subprocess.Popen[bytes], *, name: str, log: Path,
+                    on_wait: Callable[[float], None] | None) -> None:
+    board = PresenceBoard(settings.require_redis())
+    started = time.monotonic()
+    try:
+        while not any(found.name == name for found in board.workers()):
+            waited_s = time.monotonic() - started
+            if worker.poll() is not None or waited_s > settings.engine.start_timeout_s:
+                raise ServiceUnreachable(f"the worker did not come up; the end of {log}:\n{_tail(log)}")
+            if on_wait is not None:
+                on_wait(waited_s)
+            time.sleep(0.1)
+    finally:
+        board.close()
+
+
+def _running_services(settings: Settings) -> Settings | None:
+    try:
+        found = json.loads(_announcement(settings).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    if birth_of(found["pid"]) != found["birth"]:
+        return None
+    return _with_addresses(settings, found["addresses"])
+
+
+def _announcement(settings: Settings) -> Path:
+    return home_of(settings) / "services.json"
+
+
+def _with_addresses(settings: Settings, addresses: dict[str, str]) -> Settings:
+    return settings.model_copy(update={
+        "home": home_of(settings),
+        **{group: getattr(settings, group).model_copy(update={"url": url}) for group, url in addresses.items()}})
+
+
+def _tail(log: Path) -> str:
+    return "\n".join("  " + line for line in log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])

@@ -1,0 +1,150 @@
+"""What the commands print: results and ids to stdout, everything else to stderr; tables, progress, summaries."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from models.names import batch_name
+from runtime.clock import utc_now
+from store.batches import BatchProgress, batch_progress
+from store.database import Database
+
+POLL_S = 0.25
+PLAIN_LINE_EVERY_S = 5.0
+
+stderr = Console(stderr=True, highlight=False)
+
+
+def say(message: str) -> None:
+    """One line for people, to stderr."""
+    stderr.print(message, markup=False, soft_wrap=True)
+
+
+def emit(value: str) -> None:
+    """A result or id, to stdout."""
+    click.echo(value)
+
+
+def emit_json(value: Any) -> None:
+    """JSON to stdout."""
+    click.echo(json.dumps(value, indent=2, default=str))
+
+
+def emit_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table to stdout."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console(highlight=False).print(table)
+
+
+_NUMBERS = frozenset({"jobs", "done", "failed", "truncated", "empty", "tokens in", "tokens out", "shards"})
+
+
+@contextmanager
+def bar(description: str, *, total: float | None) -> Iterator[Callable[[float], None]]:
+    """A progress bar on a terminal, nothing elsewhere; call what it yields with the amount done."""
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+                  TimeElapsedColumn(), console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
+def watch_batch(database: Database, batch_id: UUID, *, tenant: str) -> BatchProgress:
+    """Show a batch's progress until it has ended or is paused; its last state."""
+    show = _watch_on_terminal if stderr.is_terminal else _watch_plainly
+    return show(_snapshots(database, batch_id, tenant=tenant))
+
+
+def _snapshots(database: Database, batch_id: UUID, *, tenant: str) -> Iterator[BatchProgress]:
+    while True:
+        with database.transaction() as session:
+            progress = batch_progress(session, batch_id, tenant=tenant)
+        yield progress
+        if progress.is_ended or progress.paused_reason is not None:
+            return
+        time.sleep(POLL_S)
+
+
+def _watch_on_terminal(snapshots: Iterator[BatchProgress]) -> BatchProgress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+               TimeElapsedColumn(), TextColumn("{task.fields[detail]}"))
+    with Progress(*columns, console=stderr) as shown:
+        task: TaskID | None = None
+        for snapshot in snapshots:
+            if task is None:
+                task = shown.add_task(batch_name(snapshot.id)[:18], total=snapshot.total, detail="")
+            shown.update(task, completed=snapshot.done, total=snapshot.total, detail=detail(snapshot))
+    return snapshot
+
+
+def _watch_plainly(snapshots: Iterator[BatchProgress]) -> BatchProgress:
+    next_line_at = 0.0
+    for snapshot in snapshots:
+        if time.monotonic() >= next_line_at:
+            say(f"{batch_name(snapshot.id)[:18]} {snapshot.done}/{snapshot.total} {detail(snapshot)}")
+            next_line_at = time.monotonic() + PLAIN_LINE_EVERY_S
+    return snapshot
+
+
+def detail(progress: BatchProgress) -> str:
+    """Rate and what did not go well, in one short text."""
+    seconds = seconds_of(progress)
+    rate = progress.completion_tokens / seconds if seconds else 0.0
+    parts = [progress.state.value, f"{rate:.0f} tokens/s"]
+    parts += [f"{count} {name}" for name, count in (
+        ("failed", progress.failed), ("truncated", progress.truncated), ("empty", progress.empty)) if count]
+    return " · ".join(parts)
+
+
+def seconds_of(progress: BatchProgress) -> float:
+    """How long the batch has been in progress, to its end if it has one."""
+    if progress.in_progress_at is None:
+        return 0.0
+    return ((progress.ended_at or utc_now()) - progress.in_progress_at).total_seconds()
+
+
+def summary(progress: BatchProgress) -> dict[str, Any]:
+    """The figures of a batch, as `--json` shows them."""
+    seconds = seconds_of(progress)
+    return {
+        "batch": batch_name(progress.id), "state": progress.state.value, "paused": progress.paused_reason,
+        "jobs": progress.total, "done": progress.done, "succeeded": progress.succeeded, "failed": progress.failed,
+        "truncated": progress.truncated, "empty": progress.empty,
+        "tokens_in": progress.prompt_tokens, "tokens_out": progress.completion_tokens,
+        "tokens_in_cached": progress.cached_tokens, "tokens_reasoning": progress.reasoning_tokens,
+        "seconds": round(seconds, 2),
+        "tokens_per_s": round(progress.completion_tokens / seconds, 1) if seconds else 0.0,
+        "input": progress.input_name,
+    }
+
+
+def print_summary(progress: BatchProgress, *, places: Sequence[tuple[str, str]] = ()) -> None:
+    """The figures of a batch for people, to stderr; `places` says where its files lie."""
+    figures = summary(progress)
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for name in ("batch", "state", "jobs", "succeeded", "failed", "truncated", "empty"):
+        table.add_row(name, str(figures[name]))
+    table.add_row("tokens in", f"{figures['tokens_in']:,} ({figures['tokens_in_cached']:,} from the prefix cache)")
+    table.add_row("tokens out", f"{figures['tokens_out']:,}")
+    table.add_row("tokens/s", f"{figures['tokens_per_s']:,}")
+    table.add_row("seconds", str(figures["seconds"]))
+    for name, place in places:
+        table.add_row(name, place)
+    stderr.print(table)
+    if progress.truncated:
+        say(f"{progress.truncated} answers were cut by their token limit; raise max_tokens or --max-output-tokens.")
+
+

@@ -1,0 +1,161 @@
+"""SQL of submit: a batch that is being validated, its jobs and shards, and the step that sets it going.
+
+A validating batch belongs to the process that fills it while its lease holds; nothing else reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from struct import Struct
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import ARRAY, Integer, bindparam, delete, insert, text
+from sqlalchemy.orm import Session
+
+from models.lines import ParsedLine
+from models.rows import Batch, Job
+from models.states import BatchState
+from runtime.errors import LostFence
+from store.notifications import wake_dispatch
+
+# One COPY block. Measured at 386-byte bodies, client CPU a row: binary blocks 0.7 µs, text blocks 1.2 µs,
+# write_row 1.7 µs; rows a second through the server: 261,000 to 361,000, 146,000 to 197,000, 104,000 to 182,000.
+BLOCK_BYTES = 256 * 1024
+
+_COPY_JOBS = "COPY jobs (batch_id, seq, custom_id, body) FROM STDIN (FORMAT BINARY)"
+_COPY_START = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+_COPY_END = b"\xff\xff"
+_ROW_START = Struct(">hi16s")  # four fields; the first has 16 bytes, the batch's id
+_SEQ_AND_LENGTH = Struct(">iii")
+_LENGTH = Struct(">i")
+
+
+@dataclass(frozen=True, slots=True)
+class NewBatch:
+    """A batch as submit begins it. `options` is kept for the manifest."""
+
+    id: UUID
+    tenant: str
+    endpoint: str
+    input_name: str
+    input_digest: str
+    submit_digest: str
+    options: dict[str, Any]
+    max_output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SameSubmit:
+    """An earlier batch of the same file and options."""
+
+    id: UUID
+    total: int
+
+
+def find_same_submit(session: Session, *, tenant: str, submit_digest: str, younger_than: timedelta) -> SameSubmit | None:
+    """The newest batch of this submit that runs or was completed; one that is to end otherwise does not count."""
+    row = session.execute(text(
+        "SELECT id, total FROM batches WHERE tenant = :tenant AND submit_digest = :digest "
+        "AND state IN ('in_progress', 'finalizing', 'completed') AND (ending IS NULL OR ending = 'completed') "
+        "AND created_at > clock_timestamp() - :age ORDER BY id DESC LIMIT 1"
+    ), {"tenant": tenant, "digest": submit_digest, "age": younger_than}).one_or_none()
+    return None if row is None else SameSubmit(id=row.id, total=row.total)
+
+
+def lock_submit(session: Session, *, tenant: str, submit_digest: str) -> None:
+    """Hold, to the end of the transaction, the right to set this submit going; others of the same wait."""
+    session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:key, 0))"), {"key": f"{tenant}\n{submit_digest}"})
+
+
+def insert_validating(session: Session, batch: NewBatch, *, lease: timedelta) -> None:
+    """Begin a batch: validating, without jobs, ours while the lease holds."""
+    session.execute(insert(Batch).values(
+        id=batch.id, tenant=batch.tenant, state=BatchState.VALIDATING, endpoint=batch.endpoint,
+        input_name=batch.input_name, input_digest=batch.input_digest, submit_digest=batch.submit_digest,
+        options=batch.options, max_output_tokens=batch.max_output_tokens,
+        lease_until=text("clock_timestamp() + :lease").bindparams(lease=lease),
+    ))
+
+
+def extend_lease(session: Session, batch_id: UUID, *, lease: timedelta) -> None:
+    """Keep the validating batch, and lock it against `delete_abandoned_batches` to the end of the transaction.
+
+    Raises LostFence when it is gone: the lease had run out and the batch was deleted.
+    """
+    _expect_ours(session.scalar(text(
+        "UPDATE batches SET lease_until = clock_timestamp() + :lease "
+        "WHERE id = :batch AND state = 'validating' RETURNING 1"
+    ), {"batch": batch_id, "lease": lease}), batch_id)
+
+
+def copy_jobs(session: Session, lines: Iterable[ParsedLine], *, batch_id: UUID, first_seq: int) -> int:
+    """Store the lines as jobs, numbered from `first_seq`; return how many. An error of `lines` ends the COPY."""
+    connection = session.connection().connection.driver_connection
+    if connection is None:
+        raise LostFence(f"no connection to store batch {batch_id}")
+    row_start = _ROW_START.pack(4, 16, batch_id.bytes)
+    pack_seq, pack_length = _SEQ_AND_LENGTH.pack, _LENGTH.pack
+    seq = first_seq
+    with connection.cursor().copy(_COPY_JOBS) as copy:
+        parts, size = [_COPY_START], 0
+        for line in lines:
+            custom_id, body = line.custom_id.encode(), line.body
+            parts += (row_start, pack_seq(4, seq, len(custom_id)), custom_id, pack_length(len(body)), body)
+            seq += 1
+            size += len(body)
+            if size >= BLOCK_BYTES:
+                copy.write(b"".join(parts))
+                parts, size = [], 0
+        copy.write(b"".join([*parts, _COPY_END]))
+    return seq - first_seq
+
+
+def insert_shards(session: Session, spans: Sequence[tuple[int, int]], *, batch_id: UUID) -> None:
+    """Cut shards of consecutive seqs, one for each (first, last) span, with ids in their order."""
+    session.execute(text(
+        "INSERT INTO shards (batch_id, seqs) SELECT :batch, ARRAY(SELECT generate_series(first, last)) "
+        "FROM unnest(:firsts, :lasts) WITH ORDINALITY AS span (first, last, place) ORDER BY place"
+    ).bindparams(bindparam("firsts", type_=ARRAY(Integer)), bindparam("lasts", type_=ARRAY(Integer))), {
+        "batch": batch_id, "firsts": [first for first, _ in spans], "lasts": [last for _, last in spans],
+    })
+
+
+def set_going(session: Session, batch_id: UUID, *, total: int, shards: int, window: timedelta) -> None:
+    """Validating → in_progress, and wake dispatch at commit. Raises LostFence when the batch is gone."""
+    _expect_ours(session.scalar(text(
+        "UPDATE batches SET state = 'in_progress', total = :total, shards_left = :shards, lease_until = NULL, "
+        "in_progress_at = clock_timestamp(), expires_at = clock_timestamp() + :window "
+        "WHERE id = :batch AND state = 'validating' RETURNING 1"
+    ), {"batch": batch_id, "total": total, "shards": shards, "window": window}), batch_id)
+    wake_dispatch(session)
+
+
+def delete_validating(session: Session, batch_id: UUID) -> bool:
+    """Delete a batch that was never set going, with jobs and shards; False when there is none. May be repeated."""
+    gone = session.scalar(text("DELETE FROM batches WHERE id = :batch AND state = 'validating' RETURNING id"),
+                          {"batch": batch_id})
+    if gone is not None:
+        session.execute(delete(Job).where(Job.batch_id == gone))
+    return gone is not None
+
+
+def delete_abandoned_batches(session: Session) -> list[UUID]:
+    """Delete the validating batches whose lease is over, with jobs and shards; return their ids.
+
+    Those that a submit is writing to at this moment are locked by it, and left alone. Locks are kept to
+    the end of the transaction; it may be repeated and may run in several processes at once.
+    """
+    abandoned = session.scalars(text(
+        "SELECT id FROM batches WHERE state = 'validating' AND lease_until < clock_timestamp() "
+        "FOR UPDATE SKIP LOCKED"
+    )).all()
+    return [batch_id for batch_id in abandoned if delete_validating(session, batch_id)]
+
+
+def _expect_ours(found: object, batch_id: UUID) -> None:
+    if found is None:
+        raise LostFence(
+            f"batch {batch_id} was deleted as abandoned: this submit stood still for longer than its lease; submit again")
