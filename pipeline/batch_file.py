@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader, FileIO
 from pathlib import Path
 from stat import S_ISREG
-from typing import BinaryIO
 
+from models.line_problems import SHOWN_CHARACTERS
 from models.lines import LineRules, ParsedLine, parse_line
 from pipeline.duplicates import DigestBuckets, duplicates
 from runtime.errors import BadInput, InvalidFile, Problem
@@ -35,7 +36,8 @@ class BatchFile:
     """
 
     def __init__(
-        self, file: BinaryIO, *, rules: LineRules, served_models: frozenset[str] | None, on_progress: Progress | None
+        self, file: BufferedReader, *, rules: LineRules, served_models: frozenset[str] | None,
+        on_progress: Progress | None,
     ) -> None:
         self.endpoint: str | None = None
         self._file = file
@@ -104,7 +106,7 @@ class BatchFile:
             self._total_problems += 1
             if len(found) < KEPT_PROBLEMS:
                 found.append(Problem(twice.line, "duplicate_custom_id", "custom_id", (
-                    f'"{twice.custom_id}" is used by line {twice.first_line} already; give every line its own')))
+                    f'is "{twice.custom_id}", which line {twice.first_line} has; give every line its own')))
         self._problems += found
 
     def _finish(self) -> None:
@@ -125,44 +127,37 @@ class BatchFile:
         served = ", ".join(sorted(self._served_models or ())) or "none"
         for model, (first, lines) in self._missing_models.items():
             yield Problem(first, "model_not_found", "body.model", (
-                f'"{model}" is not served ({lines:,} line{"s" if lines > 1 else ""}); served: {served}. '
-                "Name one of these in the lines, or submit with --model NAME"))
+                f'is "{model[:SHOWN_CHARACTERS]}", not served ({lines:,} line{"s" if lines > 1 else ""}); '
+                f"served: {served}; name one of these in the lines, or submit with --model NAME"))
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[BufferedReader]:
     """The file at `path`, to be read several times. Raises BadInput if that cannot be done."""
     try:
-        with path.open("rb", buffering=BUFFER_BYTES) as file:
-            if not S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise BadInput(f"{path}: is not a regular file; give a .jsonl file, or - for standard input")
-            yield file
+        if not S_ISREG(path.stat().st_mode):
+            raise BadInput(f"{path}: is not a regular file; give a .jsonl file, or - for standard input")
+        file = BufferedReader(FileIO(path), BUFFER_BYTES)
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}; check the path and its permissions") from error
+    with file:
+        yield file
 
 
-def read_lines(file: BinaryIO, *, line_bytes: int) -> Iterator[tuple[int, bytes]]:
+def read_lines(file: BufferedReader, *, line_bytes: int) -> Iterator[tuple[int, bytes]]:
     """(number from 1, bytes with the newline) of each line that is not blank, from where the file stands.
 
-    Of a line of more than `line_bytes` only the first few more are given; the rest is skipped piece by piece.
+    Of a line of more than `line_bytes` only the first two more are given; the rest is skipped piece by piece.
     """
     most = line_bytes + 2  # a line of the full length and CR LF
-    number = 0
-    for raw in _pieces(file, most):
-        number += 1
-        if len(raw) >= most and not raw.endswith(b"\n"):
+    for number, raw in enumerate(iter(lambda: file.readline(most), b""), 1):
+        if len(raw) == most and not raw.endswith(b"\n"):
             _skip_line(file)
-        if number == 1:
-            raw = raw.removeprefix(BYTE_ORDER_MARK)  # noqa: PLW2901
-        if not raw.isspace() and raw:
-            yield number, raw
+        line = raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
+        if line and not line.isspace():
+            yield number, line
 
 
-def _pieces(file: BinaryIO, most: int) -> Iterable[bytes]:
-    return iter(lambda: file.readline(most), b"")
-
-
-def _skip_line(file: BinaryIO) -> None:
-    while piece := file.readline(BUFFER_BYTES):
-        if piece.endswith(b"\n"):
-            return
+def _skip_line(file: BufferedReader) -> None:
+    while (piece := file.readline(BUFFER_BYTES)) and not piece.endswith(b"\n"):
+        pass

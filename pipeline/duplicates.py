@@ -1,4 +1,4 @@
-"""Finding custom_ids used twice, with flat memory: 64-bit digests first, the ids themselves only on suspicion.
+"""Finding custom_ids used twice, with flat memory: 64-bit digests first, the ids only on suspicion.
 
 It must not read the batch file itself; the caller hands in the ids, a second time if a suspect exists.
 """
@@ -21,7 +21,7 @@ MAX_SUSPECTS = 10_000  # digests whose ids are compared; a file with more is wro
 
 @dataclass(frozen=True, slots=True)
 class Suspects:
-    """Digests that came up more than once. `unchecked` counts the repeated lines of those beyond MAX_SUSPECTS."""
+    """Digests that came up more than once; `unchecked` counts the repeats of those beyond MAX_SUSPECTS."""
 
     digests: frozenset[int]
     unchecked: int
@@ -37,7 +37,7 @@ class Duplicate:
 
 
 class DigestBuckets:
-    """The digests of all custom_ids of a file, by their low bits; in files of a temporary folder when there are many.
+    """The digests of all custom_ids of a file by their low bits; many are spilled to a temporary folder.
 
     Digests are Python's own hashes: they hold for this process only, and equal ones are suspects, no proof.
     """

@@ -10,8 +10,9 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
+from io import BufferedReader
 from itertools import chain
 from pathlib import Path
 from uuid import UUID
@@ -39,7 +40,7 @@ from store.submissions import (
 TENANT = "local"
 CHUNK_LINES = 50_000
 CHUNK_BYTES = 256 * 1024 * 1024
-LEASE = timedelta(minutes=5)  # of one chunk, or of the search for duplicates at the end (10,000,000 ids: seconds)
+LEASE = timedelta(minutes=5)  # must outlast the check of all ids before the last step: seconds at 10,000,000
 REUSE_FOR = timedelta(hours=1)
 
 
@@ -54,23 +55,13 @@ class Submitted:
 
 @dataclass(frozen=True, slots=True)
 class FileEstimate:
-    """What a file would become. Tokens are estimates: a quarter of the body's bytes, and the most that may be generated."""
+    """What a file would become. Both tokens are estimates: the bodies' bytes / 4, and the most to generate."""
 
     lines: int
     prompt_tokens: int
     output_tokens: int
     models: dict[str, int]
     endpoint: str
-
-
-@dataclass(slots=True)
-class _Chunk:
-    """Lines of one transaction, and where their shards begin and end."""
-
-    next_seq: int
-    lines: int = 0
-    bytes: int = 0
-    spans: list[tuple[int, int]] = field(default_factory=list)
 
 
 def submit_file(
@@ -92,26 +83,27 @@ def submit_file(
     included, leaves no rows; a kill leaves a validating batch for `delete_abandoned_batches`.
     Raises InvalidFile with the first problems, BadInput for a file that cannot be read, ServiceUnreachable.
     """
+    window = timedelta(seconds=settings.limits.window_s)
     with opened(path) as file:
-        source = BatchFile(file, rules=_rules(options, settings), served_models=served_models, on_progress=on_progress)
+        source = _source(file, options, settings, served_models, on_progress)
         input_digest = source.digest()
-        submit_digest = _submit_digest(input_digest, options)
+        submit_digest = _submit_digest(input_digest, options, window)
         if reuse and (earlier := _same_submit(database, tenant, submit_digest)):
             return earlier
         lines = iter(source)
-        lines = chain([next(lines)], lines)  # from here the endpoint is known; without a good line this raises
+        first = next(lines)  # states the endpoint; a file without a good line ends here, before any row
         batch = NewBatch(
-            id=uuid7(), tenant=tenant, endpoint=source.endpoint or "", input_name=input_name or path.name,
-            input_digest=input_digest, submit_digest=submit_digest, max_output_tokens=options.max_output_tokens,
-            options={**options.model_dump(), "file_name": input_name or path.name,
-                     "file_bytes": source.size_bytes, "file_sha256": input_digest},
+            id=uuid7(), tenant=tenant, endpoint=first.url, input_name=input_name or path.name,
+            input_digest=input_digest, submit_digest=submit_digest,
+            options=options.model_dump() | {"file_name": input_name or path.name,
+                                            "file_bytes": source.size_bytes, "file_sha256": input_digest},
+            max_output_tokens=options.max_output_tokens,
         )
         try:
             with database.transaction() as session:
                 insert_validating(session, batch, lease=LEASE)
-            total, shards = _store(database, batch.id, lines, bounds=settings.shard)
-            return _set_going(database, batch, total=total, shards=shards, reuse=reuse,
-                              window=timedelta(seconds=settings.limits.window_s))
+            total, shards = _store(database, batch.id, chain([first], lines), bounds=settings.shard)
+            return _set_going(database, batch, total=total, shards=shards, reuse=reuse, window=window)
         except BaseException:
             _delete(database, batch.id)
             raise
@@ -127,7 +119,7 @@ def dry_run(
 ) -> FileEstimate:
     """What `submit_file` would store, and its errors, without a database."""
     with opened(path) as file:
-        source = BatchFile(file, rules=_rules(options, settings), served_models=served_models, on_progress=on_progress)
+        source = _source(file, options, settings, served_models, on_progress)
         prompt_tokens = output_tokens = 0
         models: Counter[str] = Counter()
         for line in source:
@@ -138,18 +130,25 @@ def dry_run(
                             models=dict(models), endpoint=source.endpoint or "")
 
 
-def _rules(options: SubmitOptions, settings: Settings) -> LineRules:
-    return LineRules(options=options, line_bytes=settings.limits.line_bytes)
+def _source(
+    file: BufferedReader, options: SubmitOptions, settings: Settings, served_models: frozenset[str] | None,
+    on_progress: Progress | None,
+) -> BatchFile:
+    rules = LineRules(options=options, line_bytes=settings.limits.line_bytes)
+    return BatchFile(file, rules=rules, served_models=served_models, on_progress=on_progress)
 
 
-def _submit_digest(input_digest: str, options: SubmitOptions) -> str:
-    canonical = msgspec.json.encode(options.model_dump(), order="deterministic")
+def _submit_digest(input_digest: str, options: SubmitOptions, window: timedelta) -> str:
+    """sha256 of all that makes two submits the same: the file, what is changed in it, and its window."""
+    wishes = options.model_dump() | {"window_s": window.total_seconds()}
+    canonical = msgspec.json.encode(wishes, order="deterministic")
     return hashlib.sha256(input_digest.encode() + b"\n" + canonical).hexdigest()
 
 
 def _same_submit(database: Database, tenant: str, submit_digest: str) -> Submitted | None:
     with database.transaction() as session:
-        earlier = find_same_submit(session, tenant=tenant, submit_digest=submit_digest, younger_than=REUSE_FOR)
+        earlier = find_same_submit(session, tenant=tenant, submit_digest=submit_digest,
+                                   younger_than=REUSE_FOR)
     return None if earlier is None else Submitted(earlier.id, earlier.total, reused=True)
 
 
@@ -159,35 +158,38 @@ def _store(
     """Store all lines, a chunk a transaction; return how many, and how many shards they make."""
     total = shards = 0
     for first in lines:
-        chunk = _Chunk(next_seq=total)
+        spans: list[tuple[int, int]] = []
         with database.transaction() as session:
             extend_lease(session, batch_id, lease=LEASE)
-            total += copy_jobs(session, _cut(chain([first], lines), chunk, bounds), batch_id=batch_id, first_seq=total)
-            insert_shards(session, chunk.spans, batch_id=batch_id)
-        shards += len(chunk.spans)
+            chunk = _chunk(chain([first], lines), spans, first_seq=total, bounds=bounds)
+            total += copy_jobs(session, chunk, batch_id=batch_id, first_seq=total)
+            insert_shards(session, spans, batch_id=batch_id)
+        shards += len(spans)
     return total, shards
 
 
-def _cut(lines: Iterator[ParsedLine], chunk: _Chunk, bounds: ShardSettings) -> Iterator[ParsedLine]:
-    """The lines of one chunk; afterwards `chunk.spans` holds its shards, each within the bounds or one line long."""
-    first = seq = chunk.next_seq
-    last_seq = seq + CHUNK_LINES - 1
-    shard_tokens = shard_bytes = chunk_bytes = 0
-    for line in lines:
-        tokens, size = line.prompt_tokens + line.output_tokens, len(line.body)
-        shard_tokens += tokens
-        shard_bytes += size
-        if seq - first >= bounds.max_jobs or (
-            (shard_tokens > bounds.max_tokens or shard_bytes > bounds.max_bytes) and seq > first
+def _chunk(
+    lines: Iterator[ParsedLine], spans: list[tuple[int, int]], *, first_seq: int, bounds: ShardSettings
+) -> Iterator[ParsedLine]:
+    """The lines of one transaction. Fills `spans` with (first, last) seq of each shard.
+
+    A shard keeps within the bounds unless a single line exceeds them.
+    """
+    start = first_seq  # of the shard
+    tokens = size = chunk_bytes = 0
+    for seq, line in enumerate(lines, first_seq):
+        tokens += line.prompt_tokens + line.output_tokens
+        size += len(line.body)
+        if seq > start and (
+            seq - start >= bounds.max_jobs or tokens > bounds.max_tokens or size > bounds.max_bytes
         ):
-            chunk.spans.append((first, seq - 1))
-            first, shard_tokens, shard_bytes = seq, tokens, size
+            spans.append((start, seq - 1))
+            start, tokens, size = seq, line.prompt_tokens + line.output_tokens, len(line.body)
         yield line
-        chunk_bytes += size
-        seq += 1
-        if seq > last_seq or chunk_bytes >= CHUNK_BYTES:
+        chunk_bytes += len(line.body)
+        if seq - first_seq + 1 >= CHUNK_LINES or chunk_bytes >= CHUNK_BYTES:
             break
-    chunk.spans.append((first, seq - 1))
+    spans.append((start, seq))
 
 
 def _set_going(

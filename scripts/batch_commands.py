@@ -251,19 +251,21 @@ def _options(settings: Settings, sets: tuple[str, ...], model: str | None, limit
 
 def _submit(settings: Settings, database: Database, file: Path, *, options: SubmitOptions, window_s: float | None,
             reuse: bool) -> Submitted:
+    if window_s is not None:
+        settings = settings.model_copy(update={"limits": settings.limits.model_copy(update={"window_s": window_s})})
     served = _served_models(settings)
     if served is None:
         say("no worker is live: model names are checked when one runs the jobs")
     with _seekable(file) as path, bar("storing", total=path.stat().st_size) as show:
         return submit_file(database, path, input_name=str(file), options=options, settings=settings,
-                           served_models=served, window_s=window_s, reuse=reuse, tenant=TENANT,
-                           on_progress=lambda size_bytes, lines: show(size_bytes))
+                           served_models=served, reuse=reuse, tenant=TENANT,
+                           on_progress=lambda done_bytes, _: show(done_bytes))
 
 
 def _estimate(settings: Settings, file: Path, *, options: SubmitOptions, as_json: bool) -> None:
     with _seekable(file) as path, bar("checking", total=path.stat().st_size) as show:
         found = dry_run(path, options=options, settings=settings, served_models=None,
-                        on_progress=lambda size_bytes, lines: show(size_bytes))
+                        on_progress=lambda done_bytes, _: show(done_bytes))
     figures = {"lines": found.lines, "endpoint": found.endpoint, "models": dict(found.models),
                "estimated_prompt_tokens": found.prompt_tokens, "max_output_tokens": found.output_tokens}
     if as_json:

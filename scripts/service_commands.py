@@ -1,0 +1,91 @@
+"""Commands about processes and services: worker, dispatch, up, migrate, doctor."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from dataclasses import asdict
+
+import click
+
+from runtime.logs import configure_logs
+from runtime.settings import Settings, environment_of
+from scripts.local import connected, home_of, local_services, local_worker, prepare_schema
+from scripts.terminal import bar, emit_json, emit_table, say
+from worker.dispatcher import run_dispatcher
+from worker.doctor import examine
+
+EXIT_UNREACHABLE = 3
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("celery_options", nargs=-1, type=click.UNPROCESSED)
+@click.pass_obj
+def worker(settings: Settings, celery_options: tuple[str, ...]) -> None:
+    """Run a worker with its engine: short for `celery -A worker.main worker`; options go to Celery."""
+    served = connected(settings)
+    environment = {**os.environ, **environment_of(served)}
+    command = [sys.executable, "-m", "celery", "-A", "worker.main", "worker", *celery_options]
+    os.execve(sys.executable, command, environment)  # noqa: S606  # the worker takes this process's place
+
+
+@click.command()
+@click.pass_obj
+def dispatch(settings: Settings) -> None:
+    """Run a dispatch loop: leads, or stands by while another one leads. Every worker has one too."""
+    configure_logs(settings.log)
+    run_dispatcher(connected(settings))
+
+
+@click.command()
+@click.pass_obj
+def up(settings: Settings) -> None:
+    """Run everything on this machine until Ctrl-C: Postgres, Valkey, a worker with its engine, dispatch.
+
+    Other commands in other terminals find them by themselves.
+    """
+    with local_services(settings) as served:
+        prepare_schema(served)
+        with bar("starting the engine", total=None) as show:
+            running = local_worker(served, on_wait=show)
+            log = running.__enter__()
+        try:
+            say(f"up; logs in {home_of(settings) / 'logs'} (worker: {log.name})\n"
+                "submit from another terminal: stoker submit FILE.jsonl; stop with Ctrl-C")
+            _wait_for_signal()
+        finally:
+            say("stopping")
+            running.__exit__(None, None, None)
+
+
+@click.command()
+@click.pass_obj
+def migrate(settings: Settings) -> None:
+    """Create or update the database's schema; safe to repeat."""
+    prepare_schema(connected(settings))
+    say("the schema is up to date")
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True)
+@click.pass_obj
+def doctor(settings: Settings, as_json: bool) -> int:
+    """Check every service, queue, migration and engine; say what is wrong and the remedy."""
+    findings = examine(connected(settings))
+    if as_json:
+        emit_json([asdict(finding) for finding in findings])
+    else:
+        emit_table("doctor", ("", "what", "found", "remedy"),
+                   [("ok" if f.is_well else "!!", f.what, f.found, f.remedy) for f in findings])
+    if any(finding.unreachable for finding in findings):
+        return EXIT_UNREACHABLE
+    return 0 if all(finding.is_well for finding in findings) else 1
+
+
+def _wait_for_signal() -> None:
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    stop.wait()

@@ -1,0 +1,160 @@
+"""A real OpenAI-compatible HTTP server whose answers are derived from the prompt: what a test sees is plain.
+
+    python -m tests.support.scripted_endpoint --port 0 --port-file F [--latency-s 0.2] [--slots 8]
+
+A chat is answered `echo: <last user message>`, tokens are words, vectors are hashes of their texts. Words in
+double brackets anywhere in a prompt change the answer to it:
+
+    [[status 429 retry-after 2]]  that status; `retry-after-ms 50` works too
+    [[fail 2 times]]              500, or the status beside it, the first times this prompt comes
+    [[latency 1.5]]               seconds of service instead of --latency-s
+    [[empty]] [[reasoning]]       no content; the thoughts apart from the content
+    [[not json]] [[surrogate]] [[nul]] [[invalid utf-8]]   bodies that are hard to read
+    [[hang]] [[drop connection]] [[drop mid-body]] [[die]]   no answer, a broken one, the end of the server
+    [[plain floats]] [[swap]]     embeddings: base64 ignored; vectors in reverse order, with their indices
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+import uvloop
+from aiohttp import web
+
+from tests.support.scripted_server import Script
+
+START_TIMEOUT_S = 20.0
+
+
+class ScriptedEndpoint:
+    """The server as a process of its own: `with ScriptedEndpoint(slots=8) as server: server.url`.
+
+    It ends with the `with` block, or soon after the process that started it. `unix_url` reaches the same
+    server over a unix socket.
+    """
+
+    def __init__(
+        self,
+        *,
+        latency_s: float = 0.0,
+        latency_sigma: float = 0.0,
+        slots: int | None = None,
+        api_key: str | None = None,
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="scripted-")
+        self._port_file = Path(self._folder.name) / "port"
+        self._socket = Path(self._folder.name) / "socket"
+        self._flags = ["--port-file", str(self._port_file), "--socket", str(self._socket)]
+        self._flags += ["--latency-s", str(latency_s), "--latency-sigma", str(latency_sigma)]
+        self._flags += ["--slots", str(slots or 0), "--exit-with", str(os.getpid())]
+        self._flags += ["--api-key", api_key] if api_key else []
+        self.port = 0
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def start(self) -> None:
+        """Start the server; after `kill` at the same address, its memory and orders gone."""
+        self._port_file.unlink(missing_ok=True)
+        self._socket.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "tests.support.scripted_endpoint", *self._flags]
+        command += ["--port", str(self.port)]
+        self._process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
+        end = time.monotonic() + START_TIMEOUT_S
+        while not self._port_file.exists():
+            if self._process.poll() is not None or time.monotonic() > end:
+                self.kill()
+                raise RuntimeError(f"the scripted endpoint did not start (status {self._process.returncode})")
+            time.sleep(0.01)
+        self.port = int(self._port_file.read_text())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+        self._folder.cleanup()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    @property
+    def unix_url(self) -> str:
+        return f"unix://{self._socket}"
+
+    def kill(self) -> None:
+        """End the server as kill -9 does: connections break in the middle of their requests."""
+        self._process.kill()
+        self._process.wait()
+
+    def calls(self) -> Calls:
+        """What has arrived so far."""
+        return msgspec.json.decode(self._ask("/_calls"), type=Calls)
+
+    def script(self, orders: str, *, match: str = "") -> None:
+        """From now on treat prompts that contain `match` as if they held these orders; "" ends it."""
+        self._ask("/_script", {"match": match, "orders": orders})
+
+    def set_health(self, ok: bool) -> None:
+        """What /health says from now on."""
+        self._ask("/_health", {"ok": ok})
+
+    def _ask(self, path: str, body: object = None) -> bytes:
+        content = None if body is None else msgspec.json.encode(body)
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", content, timeout=10) as response:
+            answer: bytes = response.read()
+            return answer
+
+
+class Calls(msgspec.Struct, frozen=True):
+    """`count` requests came; `prompts` says how often each text did, `paths` how often each path."""
+
+    count: int
+    prompts: dict[str, int]
+    paths: dict[str, int]
+    running: int
+    most_running: int
+
+
+async def _serve_forever(options: argparse.Namespace) -> None:
+    server = web.Server(Script(options).handle, access_log=None, handler_cancellation=True)
+    loop = asyncio.get_running_loop()
+    listener = await loop.create_server(server, "127.0.0.1", options.port, backlog=1024)
+    if options.socket:
+        await loop.create_unix_server(server, options.socket, backlog=1024)
+    if options.port_file:
+        new = options.port_file.with_suffix(".new")
+        new.write_text(str(listener.sockets[0].getsockname()[1]))
+        new.replace(options.port_file)
+    while options.exit_with in {None, os.getppid()}:
+        await asyncio.sleep(0.5)
+
+
+def main() -> None:
+    """Serve until killed."""
+    parser = argparse.ArgumentParser(description="An OpenAI-compatible server that follows its prompts.")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--port-file", type=Path, help="the port is written here once it listens")
+    parser.add_argument("--socket", help="a unix socket to listen on as well")
+    parser.add_argument("--latency-s", type=float, default=0.0, help="service time; the median with a sigma")
+    parser.add_argument("--latency-sigma", type=float, default=0.0, help="lognormal, drawn from the prompt")
+    parser.add_argument("--slots", type=int, default=0, help="requests served at once; 0: all")
+    parser.add_argument("--api-key")
+    parser.add_argument("--exit-with", type=int, metavar="PID", help="end when this parent has ended")
+    uvloop.run(_serve_forever(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

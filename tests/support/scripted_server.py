@@ -1,0 +1,192 @@
+"""The scripted endpoint's inside: finds the orders in a prompt, keeps the slots, counts what came."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import math
+import os
+import re
+import statistics
+from collections import Counter
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from tests.support.scripted_answers import completion, digest, embeddings, prompts_of
+
+MODEL = "scripted"
+JSON = "application/json"
+DIRECTIVE = re.compile(r"\[\[([^\]]*)\]\]")
+ANSWERING_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
+GARBAGE = {
+    "not json": b"<html>502 it says, with status 200</html>",
+    "invalid utf-8": b'{"choices":[{"message":{"content":"caf\xe9"},"finish_reason":"stop"}]}',
+}
+ESCAPES = {"surrogate": b"\\ud83d", "nul": b"\\u0000"}
+
+
+class Script:
+    """What the server has been told and what it has seen."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.latency_s: float = options.latency_s
+        self.latency_sigma: float = options.latency_sigma
+        self.api_key: str | None = options.api_key
+        self.slots = asyncio.Semaphore(options.slots or 2**31)
+        self.is_healthy = True
+        self.overrides: dict[str, str] = {}
+        self.prompts: Counter[str] = Counter()
+        self.requests = self.running = self.most_running = self.waiting = self.generated_tokens = 0
+        self.paths: Counter[str] = Counter()
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """One request, by path; a dictionary of routes is what makes 5,000 requests a second possible."""
+        path = request.path
+        if path in ANSWERING_PATHS:
+            return await self._answer(request, path)
+        handler = {
+            "/health": self._health,
+            "/_health": self._set_health,
+            "/_script": self._set_script,
+            "/_calls": self._calls,
+            "/v1/models": self._models,
+            "/metrics": self._metrics,
+            "/version": self._version,
+        }.get(path)
+        return await handler(request) if handler else _error(404, "no such path")
+
+    async def _answer(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
+        if self.api_key and request.headers.get("Authorization") != f"Bearer {self.api_key}":
+            return _error(401, f"wrong key: {request.headers.get('Authorization')}")
+        try:
+            body = msgspec.json.decode(await request.read())
+            prompts = prompts_of(body, path)
+        except (ValueError, KeyError, TypeError) as error:
+            return _error(400, f"bad request: {error!r}")
+        self.requests += 1
+        self.paths[path] += 1
+        self.prompts.update(prompts)
+        whole = "\n".join(prompts)
+        extra = "".join(orders for match, orders in self.overrides.items() if match in whole)
+        orders = DIRECTIVE.findall(whole + extra) if "[[" in whole or extra else []
+        self.waiting += 1
+        try:
+            await self.slots.acquire()
+        finally:
+            self.waiting -= 1
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            return await self._serve(request, path, body, prompts, orders)
+        finally:
+            self.running -= 1
+            self.slots.release()
+
+    async def _serve(
+        self, request: web.BaseRequest, path: str, body: dict[str, Any], prompts: list[str], orders: list[str]
+    ) -> web.StreamResponse:
+        latency_s = self._latency_s(prompts, orders)
+        if latency_s:
+            await asyncio.sleep(latency_s)
+        if orders and (trouble := await self._trouble(request, prompts, orders)):
+            return trouble
+        if path == "/v1/embeddings":
+            return _json(embeddings(body, prompts, orders))
+        answer, tokens = completion(body, path, prompts, orders)
+        self.generated_tokens += tokens
+        encoded = msgspec.json.encode(answer)
+        for order in orders:
+            encoded = encoded.replace(b"echo: ", b"echo: " + ESCAPES.get(order, b""))
+        return web.Response(body=encoded, content_type=JSON)
+
+    def _latency_s(self, prompts: list[str], orders: list[str]) -> float:
+        stated = next((float(order.split()[1]) for order in orders if order.startswith("latency ")), None)
+        if stated is not None or not self.latency_s or not self.latency_sigma:
+            return self.latency_s if stated is None else stated
+        share = (int.from_bytes(digest(prompts[0], 4)) + 0.5) / 2**32
+        return self.latency_s * math.exp(self.latency_sigma * statistics.NormalDist().inv_cdf(share))
+
+    async def _trouble(
+        self, request: web.BaseRequest, prompts: list[str], orders: list[str]
+    ) -> web.StreamResponse | None:
+        """The answer that is none, if the orders ask for one."""
+        failures = next((int(order.split()[1]) for order in orders if order.startswith("fail ")), None)
+        if failures is not None and max(self.prompts[prompt] for prompt in prompts) > failures:
+            return None
+        status = next((order.split() for order in orders if order.startswith("status ")), None)
+        if status or failures is not None:
+            words = status or ["status", "500"]
+            headers = dict(zip(words[2::2], words[3::2], strict=True))
+            return _error(int(words[1]), "as the script says", headers)
+        for order in orders:
+            if order in GARBAGE:
+                return web.Response(body=GARBAGE[order], content_type=JSON)
+            if order == "hang":
+                await asyncio.Event().wait()
+            if order == "die":
+                os._exit(1)
+            if order.startswith("drop "):
+                return await _dropped(request, order)
+        return None
+
+    async def _health(self, _: web.BaseRequest) -> web.Response:
+        return web.Response(status=200 if self.is_healthy else 503)
+
+    async def _set_health(self, request: web.BaseRequest) -> web.Response:
+        self.is_healthy = msgspec.json.decode(await request.read())["ok"]
+        return _json({})
+
+    async def _set_script(self, request: web.BaseRequest) -> web.Response:
+        change = msgspec.json.decode(await request.read())
+        self.overrides[change["match"]] = change["orders"]
+        return _json({})
+
+    async def _calls(self, _: web.BaseRequest) -> web.Response:
+        return _json(
+            {
+                "count": self.requests,
+                "prompts": self.prompts,
+                "paths": self.paths,
+                "running": self.running,
+                "most_running": self.most_running,
+            }
+        )
+
+    async def _models(self, _: web.BaseRequest) -> web.Response:
+        return _json({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
+
+    async def _version(self, _: web.BaseRequest) -> web.Response:
+        return _json({"version": "scripted-1"})
+
+    async def _metrics(self, _: web.BaseRequest) -> web.Response:
+        figures = {
+            "num_requests_running": self.running,
+            "num_requests_waiting": self.waiting,
+            "generation_tokens_total": self.generated_tokens,
+        }
+        return web.Response(
+            text="".join(f'vllm:{name}{{model_name="{MODEL}"}} {n:.1f}\n' for name, n in figures.items())
+        )
+
+
+def _json(answer: object) -> web.Response:
+    return web.Response(body=msgspec.json.encode(answer), content_type=JSON)
+
+
+def _error(status: int, message: str, headers: dict[str, str] | None = None) -> web.Response:
+    error = {"message": message, "type": "ScriptedError", "param": None, "code": status}
+    return web.Response(
+        status=status, body=msgspec.json.encode({"error": error}), content_type=JSON, headers=headers
+    )
+
+
+async def _dropped(request: web.BaseRequest, order: str) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Length": "1000", "Content-Type": JSON})
+    if order == "drop mid-body":
+        await response.prepare(request)
+        await response.write(b'{"choices":[')
+    if request.transport:
+        request.transport.abort()
+    return response

@@ -1,0 +1,106 @@
+"""What must be there for jobs to run, checked one by one: what was found, and the remedy where it is not."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from inference.engines import plan_engine
+from pipeline.identity import identify_endpoint
+from runtime.errors import BadInput, ServiceUnreachable, StokerError
+from runtime.settings import Settings
+from store.database import Database
+from store.health import has_dispatch_leader, postgres_version
+from store.presence import PresenceBoard
+from store.schema import schema_revisions
+from worker.celery_app import make_app
+from worker.queues import HintPublisher
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing checked. An empty remedy means it is well; `unreachable` that a service does not answer."""
+
+    what: str
+    found: str
+    remedy: str = ""
+    unreachable: bool = False
+
+    @property
+    def is_well(self) -> bool:
+        """Whether nothing needs to be done."""
+        return not self.remedy
+
+
+def examine(settings: Settings) -> list[Finding]:
+    """Check every part; one that fails never hides another."""
+    checks: tuple[tuple[str, Callable[[Settings], list[Finding]]], ...] = (
+        ("postgres", _postgres), ("broker", _broker), ("redis and workers", _workers), ("engine", _engine))
+    findings: list[Finding] = []
+    for what, check in checks:
+        try:
+            findings += check(settings)
+        except ServiceUnreachable as error:
+            found, _, remedy = str(error).rpartition("; ")
+            findings.append(Finding(what, found, remedy, unreachable=True))
+        except StokerError as error:
+            findings.append(Finding(what, "not usable", str(error)))
+    return findings
+
+
+def _postgres(settings: Settings) -> list[Finding]:
+    database = Database(settings.require_postgres(), pool_size=1)
+    try:
+        with database.transaction() as session:
+            version = postgres_version(session)
+            current, newest = schema_revisions(session)
+            leads = has_dispatch_leader(session)
+    finally:
+        database.close()
+    return [
+        Finding("postgres", f"version {version} at {database.address}"),
+        Finding("schema", f"revision {current or 'none'}", "" if current == newest else
+                f"run `stoker migrate` (newest is {newest})"),
+        Finding("dispatch leader", "leads" if leads else "none",
+                "" if leads else "start a worker (`stoker worker`) or `stoker dispatch`; nothing is sent out without one"),
+    ]
+
+
+def _broker(settings: Settings) -> list[Finding]:
+    publisher = HintPublisher(make_app(settings), delivery_limit=settings.broker.delivery_limit)
+    try:
+        ready = publisher.ready_count()
+    finally:
+        publisher.close()
+    return [Finding("broker", f"queue generation, {ready} hints waiting")]
+
+
+def _workers(settings: Settings) -> list[Finding]:
+    board = PresenceBoard(settings.require_redis())
+    try:
+        workers = board.workers()
+    finally:
+        board.close()
+    if not workers:
+        return [Finding("redis", "answers"), Finding("workers", "none live", "start one: `stoker worker`")]
+    return [Finding("redis", "answers"), *(
+        Finding(f"worker {worker.name}", f"{worker.children} children, {worker.engine}, serves {', '.join(worker.models)}",
+                "" if worker.healthy else "its engine does not answer: see the worker's log; it restarts by itself")
+        for worker in workers)]
+
+
+def _engine(settings: Settings) -> list[Finding]:
+    """What a worker started on this machine would run."""
+    if settings.engine.url is not None:
+        identity = identify_endpoint(settings.engine.url, plan=None, settings=settings)
+        return [Finding("engine", f"{identity.label} at {settings.engine.url}, serves {', '.join(identity.models)}")]
+    try:
+        plan = plan_engine(settings.engine, socket=Path(tempfile.gettempdir()) / "doctor.sock")
+    except BadInput as error:
+        return [Finding("engine on this machine", "cannot start here", str(error))]
+    if plan is None:
+        return [Finding("engine on this machine", "none is wanted")]
+    checkpoint = f"{plan.kind} with {plan.description['checkpoint']} ({plan.description['quantization']})"
+    return [Finding("engine on this machine", checkpoint, plan.warning or "")]
