@@ -33,12 +33,21 @@ CONNECT_TIMEOUT_S = 10.0
 # Chosen, not measured: a front end busy with hundreds of requests still answers in a second or two.
 PROBE_TIMEOUT_S = 10.0
 EXCERPT_CHARACTERS = 200
+# A shorter key is a placeholder such as vLLM's EMPTY: no secret, and to blot it out would garble messages.
+SECRET_CHARACTERS = 8
 # 520 to 524 and 529 are what proxies in front of managed providers say for 502, 503 and 504.
 TRANSIENT_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
 
 
 class EndpointDown(Transient):
-    """The server refused, reset or broke the connection: it may have died with all that was in flight."""
+    """The server refused, reset or broke the connection: it may have died with all that was in flight.
+
+    `was_sent` is false when no connection was made, so that the request cannot have run.
+    """
+
+    def __init__(self, message: str, *, was_sent: bool) -> None:
+        super().__init__(message)
+        self.was_sent = was_sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +169,11 @@ class Endpoint:
                 return known.version or known.build_info
         return None
 
+    async def metrics_text(self) -> str:
+        """The server's Prometheus text; empty where it has none. Raises EndpointDown if nothing answers."""
+        status, answer = await self._get("/metrics")
+        return answer.decode(errors="replace") if status == 200 else ""
+
     @property
     def _session(self) -> aiohttp.ClientSession:
         if self._open is None:
@@ -200,14 +214,17 @@ class Endpoint:
         reason = self._excerpt(str(error).encode()) or type(error).__name__
         if isinstance(error, aiohttp.ClientResponseError):
             raise Transient(f"{self.url} does not speak HTTP: {reason}") from error
-        raise EndpointDown(f"{self.url}: {reason}") from error
+        was_sent = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+        raise EndpointDown(f"{self.url}: {reason}", was_sent=was_sent) from error
 
     def _excerpt(self, answer: bytes) -> str:
         text = self._without_key(answer)[: 4 * EXCERPT_CHARACTERS].decode(errors="replace")
         return " ".join(text.replace("\0", " ").split())[:EXCERPT_CHARACTERS]
 
     def _without_key(self, answer: bytes) -> bytes:
-        return answer.replace(self._api_key.encode(), b"***") if self._api_key else answer
+        if self._api_key is None or len(self._api_key) < SECRET_CHARACTERS:
+            return answer
+        return answer.replace(self._api_key.encode(), b"***")
 
 
 class _Model(msgspec.Struct):

@@ -36,6 +36,7 @@ _BODY_RULES = {
     "max_completion_tokens": _LIMIT_RULE,
     "top_logprobs": "must be a whole number from 0 to 20",
 }
+_MESSAGE_RULE = 'must be as in {"role": "user", "content": …}, with a string for the role'
 _UNSHOWN = frozenset({"messages", "prompt", "input"})  # what a problem shows may end in a log
 _LONE_SURROGATE = re.compile(
     r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F][0-9a-fA-F]{2}")
@@ -72,7 +73,8 @@ def explain_body(body: bytes, number: int, *, error: Exception, replaced: Contai
         return Problem(number, "invalid_request", "body", "must be a JSON object: the endpoint's request")
     given = "is missing; it" if missing else _given(body, name)
     origin = "; the submit's own options set it" if name in replaced else ""
-    return Problem(number, "invalid_request", field, f"{given} {_BODY_RULES[name]}{origin}".lstrip())
+    rule = _MESSAGE_RULE if path.startswith(".messages[") else _BODY_RULES[name]
+    return Problem(number, "invalid_request", field, f"{given} {rule}{origin}".lstrip())
 
 
 def _encoding_problem(raw: bytes, number: int) -> Problem | None:

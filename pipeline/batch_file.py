@@ -137,7 +137,7 @@ def opened(path: Path) -> Iterator[BufferedReader]:
     try:
         if not S_ISREG(path.stat().st_mode):
             raise BadInput(f"{path}: is not a regular file; give a .jsonl file, or - for standard input")
-        file = BufferedReader(FileIO(path), BUFFER_BYTES)
+        file: BufferedReader = BufferedReader(FileIO(path), BUFFER_BYTES)
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}; check the path and its permissions") from error
     with file:

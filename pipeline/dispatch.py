@@ -56,7 +56,7 @@ log = get_logger(__name__)
 
 SWEEP_S = 1.0
 WAKE_REST_S = 0.02  # least time between two fills: notifications of one moment are answered once
-LOST_AFTER_S = 60.0
+LOST_AFTER_S = 10.0  # a hint that was sent needlessly is refused by the claim; a lost one leaves workers idle
 BLIND_WINDOW = 2  # hints in the broker when no worker's presence is known
 WIND_DOWN_SHARDS = 200  # in one sweep, so that other batches' dispatch never waits long
 PARTITIONS_EVERY_S = 3600.0

@@ -55,7 +55,7 @@ class Submitted:
 
 @dataclass(frozen=True, slots=True)
 class FileEstimate:
-    """What a file would become. Both tokens are estimates: the bodies' bytes / 4, and the most to generate."""
+    """What a file would become. Tokens are estimates: the bodies' bytes / 4, and the most to generate."""
 
     lines: int
     prompt_tokens: int

@@ -32,7 +32,7 @@ TENANT = "local"
 _WINDOW_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
-class Window(click.ParamType):
+class Window(click.ParamType[float]):
     """A duration such as 90m, 24h or 7d, in seconds."""
 
     name = "DURATION"

@@ -61,9 +61,9 @@ class BatchProgress:
 _PROGRESS = """
 SELECT b.id, b.state, b.ending, b.paused_reason, b.endpoint, b.input_name, b.options, b.max_output_tokens,
     b.created_at, b.in_progress_at, b.expires_at, b.ended_at, b.total,
-    coalesce(sum(s.done), 0), coalesce(sum(s.failed), 0), coalesce(sum(s.truncated), 0), coalesce(sum(s.empty), 0),
-    coalesce(sum(s.prompt_tokens), 0), coalesce(sum(s.completion_tokens), 0), coalesce(sum(s.cached_tokens), 0),
-    coalesce(sum(s.reasoning_tokens), 0), count(*) FILTER (WHERE s.state = 'running')
+    CAST(coalesce(sum(s.done), 0) AS int8), CAST(coalesce(sum(s.failed), 0) AS int8), CAST(coalesce(sum(s.truncated), 0) AS int8), CAST(coalesce(sum(s.empty), 0) AS int8),
+    CAST(coalesce(sum(s.prompt_tokens), 0) AS int8), CAST(coalesce(sum(s.completion_tokens), 0) AS int8), CAST(coalesce(sum(s.cached_tokens), 0) AS int8),
+    CAST(coalesce(sum(s.reasoning_tokens), 0) AS int8), count(*) FILTER (WHERE s.state = 'running')
 FROM batches b LEFT JOIN shards s ON s.batch_id = b.id
 WHERE b.tenant = :tenant AND {condition}
 GROUP BY b.id ORDER BY b.id DESC LIMIT :limit

@@ -18,7 +18,7 @@ from tasks.generation import run_shard
 from worker.child import Child
 from worker.queues import node_queue
 from worker.shared import SharedState
-from worker.steps import DispatchStep, EngineStep, PresenceStep, WorkerParts
+from worker.steps import DispatchStep, EngineStep, WorkerParts
 
 # A visibility timeout above the longest task (yield after 10 min, then a request of at most 15 min); the two
 # sweeps bring a killed worker's hint back in 6.7 s instead of 96 s. Read only by the Redis transport.
@@ -74,5 +74,5 @@ def _wire(app: Celery, parts: WorkerParts) -> None:
     signals.worker_process_shutdown.connect(end_child, weak=False)
     signals.worker_shutting_down.connect(lambda **_: parts.shared.start_draining(), weak=False)
     signals.worker_shutdown.connect(lambda **_: parts.end(), weak=False)
-    app.steps["worker"].update({EngineStep, PresenceStep, DispatchStep})
+    app.steps["worker"].update({EngineStep, DispatchStep})
     app.stoker_parts = parts

@@ -132,8 +132,9 @@ async def _serve_forever(options: argparse.Namespace) -> None:
     server = web.Server(Script(options).handle, access_log=None, handler_cancellation=True)
     loop = asyncio.get_running_loop()
     listener = await loop.create_server(server, "127.0.0.1", options.port, backlog=1024)
+    listeners = [listener]  # uvloop closes a listener that nobody holds
     if options.socket:
-        await loop.create_unix_server(server, options.socket, backlog=1024)
+        listeners.append(await loop.create_unix_server(server, options.socket, backlog=1024))
     if options.port_file:
         new = options.port_file.with_suffix(".new")
         new.write_text(str(listener.sockets[0].getsockname()[1]))
