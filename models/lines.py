@@ -146,7 +146,7 @@ def parse_line(raw: bytes, number: int, *, rules: LineRules, endpoint: str | Non
             return explain_line(raw, number, line_bytes=rules.line_bytes)
     except LINE_REFUSALS:
         return explain_line(raw, number, line_bytes=rules.line_bytes)
-    if line.url != (endpoint or line.url) or line.url not in _BODIES:
+    if line.url != endpoint and (endpoint is not None or line.url not in _BODIES):
         return explain_url(line.url, number, endpoint=endpoint, endpoints=ENDPOINTS)
     try:
         body = bytes(line.body)
@@ -184,14 +184,14 @@ def _is_text(value: str) -> bool:
 def _checked(line: _Line, body: bytes, rules: LineRules) -> ParsedLine:
     """Raises msgspec's errors when the body breaks the rules of its endpoint."""
     fields = _BODIES[line.url].decode(body)
-    prompt_tokens = len(body) // BYTES_PER_TOKEN
     output_tokens = 0
-    if isinstance(fields, _Sampled):
+    if type(fields) is not EmbeddingsBody:
         body, output_tokens = _limited(body, fields, rules)
-        output_tokens *= fields.n or 1
-        if isinstance(fields, CompletionBody):
+        if type(fields) is CompletionBody:
             output_tokens *= _prompts_in(fields.prompt)
-    return ParsedLine(line.custom_id, line.url, fields.model, body, prompt_tokens, output_tokens)
+        output_tokens *= fields.n or 1
+    return ParsedLine(
+        line.custom_id, line.url, fields.model, body, len(body) // BYTES_PER_TOKEN, output_tokens)
 
 
 def _limited(body: bytes, fields: _Sampled, rules: LineRules) -> tuple[bytes, int]:
@@ -200,7 +200,7 @@ def _limited(body: bytes, fields: _Sampled, rules: LineRules) -> tuple[bytes, in
     Where a chat states both limits the newer one rules, as in the API; the other is held to ours as well,
     because not every server reads them in that order.
     """
-    if isinstance(fields, ChatBody) and type(fields.max_completion_tokens) is int:
+    if type(fields) is ChatBody and type(fields.max_completion_tokens) is int:
         body, tokens = _clamp(body, "max_completion_tokens", fields.max_completion_tokens, rules)
         if type(fields.max_tokens) is int:
             body, _ = _clamp(body, "max_tokens", fields.max_tokens, rules)

@@ -21,7 +21,7 @@ MAX_SUSPECTS = 10_000  # digests whose ids are compared; a file with more is wro
 
 @dataclass(frozen=True, slots=True)
 class Suspects:
-    """Digests that came up more than once; `unchecked` counts the repeats of those beyond MAX_SUSPECTS."""
+    """Digests that came up more than once; `unchecked` counts the repeats of those beyond the most."""
 
     digests: frozenset[int]
     unchecked: int
@@ -65,15 +65,15 @@ class DigestBuckets:
         if self._held >= self._spill_at:
             self._spill()
 
-    def suspects(self) -> Suspects:
-        """The digests that were added more than once."""
+    def suspects(self, *, most: int = MAX_SUSPECTS) -> Suspects:
+        """The digests that were added more than once, `most` of them at most."""
         digests: set[int] = set()
         unchecked = 0
         for values in self._all_buckets():
             if len(set(values)) == len(values):
                 continue
             for digest, count in Counter(values).items():
-                if count > 1 and len(digests) < MAX_SUSPECTS:
+                if count > 1 and len(digests) < most:
                     digests.add(digest)
                 elif count > 1:
                     unchecked += count - 1

@@ -5,12 +5,13 @@
 A chat is answered `echo: <last user message>`, tokens are words, vectors are hashes of their texts. Words in
 double brackets anywhere in a prompt change the answer to it:
 
-    [[status 429 retry-after 2]]  that status; `retry-after-ms 50` works too
+    [[status 429 retry-after 2]]  that status with that header; `_` in its value stands for a space
     [[fail 2 times]]              500, or the status beside it, the first times this prompt comes
     [[latency 1.5]]               seconds of service instead of --latency-s
     [[empty]] [[reasoning]]       no content; the thoughts apart from the content
     [[not json]] [[surrogate]] [[nul]] [[invalid utf-8]]   bodies that are hard to read
-    [[hang]] [[drop connection]] [[drop mid-body]] [[die]]   no answer, a broken one, the end of the server
+    [[hang]] [[drop connection]] [[drop mid-body]]   no answer, or half of one
+    [[huge]] [[die]]              a body said to be 1 TB; the end of the server
     [[plain floats]] [[swap]]     embeddings: base64 ignored; vectors in reverse order, with their indices
 """
 
@@ -51,6 +52,7 @@ class ScriptedEndpoint:
         latency_sigma: float = 0.0,
         slots: int | None = None,
         api_key: str | None = None,
+        without_health: bool = False,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="scripted-")
         self._port_file = Path(self._folder.name) / "port"
@@ -59,6 +61,7 @@ class ScriptedEndpoint:
         self._flags += ["--latency-s", str(latency_s), "--latency-sigma", str(latency_sigma)]
         self._flags += ["--slots", str(slots or 0), "--exit-with", str(os.getpid())]
         self._flags += ["--api-key", api_key] if api_key else []
+        self._flags += ["--without-health"] if without_health else []
         self.port = 0
 
     def __enter__(self) -> Self:
@@ -153,6 +156,7 @@ def main() -> None:
     parser.add_argument("--latency-sigma", type=float, default=0.0, help="lognormal, drawn from the prompt")
     parser.add_argument("--slots", type=int, default=0, help="requests served at once; 0: all")
     parser.add_argument("--api-key")
+    parser.add_argument("--without-health", action="store_true", help="as servers that have no /health")
     parser.add_argument("--exit-with", type=int, metavar="PID", help="end when this parent has ended")
     uvloop.run(_serve_forever(parser.parse_args()))
 

@@ -35,6 +35,7 @@ class Script:
         self.latency_sigma: float = options.latency_sigma
         self.api_key: str | None = options.api_key
         self.slots = asyncio.Semaphore(options.slots or 2**31)
+        self.has_health: bool = not options.without_health
         self.is_healthy = True
         self.overrides: dict[str, str] = {}
         self.prompts: Counter[str] = Counter()
@@ -118,7 +119,8 @@ class Script:
         status = next((order.split() for order in orders if order.startswith("status ")), None)
         if status or failures is not None:
             words = status or ["status", "500"]
-            headers = dict(zip(words[2::2], words[3::2], strict=True))
+            values = [word.replace("_", " ") for word in words[3::2]]
+            headers = dict(zip(words[2::2], values, strict=True))
             return _error(int(words[1]), "as the script says", headers)
         for order in orders:
             if order in GARBAGE:
@@ -127,11 +129,13 @@ class Script:
                 await asyncio.Event().wait()
             if order == "die":
                 os._exit(1)
-            if order.startswith("drop "):
-                return await _dropped(request, order)
+            if order.startswith("drop ") or order == "huge":
+                return await _broken(request, order)
         return None
 
     async def _health(self, _: web.BaseRequest) -> web.Response:
+        if not self.has_health:
+            return _error(404, "no such path")
         return web.Response(status=200 if self.is_healthy else 503)
 
     async def _set_health(self, request: web.BaseRequest) -> web.Response:
@@ -182,11 +186,14 @@ def _error(status: int, message: str, headers: dict[str, str] | None = None) -> 
     )
 
 
-async def _dropped(request: web.BaseRequest, order: str) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Length": "1000", "Content-Type": JSON})
-    if order == "drop mid-body":
+async def _broken(request: web.BaseRequest, order: str) -> web.StreamResponse:
+    size_bytes = 2**40 if order == "huge" else 1000
+    response = web.StreamResponse(headers={"Content-Length": str(size_bytes), "Content-Type": JSON})
+    if order != "drop connection":
         await response.prepare(request)
         await response.write(b'{"choices":[')
+    if order == "huge":
+        await asyncio.Event().wait()
     if request.transport:
         request.transport.abort()
     return response

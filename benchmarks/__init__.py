@@ -1,0 +1,1 @@
+"""Measurements as ratios of two things in one run; results/ holds the last of each."""
