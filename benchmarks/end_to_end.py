@@ -61,8 +61,9 @@ def main() -> None:
         plan = plan_engine(settings.engine, socket=Path(folder) / "engine.sock")
         if plan is None:
             raise SystemExit("unset STOKER_ENGINE__URL: this benchmark starts the engine itself")
-        bodies = read_bodies(arguments.csv, lines=arguments.lines, model=plan.alias,
-                             output_tokens=arguments.output_tokens)
+        bodies = read_bodies(
+            arguments.csv, lines=arguments.lines, model=plan.alias, output_tokens=arguments.output_tokens
+        )
         file = write_file(Path(folder) / "lines.jsonl", bodies)
         engine = EngineSupervisor(plan, log_file=Path(folder) / "engine.log", start_timeout_s=900, stall_s=120)
         engine.start()
@@ -70,8 +71,11 @@ def main() -> None:
             report = measure(settings, engine.plan.url, bodies, file, pairs=arguments.pairs)
         finally:
             engine.stop()
-    report |= {"output_tokens": arguments.output_tokens, "engine": dict(plan.description) | {"version": engine.version},
-               **machine()}
+    report |= {
+        "output_tokens": arguments.output_tokens,
+        "engine": dict(plan.description) | {"version": engine.version},
+        **machine(),
+    }
     (Path(__file__).parent / "results" / "end_to_end.json").write_text(json.dumps(report, indent=2) + "\n")
     print_report(report)
 
@@ -80,17 +84,27 @@ def read_bodies(path: Path, *, lines: int, model: str, output_tokens: int) -> li
     """One chat request for each of the first `lines` rows; the output length is fixed (ignore_eos)."""
     with path.open(newline="") as opened:
         texts = [row["text"] for row, _ in zip(csv.DictReader(opened), range(lines), strict=False)]
-    return [json.dumps({
-        "model": model, "temperature": 0, "max_tokens": output_tokens, "ignore_eos": True,
-        "messages": [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}],
-    }).encode() for text in texts]
+    return [
+        json.dumps(
+            {
+                "model": model,
+                "temperature": 0,
+                "max_tokens": output_tokens,
+                "ignore_eos": True,
+                "messages": [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}],
+            }
+        ).encode()
+        for text in texts
+    ]
 
 
 def write_file(path: Path, bodies: list[bytes]) -> Path:
     """The same requests as a batch file."""
     with path.open("wb") as opened:
         for number, body in enumerate(bodies):
-            opened.write(b'{"custom_id":"query-%05d","method":"POST","url":"%s","body":%s}\n' % (number, PATH.encode(), body))
+            opened.write(
+                b'{"custom_id":"query-%05d","method":"POST","url":"%s","body":%s}\n' % (number, PATH.encode(), body)
+            )
     return path
 
 
@@ -114,13 +128,21 @@ def measure(settings: Settings, url: str, bodies: list[bytes], file: Path, *, pa
                         raise SystemExit(f"tokens differ: {progress.completion_tokens} and {tokens}")
                     through.append(seconds_of(progress))
     ratios = [a / b for a, b in zip(straight, through, strict=True)]
-    return {"jobs": len(bodies), "in_flight": in_flight, "tokens": tokens, "straight_s": straight, "through_s": through,
-            "ratios": ratios, "ratio": statistics.median(ratios)}
+    return {
+        "jobs": len(bodies),
+        "in_flight": in_flight,
+        "tokens": tokens,
+        "straight_s": straight,
+        "through_s": through,
+        "ratios": ratios,
+        "ratio": statistics.median(ratios),
+    }
 
 
 async def ask_straight(url: str, bodies: list[bytes], *, in_flight: int) -> tuple[float, int]:
     """(seconds, completion tokens) of all requests sent to the engine with `in_flight` at once."""
     async with Endpoint(url, api_key=None, timeout_s=900, connections=in_flight) as endpoint:
+
         async def ask(number: int, body: bytes) -> JobResult:
             return result_of(number, PATH, await endpoint.post(PATH, body, request_id=f"straight-{number}"))
 
@@ -133,8 +155,14 @@ def ask_through(settings: Settings, file: Path) -> BatchProgress:
     """The batch's end state, once every job has its result."""
     database = Database(settings.require_postgres())
     try:
-        submitted = submit_file(database, file, options=SubmitOptions(max_output_tokens=1024), settings=settings,
-                                served_models=None, reuse=False)
+        submitted = submit_file(
+            database,
+            file,
+            options=SubmitOptions(max_output_tokens=1024),
+            settings=settings,
+            served_models=None,
+            reuse=False,
+        )
         while True:
             time.sleep(0.5)
             with database.transaction() as session:
@@ -150,21 +178,39 @@ def ask_through(settings: Settings, file: Path) -> BatchProgress:
 
 def machine() -> dict[str, Any]:
     """Where and with what the figures were measured."""
-    cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.processor())
+    cpu = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {"date": utc_now().date().isoformat(), "cpu": cpu, "cores": len(os.sched_getaffinity(0)),
-            "python": platform.python_version(), "commit": commit.stdout.strip()}
+    return {
+        "date": utc_now().date().isoformat(),
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip(),
+    }
 
 
 def print_report(report: dict[str, Any]) -> None:
     """The table."""
-    print(f"{report['jobs']:,} jobs, {report['output_tokens']} output tokens each, {report['in_flight']} in flight, "
-          f"{report['engine']['kind']} {report['engine']['version']} {report['engine']['checkpoint']}")
-    for name, seconds in (("straight to the engine", report["straight_s"]), ("through the system", report["through_s"])):
+    print(
+        f"{report['jobs']:,} jobs, {report['output_tokens']} output tokens each, {report['in_flight']} in flight, "
+        f"{report['engine']['kind']} {report['engine']['version']} {report['engine']['checkpoint']}"
+    )
+    for name, seconds in (
+        ("straight to the engine", report["straight_s"]),
+        ("through the system", report["through_s"]),
+    ):
         median = statistics.median(seconds)
-        print(f"{name:24} {median:7.2f} s {report['jobs'] / median:8.1f} jobs/s {report['tokens'] / median:8.1f} tokens/s"
-              f"   runs: {', '.join(f'{s:.2f}' for s in seconds)}")
+        print(
+            f"{name:24} {median:7.2f} s {report['jobs'] / median:8.1f} jobs/s {report['tokens'] / median:8.1f} tokens/s"
+            f"   runs: {', '.join(f'{s:.2f}' for s in seconds)}"
+        )
     print(f"ratio {report['ratio']:.3f} (pairs: {', '.join(f'{r:.3f}' for r in report['ratios'])})")
 
 

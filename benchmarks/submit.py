@@ -1,8 +1,8 @@
 """Submit against a bare COPY of the same rows: `python -m benchmarks.submit --lines 1000000`.
 
 A submit hashes the file, validates every line, looks for duplicates, and stores jobs and shards. It is set
-against two COPYs that do nothing but store: psycopg's `write_row` as its manual shows it, and ready-made binary
-blocks, the most that the server takes. All commit every 50,000 rows, each in a process of its own, in turns.
+against two COPYs that do nothing but store: psycopg's `write_row` as its manual shows it, and ready-made
+binary blocks, the most that the server takes. All commit every 50,000 rows, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ import psycopg
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULT = REPOSITORY / "benchmarks" / "results" / "submit.json"
+SERVER = "postgresql://postgres@127.0.0.1:5432"
+ENDPOINT = "/v1/chat/completions"
 ROWS_A_TRANSACTION = 50_000
 BLOCK_BYTES = 256 * 1024
 COPY = "COPY bare_jobs (batch_id, seq, custom_id, body) FROM STDIN"
@@ -42,9 +44,10 @@ SYSTEM = (
     "returns, account, product, safety or other.\nDo not answer the customer."
 )
 WORDS = (
-    "please parcel order invoice tent stove the my was not late broken twice charged \"refund\" address café when "
-    "return pole zip sleeping bag account password photo I on Friday it and to of received 40817 wrong size thanks"
-).split()
+    "please", "parcel", "order", "invoice", "tent", "stove", "the", "my", "was", "not", "late", "broken", "when",
+    '"refund"', "address", "café", "return", "pole", "sleeping", "bag", "account", "password", "photo", "I", "on",
+    "Friday", "it", "and", "to", "of", "received", "40817", "wrong", "size", "thanks", "twice", "charged",
+)
 
 
 def main() -> None:
@@ -52,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lines", type=int, default=1_000_000)
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--server", default=os.environ.get("STOKER_TEST_POSTGRES_URL", "postgresql://postgres@127.0.0.1"))
+    parser.add_argument("--server", default=os.environ.get("STOKER_TEST_POSTGRES") or SERVER)
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--child", nargs=3, metavar=("KIND", "DATABASE", "FILE"), help=argparse.SUPPRESS)
     wishes = parser.parse_args()
@@ -77,8 +80,9 @@ def submit(database: str, file: Path) -> float:
     from store.database import Database  # noqa: PLC0415
 
     options, served = SubmitOptions(max_output_tokens=256), frozenset({"smollm2-135m"})
+    connections, settings = Database(database), Settings()
     start = time.perf_counter()
-    submit_file(Database(database), file, options=options, settings=Settings(), served_models=served, reuse=True)
+    submit_file(connections, file, options=options, settings=settings, served_models=served, reuse=True)
     return time.perf_counter() - start
 
 
@@ -149,12 +153,13 @@ def _write_files(folder: Path, lines: int) -> dict[str, Path]:
         block = bytearray(BINARY_START)
         for seq in range(lines):
             custom_id, body = f"ticket-{seq:08}", _body(chance)
-            batch.write(f'{{"custom_id": "{custom_id}", "method": "POST", "url": "/v1/chat/completions", "body": {body}}}\n')
+            batch.write(f'{{"custom_id": "{custom_id}", "method": "POST", "url": "{ENDPOINT}", "body": {body}}}\n')
             rows.write(f"{custom_id}\t{body}\n")
             encoded = body.encode()
             block += row_start + struct.pack(">ii", seq, len(custom_id)) + custom_id.encode()
             block += struct.pack(">i", len(encoded)) + encoded
-            ends = (seq + 1) % ROWS_A_TRANSACTION == 0 or seq + 1 == lines
+            ends = (seq + 1) % ENDPOINT = "/v1/chat/completions"
+ROWS_A_TRANSACTION == 0 or seq + 1 == lines
             if ends:
                 block += BINARY_END
             if ends or len(block) >= BLOCK_BYTES:

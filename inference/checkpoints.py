@@ -44,8 +44,10 @@ def quantization_of(folder: Path) -> str | None:
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise BadInput(f"{folder} is no checkpoint: no readable config.json; name a Hugging Face folder "
-                       "or a .gguf file in STOKER_ENGINE__CHECKPOINT") from error
+        raise BadInput(
+            f"{folder} is no checkpoint: no readable config.json; name a Hugging Face folder "
+            "or a .gguf file in STOKER_ENGINE__CHECKPOINT"
+        ) from error
     method = (config.get("quantization_config") or {}).get("quant_method")
     return str(method) if method else None
 

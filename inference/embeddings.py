@@ -28,7 +28,6 @@ SPECIAL_TOKENS = 2
 UNPACKABLE_FIELDS = frozenset({"embed_dtype", "endianness", "messages", "stream"})
 
 
-
 @dataclass(frozen=True, slots=True)
 class Pack:
     """Jobs that one request answers, sent as `body` to PATH.

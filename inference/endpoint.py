@@ -183,9 +183,7 @@ class Endpoint:
     async def _get(self, path: str) -> tuple[int, bytes]:
         timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
         try:
-            async with self._session.get(
-                self._base + path, timeout=timeout, allow_redirects=False
-            ) as response:
+            async with self._session.get(self._base + path, timeout=timeout, allow_redirects=False) as response:
                 return response.status, await self._body_of(response)
         except (aiohttp.ClientError, OSError) as error:
             self._raise_for(error, timeout_s=PROBE_TIMEOUT_S)

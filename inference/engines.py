@@ -68,33 +68,58 @@ def _default_checkpoint(settings: EngineSettings) -> Path:
 def _kind(settings: EngineSettings, checkpoint: Path) -> str:
     found = "llamacpp" if checkpoint.suffix == ".gguf" else "vllm"
     if settings.kind not in {"auto", found}:
-        raise BadInput(f"STOKER_ENGINE__KIND={settings.kind} cannot load {checkpoint}: "
-                       "llama.cpp takes a .gguf file, vLLM a Hugging Face folder")
+        raise BadInput(
+            f"STOKER_ENGINE__KIND={settings.kind} cannot load {checkpoint}: "
+            "llama.cpp takes a .gguf file, vLLM a Hugging Face folder"
+        )
     return found
 
 
 def _llamacpp(settings: EngineSettings, checkpoint: Path, *, alias: str, socket: Path) -> EnginePlan:
     slots = min(settings.max_num_seqs, LLAMACPP_SLOTS)
-    flags = ["--alias", alias, "--slots", str(slots), "--context-per-slot", str(settings.context_tokens),
-             *shlex.split(settings.args)]
-    command = (sys.executable, "-m", "inference.llamacpp", "--checkpoint", str(checkpoint), "--uds", str(socket),
-               *flags)
+    flags = [
+        "--alias",
+        alias,
+        "--slots",
+        str(slots),
+        "--context-per-slot",
+        str(settings.context_tokens),
+        *shlex.split(settings.args),
+    ]
+    command = (
+        sys.executable,
+        "-m",
+        "inference.llamacpp",
+        "--checkpoint",
+        str(checkpoint),
+        "--uds",
+        str(socket),
+        *flags,
+    )
     description = _description("llamacpp", flags, checkpoint, alias=alias, quantization="gguf")
     return EnginePlan("llamacpp", command, dict(os.environ), f"unix://{socket}", alias, description)
 
 
 def _vllm(settings: EngineSettings, checkpoint: Path, *, alias: str, socket: Path) -> EnginePlan:
     if not settings.vllm_python.exists():
-        raise BadInput(f"vLLM's environment is missing: no {settings.vllm_python}; run `make engine-vllm`, "
-                       "or set STOKER_ENGINE__VLLM_PYTHON")
+        raise BadInput(
+            f"vLLM's environment is missing: no {settings.vllm_python}; run `make engine-vllm`, "
+            "or set STOKER_ENGINE__VLLM_PYTHON"
+        )
     quantization = quantization_of(checkpoint)
     is_gpu = has_gpu()
     flags = [
-        "--served-model-name", alias,
-        "--max-num-seqs", str(settings.max_num_seqs),
-        "--max-num-batched-tokens", str(settings.max_num_batched_tokens),
-        "--max-model-len", str(settings.context_tokens),
-        "--enable-prefix-caching", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log",
+        "--served-model-name",
+        alias,
+        "--max-num-seqs",
+        str(settings.max_num_seqs),
+        "--max-num-batched-tokens",
+        str(settings.max_num_batched_tokens),
+        "--max-model-len",
+        str(settings.context_tokens),
+        "--enable-prefix-caching",
+        "--enable-prompt-tokens-details",
+        "--disable-uvicorn-access-log",
         *([] if is_gpu else CPU_FLAGS),
         *shlex.split(settings.args),
     ]
@@ -106,21 +131,38 @@ def _vllm(settings: EngineSettings, checkpoint: Path, *, alias: str, socket: Pat
         # `auto` leaves one of two cores idle: 340 instead of 430 to 590 tokens/s
         env.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
     description = _description("vllm", flags, checkpoint, alias=alias, quantization=quantization)
-    return EnginePlan("vllm", command, env, f"unix://{socket}", alias, description,
-                      warning=_sixteen_bit_warning(checkpoint) if quantization is None else None)
+    return EnginePlan(
+        "vllm",
+        command,
+        env,
+        f"unix://{socket}",
+        alias,
+        description,
+        warning=_sixteen_bit_warning(checkpoint) if quantization is None else None,
+    )
 
 
 def _sixteen_bit_warning(checkpoint: Path) -> str:
     sibling = quantized_sibling(checkpoint)
-    better = f"{sibling} is quantized: set STOKER_ENGINE__CHECKPOINT={sibling}" if sibling else (
-        "run `make checkpoint` for the small one, or take an AWQ, GPTQ or FP8 checkpoint of yours")
+    better = (
+        f"{sibling} is quantized: set STOKER_ENGINE__CHECKPOINT={sibling}"
+        if sibling
+        else ("run `make checkpoint` for the small one, or take an AWQ, GPTQ or FP8 checkpoint of yours")
+    )
     return f"{checkpoint} holds 16-bit weights, which cost memory and speed; {better}"
 
 
-def _description(kind: str, flags: list[str], checkpoint: Path, *, alias: str,
-                 quantization: str | None) -> dict[str, Any]:
-    return {"kind": kind, "flags": shlex.join(flags), "checkpoint": checkpoint.name, "alias": alias,
-            "checkpoint_digest": digest_of(checkpoint), "quantization": quantization or "none (16-bit)"}
+def _description(
+    kind: str, flags: list[str], checkpoint: Path, *, alias: str, quantization: str | None
+) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "flags": shlex.join(flags),
+        "checkpoint": checkpoint.name,
+        "alias": alias,
+        "checkpoint_digest": digest_of(checkpoint),
+        "quantization": quantization or "none (16-bit)",
+    }
 
 
 def has_gpu() -> bool:

@@ -65,9 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> Options:
     """The options on the command line; ends the process with usage and status 2 when they are wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m inference.llamacpp", description="Serve a GGUF checkpoint."
-    )
+    parser = argparse.ArgumentParser(prog="python -m inference.llamacpp", description="Serve a GGUF checkpoint.")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE.gguf")
     parser.add_argument("--alias", required=True, help="the name that requests use for the checkpoint")
     parser.add_argument("--host", default="127.0.0.1")
@@ -76,9 +74,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     parser.add_argument("--slots", type=_positive, default=DEFAULT_SLOTS, help="requests computed at a time")
     parser.add_argument("--context-per-slot", type=_positive, default=DEFAULT_CONTEXT_PER_SLOT_TOKENS)
     parser.add_argument("--threads", type=_positive, default=os.cpu_count() or 1)
-    parser.add_argument(
-        "--embeddings", action="store_true", help="serve /v1/embeddings instead of generation"
-    )
+    parser.add_argument("--embeddings", action="store_true", help="serve /v1/embeddings instead of generation")
     found = parser.parse_args(arguments)
     if (found.uds is None) == (found.port == 0):
         parser.error("give one of --uds and --port")

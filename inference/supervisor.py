@@ -13,6 +13,7 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,22 +117,30 @@ class EngineSupervisor:
         if self._stop.is_set():
             return
         Path(self.plan.url.removeprefix("unix://")).unlink(missing_ok=True)
-        self._child = spawn(self.plan.command, env=self.plan.env, log=self._log_file, session=True,
-                            death_signal=signal.SIGTERM)
+        self._child = spawn(
+            self.plan.command, env=self.plan.env, log=self._log_file, session=True, death_signal=signal.SIGTERM
+        )
         async with self._endpoint() as endpoint:
             while not await endpoint.is_healthy():
                 if self._stop.is_set():
                     return
                 if self._child.poll() is not None:
-                    raise Fatal(f"the engine ended with status {self._child.returncode} before it was up:\n{self._tail()}")
+                    raise Fatal(
+                        f"the engine ended with status {self._child.returncode} before it was up:\n{self._tail()}"
+                    )
                 if time.monotonic() - started > self._start_timeout_s:
                     raise Fatal(f"the engine was not up after {self._start_timeout_s:g} s:\n{self._tail()}")
                 await self._sleep(0.2)
             self.version = await endpoint.version()
         self.is_healthy = True
         self._healthy_at = self._progress_at = time.monotonic()
-        log.info("engine_up", engine=self.plan.kind, version=self.version, alias=self.plan.alias,
-                 seconds=round(time.monotonic() - started, 1))
+        log.info(
+            "engine_up",
+            engine=self.plan.kind,
+            version=self.version,
+            alias=self.plan.alias,
+            seconds=round(time.monotonic() - started, 1),
+        )
 
     async def _fault(self) -> str | None:
         """Watch for one reading: why the engine must be restarted, or None."""
@@ -168,7 +177,7 @@ class EngineSupervisor:
         """Sleep, but end early when told to stop."""
         until = time.monotonic() + seconds
         while not self._stop.is_set() and time.monotonic() < until:
-            await asyncio.sleep(min(0.1, seconds))
+            await asyncio.sleep(min(0.1, seconds))  # a threading.Event cannot be awaited
 
     def _end_child(self) -> None:
         """End the engine's whole session: vLLM runs its core and workers as processes of their own."""
@@ -181,10 +190,8 @@ class EngineSupervisor:
                 child.wait(STOP_GRACE_S)
             except subprocess.TimeoutExpired:
                 log.warning("engine_killed", engine=self.plan.kind)
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         child.wait()
 
     def _tail(self) -> str:

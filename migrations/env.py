@@ -18,7 +18,10 @@ def _not_a_partition(obj: Any, name: str | None, kind: str, reflected: bool, com
 
 def _run(connection: Connection) -> None:
     context.configure(
-        connection=connection, target_metadata=Base.metadata, include_object=_not_a_partition, compare_type=True,
+        connection=connection,
+        target_metadata=Base.metadata,
+        include_object=_not_a_partition,
+        compare_type=True,
     )
     with context.begin_transaction():
         connection.exec_driver_sql("SET LOCAL lock_timeout = '5s'")

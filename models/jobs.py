@@ -9,7 +9,7 @@ from models.states import Outcome, Source
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One unfinished job of a claimed shard. `body` is the request's JSON; `tries` counts earlier transient failures."""
+    """One unfinished job of a claimed shard. `body` is the request's JSON; `tries` counts transient failures."""
 
     seq: int
     body: str

@@ -39,25 +39,37 @@ _BODY_RULES = {
 _MESSAGE_RULE = 'must be as in {"role": "user", "content": …}, with a string for the role'
 _UNSHOWN = frozenset({"messages", "prompt", "input"})  # what a problem shows may end in a log
 _LONE_SURROGATE = re.compile(
-    r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F][0-9a-fA-F]{2}")
+    r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+)
 
 
 def explain_line(raw: bytes, number: int, *, line_bytes: int) -> Problem:
     """The problem of a line that is too long, no JSON, or wrong outside its body."""
     if len(raw.rstrip(b"\r\n")) > line_bytes:
-        return Problem(number, "invalid_request", None, (
-            f"the line has more than {line_bytes:,} bytes; shorten it, or raise STOKER_LIMITS__LINE_BYTES"))
+        return Problem(
+            number,
+            "invalid_request",
+            None,
+            (f"the line has more than {line_bytes:,} bytes; shorten it, or raise STOKER_LIMITS__LINE_BYTES"),
+        )
     return _encoding_problem(raw, number) or _json_problem(raw, number) or _member_problem(raw, number)
 
 
 def explain_url(url: str, number: int, *, endpoint: str | None, endpoints: Collection[str]) -> Problem:
     """The problem of a line whose url is unknown, or is not the batch's."""
     if url not in endpoints:
-        return Problem(number, "url_mismatch", "url", (
-            f"is {_shown(url)}, no endpoint of a batch; use {', '.join(endpoints)}"))
-    return Problem(number, "url_mismatch", "url", (
-        f"is {_shown(url)}, but the lines before have {endpoint}; a batch has one endpoint: "
-        "put the others in a file of their own"))
+        return Problem(
+            number, "url_mismatch", "url", (f"is {_shown(url)}, no endpoint of a batch; use {', '.join(endpoints)}")
+        )
+    return Problem(
+        number,
+        "url_mismatch",
+        "url",
+        (
+            f"is {_shown(url)}, but the lines before have {endpoint}; a batch has one endpoint: "
+            "put the others in a file of their own"
+        ),
+    )
 
 
 def explain_body(body: bytes, number: int, *, error: Exception, replaced: Container[str]) -> Problem:
@@ -81,12 +93,19 @@ def _encoding_problem(raw: bytes, number: int) -> Problem | None:
     try:
         raw.decode()
     except UnicodeDecodeError as error:
-        return Problem(number, "invalid_json_line", None, (
-            f"invalid UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8"))
+        return Problem(
+            number,
+            "invalid_json_line",
+            None,
+            (f"invalid UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8"),
+        )
     if b"\0" in raw:
-        return Problem(number, "invalid_json_line", None, (
-            f"a NUL byte at byte {raw.index(0) + 1} of the line; the file is damaged or not UTF-8"
-            ": write it again"))
+        return Problem(
+            number,
+            "invalid_json_line",
+            None,
+            (f"a NUL byte at byte {raw.index(0) + 1} of the line; the file is damaged or not UTF-8: write it again"),
+        )
     return None
 
 
@@ -105,8 +124,10 @@ def _json_problem(raw: bytes, number: int) -> Problem | None:
 def _cause(raw: bytes, text: str) -> str:
     lone = _LONE_SURROGATE.search(raw.decode())
     if lone and _is_lax_json(raw):
-        return (f"the escape {lone[0]} is half of a surrogate pair, which is no character; "
-                "remove it, and cut texts between characters, not inside them")
+        return (
+            f"the escape {lone[0]} is half of a surrogate pair, which is no character; "
+            "remove it, and cut texts between characters, not inside them"
+        )
     if "truncated" in text:
         if raw.endswith(b"\n"):
             return "the JSON ends too early; write each request as one whole JSON object on one line"
@@ -119,21 +140,37 @@ def _cause(raw: bytes, text: str) -> str:
 def _member_problem(raw: bytes, number: int) -> Problem:
     line = msgspec.json.decode(raw)
     if not isinstance(line, dict):
-        return Problem(number, "invalid_json_line", None, (
-            f"is {_kind(line)}; write a JSON object with custom_id, method, url and body"))
+        return Problem(
+            number,
+            "invalid_json_line",
+            None,
+            (f"is {_kind(line)}; write a JSON object with custom_id, method, url and body"),
+        )
     custom_id = line.get("custom_id")
     if custom_id is None or custom_id == "":
-        return Problem(number, "missing_custom_id", "custom_id", (
-            'is missing or empty; give every line its own, such as "request-1"'))
+        return Problem(
+            number,
+            "missing_custom_id",
+            "custom_id",
+            ('is missing or empty; give every line its own, such as "request-1"'),
+        )
     if fault := _custom_id_fault(custom_id):
         return Problem(number, "invalid_request", "custom_id", fault)
     if not isinstance(line.get("url"), str):
-        return Problem(number, "url_mismatch", "url", (
-            'is missing or no string; write the endpoint, such as "/v1/chat/completions"'))
+        return Problem(
+            number,
+            "url_mismatch",
+            "url",
+            ('is missing or no string; write the endpoint, such as "/v1/chat/completions"'),
+        )
     if line.get("method") != "POST":
         return Problem(number, "invalid_request", "method", 'is missing or another; write "POST"')
-    return Problem(number, "invalid_request", "body", (
-        "is missing or cannot be read; write the endpoint's request as a JSON object"))
+    return Problem(
+        number,
+        "invalid_request",
+        "body",
+        ("is missing or cannot be read; write the endpoint's request as a JSON object"),
+    )
 
 
 def _custom_id_fault(custom_id: object) -> str | None:

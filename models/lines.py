@@ -134,15 +134,13 @@ def parse_line(raw: bytes, number: int, *, rules: LineRules, endpoint: str | Non
     """The line as it is stored, or the first thing wrong with it; raises nothing, whatever the bytes.
 
     `raw` is one line of the file, with or without its newline, cut after `rules.line_bytes` + 1 bytes at the
-    latest; `number` counts from 1; `endpoint` is the batch's url once a line has stated it.
+    latest; `number` counts from 1; `endpoint`, one of ENDPOINTS, is the batch's once a line has stated it.
     """
     try:
         line = _LINE.decode(raw)
         if not raw.isascii():
             raw.decode()  # msgspec does not look into the strings that it skips
-        if "\0" in line.custom_id or (
-            len(raw) > rules.line_bytes and len(raw.rstrip(b"\r\n")) > rules.line_bytes
-        ):
+        if "\0" in line.custom_id or (len(raw) > rules.line_bytes and len(raw.rstrip(b"\r\n")) > rules.line_bytes):
             return explain_line(raw, number, line_bytes=rules.line_bytes)
     except LINE_REFUSALS:
         return explain_line(raw, number, line_bytes=rules.line_bytes)
@@ -190,8 +188,7 @@ def _checked(line: _Line, body: bytes, rules: LineRules) -> ParsedLine:
         if type(fields) is CompletionBody:
             output_tokens *= _prompts_in(fields.prompt)
         output_tokens *= fields.n or 1
-    return ParsedLine(
-        line.custom_id, line.url, fields.model, body, len(body) // BYTES_PER_TOKEN, output_tokens)
+    return ParsedLine(line.custom_id, line.url, fields.model, body, len(body) // BYTES_PER_TOKEN, output_tokens)
 
 
 def _limited(body: bytes, fields: _Sampled, rules: LineRules) -> tuple[bytes, int]:

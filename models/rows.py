@@ -50,8 +50,14 @@ class Base(DeclarativeBase):
 
 def _word(states: type[BatchState] | type[Ending] | type[ShardState] | type[Outcome] | type[Source], name: str) -> Enum:
     """A string column with a CHECK that holds it to an enum's values."""
-    return Enum(states, name=name, native_enum=False, create_constraint=True, length=16,
-                values_callable=lambda members: [member.value for member in members])
+    return Enum(
+        states,
+        name=name,
+        native_enum=False,
+        create_constraint=True,
+        length=16,
+        values_callable=lambda members: [member.value for member in members],
+    )
 
 
 class Batch(Base):
@@ -85,8 +91,11 @@ class Batch(Base):
 
     __table_args__ = (
         Index(None, "tenant", "submit_digest"),
-        Index("ix_batches_live", "id", postgresql_where=text(
-            "state IN ('validating', 'in_progress', 'cancelling', 'finalizing')")),
+        Index(
+            "ix_batches_live",
+            "id",
+            postgresql_where=text("state IN ('validating', 'in_progress', 'cancelling', 'finalizing')"),
+        ),
     )
 
 
@@ -157,8 +166,12 @@ class Shard(Base):
         CheckConstraint("done <= cardinality(seqs)", name="done"),
         # No index on lease_until: it would end HOT updates by the heartbeat.
         Index("ix_shards_pending", "batch_id", "id", postgresql_where=text("state = 'pending'")),
-        Index("ix_shards_returned", "batch_id", "not_before", postgresql_where=text(
-            "state = 'pending' AND not_before IS NOT NULL")),
+        Index(
+            "ix_shards_returned",
+            "batch_id",
+            "not_before",
+            postgresql_where=text("state = 'pending' AND not_before IS NOT NULL"),
+        ),
         Index("ix_shards_live", "id", postgresql_where=text("state IN ('dispatched', 'running')")),
         Index(None, "batch_id"),
         {"postgresql_with": {"fillfactor": "70"}},

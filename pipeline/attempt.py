@@ -61,8 +61,12 @@ class Attempt:
     def wants_write(self) -> bool:
         """Whether what is recorded should be written now."""
         rows = len(self._results) + len(self._retries)
-        return self.is_over or rows >= FLUSH_ROWS or self._unwritten_bytes >= FLUSH_BYTES or (
-            rows > 0 and time.monotonic() - self._unwritten_since >= FLUSH_AFTER_S)
+        return (
+            self.is_over
+            or rows >= FLUSH_ROWS
+            or self._unwritten_bytes >= FLUSH_BYTES
+            or (rows > 0 and time.monotonic() - self._unwritten_since >= FLUSH_AFTER_S)
+        )
 
     def take_unwritten(self) -> tuple[list[JobResult], list[Retry]]:
         """Everything recorded since the last call."""

@@ -36,7 +36,11 @@ class BatchFile:
     """
 
     def __init__(
-        self, file: BufferedReader, *, rules: LineRules, served_models: frozenset[str] | None,
+        self,
+        file: BufferedReader,
+        *,
+        rules: LineRules,
+        served_models: frozenset[str] | None,
         on_progress: Progress | None,
     ) -> None:
         self.endpoint: str | None = None
@@ -105,8 +109,14 @@ class BatchFile:
         for twice in duplicates(ids, suspects):
             self._total_problems += 1
             if len(found) < KEPT_PROBLEMS:
-                found.append(Problem(twice.line, "duplicate_custom_id", "custom_id", (
-                    f'is "{twice.custom_id}", which line {twice.first_line} has; give every line its own')))
+                found.append(
+                    Problem(
+                        twice.line,
+                        "duplicate_custom_id",
+                        "custom_id",
+                        (f'is "{twice.custom_id}", which line {twice.first_line} has; give every line its own'),
+                    )
+                )
         self._problems += found
 
     def _finish(self) -> None:
@@ -126,9 +136,15 @@ class BatchFile:
     def _model_problems(self) -> Iterator[Problem]:
         served = ", ".join(sorted(self._served_models or ())) or "none"
         for model, (first, lines) in self._missing_models.items():
-            yield Problem(first, "model_not_found", "body.model", (
-                f'is "{model[:SHOWN_CHARACTERS]}", not served ({lines:,} line{"s" if lines > 1 else ""}); '
-                f"served: {served}; name one of these in the lines, or submit with --model NAME"))
+            yield Problem(
+                first,
+                "model_not_found",
+                "body.model",
+                (
+                    f'is "{model[:SHOWN_CHARACTERS]}", not served ({lines:,} line{"s" if lines > 1 else ""}); '
+                    f"served: {served}; name one of these in the lines, or submit with --model NAME"
+                ),
+            )
 
 
 @contextmanager

@@ -78,8 +78,9 @@ class Publisher(Protocol):
         """How many hints wait in the broker's queue, not delivered to any worker."""
 
 
-def dispatch_until(stop: threading.Event, *, database: Database, publisher: Publisher, board: PresenceBoard,
-                   settings: Settings) -> None:
+def dispatch_until(
+    stop: threading.Event, *, database: Database, publisher: Publisher, board: PresenceBoard, settings: Settings
+) -> None:
     """Lead, or stand by to lead, until `stop` is set. Outages of Postgres or the broker are waited out."""
     dispatcher = Dispatcher(database, publisher, board, settings)
     while not stop.is_set():
@@ -169,8 +170,9 @@ class Dispatcher:
     def _isolate(self, shard: Recovered) -> None:
         """Split a shard whose attempts keep dying; a job that is alone and kills again ends as poison."""
         with self._database.transaction() as session:
-            taken = claim(session, shard.shard_id, holder=HOLDER, lease_s=self._settings.worker.lease_s,
-                          states=("pending",))
+            taken = claim(
+                session, shard.shard_id, holder=HOLDER, lease_s=self._settings.worker.lease_s, states=("pending",)
+            )
             if taken is None:
                 return
             left = halve(session, taken)
@@ -178,8 +180,13 @@ class Dispatcher:
                 give_back(session, taken, wait_s=0.0)
                 return
             if left == 1:
-                end_unfinished(session, shard_id=taken.shard_id, fence=taken.fence, code="poison_job",
-                               message=f"{shard.crashes} workers died while they ran this job alone")
+                end_unfinished(
+                    session,
+                    shard_id=taken.shard_id,
+                    fence=taken.fence,
+                    code="poison_job",
+                    message=f"{shard.crashes} workers died while they ran this job alone",
+                )
             close(session, taken)
 
     def _wind_down(self) -> None:
@@ -188,10 +195,15 @@ class Dispatcher:
                 log.info("batch_expired", batch_id=str(batch_id))
             rows = shards_to_wind_down(session, limit=WIND_DOWN_SHARDS)
         for shard_id, ending in rows:
-            code, message = _ENDINGS[Ending(ending)]
+            code, message = _ENDINGS[ending]
             with self._database.transaction() as session:
-                taken = claim(session, shard_id, holder=HOLDER, lease_s=self._settings.worker.lease_s,
-                              states=("pending", "dispatched"))
+                taken = claim(
+                    session,
+                    shard_id,
+                    holder=HOLDER,
+                    lease_s=self._settings.worker.lease_s,
+                    states=("pending", "dispatched"),
+                )
                 if taken is not None:
                     end_unfinished(session, shard_id=shard_id, fence=taken.fence, code=code, message=message)
                     close(session, taken)

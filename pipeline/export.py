@@ -81,13 +81,28 @@ def manifest(database: Database, progress: BatchProgress) -> dict[str, Any]:
         "input": progress.options,
         "max_output_tokens": progress.max_output_tokens,
         "engines": engines,
-        "jobs": {"total": progress.total, "done": progress.done, "succeeded": progress.succeeded,
-                 "failed": progress.failed, "truncated": progress.truncated, "empty": progress.empty},
-        "tokens": {"prompt": progress.prompt_tokens, "completion": progress.completion_tokens,
-                   "cached": progress.cached_tokens, "reasoning": progress.reasoning_tokens},
-        "times": {name: moment.isoformat() if moment else None for name, moment in (
-            ("created", progress.created_at), ("in_progress", progress.in_progress_at),
-            ("ended", progress.ended_at))},
+        "jobs": {
+            "total": progress.total,
+            "done": progress.done,
+            "succeeded": progress.succeeded,
+            "failed": progress.failed,
+            "truncated": progress.truncated,
+            "empty": progress.empty,
+        },
+        "tokens": {
+            "prompt": progress.prompt_tokens,
+            "completion": progress.completion_tokens,
+            "cached": progress.cached_tokens,
+            "reasoning": progress.reasoning_tokens,
+        },
+        "times": {
+            name: moment.isoformat() if moment else None
+            for name, moment in (
+                ("created", progress.created_at),
+                ("in_progress", progress.in_progress_at),
+                ("ended", progress.ended_at),
+            )
+        },
         "stoker": importlib.metadata.version("stoker"),
     }
 

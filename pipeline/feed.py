@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from sqlalchemy.orm import Session
-
 from inference.embeddings import Pack, pack
 from inference.endpoint import Endpoint, EndpointDown
 from inference.replies import result_of
@@ -28,7 +26,7 @@ from runtime.clock import utc_now
 from runtime.errors import LostFence, Permanent, ServiceUnreachable, Transient, Unstorable
 from runtime.logs import get_logger
 from runtime.settings import Settings
-from store.database import Database
+from store.database import Database, Session
 from store.shards import (
     Claim,
     LoadedJobs,
@@ -198,7 +196,7 @@ class _Feeder:
         except Permanent as error:
             for job in jobs:
                 attempt.record(failed(job.seq, code=error.code, message=str(error)))
-        except Exception as error:  # noqa: BLE001  # a defect of ours ends the job with a traceback in the log, never a shard for ever
+        except Exception as error:  # a defect of ours ends the job with a traceback in the log, never a shard for ever
             log.exception("job_defect", batch_id=str(attempt.claim.batch_id), seqs=[job.seq for job in jobs])
             for job in jobs:
                 attempt.record(failed(job.seq, code="internal_error", message=f"{type(error).__name__}: {error}"))
@@ -207,10 +205,12 @@ class _Feeder:
         path = attempt.claim.endpoint
         if isinstance(unit, Job):
             reply = await self._endpoint(path).post(
-                path, unit.body.encode(), request_id=request_name(attempt.claim.batch_id, unit.seq))
+                path, unit.body.encode(), request_id=request_name(attempt.claim.batch_id, unit.seq)
+            )
             return [result_of(unit.seq, path, reply)]
         reply = await self._endpoint(path).post(
-            path, unit.body, request_id=request_name(attempt.claim.batch_id, unit.jobs[0].seq))
+            path, unit.body, request_id=request_name(attempt.claim.batch_id, unit.jobs[0].seq)
+        )
         if 400 <= reply.status_code < 500:
             attempt.waiting.extendleft(unit.singles())
             return []
@@ -226,10 +226,11 @@ class _Feeder:
 
     async def _claim(self, step: Callable[[Session], Claim | None]) -> bool:
         """Claim a shard by `step` and take its jobs in; false if there was none."""
+
         def take() -> tuple[Claim, LoadedJobs] | None:
             with self._context.database.transaction() as session:
                 claimed = step(session)
-                return claimed and (claimed, load_jobs(session, claimed))
+                return None if claimed is None else (claimed, load_jobs(session, claimed))
 
         try:
             taken = await asyncio.to_thread(take)
@@ -241,8 +242,11 @@ class _Feeder:
         claimed, loaded = taken
         attempt = Attempt(claimed, loaded, self._units(claimed, loaded) if claimed.runnable else ())
         self._attempts[claimed.shard_id] = attempt
-        self._context.heartbeat.add(
-            claimed, lambda _, runnable: self._loop.call_soon_threadsafe(self._on_beat, attempt, runnable))
+
+        def on_beat(runnable: bool | None) -> None:
+            self._loop.call_soon_threadsafe(self._on_beat, attempt, runnable)
+
+        self._context.heartbeat.add(claimed, on_beat)
         self._report.shards += 1
         self._write_wanted.set()
         return True
@@ -316,13 +320,19 @@ class _Feeder:
         """
         lease_s = self._context.settings.worker.lease_s
         with self._context.database.transaction() as session:
-            if results and write_results(session, attempt.claim, results, engine_id=self._context.engine_id(),
-                                         lease_s=lease_s) is None:
+            if (
+                results
+                and write_results(session, attempt.claim, results, engine_id=self._context.engine_id(), lease_s=lease_s)
+                is None
+            ):
                 raise LostFence
             if retries and not write_retries(session, attempt.claim, retries):
                 raise LostFence
-            if is_over and not close(session, attempt.claim) and not give_back(
-                    session, attempt.claim, wait_s=_wait_s(attempt)):
+            if (
+                is_over
+                and not close(session, attempt.claim)
+                and not give_back(session, attempt.claim, wait_s=_wait_s(attempt))
+            ):
                 raise LostFence
 
 

@@ -17,13 +17,13 @@ from store.shards import Claim, extend_leases
 
 log = get_logger(__name__)
 
-OnBeat = Callable[[Claim, bool | None], None]
+OnBeat = Callable[[bool | None], None]
 
 
 class Heartbeat:
     """Extends the leases of all claims added to it, every `interval_s`.
 
-    `on_beat(claim, runnable)` is called in the heartbeat's thread: runnable None means the fence is lost,
+    `on_beat(runnable)` is called in the heartbeat's thread: runnable None means the fence is lost,
     False that the shard's batch was cancelled, paused or has expired.
     """
 
@@ -40,8 +40,9 @@ class Heartbeat:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop.set()
         self._thread.join()
 
@@ -68,6 +69,7 @@ class Heartbeat:
     def _beat(self, held: dict[int, tuple[Claim, OnBeat]]) -> None:
         with self._database.transaction() as session:
             alive = extend_leases(
-                session, {shard_id: claim.fence for shard_id, (claim, _) in held.items()}, lease_s=self._lease_s)
-        for shard_id, (claim, on_beat) in held.items():
-            on_beat(claim, alive.get(shard_id))
+                session, {shard_id: claim.fence for shard_id, (claim, _) in held.items()}, lease_s=self._lease_s
+            )
+        for shard_id, (_, on_beat) in held.items():
+            on_beat(alive.get(shard_id))

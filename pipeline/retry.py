@@ -22,8 +22,12 @@ def after_failure(job: Job, error: Transient, *, max_tries: int, now: datetime) 
     """
     tries = job.tries + 1
     if tries >= max_tries:
-        return failed(job.seq, code="retries_exhausted", source=Source.ENGINE,
-                      message=f"failed {tries} times, the last time with: {error}")
+        return failed(
+            job.seq,
+            code="retries_exhausted",
+            source=Source.ENGINE,
+            message=f"failed {tries} times, the last time with: {error}",
+        )
     wait_s = random.uniform(0, min(CAP_S, BASE_S * 2**tries))  # noqa: S311  # jitter, not a secret
     wait_s = max(wait_s, error.retry_after_s or 0.0)
     return Retry(seq=job.seq, tries=tries, not_before=now + timedelta(seconds=wait_s), error=str(error)[:500])

@@ -93,10 +93,14 @@ def submit_file(
         lines = iter(source)
         first = next(lines)  # states the endpoint; a file without a good line ends here, before any row
         batch = NewBatch(
-            id=uuid7(), tenant=tenant, endpoint=first.url, input_name=input_name or path.name,
-            input_digest=input_digest, submit_digest=submit_digest,
-            options=options.model_dump() | {"file_name": input_name or path.name,
-                                            "file_bytes": source.size_bytes, "file_sha256": input_digest},
+            id=uuid7(),
+            tenant=tenant,
+            endpoint=first.url,
+            input_name=input_name or path.name,
+            input_digest=input_digest,
+            submit_digest=submit_digest,
+            options=options.model_dump()
+            | {"file_name": input_name or path.name, "file_bytes": source.size_bytes, "file_sha256": input_digest},
             max_output_tokens=options.max_output_tokens,
         )
         try:
@@ -126,12 +130,20 @@ def dry_run(
             models[line.model] += 1
             prompt_tokens += line.prompt_tokens
             output_tokens += line.output_tokens
-        return FileEstimate(lines=models.total(), prompt_tokens=prompt_tokens, output_tokens=output_tokens,
-                            models=dict(models), endpoint=source.endpoint or "")
+        return FileEstimate(
+            lines=models.total(),
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            models=dict(models),
+            endpoint=source.endpoint or "",
+        )
 
 
 def _source(
-    file: BufferedReader, options: SubmitOptions, settings: Settings, served_models: frozenset[str] | None,
+    file: BufferedReader,
+    options: SubmitOptions,
+    settings: Settings,
+    served_models: frozenset[str] | None,
     on_progress: Progress | None,
 ) -> BatchFile:
     rules = LineRules(options=options, line_bytes=settings.limits.line_bytes)
@@ -147,8 +159,7 @@ def _submit_digest(input_digest: str, options: SubmitOptions, window: timedelta)
 
 def _same_submit(database: Database, tenant: str, submit_digest: str) -> Submitted | None:
     with database.transaction() as session:
-        earlier = find_same_submit(session, tenant=tenant, submit_digest=submit_digest,
-                                   younger_than=REUSE_FOR)
+        earlier = find_same_submit(session, tenant=tenant, submit_digest=submit_digest, younger_than=REUSE_FOR)
     return None if earlier is None else Submitted(earlier.id, earlier.total, reused=True)
 
 
@@ -180,9 +191,7 @@ def _chunk(
     for seq, line in enumerate(lines, first_seq):
         tokens += line.prompt_tokens + line.output_tokens
         size += len(line.body)
-        if seq > start and (
-            seq - start >= bounds.max_jobs or tokens > bounds.max_tokens or size > bounds.max_bytes
-        ):
+        if seq > start and (seq - start >= bounds.max_jobs or tokens > bounds.max_tokens or size > bounds.max_bytes):
             spans.append((start, seq - 1))
             start, tokens, size = seq, line.prompt_tokens + line.output_tokens, len(line.body)
         yield line
@@ -200,8 +209,9 @@ def _set_going(
         earlier = None
         if reuse:
             lock_submit(session, tenant=batch.tenant, submit_digest=batch.submit_digest)
-            earlier = find_same_submit(session, tenant=batch.tenant, submit_digest=batch.submit_digest,
-                                       younger_than=REUSE_FOR)
+            earlier = find_same_submit(
+                session, tenant=batch.tenant, submit_digest=batch.submit_digest, younger_than=REUSE_FOR
+            )
         if earlier is None:
             set_going(session, batch.id, total=total, shards=shards, window=window)
     if earlier is None:

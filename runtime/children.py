@@ -105,9 +105,7 @@ def stop(child: subprocess.Popen[bytes], *, grace_s: float, stop_signal: int = s
         return child.wait()
 
 
-def remember(
-    pid_file: Path, *, name: str, child: subprocess.Popen[bytes], stop_signal: int = signal.SIGTERM
-) -> None:
+def remember(pid_file: Path, *, name: str, child: subprocess.Popen[bytes], stop_signal: int = signal.SIGTERM) -> None:
     """Add a running child to the file that the next start reads if we die. Hold a lock: one writer only."""
     birth = birth_of(child.pid)
     if birth is not None:

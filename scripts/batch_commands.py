@@ -47,11 +47,19 @@ class Window(click.ParamType[float]):
 
 
 _submit_options = (
-    click.option("--set", "sets", multiple=True, metavar="FIELD=VALUE",
-                 help="Set a field of every request, e.g. --set temperature=0. Repeatable."),
+    click.option(
+        "--set",
+        "sets",
+        multiple=True,
+        metavar="FIELD=VALUE",
+        help="Set a field of every request, e.g. --set temperature=0. Repeatable.",
+    ),
     click.option("--model", help="Replace the model that every line names."),
-    click.option("--max-output-tokens", type=click.IntRange(min=1),
-                 help="Hard limit of output tokens of one completion; larger wishes are clamped."),
+    click.option(
+        "--max-output-tokens",
+        type=click.IntRange(min=1),
+        help="Hard limit of output tokens of one completion; larger wishes are clamped.",
+    ),
     click.option("--window", type=Window(), help="Completion window, e.g. 24h; unfinished jobs then expire."),
 )
 
@@ -64,13 +72,26 @@ def _with_submit_options(command: Any) -> Any:
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False, allow_dash=True))
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True,
-              help="Where the result lines go; errors and the manifest are written beside it.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="Where the result lines go; errors and the manifest are written beside it.",
+)
 @_with_submit_options
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON to stdout.")
 @click.pass_obj
-def run(settings: Settings, file: Path, output: Path, sets: tuple[str, ...], model: str | None,
-        max_output_tokens: int | None, window: float | None, as_json: bool) -> int:
+def run(
+    settings: Settings,
+    file: Path,
+    output: Path,
+    sets: tuple[str, ...],
+    model: str | None,
+    max_output_tokens: int | None,
+    window: float | None,
+    as_json: bool,
+) -> int:
     """Submit FILE, work, wait and write the results: the main job in one command.
 
     Uses the services that are set or that `stoker up` runs, else starts embedded ones for this run; starts a
@@ -81,8 +102,14 @@ def run(settings: Settings, file: Path, output: Path, sets: tuple[str, ...], mod
         prepare_schema(served)
         _ensure_worker(served, stack)
         database = stack.enter_context(_database(served))
-        submitted = _submit(served, database, file, options=_options(settings, sets, model, max_output_tokens),
-                            window_s=window, reuse=False)
+        submitted = _submit(
+            served,
+            database,
+            file,
+            options=_options(settings, sets, model, max_output_tokens),
+            window_s=window,
+            reuse=False,
+        )
         say(f"{batch_name(submitted.batch_id)}: {submitted.total:,} jobs stored")
         progress = watch_batch(database, submitted.batch_id, tenant=TENANT)
         places = _write_files(database, progress, output)
@@ -98,8 +125,16 @@ def run(settings: Settings, file: Path, output: Path, sets: tuple[str, ...], mod
 @click.option("--dry-run", is_flag=True, help="Check every line and estimate tokens; store nothing.")
 @click.option("--json", "as_json", is_flag=True)
 @click.pass_obj
-def submit(settings: Settings, file: Path, sets: tuple[str, ...], model: str | None,
-           max_output_tokens: int | None, window: float | None, dry_run: bool, as_json: bool) -> None:
+def submit(
+    settings: Settings,
+    file: Path,
+    sets: tuple[str, ...],
+    model: str | None,
+    max_output_tokens: int | None,
+    window: float | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     """Store FILE's jobs and answer with the batch's id; from then on every job ends with one result.
 
     The same file with the same options within an hour is the same batch, while it is live or completed.
@@ -113,7 +148,9 @@ def submit(settings: Settings, file: Path, sets: tuple[str, ...], model: str | N
         submitted = _submit(served, database, file, options=options, window_s=window, reuse=True)
     name = batch_name(submitted.batch_id)
     if submitted.reused:
-        say(f"the same file and options were submitted within the last hour: this is that batch ({submitted.total:,} jobs)")
+        say(
+            f"submitted already within the last hour, with the same options: this is that batch ({submitted.total:,} jobs)"
+        )
     else:
         say(f"{submitted.total:,} jobs stored; follow them with `stoker watch {name[:14]}`")
     if as_json:
@@ -143,9 +180,24 @@ def status(settings: Settings, batch: str | None, limit: int, as_json: bool) -> 
     if as_json:
         emit_json([summary(progress) for progress in batches])
         return
-    emit_table("batches", ("batch", "state", "jobs", "done", "failed", "truncated", "tokens out", "seconds", "input"), [
-        (batch_name(p.id)[:18], "paused" if p.paused_reason else p.state.value, p.total, p.done, p.failed,
-         p.truncated, p.completion_tokens, f"{seconds_of(p):.1f}", Path(p.input_name).name) for p in batches])
+    emit_table(
+        "batches",
+        ("batch", "state", "jobs", "done", "failed", "truncated", "tokens out", "seconds", "input"),
+        [
+            (
+                batch_name(p.id)[:18],
+                "paused" if p.paused_reason else p.state.value,
+                p.total,
+                p.done,
+                p.failed,
+                p.truncated,
+                p.completion_tokens,
+                f"{seconds_of(p):.1f}",
+                Path(p.input_name).name,
+            )
+            for p in batches
+        ],
+    )
 
 
 @click.command()
@@ -180,14 +232,17 @@ def results(settings: Settings, batch: str, output: Path | None, errors: bool, f
         if follow:
             count = _follow(database, batch_id, sink, errors=errors)
         else:
-            answered, failed = write_lines(database, batch_id, output=None if errors else sink,
-                                           errors=sink if errors else None)
+            answered, failed = write_lines(
+                database, batch_id, output=None if errors else sink, errors=sink if errors else None
+            )
             count = failed if errors else answered
         progress = _progress(database, batch)
         if output is not None:
             _write_manifest(database, progress, output)
-    say(f"{count:,} lines; {progress.done:,} of {progress.total:,} jobs done, {progress.failed:,} failed"
-        + (f" (see --errors)" if progress.failed and not errors else ""))
+    say(
+        f"{count:,} lines; {progress.done:,} of {progress.total:,} jobs done, {progress.failed:,} failed"
+        + (" (see --errors)" if progress.failed and not errors else "")
+    )
 
 
 @click.command()
@@ -245,29 +300,49 @@ def _progress(database: Database, name: str) -> BatchProgress:
 
 
 def _options(settings: Settings, sets: tuple[str, ...], model: str | None, limit: int | None) -> SubmitOptions:
-    return SubmitOptions(sets=parse_sets(sets), model=model,
-                         max_output_tokens=limit or settings.limits.max_output_tokens)
+    return SubmitOptions(
+        sets=parse_sets(sets), model=model, max_output_tokens=limit or settings.limits.max_output_tokens
+    )
 
 
-def _submit(settings: Settings, database: Database, file: Path, *, options: SubmitOptions, window_s: float | None,
-            reuse: bool) -> Submitted:
+def _submit(
+    settings: Settings, database: Database, file: Path, *, options: SubmitOptions, window_s: float | None, reuse: bool
+) -> Submitted:
     if window_s is not None:
         settings = settings.model_copy(update={"limits": settings.limits.model_copy(update={"window_s": window_s})})
     served = _served_models(settings)
     if served is None:
         say("no worker is live: model names are checked when one runs the jobs")
     with _seekable(file) as path, bar("storing", total=path.stat().st_size) as show:
-        return submit_file(database, path, input_name=str(file), options=options, settings=settings,
-                           served_models=served, reuse=reuse, tenant=TENANT,
-                           on_progress=lambda done_bytes, _: show(done_bytes))
+        return submit_file(
+            database,
+            path,
+            input_name=str(file),
+            options=options,
+            settings=settings,
+            served_models=served,
+            reuse=reuse,
+            tenant=TENANT,
+            on_progress=lambda done_bytes, _: show(done_bytes),
+        )
 
 
 def _estimate(settings: Settings, file: Path, *, options: SubmitOptions, as_json: bool) -> None:
     with _seekable(file) as path, bar("checking", total=path.stat().st_size) as show:
-        found = dry_run(path, options=options, settings=settings, served_models=None,
-                        on_progress=lambda done_bytes, _: show(done_bytes))
-    figures = {"lines": found.lines, "endpoint": found.endpoint, "models": dict(found.models),
-               "estimated_prompt_tokens": found.prompt_tokens, "max_output_tokens": found.output_tokens}
+        found = dry_run(
+            path,
+            options=options,
+            settings=settings,
+            served_models=None,
+            on_progress=lambda done_bytes, _: show(done_bytes),
+        )
+    figures = {
+        "lines": found.lines,
+        "endpoint": found.endpoint,
+        "models": dict(found.models),
+        "estimated_prompt_tokens": found.prompt_tokens,
+        "max_output_tokens": found.output_tokens,
+    }
     if as_json:
         emit_json(figures)
     else:
@@ -346,8 +421,10 @@ def _follow(database: Database, batch_id: UUID, sink: BinaryIO, *, errors: bool)
 def _say_paused(progress: BatchProgress) -> None:
     if progress.paused_reason is not None:
         name = batch_name(progress.id)[:14]
-        say(f"paused: {progress.paused_reason}\nlook with `stoker results {name} --errors`, then "
-            f"`stoker resume {name}` or `stoker cancel {name}`")
+        say(
+            f"paused: {progress.paused_reason}\nlook with `stoker results {name} --errors`, then "
+            f"`stoker resume {name}` or `stoker cancel {name}`"
+        )
 
 
 def _exit_code(progress: BatchProgress) -> int:

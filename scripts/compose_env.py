@@ -20,8 +20,10 @@ EXIT_EXISTS = 2
 
 def env_text() -> str:
     """Every password with a new random value: hexadecimal, so that it stands in a URL as it is."""
-    lines = ["# Made by scripts/compose_env.py for: docker compose --env-file deploy/.env …",
-             "# Postgres and RabbitMQ keep the password that their volume was made with: keep this file with them."]
+    lines = [
+        "# Made by scripts/compose_env.py for: docker compose --env-file deploy/.env …",
+        "# Postgres and RabbitMQ keep the passwords that their volumes were made with: keep this file.",
+    ]
     lines += [f"{name}={secrets.token_hex(PASSWORD_BYTES)}" for name in PASSWORDS]
     return "\n".join(lines) + "\n"
 
@@ -47,8 +49,10 @@ def main() -> int:
     try:
         write_new(ENV_FILE)
     except FileExistsError:
-        sys.stderr.write(f"compose_env: {ENV_FILE} exists and is left as it is; delete it for new passwords, "
-                         "together with the volumes that were made with the old ones\n")
+        sys.stderr.write(
+            f"compose_env: {ENV_FILE} exists and is left as it is; delete it for new passwords, "
+            "together with the volumes that were made with the old ones\n"
+        )
         return EXIT_EXISTS
     sys.stderr.write(f"written: {ENV_FILE}\n")
     return 0

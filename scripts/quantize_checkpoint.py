@@ -36,23 +36,15 @@ class UnsupportedCheckpointError(Exception):
 def main() -> int:
     """Quantize one checkpoint; return 0, or 2 when it cannot be done as asked."""
     parser = argparse.ArgumentParser(description="Quantize a checkpoint folder, without calibration samples.")
-    parser.add_argument(
-        "checkpoint", type=Path, help="a Hugging Face folder: config.json, safetensors, tokenizer"
-    )
-    parser.add_argument(
-        "-o", "--output", type=Path, required=True, help="the checkpoint folder to write (replaced)"
-    )
+    parser.add_argument("checkpoint", type=Path, help="a Hugging Face folder: config.json, safetensors, tokenizer")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the checkpoint folder to write (replaced)")
     parser.add_argument("--scheme", choices=SCHEMES, required=True)
-    parser.add_argument(
-        "--group-size", type=int, help="w4a16 only; default: the largest of 128, 64, 32 that fits"
-    )
+    parser.add_argument("--group-size", type=int, help="w4a16 only; default: the largest of 128, 64, 32 that fits")
     arguments = parser.parse_args()
     checkpoint: Path = arguments.checkpoint
     output: Path = arguments.output
     if not (checkpoint / "config.json").is_file():
-        sys.stderr.write(
-            f"quantize_checkpoint: {checkpoint} has no config.json; name a Hugging Face folder\n"
-        )
+        sys.stderr.write(f"quantize_checkpoint: {checkpoint} has no config.json; name a Hugging Face folder\n")
         return 2
     try:
         quantize(checkpoint, output, scheme=arguments.scheme, group_size=arguments.group_size)
@@ -102,9 +94,7 @@ def _group_size(model: PreTrainedModel) -> int:
     for size in GROUP_SIZES:
         if all(width % size == 0 for _, width in _input_widths(model)):
             return size
-    raise UnsupportedCheckpointError(
-        f"no group size of {GROUP_SIZES} divides the width of every layer; use w8a8"
-    )
+    raise UnsupportedCheckpointError(f"no group size of {GROUP_SIZES} divides the width of every layer; use w8a8")
 
 
 def _require_fit(model: PreTrainedModel, group_size: int) -> None:

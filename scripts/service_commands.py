@@ -52,8 +52,10 @@ def up(settings: Settings) -> None:
             running = local_worker(served, on_wait=show)
             log = running.__enter__()
         try:
-            say(f"up; logs in {home_of(settings) / 'logs'} (worker: {log.name})\n"
-                "submit from another terminal: stoker submit FILE.jsonl; stop with Ctrl-C")
+            say(
+                f"up; logs in {home_of(settings) / 'logs'} (worker: {log.name})\n"
+                "submit from another terminal: stoker submit FILE.jsonl; stop with Ctrl-C"
+            )
             _wait_for_signal()
         finally:
             say("stopping")
@@ -77,8 +79,11 @@ def doctor(settings: Settings, as_json: bool) -> int:
     if as_json:
         emit_json([asdict(finding) for finding in findings])
     else:
-        emit_table("doctor", ("", "what", "found", "remedy"),
-                   [("ok" if f.is_well else "!!", f.what, f.found, f.remedy) for f in findings])
+        emit_table(
+            "doctor",
+            ("", "what", "found", "remedy"),
+            [("ok" if f.is_well else "!!", f.what, f.found, f.remedy) for f in findings],
+        )
     if any(finding.unreachable for finding in findings):
         return EXIT_UNREACHABLE
     return 0 if all(finding.is_well for finding in findings) else 1

@@ -56,8 +56,16 @@ _NUMBERS = frozenset({"jobs", "done", "failed", "truncated", "empty", "tokens in
 @contextmanager
 def bar(description: str, *, total: float | None) -> Iterator[Callable[[float], None]]:
     """A progress bar on a terminal, nothing elsewhere; call what it yields with the amount done."""
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-                  TimeElapsedColumn(), console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        console=stderr,
+        transient=True,
+        disable=not stderr.is_terminal,
+    ) as progress:
         task = progress.add_task(description, total=total)
         yield lambda done: progress.update(task, completed=done)
 
@@ -79,8 +87,14 @@ def _snapshots(database: Database, batch_id: UUID, *, tenant: str) -> Iterator[B
 
 
 def _watch_on_terminal(snapshots: Iterator[BatchProgress]) -> BatchProgress:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-               TimeElapsedColumn(), TextColumn("{task.fields[detail]}"))
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
     with Progress(*columns, console=stderr) as shown:
         task: TaskID | None = None
         for snapshot in snapshots:
@@ -104,8 +118,11 @@ def detail(progress: BatchProgress) -> str:
     seconds = seconds_of(progress)
     rate = progress.completion_tokens / seconds if seconds else 0.0
     parts = [progress.state.value, f"{rate:.0f} tokens/s"]
-    parts += [f"{count} {name}" for name, count in (
-        ("failed", progress.failed), ("truncated", progress.truncated), ("empty", progress.empty)) if count]
+    parts += [
+        f"{count} {name}"
+        for name, count in (("failed", progress.failed), ("truncated", progress.truncated), ("empty", progress.empty))
+        if count
+    ]
     return " · ".join(parts)
 
 
@@ -120,11 +137,19 @@ def summary(progress: BatchProgress) -> dict[str, Any]:
     """The figures of a batch, as `--json` shows them."""
     seconds = seconds_of(progress)
     return {
-        "batch": batch_name(progress.id), "state": progress.state.value, "paused": progress.paused_reason,
-        "jobs": progress.total, "done": progress.done, "succeeded": progress.succeeded, "failed": progress.failed,
-        "truncated": progress.truncated, "empty": progress.empty,
-        "tokens_in": progress.prompt_tokens, "tokens_out": progress.completion_tokens,
-        "tokens_in_cached": progress.cached_tokens, "tokens_reasoning": progress.reasoning_tokens,
+        "batch": batch_name(progress.id),
+        "state": progress.state.value,
+        "paused": progress.paused_reason,
+        "jobs": progress.total,
+        "done": progress.done,
+        "succeeded": progress.succeeded,
+        "failed": progress.failed,
+        "truncated": progress.truncated,
+        "empty": progress.empty,
+        "tokens_in": progress.prompt_tokens,
+        "tokens_out": progress.completion_tokens,
+        "tokens_in_cached": progress.cached_tokens,
+        "tokens_reasoning": progress.reasoning_tokens,
         "seconds": round(seconds, 2),
         "tokens_per_s": round(progress.completion_tokens / seconds, 1) if seconds else 0.0,
         "input": progress.input_name,
@@ -146,5 +171,3 @@ def print_summary(progress: BatchProgress, *, places: Sequence[tuple[str, str]] 
     stderr.print(table)
     if progress.truncated:
         say(f"{progress.truncated} answers were cut by their token limit; raise max_tokens or --max-output-tokens.")
-
-

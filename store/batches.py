@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -58,22 +57,32 @@ class BatchProgress:
         return self.state in TERMINAL
 
 
-_PROGRESS = """
+_COUNTERS = (
+    "done",
+    "failed",
+    "truncated",
+    "empty",
+    "prompt_tokens",
+    "completion_tokens",
+    "cached_tokens",
+    "reasoning_tokens",
+)
+_PROGRESS = f"""
 SELECT b.id, b.state, b.ending, b.paused_reason, b.endpoint, b.input_name, b.options, b.max_output_tokens,
     b.created_at, b.in_progress_at, b.expires_at, b.ended_at, b.total,
-    CAST(coalesce(sum(s.done), 0) AS int8), CAST(coalesce(sum(s.failed), 0) AS int8), CAST(coalesce(sum(s.truncated), 0) AS int8), CAST(coalesce(sum(s.empty), 0) AS int8),
-    CAST(coalesce(sum(s.prompt_tokens), 0) AS int8), CAST(coalesce(sum(s.completion_tokens), 0) AS int8), CAST(coalesce(sum(s.cached_tokens), 0) AS int8),
-    CAST(coalesce(sum(s.reasoning_tokens), 0) AS int8), count(*) FILTER (WHERE s.state = 'running')
+    {", ".join(f"CAST(coalesce(sum(s.{name}), 0) AS int8)" for name in _COUNTERS)},
+    count(*) FILTER (WHERE s.state = 'running')
 FROM batches b LEFT JOIN shards s ON s.batch_id = b.id
-WHERE b.tenant = :tenant AND {condition}
+WHERE b.tenant = :tenant AND {{condition}}
 GROUP BY b.id ORDER BY b.id DESC LIMIT :limit
 """
 
 
 def batch_progress(session: Session, batch_id: UUID, *, tenant: str) -> BatchProgress:
     """One batch. Raises NotFound if the tenant has none with this id."""
-    row = session.execute(text(_PROGRESS.format(condition="b.id = :batch_id")),
-                          {"tenant": tenant, "batch_id": batch_id, "limit": 1}).one_or_none()
+    row = session.execute(
+        text(_PROGRESS.format(condition="b.id = :batch_id")), {"tenant": tenant, "batch_id": batch_id, "limit": 1}
+    ).one_or_none()
     if row is None:
         raise NotFound(f"no batch {batch_id}")
     return _progress(row)
@@ -87,10 +96,14 @@ def latest_batches(session: Session, *, tenant: str, limit: int) -> list[BatchPr
 
 def find_batches(session: Session, hex_prefix: str, *, tenant: str) -> list[UUID]:
     """Up to two batches whose id begins so, so that a caller can tell one from ambiguous."""
-    return list(session.scalars(text("""
+    return list(
+        session.scalars(
+            text("""
         SELECT id FROM batches WHERE tenant = :tenant
           AND starts_with(replace(CAST(id AS text), '-', ''), :prefix) ORDER BY id DESC LIMIT 2"""),
-        {"tenant": tenant, "prefix": hex_prefix}))
+            {"tenant": tenant, "prefix": hex_prefix},
+        )
+    )
 
 
 def request_cancel(session: Session, batch_id: UUID) -> bool:
@@ -98,9 +111,14 @@ def request_cancel(session: Session, batch_id: UUID) -> bool:
     changed = session.execute(
         update(Batch)
         .where(Batch.id == batch_id, Batch.state == BatchState.IN_PROGRESS, Batch.ending.is_(None))
-        .values(state=BatchState.CANCELLING, ending=Ending.CANCELLED, cancelling_at=text("clock_timestamp()"),
-                paused_reason=None)
-        .returning(Batch.id)).one_or_none()
+        .values(
+            state=BatchState.CANCELLING,
+            ending=Ending.CANCELLED,
+            cancelling_at=text("clock_timestamp()"),
+            paused_reason=None,
+        )
+        .returning(Batch.id)
+    ).one_or_none()
     wake_dispatch(session)
     return changed is not None
 
@@ -108,33 +126,49 @@ def request_cancel(session: Session, batch_id: UUID) -> bool:
 def resume(session: Session, batch_id: UUID) -> bool:
     """Let a paused batch go on; it is not screened again. False if it was not paused."""
     changed = session.execute(
-        update(Batch).where(Batch.id == batch_id, Batch.paused_reason.is_not(None))
-        .values(paused_reason=None, screened=True).returning(Batch.id)).one_or_none()
+        update(Batch)
+        .where(Batch.id == batch_id, Batch.paused_reason.is_not(None))
+        .values(paused_reason=None, screened=True)
+        .returning(Batch.id)
+    ).one_or_none()
     wake_dispatch(session)
     return changed is not None
 
 
 def mark_expired(session: Session) -> list[UUID]:
     """Begin the end of batches whose window is over; they are wound down like cancelled ones."""
-    return list(session.scalars(
-        update(Batch)
-        .where(Batch.state == BatchState.IN_PROGRESS, Batch.ending.is_(None),
-               Batch.expires_at < text("clock_timestamp()"))
-        .values(ending=Ending.EXPIRED, paused_reason=None).returning(Batch.id)))
+    return list(
+        session.scalars(
+            update(Batch)
+            .where(
+                Batch.state == BatchState.IN_PROGRESS,
+                Batch.ending.is_(None),
+                Batch.expires_at < text("clock_timestamp()"),
+            )
+            .values(ending=Ending.EXPIRED, paused_reason=None)
+            .returning(Batch.id)
+        )
+    )
 
 
-def shards_to_wind_down(session: Session, *, limit: int) -> Sequence[Row[tuple[int, Ending]]]:
+def shards_to_wind_down(session: Session, *, limit: int) -> list[tuple[int, Ending]]:
     """Shards that no worker holds, of batches that are being cancelled or have expired: (id, ending)."""
-    return session.execute(text("""
+    rows = session.execute(
+        text("""
         SELECT s.id, b.ending FROM batches b JOIN shards s ON s.batch_id = b.id
         WHERE b.state IN ('in_progress', 'cancelling') AND b.ending IS NOT NULL
           AND s.state IN ('pending', 'dispatched')
-        ORDER BY s.id LIMIT :limit"""), {"limit": limit}).all()
+        ORDER BY s.id LIMIT :limit"""),
+        {"limit": limit},
+    ).all()
+    return [(shard_id, Ending(ending)) for shard_id, ending in rows]
 
 
 def end_unfinished(session: Session, *, shard_id: int, fence: int, code: str, message: str) -> int:
     """Give every unfinished job of a claimed shard an error result, under the fence: how many it was."""
-    return session.execute(text("""
+    return (
+        session.execute(
+            text("""
         WITH f AS (
             SELECT id, batch_id, seqs FROM shards WHERE id = :shard_id AND fence = :fence AND state = 'running'
             FOR NO KEY UPDATE
@@ -146,7 +180,10 @@ def end_unfinished(session: Session, *, shard_id: int, fence: int, code: str, me
         ), c AS (SELECT count(*) AS n FROM i)
         UPDATE shards s SET done = s.done + c.n, failed = s.failed + c.n FROM f, c WHERE s.id = f.id
         RETURNING c.n"""),
-        {"shard_id": shard_id, "fence": fence, "code": code, "message": message}).scalar_one_or_none() or 0
+            {"shard_id": shard_id, "fence": fence, "code": code, "message": message},
+        ).scalar_one_or_none()
+        or 0
+    )
 
 
 def screen(session: Session) -> list[tuple[UUID, str]]:
@@ -156,16 +193,22 @@ def screen(session: Session) -> list[tuple[UUID, str]]:
     before it has refused a million jobs.
     """
     paused = []
-    live = session.execute(text("""
+    live = session.execute(
+        text("""
         SELECT b.id, b.total FROM batches b WHERE b.state = 'in_progress' AND NOT b.screened
-          AND b.ending IS NULL AND b.paused_reason IS NULL AND b.total >= :jobs"""), {"jobs": SCREENED_JOBS}).all()
+          AND b.ending IS NULL AND b.paused_reason IS NULL AND b.total >= :jobs"""),
+        {"jobs": SCREENED_JOBS},
+    ).all()
     for batch_id, _ in live:
-        seen, failures, common = session.execute(text("""
+        seen, failures, common = session.execute(
+            text("""
             SELECT count(*), count(*) FILTER (WHERE outcome = 'failed'),
-                mode() WITHIN GROUP (ORDER BY coalesce(error_code, '') || ': ' || left(coalesce(error_message, ''), 200))
+                mode() WITHIN GROUP (
+                    ORDER BY coalesce(error_code, '') || ': ' || left(coalesce(error_message, ''), 200))
                     FILTER (WHERE outcome = 'failed')
             FROM (SELECT * FROM results WHERE batch_id = :id LIMIT :jobs) AS first"""),
-            {"id": batch_id, "jobs": SCREENED_JOBS}).one()
+            {"id": batch_id, "jobs": SCREENED_JOBS},
+        ).one()
         if failures > SCREENED_FAILURES:
             reason = f"{failures} of the first {seen} jobs failed, most often with {common}"
             session.execute(update(Batch).where(Batch.id == batch_id).values(paused_reason=reason))
@@ -185,35 +228,47 @@ def finish(session: Session, batch_id: UUID) -> int:
 
     Jobs found without a result get new shards and the batch goes on: nothing is lost even to a defect.
     """
-    locked = session.execute(text(
-        "SELECT total FROM batches WHERE id = :id AND state = 'finalizing' FOR UPDATE SKIP LOCKED"),
-        {"id": batch_id}).scalar_one_or_none()
+    locked = session.execute(
+        text("SELECT total FROM batches WHERE id = :id AND state = 'finalizing' FOR UPDATE SKIP LOCKED"),
+        {"id": batch_id},
+    ).scalar_one_or_none()
     if locked is None:
         return 0
     results = session.execute(text("SELECT count(*) FROM results WHERE batch_id = :id"), {"id": batch_id}).scalar_one()
     if results != locked:
         return _requeue_missing(session, batch_id)
     session.execute(text("DELETE FROM job_tries WHERE batch_id = :id"), {"id": batch_id})
-    session.execute(text("""
+    session.execute(
+        text("""
         UPDATE batches SET state = coalesce(ending, 'completed'), ending = coalesce(ending, 'completed'),
-            ended_at = clock_timestamp() WHERE id = :id"""), {"id": batch_id})
+            ended_at = clock_timestamp() WHERE id = :id"""),
+        {"id": batch_id},
+    )
     return 0
 
 
 def _requeue_missing(session: Session, batch_id: UUID) -> int:
-    missing = list(session.scalars(text("""
+    missing = list(
+        session.scalars(
+            text("""
         SELECT j.seq FROM jobs j WHERE j.batch_id = :id AND NOT EXISTS (
             SELECT FROM results r WHERE r.batch_id = j.batch_id AND r.seq = j.seq)
-        ORDER BY j.seq"""), {"id": batch_id}))
+        ORDER BY j.seq"""),
+            {"id": batch_id},
+        )
+    )
     parts = [missing[start : start + 64] for start in range(0, len(missing), 64)]
-    session.execute(text(
-        "INSERT INTO shards (batch_id, seqs, not_before) VALUES (:id, CAST(:seqs AS int4[]), clock_timestamp())"),
-        [{"id": batch_id, "seqs": part} for part in parts])
-    session.execute(text("UPDATE batches SET state = 'in_progress', finalizing_at = NULL, shards_left = :n WHERE id = :id"),
-                    {"id": batch_id, "n": len(parts)})
+    session.execute(
+        text("INSERT INTO shards (batch_id, seqs, not_before) VALUES (:id, CAST(:seqs AS int4[]), clock_timestamp())"),
+        [{"id": batch_id, "seqs": part} for part in parts],
+    )
+    session.execute(
+        text("UPDATE batches SET state = 'in_progress', finalizing_at = NULL, shards_left = :n WHERE id = :id"),
+        {"id": batch_id, "n": len(parts)},
+    )
     return len(missing)
 
 
 def _progress(row: Row[Any]) -> BatchProgress:
-    identifier, state, ending, *rest = row
+    identifier, state, ending, *rest = tuple(row)
     return BatchProgress(identifier, BatchState(state), Ending(ending) if ending else None, *rest)

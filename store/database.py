@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import psycopg
 from sqlalchemy import URL, create_engine, make_url
 from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session as Session  # callers name it without knowing SQLAlchemy
 
 from runtime.errors import ServiceUnreachable, Unstorable
 from runtime.settings import without_secrets
@@ -30,7 +30,10 @@ class Database:
         self._url = make_url(url).set(drivername="postgresql+psycopg")
         self.address = without_secrets(url)
         self._engine = create_engine(
-            self._url, pool_size=pool_size, max_overflow=2, pool_pre_ping=True,
+            self._url,
+            pool_size=pool_size,
+            max_overflow=2,
+            pool_pre_ping=True,
             connect_args={"connect_timeout": CONNECT_TIMEOUT_S, "application_name": "stoker"},
         )
 
@@ -43,10 +46,15 @@ class Database:
     @contextmanager
     def connection(self, *, autocommit: bool = False) -> Iterator[psycopg.Connection]:
         """A psycopg connection of its own, outside the pool: for COPY, LISTEN and advisory locks."""
-        with self._translated(), psycopg.connect(
-            libpq_url(self._url), autocommit=autocommit, connect_timeout=CONNECT_TIMEOUT_S,
-            application_name="stoker",
-        ) as connection:
+        with (
+            self._translated(),
+            psycopg.connect(
+                libpq_url(self._url),
+                autocommit=autocommit,
+                connect_timeout=CONNECT_TIMEOUT_S,
+                application_name="stoker",
+            ) as connection,
+        ):
             yield connection
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ class Candidates:
 
 def unclaimed_count(session: Session) -> int:
     """How many shards are dispatched and not yet claimed."""
-    return session.execute(text("SELECT count(*) FROM shards WHERE state = 'dispatched'")).scalar_one()
+    return int(session.execute(text("SELECT count(*) FROM shards WHERE state = 'dispatched'")).scalar_one())
 
 
 def candidates(session: Session, *, limit: int) -> list[Candidates]:
@@ -31,7 +31,8 @@ def candidates(session: Session, *, limit: int) -> list[Candidates]:
     A batch's cursor keeps the scan of its pending shards short however many are done; shards that came
     back (they have a not_before) stand apart and go first when due.
     """
-    rows = session.execute(text("""
+    rows = session.execute(
+        text("""
         SELECT b.id, b.tenant,
             (SELECT count(*) FROM shards l WHERE l.state IN ('dispatched', 'running') AND l.batch_id = b.id),
             array_cat(
@@ -41,33 +42,48 @@ def candidates(session: Session, *, limit: int) -> list[Candidates]:
                       AND s.not_before IS NULL AND s.id > b.cursor ORDER BY s.id LIMIT :limit))
         FROM batches b
         WHERE b.state = 'in_progress' AND b.ending IS NULL AND b.paused_reason IS NULL
-        ORDER BY b.expires_at, b.id"""), {"limit": limit}).all()
-    return [Candidates(batch_id=batch_id, tenant=tenant, live_shards=live, shard_ids=tuple(ids))
-            for batch_id, tenant, live, ids in rows if ids]
+        ORDER BY b.expires_at, b.id"""),
+        {"limit": limit},
+    ).all()
+    return [
+        Candidates(batch_id=batch_id, tenant=tenant, live_shards=live, shard_ids=tuple(ids))
+        for batch_id, tenant, live, ids in rows
+        if ids
+    ]
 
 
 def mark_dispatched(session: Session, chosen: Mapping[UUID, Sequence[int]]) -> list[tuple[int, UUID]]:
     """Turn pending shards to dispatched and move their batches' cursors: (shard, batch) of each that was pending."""
     ids = [shard_id for shard_ids in chosen.values() for shard_id in shard_ids]
-    rows = session.execute(text("""
+    rows = session.execute(
+        text("""
         UPDATE shards SET state = 'dispatched', dispatched_at = clock_timestamp()
-        WHERE id = ANY(CAST(:ids AS int8[])) AND state = 'pending' RETURNING id, batch_id"""), {"ids": ids}).all()
-    session.execute(text("UPDATE batches SET cursor = greatest(cursor, :last) WHERE id = :id"),
-                    [{"id": batch_id, "last": max(shard_ids)} for batch_id, shard_ids in chosen.items()])
+        WHERE id = ANY(CAST(:ids AS int8[])) AND state = 'pending' RETURNING id, batch_id"""),
+        {"ids": ids},
+    ).all()
+    session.execute(
+        text("UPDATE batches SET cursor = greatest(cursor, :last) WHERE id = :id"),
+        [{"id": batch_id, "last": max(shard_ids)} for batch_id, shard_ids in chosen.items()],
+    )
     return [(shard_id, batch_id) for shard_id, batch_id in rows]
 
 
 def stale_dispatched(session: Session, *, older_than_s: float) -> list[tuple[int, UUID]]:
     """Shards dispatched longer ago than this and still unclaimed: their hints may be lost."""
-    rows = session.execute(text("""
+    rows = session.execute(
+        text("""
         SELECT id, batch_id FROM shards WHERE state = 'dispatched'
           AND dispatched_at < clock_timestamp() - make_interval(secs => :age) ORDER BY id LIMIT 500"""),
-        {"age": older_than_s}).all()
+        {"age": older_than_s},
+    ).all()
     return [(shard_id, batch_id) for shard_id, batch_id in rows]
 
 
 def touch_dispatched(session: Session, shard_ids: Sequence[int]) -> None:
     """Note that the hints of these shards were sent again; nothing else about them changes."""
-    session.execute(text("""
+    session.execute(
+        text("""
         UPDATE shards SET dispatched_at = clock_timestamp()
-        WHERE id = ANY(CAST(:ids AS int8[])) AND state = 'dispatched'"""), {"ids": list(shard_ids)})
+        WHERE id = ANY(CAST(:ids AS int8[])) AND state = 'dispatched'"""),
+        {"ids": list(shard_ids)},
+    )

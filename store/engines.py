@@ -14,7 +14,11 @@ def register_engine(session: Session, description: dict[str, Any]) -> int:
     """The id of this engine's row, made if it is new; equal descriptions share one row."""
     canonical = json.dumps(description, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(canonical.encode()).hexdigest()
-    return session.execute(text("""
+    return int(
+        session.execute(
+            text("""
         INSERT INTO engines (digest, description) VALUES (:digest, CAST(:description AS jsonb))
         ON CONFLICT (digest) DO UPDATE SET digest = excluded.digest RETURNING id"""),
-        {"digest": digest, "description": canonical}).scalar_one()
+            {"digest": digest, "description": canonical},
+        ).scalar_one()
+    )

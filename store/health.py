@@ -15,7 +15,11 @@ def postgres_version(session: Session) -> str:
 
 def has_dispatch_leader(session: Session) -> bool:
     """Whether some process holds the dispatch lock of this database."""
-    return bool(session.execute(text("""
+    return bool(
+        session.execute(
+            text("""
         SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND objid = :lock AND granted
             AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"""),
-        {"lock": LEADER_LOCK}).scalar_one())
+            {"lock": LEADER_LOCK},
+        ).scalar_one()
+    )

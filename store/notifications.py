@@ -34,7 +34,9 @@ class Leadership:
         """Whether this process leads; asking again while it leads is true and changes nothing."""
         row = self._connection.execute(
             "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid() "
-            "AND objid = %(lock)s) OR pg_try_advisory_lock(%(lock)s)", {"lock": LEADER_LOCK}).fetchone()
+            "AND objid = %(lock)s) OR pg_try_advisory_lock(%(lock)s)",
+            {"lock": LEADER_LOCK},
+        ).fetchone()
         return bool(row and row[0])
 
     def wait(self, timeout_s: float) -> None:

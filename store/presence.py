@@ -5,7 +5,7 @@ Nothing durable depends on it: without it dispatch keeps a small window and subm
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import redis
@@ -71,7 +71,7 @@ class PresenceBoard:
             ) from error
 
 
-def _parsed(values: list[bytes | None]) -> list[WorkerPresence]:
+def _parsed(values: Sequence[bytes | str | None]) -> list[WorkerPresence]:
     found = []
     for value in values:
         try:

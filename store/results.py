@@ -43,15 +43,22 @@ def result_pages(database: Database, batch_id: UUID, *, after_seq: int = -1) -> 
 
 def engines_of(session: Session, batch_id: UUID) -> list[dict[str, Any]]:
     """The description of every engine that gave a result of this batch."""
-    return list(session.scalars(text("""
+    return list(
+        session.scalars(
+            text("""
         SELECT e.description FROM engines e WHERE e.id IN (
-            SELECT DISTINCT engine_id FROM results WHERE batch_id = :id) ORDER BY e.id"""), {"id": batch_id}))
+            SELECT DISTINCT engine_id FROM results WHERE batch_id = :id) ORDER BY e.id"""),
+            {"id": batch_id},
+        )
+    )
 
 
 def _page(session: Session, batch_id: UUID, *, after_seq: int) -> list[ResultRow]:
-    rows = session.execute(text("""
+    rows = session.execute(
+        text("""
         SELECT r.seq, j.custom_id, r.outcome, r.source, r.status_code, r.response, r.error_code, r.error_message
         FROM results r JOIN jobs j ON j.batch_id = r.batch_id AND j.seq = r.seq
         WHERE r.batch_id = :id AND r.seq > :after ORDER BY r.seq LIMIT :limit"""),
-        {"id": batch_id, "after": after_seq, "limit": PAGE_ROWS})
+        {"id": batch_id, "after": after_seq, "limit": PAGE_ROWS},
+    )
     return [ResultRow(seq, custom_id, Outcome(outcome), *rest) for seq, custom_id, outcome, *rest in rows]

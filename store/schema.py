@@ -47,10 +47,12 @@ def make_partitions(session: Session, *, now: datetime) -> None:
         for table in PARTITIONED:
             name = partition_name(table, start)
             if name not in existing:
-                session.execute(text(
-                    f"CREATE TABLE IF NOT EXISTS {name} PARTITION OF {table} "
-                    f"FOR VALUES FROM ('{uuid7_floor(start)}') TO ('{uuid7_floor(start + timedelta(weeks=1))}')"
-                ))
+                session.execute(
+                    text(
+                        f"CREATE TABLE IF NOT EXISTS {name} PARTITION OF {table} "
+                        f"FOR VALUES FROM ('{uuid7_floor(start)}') TO ('{uuid7_floor(start + timedelta(weeks=1))}')"
+                    )
+                )
 
 
 def partition_name(table: str, start: datetime) -> str:

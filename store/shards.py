@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import TextClause, text
+from sqlalchemy import Row, TextClause, text
 from sqlalchemy.orm import Session
 
 from models.jobs import Job, JobResult
@@ -72,8 +73,9 @@ def claim(
     session: Session, shard_id: int, *, holder: str, lease_s: float, states: Sequence[str] = ("dispatched",)
 ) -> Claim | None:
     """Take a shard and a new fence. None: somebody else has it, or it is done; then do nothing at all."""
-    row = session.execute(_CLAIM, {
-        "shard_id": shard_id, "holder": holder, "lease_s": lease_s, "states": list(states)}).one_or_none()
+    row = session.execute(
+        _CLAIM, {"shard_id": shard_id, "holder": holder, "lease_s": lease_s, "states": list(states)}
+    ).one_or_none()
     return _claimed(session, row)
 
 
@@ -85,14 +87,17 @@ def claim_next(session: Session, *, holder: str, lease_s: float) -> Claim | None
 
 def load_jobs(session: Session, claim: Claim) -> LoadedJobs:
     """The shard's jobs without a result, in its order; those waiting for a later try are left out."""
-    rows = session.execute(text("""
+    rows = session.execute(
+        text("""
         SELECT j.seq, j.body, coalesce(t.tries, 0), t.not_before,
                coalesce(t.not_before > clock_timestamp(), false)
         FROM unnest(CAST(:seqs AS int4[])) WITH ORDINALITY AS u(seq, place)
         JOIN jobs j ON j.batch_id = :batch_id AND j.seq = u.seq
         LEFT JOIN job_tries t ON t.batch_id = j.batch_id AND t.seq = j.seq
         WHERE NOT EXISTS (SELECT FROM results r WHERE r.batch_id = j.batch_id AND r.seq = j.seq)
-        ORDER BY u.place"""), {"seqs": list(claim.seqs), "batch_id": claim.batch_id}).all()
+        ORDER BY u.place"""),
+        {"seqs": list(claim.seqs), "batch_id": claim.batch_id},
+    ).all()
     return LoadedJobs(
         jobs=[Job(seq=seq, body=body, tries=tries) for seq, body, tries, _, waits in rows if not waits],
         next_due=min((due for _, _, _, due, waits in rows if waits), default=None),
@@ -104,12 +109,14 @@ def extend_leases(session: Session, fences: Mapping[int, int], *, lease_s: float
 
     An id that is missing from the answer has lost its fence: cancel its requests and write nothing.
     """
-    rows = session.execute(text(f"""
+    rows = session.execute(
+        text(f"""
         UPDATE shards s SET lease_until = clock_timestamp() + make_interval(secs => :lease_s)
         FROM unnest(CAST(:ids AS int8[]), CAST(:fences AS int8[])) AS held(id, fence), batches b
         WHERE s.id = held.id AND s.fence = held.fence AND s.state = 'running' AND b.id = s.batch_id
         RETURNING s.id, ({_RUNNABLE})"""),
-        {"ids": list(fences), "fences": list(fences.values()), "lease_s": lease_s}).all()
+        {"ids": list(fences), "fences": list(fences.values()), "lease_s": lease_s},
+    ).all()
     return {shard_id: runnable for shard_id, runnable in rows}
 
 
@@ -151,37 +158,48 @@ def write_results(
 
     Repeating the call, after an ambiguous COMMIT say, inserts and counts nothing twice.
     """
-    return session.execute(WRITE, {
-        "shard_id": claim.shard_id, "fence": claim.fence, "engine_id": engine_id, "lease_s": lease_s,
-        "seqs": [r.seq for r in results],
-        "outcomes": [r.outcome.value for r in results],
-        "sources": [r.source.value for r in results],
-        "status_codes": [r.status_code for r in results],
-        "responses": [r.response for r in results],
-        "error_codes": [r.error_code for r in results],
-        "error_messages": [r.error_message for r in results],
-        "prompt_tokens": [r.usage.prompt_tokens for r in results],
-        "completion_tokens": [r.usage.completion_tokens for r in results],
-        "cached_tokens": [r.usage.cached_tokens for r in results],
-        "reasoning_tokens": [r.usage.reasoning_tokens for r in results],
-        "durations": [r.duration_ms for r in results],
-    }).scalar_one_or_none()
+    return session.execute(
+        WRITE,
+        {
+            "shard_id": claim.shard_id,
+            "fence": claim.fence,
+            "engine_id": engine_id,
+            "lease_s": lease_s,
+            "seqs": [r.seq for r in results],
+            "outcomes": [r.outcome.value for r in results],
+            "sources": [r.source.value for r in results],
+            "status_codes": [r.status_code for r in results],
+            "responses": [r.response for r in results],
+            "error_codes": [r.error_code for r in results],
+            "error_messages": [r.error_message for r in results],
+            "prompt_tokens": [r.usage.prompt_tokens for r in results],
+            "completion_tokens": [r.usage.completion_tokens for r in results],
+            "cached_tokens": [r.usage.cached_tokens for r in results],
+            "reasoning_tokens": [r.usage.reasoning_tokens for r in results],
+            "durations": [r.duration_ms for r in results],
+        },
+    ).scalar_one_or_none()
 
 
 def write_retries(session: Session, claim: Claim, retries: Sequence[Retry]) -> bool:
     """Record transient failures under the fence; false if the fence is lost."""
-    held = session.execute(text(
-        "SELECT 1 FROM shards WHERE id = :shard_id AND fence = :fence AND state = 'running' FOR NO KEY UPDATE"),
-        {"shard_id": claim.shard_id, "fence": claim.fence}).one_or_none()
+    held = session.execute(
+        text("SELECT 1 FROM shards WHERE id = :shard_id AND fence = :fence AND state = 'running' FOR NO KEY UPDATE"),
+        {"shard_id": claim.shard_id, "fence": claim.fence},
+    ).one_or_none()
     if held is None:
         return False
-    session.execute(text("""
+    session.execute(
+        text("""
         INSERT INTO job_tries (batch_id, seq, tries, not_before, last_error)
         VALUES (:batch_id, :seq, :tries, :not_before, :error)
         ON CONFLICT (batch_id, seq) DO UPDATE
         SET tries = excluded.tries, not_before = excluded.not_before, last_error = excluded.last_error"""),
-        [{"batch_id": claim.batch_id, "seq": r.seq, "tries": r.tries, "not_before": r.not_before,
-          "error": r.error} for r in retries])
+        [
+            {"batch_id": claim.batch_id, "seq": r.seq, "tries": r.tries, "not_before": r.not_before, "error": r.error}
+            for r in retries
+        ],
+    )
     return True
 
 
@@ -190,17 +208,23 @@ def close(session: Session, claim: Claim) -> bool:
 
     True if this call closed it. Guarded by the fence and by the count, so exactly one closer exists.
     """
-    closed = session.execute(text("""
+    closed = session.execute(
+        text("""
         UPDATE shards SET state = 'done', fence = fence + 1, lease_until = NULL
         WHERE id = :shard_id AND fence = :fence AND state = 'running' AND done = cardinality(seqs)
-        RETURNING batch_id"""), {"shard_id": claim.shard_id, "fence": claim.fence}).one_or_none()
+        RETURNING batch_id"""),
+        {"shard_id": claim.shard_id, "fence": claim.fence},
+    ).one_or_none()
     if closed is None:
         return False
-    left = session.execute(text("""
+    left = session.execute(
+        text("""
         UPDATE batches SET shards_left = shards_left - 1,
             finalizing_at = CASE WHEN shards_left = 1 THEN clock_timestamp() END,
             state = CASE WHEN shards_left = 1 THEN 'finalizing' ELSE state END
-        WHERE id = :batch_id RETURNING shards_left"""), {"batch_id": claim.batch_id}).scalar_one()
+        WHERE id = :batch_id RETURNING shards_left"""),
+        {"batch_id": claim.batch_id},
+    ).scalar_one()
     if left == 0:
         wake_dispatch(session)
     return True
@@ -208,11 +232,13 @@ def close(session: Session, claim: Claim) -> bool:
 
 def give_back(session: Session, claim: Claim, *, wait_s: float) -> bool:
     """Return an unfinished shard to pending, to be dispatched after `wait_s`; false if the fence is lost."""
-    returned = session.execute(text("""
+    returned = session.execute(
+        text("""
         UPDATE shards SET state = 'pending', fence = fence + 1, lease_until = NULL,
             not_before = clock_timestamp() + make_interval(secs => :wait_s)
         WHERE id = :shard_id AND fence = :fence AND state = 'running' RETURNING 1"""),
-        {"shard_id": claim.shard_id, "fence": claim.fence, "wait_s": wait_s}).one_or_none()
+        {"shard_id": claim.shard_id, "fence": claim.fence, "wait_s": wait_s},
+    ).one_or_none()
     wake_dispatch(session)
     return returned is not None
 
@@ -230,14 +256,17 @@ def recover_dead_leases(session: Session, *, lease_s: float) -> list[Recovered]:
 
     Leases are spared for one lease time after Postgres started: their holders could not extend them.
     """
-    rows = session.execute(text("""
+    rows = session.execute(
+        text("""
         UPDATE shards SET state = 'pending', fence = fence + 1, lease_until = NULL, not_before = clock_timestamp(),
             crashes = CASE WHEN done > done_at_claim THEN 0 ELSE crashes + 1 END
         WHERE id IN (
             SELECT id FROM shards WHERE state = 'running' AND lease_until < clock_timestamp()
               AND pg_postmaster_start_time() < clock_timestamp() - make_interval(secs => :lease_s)
             ORDER BY id LIMIT 500 FOR UPDATE SKIP LOCKED)
-        RETURNING id, crashes"""), {"lease_s": lease_s}).all()
+        RETURNING id, crashes"""),
+        {"lease_s": lease_s},
+    ).all()
     return [Recovered(shard_id=shard_id, crashes=crashes) for shard_id, crashes in rows]
 
 
@@ -246,31 +275,44 @@ def halve(session: Session, claim: Claim) -> int:
 
     The parent keeps its finished jobs and must be closed by the caller. One job alone is not split: 1.
     """
-    left = list(session.scalars(text("""
+    left = list(
+        session.scalars(
+            text("""
         SELECT u.seq FROM unnest(CAST(:seqs AS int4[])) WITH ORDINALITY AS u(seq, place)
         WHERE NOT EXISTS (SELECT FROM results r WHERE r.batch_id = :batch_id AND r.seq = u.seq)
-        ORDER BY u.place"""), {"seqs": list(claim.seqs), "batch_id": claim.batch_id}))
+        ORDER BY u.place"""),
+            {"seqs": list(claim.seqs), "batch_id": claim.batch_id},
+        )
+    )
     if len(left) < 2:
         return len(left)
     middle = len(left) // 2
-    session.execute(text("""
+    session.execute(
+        text("""
         UPDATE shards SET seqs = ARRAY(SELECT s FROM unnest(seqs) s WHERE s <> ALL(CAST(:left AS int4[])))
         WHERE id = :shard_id AND fence = :fence"""),
-        {"left": left, "shard_id": claim.shard_id, "fence": claim.fence})
-    session.execute(text("""
+        {"left": left, "shard_id": claim.shard_id, "fence": claim.fence},
+    )
+    session.execute(
+        text("""
         INSERT INTO shards (batch_id, seqs, not_before, crashes)
         VALUES (:batch_id, CAST(:seqs AS int4[]), clock_timestamp(), :crashes)"""),
-        [{"batch_id": claim.batch_id, "seqs": half, "crashes": CRASHES_TO_HALVE if len(half) == 1 else 0}
-         for half in (left[:middle], left[middle:])])
-    session.execute(text("UPDATE batches SET shards_left = shards_left + 2 WHERE id = :batch_id"),
-                    {"batch_id": claim.batch_id})
+        [
+            {"batch_id": claim.batch_id, "seqs": half, "crashes": CRASHES_TO_HALVE if len(half) == 1 else 0}
+            for half in (left[:middle], left[middle:])
+        ],
+    )
+    session.execute(
+        text("UPDATE batches SET shards_left = shards_left + 2 WHERE id = :batch_id"), {"batch_id": claim.batch_id}
+    )
     return len(left)
 
 
-def _claimed(session: Session, row: object) -> Claim | None:
+def _claimed(session: Session, row: Row[Any] | None) -> Claim | None:
     if row is None:
         return None
     wake_dispatch(session)
-    shard_id, fence, batch_id, seqs, endpoint, runnable = row  # type: ignore[misc]
-    return Claim(shard_id=shard_id, fence=fence, batch_id=batch_id, seqs=tuple(seqs), endpoint=endpoint,
-                 runnable=runnable)
+    shard_id, fence, batch_id, seqs, endpoint, runnable = tuple(row)
+    return Claim(
+        shard_id=shard_id, fence=fence, batch_id=batch_id, seqs=tuple(seqs), endpoint=endpoint, runnable=runnable
+    )

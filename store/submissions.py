@@ -60,29 +60,41 @@ def find_same_submit(
     session: Session, *, tenant: str, submit_digest: str, younger_than: timedelta
 ) -> SameSubmit | None:
     """The newest batch of this submit that runs or was completed; one that ends otherwise does not count."""
-    row = session.execute(text(
-        "SELECT id, total FROM batches WHERE tenant = :tenant AND submit_digest = :digest "
-        "AND state IN ('in_progress', 'finalizing', 'completed') "
-        "AND coalesce(ending, 'completed') = 'completed' "
-        "AND created_at > clock_timestamp() - :age ORDER BY id DESC LIMIT 1"
-    ), {"tenant": tenant, "digest": submit_digest, "age": younger_than}).one_or_none()
+    row = session.execute(
+        text(
+            "SELECT id, total FROM batches WHERE tenant = :tenant AND submit_digest = :digest "
+            "AND state IN ('in_progress', 'finalizing', 'completed') "
+            "AND coalesce(ending, 'completed') = 'completed' "
+            "AND created_at > clock_timestamp() - :age ORDER BY id DESC LIMIT 1"
+        ),
+        {"tenant": tenant, "digest": submit_digest, "age": younger_than},
+    ).one_or_none()
     return None if row is None else SameSubmit(id=row.id, total=row.total)
 
 
 def lock_submit(session: Session, *, tenant: str, submit_digest: str) -> None:
     """Hold, to the end of the transaction, the right to set this submit going; others of the same wait."""
-    session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:key, 0))"),
-                    {"key": f"{tenant}\n{submit_digest}"})
+    session.execute(
+        text("SELECT pg_advisory_xact_lock(hashtextextended(:key, 0))"), {"key": f"{tenant}\n{submit_digest}"}
+    )
 
 
 def insert_validating(session: Session, batch: NewBatch, *, lease: timedelta) -> None:
     """Begin a batch: validating, without jobs, ours while the lease holds."""
-    session.execute(insert(Batch).values(
-        id=batch.id, tenant=batch.tenant, state=BatchState.VALIDATING, endpoint=batch.endpoint,
-        input_name=batch.input_name, input_digest=batch.input_digest, submit_digest=batch.submit_digest,
-        options=batch.options, max_output_tokens=batch.max_output_tokens,
-        lease_until=text("clock_timestamp() + :lease").bindparams(lease=lease),
-    ))
+    session.execute(
+        insert(Batch).values(
+            id=batch.id,
+            tenant=batch.tenant,
+            state=BatchState.VALIDATING,
+            endpoint=batch.endpoint,
+            input_name=batch.input_name,
+            input_digest=batch.input_digest,
+            submit_digest=batch.submit_digest,
+            options=batch.options,
+            max_output_tokens=batch.max_output_tokens,
+            lease_until=text("clock_timestamp() + :lease").bindparams(lease=lease),
+        )
+    )
 
 
 def extend_lease(session: Session, batch_id: UUID, *, lease: timedelta) -> None:
@@ -90,10 +102,16 @@ def extend_lease(session: Session, batch_id: UUID, *, lease: timedelta) -> None:
 
     Raises LostFence when it is gone: the lease had run out and the batch was deleted.
     """
-    _expect_ours(session.scalar(text(
-        "UPDATE batches SET lease_until = clock_timestamp() + :lease "
-        "WHERE id = :batch AND state = 'validating' RETURNING 1"
-    ), {"batch": batch_id, "lease": lease}), batch_id)
+    _expect_ours(
+        session.scalar(
+            text(
+                "UPDATE batches SET lease_until = clock_timestamp() + :lease "
+                "WHERE id = :batch AND state = 'validating' RETURNING 1"
+            ),
+            {"batch": batch_id, "lease": lease},
+        ),
+        batch_id,
+    )
 
 
 def copy_jobs(session: Session, lines: Iterable[ParsedLine], *, batch_id: UUID, first_seq: int) -> int:
@@ -117,28 +135,40 @@ def copy_jobs(session: Session, lines: Iterable[ParsedLine], *, batch_id: UUID, 
 
 def insert_shards(session: Session, spans: Sequence[tuple[int, int]], *, batch_id: UUID) -> None:
     """Cut shards of consecutive seqs, one for each (first, last) span, with ids in their order."""
-    session.execute(text(
-        "INSERT INTO shards (batch_id, seqs) SELECT :batch, ARRAY(SELECT generate_series(first, last)) "
-        "FROM unnest(:firsts, :lasts) WITH ORDINALITY AS span (first, last, place) ORDER BY place"
-    ).bindparams(bindparam("firsts", type_=ARRAY(Integer)), bindparam("lasts", type_=ARRAY(Integer))), {
-        "batch": batch_id, "firsts": [first for first, _ in spans], "lasts": [last for _, last in spans],
-    })
+    session.execute(
+        text(
+            "INSERT INTO shards (batch_id, seqs) SELECT :batch, ARRAY(SELECT generate_series(first, last)) "
+            "FROM unnest(:firsts, :lasts) WITH ORDINALITY AS span (first, last, place) ORDER BY place"
+        ).bindparams(bindparam("firsts", type_=ARRAY(Integer)), bindparam("lasts", type_=ARRAY(Integer))),
+        {
+            "batch": batch_id,
+            "firsts": [first for first, _ in spans],
+            "lasts": [last for _, last in spans],
+        },
+    )
 
 
 def set_going(session: Session, batch_id: UUID, *, total: int, shards: int, window: timedelta) -> None:
     """Validating → in_progress, and wake dispatch at commit. Raises LostFence when the batch is gone."""
-    _expect_ours(session.scalar(text(
-        "UPDATE batches SET state = 'in_progress', total = :total, shards_left = :shards, "
-        "lease_until = NULL, in_progress_at = clock_timestamp(), expires_at = clock_timestamp() + :window "
-        "WHERE id = :batch AND state = 'validating' RETURNING 1"
-    ), {"batch": batch_id, "total": total, "shards": shards, "window": window}), batch_id)
+    _expect_ours(
+        session.scalar(
+            text(
+                "UPDATE batches SET state = 'in_progress', total = :total, shards_left = :shards, "
+                "lease_until = NULL, in_progress_at = clock_timestamp(), expires_at = clock_timestamp() + :window "
+                "WHERE id = :batch AND state = 'validating' RETURNING 1"
+            ),
+            {"batch": batch_id, "total": total, "shards": shards, "window": window},
+        ),
+        batch_id,
+    )
     wake_dispatch(session)
 
 
 def delete_validating(session: Session, batch_id: UUID) -> bool:
     """Delete a batch that was never set going, with jobs and shards; False if there is none. Repeatable."""
-    gone = session.scalar(text("DELETE FROM batches WHERE id = :batch AND state = 'validating' RETURNING id"),
-                          {"batch": batch_id})
+    gone = session.scalar(
+        text("DELETE FROM batches WHERE id = :batch AND state = 'validating' RETURNING id"), {"batch": batch_id}
+    )
     if gone is not None:
         session.execute(delete(Job).where(Job.batch_id == gone))
     return gone is not None
@@ -150,10 +180,12 @@ def delete_abandoned_batches(session: Session) -> list[UUID]:
     Those that a submit is writing to at this moment are locked by it, and left alone. Locks are kept to
     the end of the transaction; it may be repeated and may run in several processes at once.
     """
-    abandoned = session.scalars(text(
-        "SELECT id FROM batches WHERE state = 'validating' AND lease_until < clock_timestamp() "
-        "FOR UPDATE SKIP LOCKED"
-    )).all()
+    abandoned = session.scalars(
+        text(
+            "SELECT id FROM batches WHERE state = 'validating' AND lease_until < clock_timestamp() "
+            "FOR UPDATE SKIP LOCKED"
+        )
+    ).all()
     return [batch_id for batch_id in abandoned if delete_validating(session, batch_id)]
 
 
@@ -165,5 +197,5 @@ def _cursor(session: Session) -> psycopg.Cursor[Any]:
 def _expect_ours(found: object, batch_id: UUID) -> None:
     if found is None:
         raise LostFence(
-            f"batch {batch_id} was deleted as abandoned: this submit stood still longer than its lease; "
-            "submit again")
+            f"batch {batch_id} was deleted as abandoned: this submit stood still longer than its lease; submit again"
+        )

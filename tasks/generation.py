@@ -20,5 +20,11 @@ def run_shard(context: FeedContext, runner: asyncio.Runner, message: RunShard) -
     """
     started = time.monotonic()
     report = runner.run(feed(context, message.shard_id))
-    log.info("shards_fed", hint=message.shard_id, batch_id=message.batch_id, shards=report.shards,
-             jobs=report.jobs, seconds=round(time.monotonic() - started, 2))
+    log.info(
+        "shards_fed",
+        hint=message.shard_id,
+        batch_id=message.batch_id,
+        shards=report.shards,
+        jobs=report.jobs,
+        seconds=round(time.monotonic() - started, 2),
+    )

@@ -30,8 +30,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # celery has no types
     """Celery's consumer without delayed delivery: nothing here has an ETA, and it would declare 28 queues."""
 
     class Blueprint(CeleryConsumer.Blueprint):  # type: ignore[misc]
-        default_steps = tuple(
-            step for step in CeleryConsumer.Blueprint.default_steps if "delayed_delivery" not in step)
+        default_steps = tuple(step for step in CeleryConsumer.Blueprint.default_steps if "delayed_delivery" not in step)
 
 
 def make_app(settings: Settings) -> Celery:
@@ -39,16 +38,24 @@ def make_app(settings: Settings) -> Celery:
     broker_url = settings.require_broker()
     app = Celery("stoker", broker=broker_url, set_as_current=True)
     app.conf.update(
-        task_serializer="json", accept_content=["json"], task_ignore_result=True,
-        task_acks_late=True, worker_prefetch_multiplier=1,
+        task_serializer="json",
+        accept_content=["json"],
+        task_ignore_result=True,
+        task_acks_late=True,
+        worker_prefetch_multiplier=1,
         worker_cancel_long_running_tasks_on_connection_loss=False,
-        task_default_queue=RunShard.queue, task_create_missing_queues=False,
+        task_default_queue=RunShard.queue,
+        task_create_missing_queues=False,
         task_queues=[node_queue(delivery_limit=settings.broker.delivery_limit)],
-        worker_pool="prefork", worker_concurrency=settings.worker.children,
+        worker_pool="prefork",
+        worker_concurrency=settings.worker.children,
         worker_consumer="worker.celery_app:Consumer",
-        broker_connection_retry_on_startup=True, broker_connection_max_retries=None,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
         broker_transport_options=_AMQP_TRANSPORT if broker_url.startswith("amqp") else _REDIS_TRANSPORT,
-        worker_send_task_events=True, worker_hijack_root_logger=False, worker_redirect_stdouts=False,
+        worker_send_task_events=True,
+        worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
     )
     _wire(app, WorkerParts(settings=settings, shared=SharedState()))
     return app

@@ -24,20 +24,39 @@ class Child:
         self.runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         self._database = Database(settings.require_postgres(), pool_size=settings.postgres.pool_size)
         self._heartbeat = Heartbeat(
-            self._database, lease_s=settings.worker.lease_s, interval_s=settings.worker.heartbeat_s)
+            self._database, lease_s=settings.worker.lease_s, interval_s=settings.worker.heartbeat_s
+        )
         in_flight = settings.worker.in_flight or math.ceil(2 * settings.engine.max_num_seqs / settings.worker.children)
-        generation = Endpoint(parts.engine_url, api_key=settings.engine.api_key,
-                              timeout_s=settings.limits.request_timeout_s, connections=in_flight)
-        embeddings = generation if settings.embeddings.url is None else Endpoint(
-            settings.embeddings.url, api_key=settings.embeddings.api_key,
-            timeout_s=settings.limits.request_timeout_s, connections=in_flight)
+        generation = Endpoint(
+            parts.engine_url,
+            api_key=settings.engine.api_key,
+            timeout_s=settings.limits.request_timeout_s,
+            connections=in_flight,
+        )
+        embeddings = (
+            generation
+            if settings.embeddings.url is None
+            else Endpoint(
+                settings.embeddings.url,
+                api_key=settings.embeddings.api_key,
+                timeout_s=settings.limits.request_timeout_s,
+                connections=in_flight,
+            )
+        )
         self._endpoints = {generation, embeddings}
         self.runner.run(self._open())
         self._heartbeat.__enter__()
         self.context = FeedContext(
-            database=self._database, heartbeat=self._heartbeat, generation=generation, embeddings=embeddings,
-            settings=settings, holder=f"{socket.gethostname()}:{os.getpid()}", in_flight=in_flight,
-            draining=parts.shared.is_draining, engine_id=parts.shared.engine_id)
+            database=self._database,
+            heartbeat=self._heartbeat,
+            generation=generation,
+            embeddings=embeddings,
+            settings=settings,
+            holder=f"{socket.gethostname()}:{os.getpid()}",
+            in_flight=in_flight,
+            draining=parts.shared.is_draining,
+            engine_id=parts.shared.engine_id,
+        )
 
     async def _open(self) -> None:
         for endpoint in self._endpoints:

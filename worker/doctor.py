@@ -37,7 +37,11 @@ class Finding:
 def examine(settings: Settings) -> list[Finding]:
     """Check every part; one that fails never hides another."""
     checks: tuple[tuple[str, Callable[[Settings], list[Finding]]], ...] = (
-        ("postgres", _postgres), ("broker", _broker), ("redis and workers", _workers), ("engine", _engine))
+        ("postgres", _postgres),
+        ("broker", _broker),
+        ("redis and workers", _workers),
+        ("engine", _engine),
+    )
     findings: list[Finding] = []
     for what, check in checks:
         try:
@@ -61,10 +65,16 @@ def _postgres(settings: Settings) -> list[Finding]:
         database.close()
     return [
         Finding("postgres", f"version {version} at {database.address}"),
-        Finding("schema", f"revision {current or 'none'}", "" if current == newest else
-                f"run `stoker migrate` (newest is {newest})"),
-        Finding("dispatch leader", "leads" if leads else "none",
-                "" if leads else "start a worker (`stoker worker`) or `stoker dispatch`; nothing is sent out without one"),
+        Finding(
+            "schema",
+            f"revision {current or 'none'}",
+            "" if current == newest else f"run `stoker migrate` (newest is {newest})",
+        ),
+        Finding(
+            "dispatch leader",
+            "leads" if leads else "none",
+            "" if leads else "start a worker (`stoker worker`) or `stoker dispatch`; nothing is sent out without one",
+        ),
     ]
 
 
@@ -85,10 +95,17 @@ def _workers(settings: Settings) -> list[Finding]:
         board.close()
     if not workers:
         return [Finding("redis", "answers"), Finding("workers", "none live", "start one: `stoker worker`")]
-    return [Finding("redis", "answers"), *(
-        Finding(f"worker {worker.name}", f"{worker.children} children, {worker.engine}, serves {', '.join(worker.models)}",
-                "" if worker.healthy else "its engine does not answer: see the worker's log; it restarts by itself")
-        for worker in workers)]
+    return [
+        Finding("redis", "answers"),
+        *(
+            Finding(
+                f"worker {worker.name}",
+                f"{worker.children} children, {worker.engine}, serves {', '.join(worker.models)}",
+                "" if worker.healthy else "its engine does not answer: see the worker's log; it restarts by itself",
+            )
+            for worker in workers
+        ),
+    ]
 
 
 def _engine(settings: Settings) -> list[Finding]:

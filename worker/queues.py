@@ -25,12 +25,16 @@ def node_queue(*, delivery_limit: int) -> Queue:
     RabbitMQ 3.x has no limit of its own and 4.x has 20: both behave alike here. A hint beyond it goes to the
     dead queue, which ends no job: its shard is dispatched again.
     """
-    return Queue(RunShard.queue, routing_key=RunShard.queue, queue_arguments={
-        "x-queue-type": "quorum",
-        "x-delivery-limit": delivery_limit,
-        "x-dead-letter-exchange": "",
-        "x-dead-letter-routing-key": DEAD_QUEUE,
-    })
+    return Queue(
+        RunShard.queue,
+        routing_key=RunShard.queue,
+        queue_arguments={
+            "x-queue-type": "quorum",
+            "x-delivery-limit": delivery_limit,
+            "x-dead-letter-exchange": "",
+            "x-dead-letter-routing-key": DEAD_QUEUE,
+        },
+    )
 
 
 def dead_queue() -> Queue:
@@ -56,9 +60,20 @@ class HintPublisher:
             for shard_id, batch_id in shards:
                 hint = RunShard(shard_id=shard_id, batch_id=str(batch_id))
                 message = self._app.amqp.create_task_message(
-                    f"{shard_id}-{secrets.token_hex(4)}", RunShard.wire_name, kwargs=hint.model_dump(), ignore_result=True)
-                producer.publish(message.body, exchange="", routing_key=RunShard.queue, mandatory=True,
-                                 confirm_timeout=CONFIRM_S, headers=message.headers, **message.properties)
+                    f"{shard_id}-{secrets.token_hex(4)}",
+                    RunShard.wire_name,
+                    kwargs=hint.model_dump(),
+                    ignore_result=True,
+                )
+                producer.publish(
+                    message.body,
+                    exchange="",
+                    routing_key=RunShard.queue,
+                    mandatory=True,
+                    confirm_timeout=CONFIRM_S,
+                    headers=message.headers,
+                    **message.properties,
+                )
 
     def ready_count(self) -> int:
         """Hints in the queue that are delivered to no worker."""
@@ -77,8 +92,12 @@ class HintPublisher:
             if self._connection is None:
                 self._connection = self._connect()
             yield self._connection
-        except (OperationalError, OSError, *self._app.connection_for_write().connection_errors,
-                *self._app.connection_for_write().channel_errors) as error:
+        except (
+            OperationalError,
+            OSError,
+            *self._app.connection_for_write().connection_errors,
+            *self._app.connection_for_write().channel_errors,
+        ) as error:
             self.close()
             raise ServiceUnreachable(
                 f"the broker at {self._address} does not answer: {error}; check STOKER_BROKER__URL"

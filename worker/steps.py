@@ -7,7 +7,6 @@ end by `WorkerParts.end`, after the pool has drained: Celery would stop the step
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,6 @@ from typing import Any
 from celery.bootsteps import StartStopStep
 from celery.worker.components import Pool
 
-from inference.endpoint import Endpoint
 from inference.engines import EnginePlan, plan_engine
 from inference.supervisor import EngineSupervisor
 from pipeline.identity import identify_endpoint, register
@@ -26,7 +24,6 @@ from runtime.children import spawn, stop
 from runtime.errors import ServiceUnreachable
 from runtime.logs import get_logger
 from runtime.settings import Settings, environment_of
-from store.database import Database
 from store.presence import ANNOUNCE_S, PresenceBoard, WorkerPresence
 from worker.shared import SharedState
 
@@ -102,10 +99,14 @@ class EngineStep(StartStopStep):  # type: ignore[misc]  # celery has no types
             if plan.warning:
                 log.warning("checkpoint_16_bit", advice=plan.warning)
             parts.engine = EngineSupervisor(
-                plan, log_file=parts.log_file, start_timeout_s=parts.settings.engine.start_timeout_s,
-                stall_s=parts.settings.engine.stall_s)
-            log.info("engine_starts", engine=plan.kind, checkpoint=plan.description["checkpoint"],
-                     log=str(parts.log_file))
+                plan,
+                log_file=parts.log_file,
+                start_timeout_s=parts.settings.engine.start_timeout_s,
+                stall_s=parts.settings.engine.stall_s,
+            )
+            log.info(
+                "engine_starts", engine=plan.kind, checkpoint=plan.description["checkpoint"], log=str(parts.log_file)
+            )
             parts.engine.start()
         identity = identify_endpoint(parts.engine_url, plan=plan, settings=parts.settings)
         parts.shared.set_engine_id(register(parts.settings, identity))
@@ -125,8 +126,12 @@ class DispatchStep(StartStopStep):  # type: ignore[misc]
     def start(self, worker: Any) -> None:
         """Start the standby leader; it dies with this process."""
         parts: WorkerParts = worker.app.stoker_parts
-        parts.dispatcher = spawn([sys.executable, "-m", "worker.dispatcher"], log=None, session=True,
-                                 env={**os.environ, **environment_of(parts.settings)})
+        parts.dispatcher = spawn(
+            [sys.executable, "-m", "worker.dispatcher"],
+            log=None,
+            session=True,
+            env={**os.environ, **environment_of(parts.settings)},
+        )
 
 
 class PresenceThread(threading.Thread):
@@ -163,7 +168,11 @@ class PresenceThread(threading.Thread):
     def _presence(self) -> WorkerPresence:
         engine = self._parts.engine
         return WorkerPresence(
-            name=self._name_in_redis, children=self._parts.settings.worker.children, models=self._models,
-            engine=self._engine_label, healthy=engine.is_healthy if engine else True,
+            name=self._name_in_redis,
+            children=self._parts.settings.worker.children,
+            models=self._models,
+            engine=self._engine_label,
+            healthy=engine.is_healthy if engine else True,
             running=engine.readings.running if engine else None,
-            waiting=engine.readings.waiting if engine else None)
+            waiting=engine.readings.waiting if engine else None,
+        )

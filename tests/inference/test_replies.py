@@ -152,7 +152,8 @@ def test_success_without_the_expected_json_is_a_failure_that_shows_what_came(bod
 
 
 def test_a_lone_surrogate_stays_an_escape() -> None:
-    result = judged(b'{"choices":[{"message":{"content":"smile \\ud83d"},"finish_reason":"length"}],"usage":{"prompt_tokens":2}}')
+    choices = b'[{"message":{"content":"smile \\ud83d"},"finish_reason":"length"}]'
+    result = judged(b'{"choices":' + choices + b',"usage":{"prompt_tokens":2}}')
 
     assert (result.outcome, result.usage.prompt_tokens) == (Outcome.TRUNCATED, 2)
     assert result.response is not None

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from runtime.errors import BadInput, InvalidFile, LostFence, ServiceUnreachable
 from runtime.settings import LimitSettings, Settings, ShardSettings
 from store.database import Database
 from store.submissions import NewBatch, delete_abandoned_batches, extend_lease, insert_validating
+from tests.support.waiting import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHAT = "/v1/chat/completions"
@@ -36,7 +36,8 @@ BODY_BYTES = 88  # of line(0) to line(9)
 
 
 def line(number: int, /, *, url: str = CHAT, custom_id: str | None = None, **fields: Any) -> str:
-    body = {"model": "m", "messages": [{"role": "user", "content": f"question {number}"}], "max_tokens": 8} | fields
+    messages = [{"role": "user", "content": f"question {number}"}]
+    body = {"model": "m", "messages": messages, "max_tokens": 8} | fields
     return json.dumps({"custom_id": custom_id or f"id-{number}", "method": "POST", "url": url, "body": body})
 
 
@@ -44,7 +45,8 @@ def line(number: int, /, *, url: str = CHAT, custom_id: str | None = None, **fie
 def write(tmp_path: Path) -> Callable[..., Path]:
     def write(*lines: str | bytes, end: bytes = b"\n", newline: bytes = b"\n", start: bytes = b"") -> Path:
         path = tmp_path / "prompts.jsonl"
-        path.write_bytes(start + newline.join(part.encode() if isinstance(part, str) else part for part in lines) + end)
+        encoded = (part.encode() if isinstance(part, str) else part for part in lines)
+        path.write_bytes(start + newline.join(encoded) + end)
         return path
     return write
 
@@ -92,8 +94,9 @@ def test_the_batch_is_in_progress_with_its_totals_window_and_manifest(
     path = write(*(line(number) for number in range(130)))
     options = SubmitOptions(sets={"temperature": 0}, model="m", max_output_tokens=64)
     submit(database, path, options=options, settings=limited(window_s=3600), tenant="acme", input_name="-")
-    [batch] = rows(database, """SELECT state, tenant, endpoint, input_name, total, shards_left, max_output_tokens,
-        options, input_digest, lease_until, round(extract(epoch FROM expires_at - in_progress_at)) FROM batches""")
+    [batch] = rows(database, """
+        SELECT state, tenant, endpoint, input_name, total, shards_left, max_output_tokens, options, input_digest,
+            lease_until, round(extract(epoch FROM expires_at - in_progress_at)) FROM batches""")
     assert batch[:7] == ("in_progress", "acme", CHAT, "-", 130, 3, 64)
     assert batch[7] == {"sets": {"temperature": 0}, "model": "m", "max_output_tokens": 64, "file_name": "-",
                         "file_bytes": path.stat().st_size, "file_sha256": batch[8]}
@@ -101,15 +104,17 @@ def test_the_batch_is_in_progress_with_its_totals_window_and_manifest(
 
 
 def test_bodies_of_any_json_come_back_as_they_were(database: Database, write: Callable[..., Path]) -> None:
-    contents = ["tab\t", r"back\slash", "\r\n", "\u0000", "émoji 😀", '"quoted"', r"\N", r"\.", "\x7f", "\u2028"]
+    contents = ["tab\t", r"back\slash", "\r\n", "\0", "émoji 😀", '"quoted"', r"\N", r"\.", "\x7f", "\u2028"]
     bodies = [json.dumps({"model": "m", "messages": [{"role": "user", "content": content}], "max_tokens": 8},
                          ensure_ascii=escaped, indent=indent).replace("\n", "\t\r")
               for content in contents for escaped in (True, False) for indent in (None, 1)]
-    submit(database, write(*(f'{{"custom_id": {json.dumps(str(number) + contents[number % 3])}, "method": "POST", '
-                             f'"url": "{CHAT}", "body": {body}}}' for number, body in enumerate(bodies))))
+    ids = [f"{number}{contents[number % 3]}" for number in range(len(bodies))]
+    submit(database, write(*(f'{{"custom_id": {json.dumps(custom_id)}, "method": "POST", '
+                             f'"url": "{CHAT}", "body": {body}}}'
+                             for custom_id, body in zip(ids, bodies, strict=True))))
     jobs = rows(database, "SELECT custom_id, body FROM jobs ORDER BY seq")
     assert [body for _, body in jobs] == bodies
-    assert [custom_id for custom_id, _ in jobs] == [f"{n}{contents[n % 3]}" for n in range(len(bodies))]
+    assert [custom_id for custom_id, _ in jobs] == ids
 
 
 @pytest.mark.parametrize(("bounds", "sizes"), [
@@ -142,11 +147,14 @@ def test_a_file_of_several_chunks_is_whole(database: Database, write: Callable[.
         (100_100, 100_100)]
 
 
-def test_dispatch_is_woken_when_the_batch_is_set_going(database: Database, write: Callable[..., Path]) -> None:
+def test_dispatch_is_woken_when_the_batch_is_set_going(
+    database: Database, write: Callable[..., Path]
+) -> None:
     with database.connection(autocommit=True) as connection:
         connection.execute("LISTEN stoker_dispatch")
         submit(database, write(line(1)))
-        assert [heard.channel for heard in connection.notifies(timeout=5, stop_after=1)] == ["stoker_dispatch"]
+        heard = list(connection.notifies(timeout=5, stop_after=1))
+    assert [notification.channel for notification in heard] == ["stoker_dispatch"]
 
 
 @pytest.mark.parametrize("shape", [
@@ -166,7 +174,9 @@ def test_blank_lines_count_in_the_numbers_of_lines(write: Callable[..., Path]) -
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", b" "])
-def test_a_file_without_a_line_is_refused(database: Database, write: Callable[..., Path], content: bytes) -> None:
+def test_a_file_without_a_line_is_refused(
+    database: Database, write: Callable[..., Path], content: bytes
+) -> None:
     refused = problems_of(write(content, end=b""))
     assert [(problem.line, problem.code) for problem in refused.problems] == [(None, "empty_file")]
     with pytest.raises(InvalidFile):
@@ -188,7 +198,8 @@ def test_nothing_of_a_refused_file_stays_and_all_problems_are_counted(
 
 def test_a_line_that_is_too_long_is_skipped_without_being_held(write: Callable[..., Path]) -> None:
     long = b'{"custom_id":"' + b"x" * 3_000_000 + b'"}'
-    refused = problems_of(write(line(1), long, "nonsense", line(3), long, end=b""), settings=limited(line_bytes=400))
+    path = write(line(1), long, "nonsense", line(3), long, end=b"")
+    refused = problems_of(path, settings=limited(line_bytes=400))
     assert [(problem.line, problem.code) for problem in refused.problems] == [
         (2, "invalid_request"), (3, "invalid_json_line"), (5, "invalid_request")]
     assert "400 bytes" in refused.problems[0].message
@@ -219,8 +230,8 @@ def test_a_repeated_id_names_both_lines(database: Database, write: Callable[...,
 
 
 def test_problems_of_all_kinds_are_listed_by_line(write: Callable[..., Path]) -> None:
-    refused = problems_of(write(line(1), line(2, model="q"), "nonsense", line(1), line(5, model="q"), line(6, n=0)),
-                          served_models=frozenset({"m"}))
+    path = write(line(1), line(2, model="q"), "nonsense", line(1), line(5, model="q"), line(6, n=0))
+    refused = problems_of(path, served_models=frozenset({"m"}))
     assert [(problem.line, problem.code) for problem in refused.problems] == [
         (2, "model_not_found"), (3, "invalid_json_line"), (4, "duplicate_custom_id"), (6, "invalid_request")]
     assert refused.total == 5
@@ -244,7 +255,8 @@ def test_many_missing_models_are_counted_but_not_kept(write: Callable[..., Path]
 
 def test_the_model_option_decides_which_model_must_be_served(write: Callable[..., Path]) -> None:
     options = SubmitOptions(model="m", max_output_tokens=64)
-    found = dry_run(write(line(1, model="q")), options=options, settings=SETTINGS, served_models=frozenset({"m"}))
+    found = dry_run(write(line(1, model="q")), options=options, settings=SETTINGS,
+                    served_models=frozenset({"m"}))
     assert found.models == {"m": 1}
 
 
@@ -288,7 +300,7 @@ def test_another_tenant_option_or_window_is_another_batch(
 
 
 @pytest.mark.parametrize("fate", [
-    "state = 'cancelling', ending = 'cancelled'", "state = 'failed'", "state = 'expired'", "state = 'cancelled'",
+    "state = 'cancelling', ending = 'cancelled'", "state = 'cancelled'", "state = 'failed'", "state = 'expired'",
     "state = 'finalizing', ending = 'expired'", "created_at = now() - interval '61 minutes'",
 ])
 def test_a_batch_that_ended_badly_or_is_old_is_not_reused(
@@ -335,7 +347,7 @@ def test_an_error_in_the_middle_leaves_nothing(database: Database, write: Callab
 def test_ctrl_c_leaves_nothing(database: Database, write: Callable[..., Path]) -> None:
     path = write(*(line(number) for number in range(150_000)))
     with _submitting(database, path) as child:
-        _wait_until(lambda: stored(database)[1] > 0)
+        wait_until(lambda: stored(database)[1] > 0, 30, "jobs of the first chunk")
         child.send_signal(signal.SIGINT)
         assert child.wait(30) != 0
     assert stored(database) == (0, 0, 0)
@@ -346,11 +358,12 @@ def test_what_a_kill_leaves_is_deleted_once_the_lease_is_over(
 ) -> None:
     path = write(*(line(number) for number in range(150_000)))
     with _submitting(database, path) as child:
-        _wait_until(lambda: stored(database)[1] > 0)
+        wait_until(lambda: stored(database)[1] > 0, 30, "jobs of the first chunk")
         child.kill()
         child.wait(30)
-    _wait_until(lambda: rows(database, "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
-                                       "AND query ILIKE 'copy%' AND state <> 'idle'") == [(0,)])
+    wait_until(lambda: rows(database, "SELECT count(*) FROM pg_stat_activity "
+                                       "WHERE datname = current_database() "
+                                       "AND query ILIKE 'copy%' AND state <> 'idle'") == [(0,)], 30, "the end of its COPY")
     assert rows(database, "SELECT state, total FROM batches") == [("validating", 0)]
     with database.transaction() as session:
         assert delete_abandoned_batches(session) == []
@@ -378,7 +391,9 @@ def test_a_submit_whose_batch_was_deleted_stops(database: Database) -> None:
         extend_lease(session, batch_id, lease=timedelta(seconds=60))
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(database: Database, write: Callable[..., Path]) -> None:
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    database: Database, write: Callable[..., Path]
+) -> None:
     path = write(*(line(number) for number in range(5000)))
 
     def grow(done: int, size: int) -> None:
@@ -393,8 +408,8 @@ def test_a_file_that_changes_while_it_is_read_is_refused(database: Database, wri
 def test_a_path_that_cannot_be_read_says_why(tmp_path: Path, write: Callable[..., Path]) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    for path, words in ((tmp_path / "none", "No such file"), (tmp_path, "not a regular file"), (pipe, "standard input"),
-                        (write(line(1)) / "below", "Not a directory")):
+    for path, words in ((tmp_path / "none", "No such file"), (tmp_path, "not a regular file"),
+                        (pipe, "standard input"), (write(line(1)) / "below", "Not a directory")):
         with pytest.raises(BadInput, match=words):
             dry_run(path, options=OPTIONS, settings=SETTINGS, served_models=None)
 
@@ -431,15 +446,9 @@ def _submitting(database: Database, path: Path) -> Iterator[subprocess.Popen[byt
 
 
 def _insert_validating(database: Database, *, lease: timedelta) -> UUID:
-    batch = NewBatch(id=uuid7(), tenant="local", endpoint=CHAT, input_name="x", input_digest="x", submit_digest="x",
-                     options={}, max_output_tokens=64)
+    batch = NewBatch(id=uuid7(), tenant="local", endpoint=CHAT, input_name="x", input_digest="x",
+                     submit_digest="x", options={}, max_output_tokens=64)
     with database.transaction() as session:
         insert_validating(session, batch, lease=lease)
     return batch.id
 
-
-def _wait_until(predicate: Callable[[], bool], *, timeout_s: float = 30) -> None:
-    end = time.monotonic() + timeout_s
-    while not predicate():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.005)

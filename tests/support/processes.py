@@ -24,7 +24,7 @@ from tests.support.waiting import wait_until
 REPOSITORY = Path(__file__).resolve().parents[2]
 STOKER = Path(sys.executable).parent / "stoker"
 MARK = "STOKER_TEST_MARK"
-READY_S = 30.0
+READY_S = 90.0
 COMMAND_S = 120.0
 
 
@@ -93,15 +93,15 @@ def stoker(*arguments: str | Path, env: Mapping[str, str], stdin: str | None = N
            timeout_s: float = COMMAND_S) -> subprocess.CompletedProcess[str]:
     """Run `stoker …` to its end."""
     return subprocess.run(
-        [str(STOKER), *(str(argument) for argument in arguments)], cwd=REPOSITORY, input=stdin or "", text=True,
-        env={**clean_environment(), **env}, capture_output=True, check=False, timeout=timeout_s)
+        [str(STOKER), *(str(argument) for argument in arguments)], cwd=REPOSITORY, input=stdin or "",
+        env={**clean_environment(), **env}, text=True, capture_output=True, check=False, timeout=timeout_s)
 
 
 class WorkerProcess:
     """A worker, `celery -A worker.main worker -n NAME`, and all that it starts.
 
-    `with WorkerProcess("w1", env=env, folder=tmp_path) as worker:` waits until it takes hints; at the end of the
-    block, however that came, nothing of it runs.
+    `with WorkerProcess("one", env=env, folder=tmp_path) as worker:` waits until it takes hints; at the end of
+    the block, however that came, nothing of it runs.
     """
 
     def __init__(self, name: str, *, env: Mapping[str, str], folder: Path, ready_s: float = READY_S) -> None:
@@ -115,8 +115,9 @@ class WorkerProcess:
     def __enter__(self) -> Self:
         with self._log_file.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "celery", "-A", "worker.main", "worker", "-n", self.name], cwd=REPOSITORY,
-                env=self._env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+                [sys.executable, "-m", "celery", "-A", "worker.main", "worker", "-n", self.name],
+                cwd=REPOSITORY, env=self._env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True)
         try:
             wait_until(self._is_ready, self._ready_s, f"{self.name} is ready")
         except BaseException:
@@ -153,7 +154,8 @@ class WorkerProcess:
 
     def dispatcher(self) -> int | None:
         """The dispatch process that it started, if that runs."""
-        return next((process.pid for process in self.processes() if "worker.dispatcher" in process.command), None)
+        running = (process for process in self.processes() if "worker.dispatcher" in process.command)
+        return next((process.pid for process in running), None)
 
     def processes(self) -> list[SeenProcess]:
         """Itself and all its descendants that run now, those whose parents have died included."""
@@ -163,7 +165,7 @@ class WorkerProcess:
         return self._known
 
     def kill9(self) -> None:
-        """End the parent process as the kernel does when memory is short; its children are left to themselves."""
+        """End the parent process as the kernel does when memory is short; its children are left alone."""
         self.processes()
         self._process.kill()
         self._process.wait()

@@ -62,7 +62,7 @@ class Script:
         if self.api_key and request.headers.get("Authorization") != f"Bearer {self.api_key}":
             return _error(401, f"wrong key: {request.headers.get('Authorization')}")
         try:
-            body = msgspec.json.decode(await request.read())
+            body = msgspec.json.decode(await request.content.read())  # request.read() stops at 1 MB
             prompts = prompts_of(body, path)
         except (ValueError, KeyError, TypeError) as error:
             return _error(400, f"bad request: {error!r}")

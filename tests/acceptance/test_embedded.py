@@ -1,0 +1,102 @@
+"""Without any server: embedded Postgres and Valkey, llama.cpp, one command; and `stoker up` for several."""
+
+from __future__ import annotations
+
+import json
+import signal
+import tempfile
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from inference.checkpoints import digest_of
+from tests.acceptance.chats import ids_of, parse_lines, read_lines
+from tests.support.processes import REPOSITORY, Command, marked, new_mark, seen_processes, stoker
+from tests.support.waiting import wait_until
+
+GGUF = next(iter(sorted((REPOSITORY / ".checkpoints").glob("smollm2-135m-gguf/*.gguf"))), None)
+LINES = 12
+UP_S = 120.0
+
+pytestmark = pytest.mark.skipif(GGUF is None, reason="no .gguf checkpoint: run `make checkpoint-gguf`")
+
+
+@pytest.fixture(scope="module")
+def home() -> Iterator[Path]:
+    """A home for all tests here; short for the sockets, and open for the account of the servers under root."""
+    with tempfile.TemporaryDirectory(prefix="stoker-", dir="/tmp") as folder:
+        Path(folder).chmod(0o711)
+        yield Path(folder) / "home"
+
+
+@pytest.fixture
+def env(home: Path) -> dict[str, str]:
+    return {"STOKER_HOME": str(home), "STOKER_ENGINE__KIND": "llamacpp", "COLUMNS": "200"}
+
+
+@pytest.fixture
+def prompts_file(tmp_path: Path) -> Path:
+    """The first lines of the examples."""
+    file = tmp_path / "in.jsonl"
+    with (REPOSITORY / "examples" / "prompts.jsonl").open() as examples:
+        file.write_text("".join(islice(examples, LINES)))
+    return file
+
+
+def left_behind(home: Path, mark: str) -> list[str]:
+    """What still runs of a command: by its mark, or by the home in its command line."""
+    return [process.command for process in [*marked(mark), *seen_processes()]
+            if process.mark == mark or f"{home}/" in process.command]
+
+
+def test_run_needs_no_server_and_leaves_files_and_no_process(
+    env: dict[str, str], home: Path, tmp_path: Path, prompts_file: Path
+) -> None:
+    mark = new_mark()
+    output = tmp_path / "out.jsonl"
+    with Command("run", prompts_file, "-o", output, "--json", "--max-output-tokens", "16", env=env,
+                 mark=mark) as command:
+        ended = command.wait(240)
+        assert left_behind(home, mark) == []
+    assert ended.returncode == 0, ended.stderr
+    figures = json.loads(ended.stdout)
+    assert (figures["done"], figures["failed"]) == (LINES, 0)
+    assert ids_of(read_lines(output)) == ids_of(parse_lines(prompts_file.read_text()))
+    assert figures["files"] == {"results": str(output), "manifest": str(tmp_path / "out.manifest.json")}
+    manifest = json.loads((tmp_path / "out.manifest.json").read_text())
+    assert GGUF is not None
+    assert [(engine["kind"], engine["checkpoint_digest"]) for engine in manifest["engines"]] == [
+        ("llamacpp", digest_of(GGUF))]
+    assert manifest["tokens"]["completion"] == figures["tokens_out"] > 0
+    assert manifest["jobs"]["done"] == LINES
+
+
+def test_up_serves_other_terminals_until_ctrl_c(
+    env: dict[str, str], home: Path, tmp_path: Path, prompts_file: Path
+) -> None:
+    mark = new_mark()
+    elsewhere = {"STOKER_HOME": str(home), "COLUMNS": "200"}
+    with Command("up", env=env, mark=mark) as up:
+        wait_until(lambda: _is_up(up, elsewhere), UP_S, "stoker up is up")
+        submitted = stoker("submit", prompts_file, "--max-output-tokens", "8", env=elsewhere)
+        assert submitted.returncode == 0, submitted.stderr
+        batch = submitted.stdout.strip()
+        watched = stoker("watch", batch, env=elsewhere)
+        assert watched.returncode == 0, watched.stderr
+        lines = parse_lines(stoker("results", batch, env=elsewhere).stdout)
+        assert ids_of(lines) == ids_of(parse_lines(prompts_file.read_text()))
+        up.process.send_signal(signal.SIGINT)
+        ended = up.wait(60)
+        assert left_behind(home, mark) == []
+    assert ended.returncode == 0, ended.stderr
+    assert not (home / "services.json").exists()
+    after = stoker("status", env=elsewhere)
+    assert after.returncode == 3 and "stoker up" in after.stderr
+
+
+def _is_up(up: Command, env: dict[str, str]) -> bool:
+    assert up.process.poll() is None, up.wait().stderr
+    found = stoker("doctor", "--json", env=env)
+    return found.returncode in {0, 1} and '"worker ' in found.stdout
