@@ -6,10 +6,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 include engines.mk
 
-.PHONY: help demo up test test-unit check format env-example
+.PHONY: help demo up test test-engine check format env-example bench-submit bench-end-to-end
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 demo: .venv/.demo checkpoint-gguf ## 72 prompts from file to results, with no server, GPU or account
 	@STOKER_ENGINE__KIND=llamacpp stoker run examples/prompts.jsonl -o out.jsonl
@@ -17,10 +17,35 @@ demo: .venv/.demo checkpoint-gguf ## 72 prompts from file to results, with no se
 up: .venv/.demo checkpoint-gguf ## everything on this machine until Ctrl-C
 	@stoker up
 
+test: check checkpoint-gguf engine-vllm checkpoint ## all tests: real services, real kills, real vLLM (builds what it needs)
+	@pytest
+
+test-engine: .venv/.dev engine-vllm checkpoint ## only the tests with a real vLLM
+	@pytest -m engine
+
+check: .venv/.dev ## lint, types, layers, generated files, compose file
+	@ruff format --check --quiet . && ruff check --quiet .
+	@mypy
+	@lint-imports --no-timing > .venv/lint-imports.log || { cat .venv/lint-imports.log; exit 1; }
+	@python -c 'from runtime.settings import env_example; print(env_example(), end="")' | diff - .env.example
+	@python scripts/check_compose.py
+
+format: .venv/.dev ## put the code into its format
+	@ruff check --quiet --fix . ; ruff format --quiet .
+
+env-example: .venv/.demo
+	@python -c 'from runtime.settings import env_example; print(env_example(), end="")' > .env.example
+
+bench-submit: .venv/.dev ## rows/s and memory of submit, beside a bare COPY
+	@python -m benchmarks.submit --lines 1000000
+
+bench-end-to-end: .venv/.dev engine-vllm checkpoint ## the whole system beside the bare engine: CSV=queries.csv
+	@python -m benchmarks.end_to_end --csv $(CSV)
+
 # Only what a run needs: no test tools.
 .venv/.demo: pyproject.toml constraints.txt
 	@echo "building .venv (about 30 s)" >&2
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo]'
 	@touch $@
 

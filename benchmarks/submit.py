@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import psycopg
@@ -158,8 +159,7 @@ def _write_files(folder: Path, lines: int) -> dict[str, Path]:
             encoded = body.encode()
             block += row_start + struct.pack(">ii", seq, len(custom_id)) + custom_id.encode()
             block += struct.pack(">i", len(encoded)) + encoded
-            ends = (seq + 1) % ENDPOINT = "/v1/chat/completions"
-ROWS_A_TRANSACTION == 0 or seq + 1 == lines
+            ends = (seq + 1) % ROWS_A_TRANSACTION == 0 or seq + 1 == lines
             if ends:
                 block += BINARY_END
             if ends or len(block) >= BLOCK_BYTES:
@@ -207,7 +207,7 @@ def _run(kind: str, url: str, file: Path) -> dict[str, float]:
 
 def _summary(
     url: str, files: dict[str, Path], runs: dict[str, list[dict[str, float]]], *, lines: int
-) -> dict[str, object]:
+) -> dict[str, Any]:
     ratios = {
         kind: sorted(bare["seconds"] / ours["seconds"] for bare, ours in zip(runs[kind], runs["submit"], strict=True))
         for kind in runs if kind != "submit"
@@ -230,18 +230,17 @@ def _summary(
     }
 
 
-def _print(result: dict[str, object]) -> None:
-    speeds, peaks, ratios, runs = (result[name] for name in ("lines_per_second", "peak_mb", "ratio", "runs"))
-    assert isinstance(speeds, dict) and isinstance(peaks, dict) and isinstance(ratios, dict) and isinstance(runs, dict)
+def _print(result: dict[str, Any]) -> None:
+    runs = result["runs"]
     print(f"{result['lines']:,} lines, {result['file_bytes']:,} bytes; {result['cpu']}, {result['cores']} cores; "
           f"commit {result['commit']}, {result['date']}")
     print(f"{'':14} {'seconds':>8} {'lines/s':>9} {'CPU s':>6} {'peak MB':>8}  submit ÷ this (least to most)")
-    for kind, speed in speeds.items():
+    for kind, speed in result["lines_per_second"].items():
         seconds = statistics.median(run["seconds"] for run in runs[kind])
         cpu = statistics.median(run["cpu_seconds"] for run in runs[kind])
-        ratio = ratios.get(kind)
+        ratio = result["ratio"].get(kind)
         shown = f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})" if ratio else ""
-        print(f"{kind:14} {seconds:8.2f} {speed:9,.0f} {cpu:6.2f} {peaks[kind]:8.0f}  {shown}")
+        print(f"{kind:14} {seconds:8.2f} {speed:9,.0f} {cpu:6.2f} {result['peak_mb'][kind]:8.0f}  {shown}")
 
 
 def _peak_mb() -> float:

@@ -246,7 +246,10 @@ def _in_format(embedding: msgspec.Raw, asked: str) -> msgspec.Raw:
 
     float32 written as JSON by way of double is what servers do themselves, so the digits are theirs.
     """
-    is_base64 = bytes(memoryview(embedding)[:1]) == b'"'
+    first = bytes(memoryview(embedding)[:1])
+    if first not in (b'"', b"["):
+        raise ValueError("an embedding is neither base64 nor a list of floats")
+    is_base64 = first == b'"'
     if is_base64 == (asked == "base64"):
         return embedding
     if is_base64:

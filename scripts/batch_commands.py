@@ -149,7 +149,7 @@ def submit(
     name = batch_name(submitted.batch_id)
     if submitted.reused:
         say(
-            f"submitted already within the last hour, with the same options: this is that batch ({submitted.total:,} jobs)"
+            f"submitted already within the last hour, with the same options; that batch it is ({submitted.total:,} jobs)"
         )
     else:
         say(f"{submitted.total:,} jobs stored; follow them with `stoker watch {name[:14]}`")

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(GGUF is None, reason="no .gguf checkpoint: run `
 
 @pytest.fixture(scope="module")
 def home() -> Iterator[Path]:
-    """A home for all tests here; short for the sockets, and open for the account of the servers under root."""
+    """A home for all tests here; short for the sockets, open for the servers' account under root."""
     with tempfile.TemporaryDirectory(prefix="stoker-", dir="/tmp") as folder:
         Path(folder).chmod(0o711)
         yield Path(folder) / "home"

@@ -20,8 +20,10 @@ SETTINGS = Settings.model_construct(shard=ShardSettings(max_jobs=4))
 def test_every_line_of_a_file_is_a_job_and_a_few_jobs_are_a_shard(database: Database, tmp_path: Path) -> None:
     file = tmp_path / "questions.jsonl"
     file.write_text("".join(
-        json.dumps({"custom_id": f"q{number}", "method": "POST", "url": "/v1/chat/completions",
-                    "body": {"model": "any", "messages": [{"role": "user", "content": f"{number} + 1?"}]}}) + "\n"
+        json.dumps({
+            "custom_id": f"q{number}", "method": "POST", "url": "/v1/chat/completions",
+            "body": {"model": "any", "messages": [{"role": "user", "content": f"{number} + 1?"}]},
+        }) + "\n"
         for number in range(10)))
 
     submitted = submit_file(

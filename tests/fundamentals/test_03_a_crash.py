@@ -1,4 +1,4 @@
-"""Chapter 3: a worker dies. Its lease runs out, another one takes the shard, and the dead can change nothing."""
+"""Chapter 3: a worker dies. Its lease runs out, another takes the shard, and the dead can change nothing."""
 
 from __future__ import annotations
 

@@ -361,9 +361,9 @@ def test_what_a_kill_leaves_is_deleted_once_the_lease_is_over(
         wait_until(lambda: stored(database)[1] > 0, 30, "jobs of the first chunk")
         child.kill()
         child.wait(30)
-    wait_until(lambda: rows(database, "SELECT count(*) FROM pg_stat_activity "
-                                       "WHERE datname = current_database() "
-                                       "AND query ILIKE 'copy%' AND state <> 'idle'") == [(0,)], 30, "the end of its COPY")
+    copies = ("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state <> 'idle' "
+              "AND query ILIKE 'copy%'")
+    wait_until(lambda: rows(database, copies) == [(0,)], 30, "the end of its COPY")
     assert rows(database, "SELECT state, total FROM batches") == [("validating", 0)]
     with database.transaction() as session:
         assert delete_abandoned_batches(session) == []
