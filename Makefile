@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 include engines.mk
 
-.PHONY: help demo up test test-engine check format env-example bench-submit bench-end-to-end
+.PHONY: help demo up test test-engine check format env-example compose-env bench-submit bench-end-to-end
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -28,10 +28,13 @@ check: .venv/.dev ## lint, types, layers, generated files, compose file
 	@mypy
 	@lint-imports --no-timing > .venv/lint-imports.log || { cat .venv/lint-imports.log; exit 1; }
 	@python -c 'from runtime.settings import env_example; print(env_example(), end="")' | diff - .env.example
-	@python scripts/check_compose.py
+	@POSTGRES_PASSWORD=x RABBITMQ_PASSWORD=x REDIS_PASSWORD=x docker-compose --env-file /dev/null --profile '*' config -q
 
 format: .venv/.dev ## put the code into its format
 	@ruff check --quiet --fix . ; ruff format --quiet .
+
+compose-env: ## secrets for docker compose, made once
+	@$(PYTHON) scripts/compose_env.py
 
 env-example: .venv/.demo
 	@python -c 'from runtime.settings import env_example; print(env_example(), end="")' > .env.example
@@ -49,6 +52,7 @@ bench-end-to-end: .venv/.dev engine-vllm checkpoint ## the whole system beside t
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo]'
 	@touch $@
 
-.venv/.dev: .venv/.demo
+.venv/.dev: .venv/.demo requirements/compose.txt
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,dev]'
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --require-hashes -r requirements/compose.txt
 	@touch $@

@@ -131,6 +131,7 @@ def _loaded(options: Options) -> object:
     else:
         params.hostnames = [str(options.uds)]
     params.n_parallel = options.slots
+    params.n_threads_http = max(64, 8 * options.slots)  # a waiting request holds one: /health must not wait behind it
     params.n_ctx = options.slots * options.context_per_slot_tokens
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads
     params.cache_ram_mib = PROMPT_CACHE_MIB

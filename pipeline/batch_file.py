@@ -65,8 +65,9 @@ class BatchFile:
 
     def __iter__(self) -> Iterator[ParsedLine]:
         with DigestBuckets() as digests:
-            add, served = digests.add, self._served_models
-            for number, line in self._parsed():
+            add, rules, served = digests.add, self._rules, self._served_models
+            for number, raw in self._raw_lines():
+                line = parse_line(raw, number, rules=rules, endpoint=self.endpoint)
                 if isinstance(line, Problem):
                     self._refuse(line)
                     continue
@@ -80,13 +81,22 @@ class BatchFile:
             self._find_duplicates(digests)
         self._finish()
 
-    def _parsed(self) -> Iterator[tuple[int, ParsedLine | Problem]]:
-        rules = self._rules
+    def _raw_lines(self) -> Iterator[tuple[int, bytes]]:
         self._file.seek(0)
-        for number, raw in read_lines(self._file, line_bytes=rules.line_bytes):
-            yield number, parse_line(raw, number, rules=rules, endpoint=self.endpoint)
-            if self._on_progress is not None and number % PROGRESS_EVERY_LINES == 0:
-                self._on_progress(self._file.tell(), self.size_bytes)
+        lines = read_lines(self._file, line_bytes=self._rules.line_bytes)
+        return lines if self._on_progress is None else self._reported(lines, self._on_progress)
+
+    def _reported(self, lines: Iterator[tuple[int, bytes]], on_progress: Progress) -> Iterator[tuple[int, bytes]]:
+        for number, raw in lines:
+            yield number, raw
+            if number % PROGRESS_EVERY_LINES == 0:
+                on_progress(self._file.tell(), self.size_bytes)
+
+    def _ids(self) -> Iterator[tuple[int, str]]:
+        for number, raw in self._raw_lines():
+            line = parse_line(raw, number, rules=self._rules, endpoint=self.endpoint)
+            if isinstance(line, ParsedLine):
+                yield number, line.custom_id
 
     def _refuse(self, problem: Problem, *, count: int = 1) -> None:
         self._total_problems += count
@@ -104,9 +114,8 @@ class BatchFile:
         self._total_problems += suspects.unchecked
         if not suspects.digests:
             return
-        ids = ((number, line.custom_id) for number, line in self._parsed() if isinstance(line, ParsedLine))
         found: list[Problem] = []
-        for twice in duplicates(ids, suspects):
+        for twice in duplicates(self._ids(), suspects):
             self._total_problems += 1
             if len(found) < KEPT_PROBLEMS:
                 found.append(

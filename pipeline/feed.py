@@ -211,7 +211,7 @@ class _Feeder:
         reply = await self._endpoint(path).post(
             path, unit.body, request_id=request_name(attempt.claim.batch_id, unit.jobs[0].seq)
         )
-        if 400 <= reply.status_code < 500:
+        if 400 <= reply.status_code < 500 and len(unit.jobs) > 1:
             attempt.waiting.extendleft(unit.singles())
             return []
         return unit.split(reply)

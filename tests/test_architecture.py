@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PACKAGES = tuple(
-    tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"])
+WHEEL = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+PACKAGES = tuple(WHEEL["packages"])
 MODULE_LINES = 500
 FUNCTION_LINES = 60
 # Names that say nothing, or that would hide a module which we or our dependencies import.

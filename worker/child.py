@@ -26,7 +26,7 @@ class Child:
         self._heartbeat = Heartbeat(
             self._database, lease_s=settings.worker.lease_s, interval_s=settings.worker.heartbeat_s
         )
-        in_flight = settings.worker.in_flight or math.ceil(2 * settings.engine.max_num_seqs / settings.worker.children)
+        in_flight = settings.worker.in_flight or math.ceil(2 * parts.engine_slots / settings.worker.children)
         generation = Endpoint(
             parts.engine_url,
             api_key=settings.engine.api_key,

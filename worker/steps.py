@@ -62,6 +62,12 @@ class WorkerParts:
         return plan.url if plan is not None else self.settings.engine.url or ""
 
     @property
+    def engine_slots(self) -> int:
+        """Sequences the engine computes at once; an external one is taken to have as many as the settings say."""
+        plan = self.plan()
+        return plan.slots if plan is not None else self.settings.engine.max_num_seqs
+
+    @property
     def log_file(self) -> Path:
         """Where the engine's output goes."""
         folder = self.settings.home / "logs" if self.settings.home else Path(tempfile.gettempdir())

@@ -14,7 +14,7 @@ MODEL = "scripted"
 
 def chat(custom_id: str, prompt: str, **fields: Any) -> str:
     """One line of a batch file: a chat with one message; `fields` go into its body."""
-    body = {"model": MODEL, "messages": [{"role": "user", "content": prompt}], **fields}
+    body = {"model": MODEL, "messages": [{"role": "user", "content": prompt}]} | fields
     line = {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
     return json.dumps(line) + "\n"
 

@@ -14,8 +14,13 @@ from tests.support.scripted_endpoint import ScriptedEndpoint
 @pytest.fixture
 def services(postgres_url: str, broker_url: str, redis_url: str, tmp_path: Path) -> dict[str, str]:
     """The environment that names the three services of this test alone."""
-    return {"STOKER_POSTGRES__URL": postgres_url, "STOKER_BROKER__URL": broker_url,
-            "STOKER_REDIS__URL": redis_url, "STOKER_HOME": str(tmp_path / "home"), "COLUMNS": "200"}
+    return {
+        "STOKER_POSTGRES__URL": postgres_url,
+        "STOKER_BROKER__URL": broker_url,
+        "STOKER_REDIS__URL": redis_url,
+        "STOKER_HOME": str(tmp_path / "home"),
+        "COLUMNS": "200",
+    }
 
 
 @pytest.fixture
@@ -29,8 +34,13 @@ def endpoint() -> Iterator[ScriptedEndpoint]:
 def env(services: dict[str, str], endpoint: ScriptedEndpoint) -> dict[str, str]:
     """Settings of a worker and of commands: 2 children with 8 jobs in flight each, leases of 3 s."""
     return services | {
-        "STOKER_ENGINE__URL": endpoint.url, "STOKER_WORKER__IN_FLIGHT": "8", "STOKER_SHARD__MAX_JOBS": "16",
-        "STOKER_WORKER__LEASE_S": "3", "STOKER_WORKER__HEARTBEAT_S": "1", "STOKER_WORKER__GRACE_S": "5"}
+        "STOKER_ENGINE__URL": endpoint.url,
+        "STOKER_WORKER__IN_FLIGHT": "8",
+        "STOKER_SHARD__MAX_JOBS": "16",
+        "STOKER_WORKER__LEASE_S": "3",
+        "STOKER_WORKER__HEARTBEAT_S": "1",
+        "STOKER_WORKER__GRACE_S": "5",
+    }
 
 
 @pytest.fixture

@@ -57,8 +57,10 @@ def test_a_killed_worker_costs_only_what_it_had_not_written(
     assert results_in(postgres_url) < JOBS
     with WorkerProcess("next", env=env, folder=tmp_path):
         assert_each_once(batch, batch_ids, env)
-    print(f"\nkill -9 of a worker and its children: {repeated(endpoint)} of {JOBS} jobs ran twice; "
-          f"in flight or unwritten at that moment: {unwritten}")
+    print(
+        f"\nkill -9 of a worker and its children: {repeated(endpoint)} of {JOBS} jobs ran twice; "
+        f"in flight or unwritten at that moment: {unwritten}"
+    )
     assert repeated(endpoint) <= unwritten
 
 

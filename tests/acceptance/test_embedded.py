@@ -47,8 +47,11 @@ def prompts_file(tmp_path: Path) -> Path:
 
 def left_behind(home: Path, mark: str) -> list[str]:
     """What still runs of a command: by its mark, or by the home in its command line."""
-    return [process.command for process in [*marked(mark), *seen_processes()]
-            if process.mark == mark or f"{home}/" in process.command]
+    return [
+        process.command
+        for process in [*marked(mark), *seen_processes()]
+        if process.mark == mark or f"{home}/" in process.command
+    ]
 
 
 def test_run_needs_no_server_and_leaves_files_and_no_process(
@@ -56,8 +59,9 @@ def test_run_needs_no_server_and_leaves_files_and_no_process(
 ) -> None:
     mark = new_mark()
     output = tmp_path / "out.jsonl"
-    with Command("run", prompts_file, "-o", output, "--json", "--max-output-tokens", "16", env=env,
-                 mark=mark) as command:
+    with Command(
+        "run", prompts_file, "-o", output, "--json", "--max-output-tokens", "16", env=env, mark=mark
+    ) as command:
         ended = command.wait(240)
         assert left_behind(home, mark) == []
     assert ended.returncode == 0, ended.stderr
@@ -68,7 +72,8 @@ def test_run_needs_no_server_and_leaves_files_and_no_process(
     manifest = json.loads((tmp_path / "out.manifest.json").read_text())
     assert GGUF is not None
     assert [(engine["kind"], engine["checkpoint_digest"]) for engine in manifest["engines"]] == [
-        ("llamacpp", digest_of(GGUF))]
+        ("llamacpp", digest_of(GGUF))
+    ]
     assert manifest["tokens"]["completion"] == figures["tokens_out"] > 0
     assert manifest["jobs"]["done"] == LINES
 

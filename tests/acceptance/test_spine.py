@@ -40,9 +40,11 @@ def test_submit_watch_results_gives_every_custom_id_once_and_in_input_order(
     lines = read_lines(tmp_path / "out.jsonl")
     assert ids_of(lines) == ids
     assert [line["response"]["body"]["choices"][0]["message"]["content"] for line in lines] == [
-        f"echo: {prompt}" for prompt in asked]
-    assert all(line["error"] is None and line["stoker"] == {"outcome": "succeeded", "source": "engine"}
-               for line in lines)
+        f"echo: {prompt}" for prompt in asked
+    ]
+    assert all(
+        line["error"] is None and line["stoker"] == {"outcome": "succeeded", "source": "engine"} for line in lines
+    )
     assert endpoint.calls().count == 100
     manifest = json.loads((tmp_path / "out.manifest.json").read_text())
     assert manifest["jobs"]["succeeded"] == 100
@@ -67,9 +69,7 @@ def test_every_command_prints_json_for_programs(env: dict[str, str], tmp_path: P
 
 
 @pytest.mark.usefixtures("worker")
-def test_a_batch_with_failed_jobs_exits_1_and_says_why_in_the_error_file(
-    env: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_batch_with_failed_jobs_exits_1_and_says_why_in_the_error_file(env: dict[str, str], tmp_path: Path) -> None:
     ids = write_chats(tmp_path / "in.jsonl", ["good", "bad [[status 400]]", "odd [[not json]]", "good too"])
     ended = stoker("run", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--json", env=env)
     assert ended.returncode == 1, ended.stderr
@@ -181,8 +181,10 @@ def test_a_batch_that_mostly_fails_is_paused_and_goes_on_after_resume(
     assert stoker("resume", batch, env=env).returncode == 0
     ended = json.loads(stoker("watch", batch, "--json", env=env).stdout)
     assert (ended["state"], ended["done"], ended["failed"]) == ("completed", 600, 240)
-    lines = [*parse_lines(stoker("results", batch, env=env).stdout),
-             *parse_lines(stoker("results", batch, "--errors", env=env).stdout)]
+    lines = [
+        *parse_lines(stoker("results", batch, env=env).stdout),
+        *parse_lines(stoker("results", batch, "--errors", env=env).stdout),
+    ]
     assert sorted(ids_of(lines)) == sorted(ids)
     assert stoker("resume", batch, env=env).returncode == 2
 
@@ -198,10 +200,10 @@ def test_results_follow_prints_lines_in_input_order_while_the_batch_runs(
         assert command.process.stdout is not None
         first = command.process.stdout.readline()
         done_then = results_in(postgres_url)
-        ended = command.wait()
+        printed = first + command.process.stdout.read()
+        assert command.process.wait(30) == 0
     assert done_then < 200, "the first line came while the batch ran"
-    assert ended.returncode == 0
-    assert ids_of(parse_lines(first + ended.stdout)) == ids
+    assert ids_of(parse_lines(printed)) == ids
 
 
 @pytest.mark.usefixtures("worker")
@@ -212,7 +214,14 @@ def test_doctor_finds_all_well(env: dict[str, str]) -> None:
     wait_until(leads, 15, "doctor finds everything well")
     findings = json.loads(stoker("doctor", "--json", env=env).stdout)
     assert {finding["what"].split(" ")[0] for finding in findings} >= {
-        "postgres", "schema", "dispatch", "broker", "redis", "worker", "engine"}
+        "postgres",
+        "schema",
+        "dispatch",
+        "broker",
+        "redis",
+        "worker",
+        "engine",
+    }
     assert [finding for finding in findings if finding["remedy"]] == []
 
 
@@ -228,13 +237,11 @@ def test_doctor_exits_3_for_each_service_that_is_down_and_still_checks_the_other
     assert str(CLOSED_PORT) in down[0]["found"] and "guest:guest" not in down[0]["found"]
 
 
-def test_the_same_file_submitted_twice_is_the_same_batch_and_says_so(
-    services: dict[str, str], tmp_path: Path
-) -> None:
+def test_the_same_file_submitted_twice_is_the_same_batch_and_says_so(services: dict[str, str], tmp_path: Path) -> None:
     write_chats(tmp_path / "in.jsonl", prompts(10))
     first = stoker("submit", tmp_path / "in.jsonl", env=services)
     again = stoker("submit", tmp_path / "in.jsonl", env=services)
-    assert again.stdout == first.stdout and "submitted within the last hour" in again.stderr
+    assert again.stdout == first.stdout and "within the last hour" in again.stderr
     other = stoker("submit", tmp_path / "in.jsonl", "--set", "temperature=0", env=services)
     assert other.stdout != first.stdout
 

@@ -19,15 +19,22 @@ SETTINGS = Settings.model_construct(shard=ShardSettings(max_jobs=4))
 
 def test_every_line_of_a_file_is_a_job_and_a_few_jobs_are_a_shard(database: Database, tmp_path: Path) -> None:
     file = tmp_path / "questions.jsonl"
-    file.write_text("".join(
-        json.dumps({
-            "custom_id": f"q{number}", "method": "POST", "url": "/v1/chat/completions",
-            "body": {"model": "any", "messages": [{"role": "user", "content": f"{number} + 1?"}]},
-        }) + "\n"
-        for number in range(10)))
+    file.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "custom_id": f"q{number}",
+                    "method": "POST",
+                    "url": "/v1/chat/completions",
+                    "body": {"model": "any", "messages": [{"role": "user", "content": f"{number} + 1?"}]},
+                }
+            )
+            + "\n"
+            for number in range(10)
+        )
+    )
 
-    submitted = submit_file(
-        database, file, options=OPTIONS, settings=SETTINGS, served_models=None, reuse=False)
+    submitted = submit_file(database, file, options=OPTIONS, settings=SETTINGS, served_models=None, reuse=False)
 
     assert submitted.total == 10
     shards = shards_of(database, submitted.batch_id)
@@ -35,15 +42,13 @@ def test_every_line_of_a_file_is_a_job_and_a_few_jobs_are_a_shard(database: Data
     assert {shard.state for shard in shards} == {"pending"}
 
 
-def test_the_batch_is_in_progress_from_the_moment_that_submit_returns(
-    database: Database, tmp_path: Path
-) -> None:
+def test_the_batch_is_in_progress_from_the_moment_that_submit_returns(database: Database, tmp_path: Path) -> None:
     file = tmp_path / "question.jsonl"
-    file.write_text('{"custom_id": "q", "method": "POST", "url": "/v1/embeddings", '
-                    '"body": {"model": "any", "input": "hello"}}\n')
+    file.write_text(
+        '{"custom_id": "q", "method": "POST", "url": "/v1/embeddings", "body": {"model": "any", "input": "hello"}}\n'
+    )
 
-    batch_id = submit_file(
-        database, file, options=OPTIONS, settings=SETTINGS, served_models=None, reuse=False).batch_id
+    batch_id = submit_file(database, file, options=OPTIONS, settings=SETTINGS, served_models=None, reuse=False).batch_id
 
     with database.transaction() as session:
         progress = batch_progress(session, batch_id, tenant="local")

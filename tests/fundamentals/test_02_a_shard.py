@@ -22,9 +22,7 @@ def test_a_dispatched_shard_is_claimed_once(database: Database, tmp_path: Path) 
     assert second is None
 
 
-def test_a_job_is_done_when_it_has_a_result_and_nothing_else_says_so(
-    database: Database, tmp_path: Path
-) -> None:
+def test_a_job_is_done_when_it_has_a_result_and_nothing_else_says_so(database: Database, tmp_path: Path) -> None:
     store_batch(database, tmp_path, chats(3))
     shard = claimed(database, *dispatch_all(database))
 

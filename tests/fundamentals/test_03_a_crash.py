@@ -12,9 +12,7 @@ from tests.support.waiting import wait_until
 LEASE_S = 0.2
 
 
-def test_the_next_worker_runs_only_what_the_dead_one_had_not_written(
-    database: Database, tmp_path: Path
-) -> None:
+def test_the_next_worker_runs_only_what_the_dead_one_had_not_written(database: Database, tmp_path: Path) -> None:
     store_batch(database, tmp_path, chats(3))
     dead = claimed(database, *dispatch_all(database), lease_s=LEASE_S)
     with database.transaction() as session:

@@ -75,7 +75,8 @@ def age_hints(database: Database) -> None:
 def waiting_batches(draw: st.DrawFn) -> list[Candidates]:
     batches = draw(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 6), st.integers(1, 6)), max_size=6))
     ids = iter(range(1000))
-    return [Candidates(uuid7(), tenant, live, tuple(next(ids) for _ in range(count))) for tenant, live, count in batches]
+    return [Candidates(uuid7(), tenant, live, tuple(next(ids) for _ in range(count)))
+            for tenant, live, count in batches]
 
 
 @given(waiting_batches(), st.integers(0, 30))
@@ -87,8 +88,8 @@ def test_a_share_is_fair(batches: list[Candidates], free: int) -> None:
         taken = tuple(chosen.get(batch.batch_id, ()))
         assert taken == batch.shard_ids[: len(taken)], "in their order, none left out"
     tenants = {batch.tenant for batch in batches}
-    live = {name: sum(batch.live_shards + len(chosen.get(batch.batch_id, ())) for batch in batches if batch.tenant == name)
-            for name in tenants}
+    live = {name: sum(batch.live_shards + len(chosen.get(batch.batch_id, ()))
+                      for batch in batches if batch.tenant == name) for name in tenants}
     got = {batch.tenant for batch in batches if batch.batch_id in chosen}
     waits = {batch.tenant for batch in batches if len(chosen.get(batch.batch_id, ())) < len(batch.shard_ids)}
     assert all(live[rich] <= live[poor] + 1 for rich in got for poor in waits)

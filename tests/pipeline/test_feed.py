@@ -338,6 +338,18 @@ def test_a_rejected_pack_is_not_asked_one_by_one_once_the_worker_drains(
     assert endpoint.calls().count == 1
 
 
+def test_a_rejected_pack_is_not_asked_one_by_one_once_its_batch_is_cancelled(
+    database: Database, tmp_path: Path, endpoint: ScriptedEndpoint
+) -> None:
+    batch_id, shard_id = stored_embeddings(database, tmp_path, ["a", "b [[latency 1.5]] [[status 400]]", "c"])
+    with being_fed(lambda: fed(database, endpoint.url, shard_id, heartbeat_s=1.0)) as running:
+        wait_until(lambda: endpoint.calls().running == 1, 10, "the pack in flight")
+        with database.transaction() as session:
+            assert request_cancel(session, batch_id)
+        running.result(FEED_TIMEOUT_S)
+    assert endpoint.calls().count == 1
+
+
 def stored_embeddings(database: Database, folder: Path, texts: list[str]) -> tuple[UUID, int]:
     bodies = [{"model": "scripted", "input": said} for said in texts]
     batch_id = store_batch(database, folder, bodies, endpoint=EMBEDDINGS)

@@ -236,8 +236,9 @@ def test_rows_of_a_new_batch_land_in_its_weeks_partitions(database: Database, tm
     run_all(database)
     for table in ("jobs", "results"):
         with database.transaction() as session:
-            places = session.scalars(text(f"SELECT DISTINCT tableoid::regclass::text FROM {table} WHERE batch_id = :id"),
-                                     {"id": batch_id}).all()
+            places = session.scalars(text(
+                f"SELECT DISTINCT CAST(CAST(tableoid AS regclass) AS text) FROM {table} WHERE batch_id = :id"),
+                {"id": batch_id}).all()
         assert places == [partition_name(table, week_start(utc_now()))]
 
 

@@ -73,12 +73,20 @@ class Command:
 
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(
-            [str(STOKER), *self._arguments], cwd=REPOSITORY, env=self._env, text=True, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            [str(STOKER), *self._arguments],
+            cwd=REPOSITORY,
+            env=self._env,
+            text=True,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.process.kill()
         self.process.communicate()
         kill_marked(self.mark)
@@ -89,12 +97,20 @@ class Command:
         return subprocess.CompletedProcess(self._arguments, self.process.returncode, stdout, stderr)
 
 
-def stoker(*arguments: str | Path, env: Mapping[str, str], stdin: str | None = None,
-           timeout_s: float = COMMAND_S) -> subprocess.CompletedProcess[str]:
+def stoker(
+    *arguments: str | Path, env: Mapping[str, str], stdin: str | None = None, timeout_s: float = COMMAND_S
+) -> subprocess.CompletedProcess[str]:
     """Run `stoker …` to its end."""
     return subprocess.run(
-        [str(STOKER), *(str(argument) for argument in arguments)], cwd=REPOSITORY, input=stdin or "",
-        env={**clean_environment(), **env}, text=True, capture_output=True, check=False, timeout=timeout_s)
+        [str(STOKER), *(str(argument) for argument in arguments)],
+        cwd=REPOSITORY,
+        input=stdin or "",
+        env={**clean_environment(), **env},
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=timeout_s,
+    )
 
 
 class WorkerProcess:
@@ -116,8 +132,13 @@ class WorkerProcess:
         with self._log_file.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "celery", "-A", "worker.main", "worker", "-n", self.name],
-                cwd=REPOSITORY, env=self._env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True)
+                cwd=REPOSITORY,
+                env=self._env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         try:
             wait_until(self._is_ready, self._ready_s, f"{self.name} is ready")
         except BaseException:
@@ -126,8 +147,9 @@ class WorkerProcess:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._end()
         if kind is not None:
             print(f"--- {self.name}\n{self.log}")
@@ -149,8 +171,9 @@ class WorkerProcess:
 
     def children(self) -> list[int]:
         """The prefork children, oldest first."""
-        return sorted(process.pid for process in seen_processes()
-                      if process.parent == self.pid and process.session == self.pid)
+        return sorted(
+            process.pid for process in seen_processes() if process.parent == self.pid and process.session == self.pid
+        )
 
     def dispatcher(self) -> int | None:
         """The dispatch process that it started, if that runs."""
@@ -224,5 +247,5 @@ def _seen(pid: int) -> SeenProcess | None:
     if fields[0] in "ZX":
         return None
     start = f"{MARK}=".encode()
-    mark = next((entry[len(start):].decode() for entry in variables if entry.startswith(start)), None)
+    mark = next((entry[len(start) :].decode() for entry in variables if entry.startswith(start)), None)
     return SeenProcess(pid, int(fields[1]), int(fields[3]), birth_of(pid), command, mark)

@@ -1,0 +1,59 @@
+"""Other checkpoints than the default: a second quantization loads and answers, 16 bits are warned of."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+from inference.endpoint import Endpoint, Reply
+from inference.engines import EnginePlan, plan_engine
+from inference.supervisor import EngineSupervisor
+from runtime.settings import EngineSettings
+from tests.support.processes import REPOSITORY
+
+FOLDER = REPOSITORY / ".checkpoints"
+VLLM_PYTHON = REPOSITORY / ".venv-vllm" / "bin" / "python"
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(not VLLM_PYTHON.exists(), reason="run `make engine-vllm`"),
+    pytest.mark.skipif(not (FOLDER / "smollm2-135m-w4a16").exists(), reason="run `make checkpoint`"),
+]
+
+
+def plan_of(checkpoint: str, folder: Path) -> EnginePlan:
+    settings = EngineSettings(checkpoint=FOLDER / checkpoint, vllm_python=VLLM_PYTHON, max_num_seqs=4)
+    plan = plan_engine(settings, socket=folder / "engine.sock")
+    assert plan is not None
+    return plan
+
+
+def test_a_w4a16_checkpoint_loads_and_answers(tmp_path: Path) -> None:
+    plan = plan_of("smollm2-135m-w4a16", tmp_path)
+    assert (plan.kind, plan.alias, plan.warning) == ("vllm", "smollm2-135m", None)
+    engine = EngineSupervisor(plan, log_file=tmp_path / "engine.log", start_timeout_s=240, stall_s=120)
+    engine.start()
+    try:
+        reply = asyncio.run(_ask(plan))
+    finally:
+        engine.stop()
+    assert reply.status_code == 200, reply.body
+    answer = json.loads(reply.body)
+    assert answer["choices"][0]["message"]["content"].strip()
+    assert engine.pid is None
+
+
+def test_sixteen_bit_weights_are_warned_of_and_a_quantized_checkpoint_beside_them_is_named(tmp_path: Path) -> None:
+    warning = plan_of("smollm2-135m-bf16", tmp_path).warning
+    assert warning is not None
+    assert "16-bit" in warning and "STOKER_ENGINE__CHECKPOINT=" in warning
+    assert "smollm2-135m-w4a16" in warning or "smollm2-135m-w8a8" in warning
+
+
+async def _ask(plan: EnginePlan) -> Reply:
+    body = {"model": plan.alias, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 8}
+    async with Endpoint(plan.url, api_key=None, timeout_s=60, connections=1) as endpoint:
+        return await endpoint.post("/v1/chat/completions", json.dumps(body).encode(), request_id="hello")
