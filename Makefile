@@ -18,10 +18,10 @@ up: .venv/.demo checkpoint-gguf ## everything on this machine until Ctrl-C
 	@stoker up
 
 test: check checkpoint-gguf engine-vllm checkpoint ## all tests: real services, real kills, real vLLM (builds what it needs)
-	@pytest
+	@python -m tests.support.services pytest
 
 test-engine: .venv/.dev engine-vllm checkpoint ## only the tests with a real vLLM
-	@pytest -m engine
+	@python -m tests.support.services pytest -m engine
 
 check: .venv/.dev ## lint, types, layers, generated files, compose file
 	@ruff format --check --quiet . && ruff check --quiet .

@@ -44,11 +44,8 @@ SYSTEM = (
     "You sort the messages of a shop for camping gear. Answer with the name of one queue: billing, shipping, "
     "returns, account, product, safety or other.\nDo not answer the customer."
 )
-WORDS = (
-    "please", "parcel", "order", "invoice", "tent", "stove", "the", "my", "was", "not", "late", "broken", "when",
-    '"refund"', "address", "café", "return", "pole", "sleeping", "bag", "account", "password", "photo", "I", "on",
-    "Friday", "it", "and", "to", "of", "received", "40817", "wrong", "size", "thanks", "twice", "charged",
-)
+WORDS = """please parcel order invoice tent stove the my was not late broken when "refund" address café return pole
+    sleeping bag account password photo I on Friday it and to of received 40817 wrong size thanks twice charged""".split()
 
 
 def main() -> None:
@@ -116,7 +113,10 @@ def write_blocks(database: str, file: Path) -> float:
 
 
 CHILDREN: dict[str, Callable[[str, Path], float]] = {
-    "submit": submit, "write_row": write_rows, "binary blocks": write_blocks}
+    "submit": submit,
+    "write_row": write_rows,
+    "binary blocks": write_blocks,
+}
 
 
 def _rest(first: list[tuple[int, str]], rows: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
@@ -149,8 +149,11 @@ def _write_files(folder: Path, lines: int) -> dict[str, Path]:
     files = {kind: folder / kind.replace(" ", "_") for kind in CHILDREN}
     chance = random.Random(1)
     row_start = struct.pack(">hi16si", 4, 16, uuid4().bytes, 4)
-    with (files["submit"].open("w") as batch, files["write_row"].open("w") as rows,
-          files["binary blocks"].open("wb") as blocks):
+    with (
+        files["submit"].open("w") as batch,
+        files["write_row"].open("w") as rows,
+        files["binary blocks"].open("wb") as blocks,
+    ):
         block = bytearray(BINARY_START)
         for seq in range(lines):
             custom_id, body = f"ticket-{seq:08}", _body(chance)
@@ -170,12 +173,18 @@ def _write_files(folder: Path, lines: int) -> dict[str, Path]:
 
 def _body(chance: random.Random) -> str:
     question = " ".join(chance.choices(WORDS, k=chance.randint(8, 30)))
-    return json.dumps({
-        "model": "smollm2-135m",
-        "messages": [{"role": "system", "content": SYSTEM[:chance.randint(60, len(SYSTEM))]},
-                     {"role": "user", "content": question}],
-        "max_tokens": chance.choice([8, 16, 64]), "temperature": 0,
-    }, ensure_ascii=False)
+    return json.dumps(
+        {
+            "model": "smollm2-135m",
+            "messages": [
+                {"role": "system", "content": SYSTEM[: chance.randint(60, len(SYSTEM))]},
+                {"role": "user", "content": question},
+            ],
+            "max_tokens": chance.choice([8, 16, 64]),
+            "temperature": 0,
+        },
+        ensure_ascii=False,
+    )
 
 
 def _run_pairs(url: str, files: dict[str, Path], *, pairs: int) -> dict[str, list[dict[str, float]]]:
@@ -210,20 +219,31 @@ def _summary(
 ) -> dict[str, Any]:
     ratios = {
         kind: sorted(bare["seconds"] / ours["seconds"] for bare, ours in zip(runs[kind], runs["submit"], strict=True))
-        for kind in runs if kind != "submit"
+        for kind in runs
+        if kind != "submit"
     }
     with psycopg.connect(url) as connection:
-        server = {name: connection.execute(f"SHOW {name}").fetchone() for name in (
-            "server_version", "fsync", "synchronous_commit", "shared_buffers", "max_wal_size")}
+        server = {
+            name: connection.execute(f"SHOW {name}").fetchone()
+            for name in ("server_version", "fsync", "synchronous_commit", "shared_buffers", "max_wal_size")
+        }
     return {
-        "benchmark": "submit", "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "benchmark": "submit",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _output("git", "describe", "--always", "--dirty"),
-        "cpu": _cpu(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0],
-        "python": sys.version.split()[0], "psycopg": version("psycopg"), "msgspec": version("msgspec"),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "python": sys.version.split()[0],
+        "psycopg": version("psycopg"),
+        "msgspec": version("msgspec"),
         "postgres": {name: row[0] if row else None for name, row in server.items()},
-        "lines": lines, "file_bytes": files["submit"].stat().st_size,
-        "ratio": {kind: {"median": statistics.median(found), "least": found[0], "most": found[-1]}
-                  for kind, found in ratios.items()},
+        "lines": lines,
+        "file_bytes": files["submit"].stat().st_size,
+        "ratio": {
+            kind: {"median": statistics.median(found), "least": found[0], "most": found[-1]}
+            for kind, found in ratios.items()
+        },
         "lines_per_second": {kind: lines / statistics.median(run["seconds"] for run in runs[kind]) for kind in runs},
         "peak_mb": {kind: max(run["peak_mb"] for run in runs[kind]) for kind in runs},
         "runs": runs,
@@ -232,8 +252,10 @@ def _summary(
 
 def _print(result: dict[str, Any]) -> None:
     runs = result["runs"]
-    print(f"{result['lines']:,} lines, {result['file_bytes']:,} bytes; {result['cpu']}, {result['cores']} cores; "
-          f"commit {result['commit']}, {result['date']}")
+    print(
+        f"{result['lines']:,} lines, {result['file_bytes']:,} bytes; {result['cpu']}, {result['cores']} cores; "
+        f"commit {result['commit']}, {result['date']}"
+    )
     print(f"{'':14} {'seconds':>8} {'lines/s':>9} {'CPU s':>6} {'peak MB':>8}  submit ÷ this (least to most)")
     for kind, speed in result["lines_per_second"].items():
         seconds = statistics.median(run["seconds"] for run in runs[kind])

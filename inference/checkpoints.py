@@ -18,8 +18,8 @@ def alias_of(checkpoint: Path) -> str:
 
     So `smollm2-135m-w8a8` and `smollm2-135m-gguf` both serve `smollm2-135m`, and one file runs on either.
     """
-    name = checkpoint.parent.name if checkpoint.suffix == ".gguf" else checkpoint.name
-    return _SCHEME_SUFFIX.sub("", name)
+    name = checkpoint.resolve().parent.name if checkpoint.suffix == ".gguf" else checkpoint.name
+    return _SCHEME_SUFFIX.sub("", name) or name
 
 
 def digest_of(checkpoint: Path) -> str:
@@ -55,4 +55,5 @@ def quantization_of(folder: Path) -> str | None:
 def quantized_sibling(folder: Path) -> Path | None:
     """A quantized checkpoint of the same name beside this one, if there is one."""
     siblings = sorted(folder.parent.glob(f"{alias_of(folder)}-*"))
-    return next((path for path in siblings if (path / "config.json").is_file() and quantization_of(path)), None)
+    same = (path for path in siblings if alias_of(path) == alias_of(folder) and (path / "config.json").is_file())
+    return next((path for path in same if quantization_of(path)), None)

@@ -117,9 +117,12 @@ class EngineSupervisor:
         if self._stop.is_set():
             return
         Path(self.plan.url.removeprefix("unix://")).unlink(missing_ok=True)
-        self._child = spawn(
-            self.plan.command, env=self.plan.env, log=self._log_file, session=True, death_signal=signal.SIGTERM
-        )
+        try:
+            self._child = spawn(
+                self.plan.command, env=self.plan.env, log=self._log_file, session=True, death_signal=signal.SIGTERM
+            )
+        except OSError as error:
+            raise Fatal(f"the engine cannot be started: {error}") from error
         async with self._endpoint() as endpoint:
             while not await endpoint.is_healthy():
                 if self._stop.is_set():

@@ -30,6 +30,7 @@ class Attempt:
         self.waiting: deque[Unit] = deque(units)
         self.in_flight: set[asyncio.Task[None]] = set()
         self.is_lost = False
+        self.is_stopped = False
         self.endpoint_is_down = False
         self._next_due: datetime | None = loaded.next_due
         self._results: list[JobResult] = []
@@ -76,12 +77,18 @@ class Attempt:
 
     def stop(self) -> None:
         """Start nothing more; what is in flight goes on."""
+        self.is_stopped = True
         self.waiting.clear()
+
+    def ask_again(self, units: Iterable[Unit]) -> None:
+        """Put units in front of those that wait, unless nothing more is to start."""
+        if not self.is_stopped:
+            self.waiting.extendleft(units)
 
     def lose(self) -> None:
         """The fence is lost: abandon everything."""
         self.is_lost = True
-        self.waiting.clear()
+        self.stop()
         self.take_unwritten()
         self.abandon_in_flight()
 

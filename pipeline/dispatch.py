@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 from uuid import UUID
@@ -124,9 +124,9 @@ class Dispatcher:
         """Dispatch shards until the hints nobody has claimed are as many as the live children."""
         with self._database.transaction() as session:
             free = self._window - unclaimed_count(session)
-            chosen = fair_share(candidates(session, limit=free), free=free) if free > 0 else {}
+            chosen = fair_share(candidates(session, limit=free), free=free) if free > 0 else []
             marked = mark_dispatched(session, chosen) if chosen else []
-        self._send([*self._unsent, *marked])
+        self._send(marked)
 
     def finish_batches(self) -> None:
         """End the batches whose last shard is closed."""
@@ -185,7 +185,7 @@ class Dispatcher:
                     shard_id=taken.shard_id,
                     fence=taken.fence,
                     code="poison_job",
-                    message=f"{shard.crashes} workers died while they ran this job alone",
+                    message="workers died again and again while they ran this job alone",
                 )
             close(session, taken)
 
@@ -235,39 +235,39 @@ class Dispatcher:
             delete_abandoned_batches(session)
 
     def _send(self, shards: list[tuple[int, UUID]]) -> None:
-        """Publish after commit; what the broker did not take is kept for the next tick."""
+        """Publish after commit, with what the broker did not take before; what it does not take now is kept."""
+        hints = list(dict.fromkeys([*self._unsent, *shards]))
         self._unsent = []
-        if not shards:
+        if not hints:
             return
         try:
-            self._publisher.publish(shards)
+            self._publisher.publish(hints)
         except ServiceUnreachable as error:
-            log.warning("publish_failed", shards=len(shards), error=str(error))
-            self._unsent = shards
+            log.warning("publish_failed", shards=len(hints), error=str(error))
+            self._unsent = hints
 
 
-def fair_share(waiting: Iterable[Candidates], *, free: int) -> dict[UUID, list[int]]:
+def fair_share(running: Iterable[Candidates], *, free: int) -> list[int]:
     """Choose `free` shards: each goes to the tenant, then the batch, with the fewest live shards.
 
     Max-min fairness over what is live at this moment, so a new leader decides as the old one would have;
-    among equals the batch that must end first wins (the order of `waiting`).
+    among equals the batch that must end first wins (the order of `running`). Batches with nothing to send
+    count as their tenant's live shards.
     """
     tenants: dict[str, int] = defaultdict(int)
-    queues: dict[str, list[tuple[int, int, Candidates, int]]] = defaultdict(list)
-    for order, batch in enumerate(waiting):
+    queues: dict[str, list[tuple[int, int, deque[int]]]] = defaultdict(list)
+    for order, batch in enumerate(running):
         tenants[batch.tenant] += batch.live_shards
-        queues[batch.tenant].append((batch.live_shards, order, batch, 0))
-    for queue in queues.values():
-        heapq.heapify(queue)
-    chosen: dict[UUID, list[int]] = defaultdict(list)
-    for _ in range(free):
-        open_tenants = [tenant for tenant, queue in queues.items() if queue]
-        if not open_tenants:
-            break
-        tenant = min(open_tenants, key=lambda name: (tenants[name], queues[name][0][1]))
-        live, order, batch, taken = heapq.heappop(queues[tenant])
-        chosen[batch.batch_id].append(batch.shard_ids[taken])
+        if batch.shard_ids:
+            heapq.heappush(queues[batch.tenant], (batch.live_shards, order, deque(batch.shard_ids)))
+    chosen: list[int] = []
+    while queues and len(chosen) < free:
+        tenant = min(queues, key=lambda name: (tenants[name], queues[name][0][1]))
+        live, order, waiting = heapq.heappop(queues[tenant])
+        chosen.append(waiting.popleft())
         tenants[tenant] += 1
-        if taken + 1 < len(batch.shard_ids):
-            heapq.heappush(queues[tenant], (live + 1, order, batch, taken + 1))
-    return dict(chosen)
+        if waiting:
+            heapq.heappush(queues[tenant], (live + 1, order, waiting))
+        if not queues[tenant]:
+            del queues[tenant]
+    return chosen

@@ -212,7 +212,7 @@ class _Feeder:
             path, unit.body, request_id=request_name(attempt.claim.batch_id, unit.jobs[0].seq)
         )
         if 400 <= reply.status_code < 500 and len(unit.jobs) > 1:
-            attempt.waiting.extendleft(unit.singles())
+            attempt.ask_again(unit.singles())
             return []
         return unit.split(reply)
 

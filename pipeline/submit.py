@@ -92,25 +92,20 @@ def submit_file(
             return earlier
         lines = iter(source)
         first = next(lines)  # states the endpoint; a file without a good line ends here, before any row
+        name = input_name or path.name
+        manifest = {"file_name": name, "file_bytes": source.size_bytes, "file_sha256": input_digest}
         batch = NewBatch(
             id=uuid7(),
             tenant=tenant,
             endpoint=first.url,
-            input_name=input_name or path.name,
+            input_name=name,
             input_digest=input_digest,
             submit_digest=submit_digest,
-            options=options.model_dump()
-            | {"file_name": input_name or path.name, "file_bytes": source.size_bytes, "file_sha256": input_digest},
+            options=options.model_dump() | manifest,
             max_output_tokens=options.max_output_tokens,
         )
-        try:
-            with database.transaction() as session:
-                insert_validating(session, batch, lease=LEASE)
-            total, shards = _store(database, batch.id, chain([first], lines), bounds=settings.shard)
-            return _set_going(database, batch, total=total, shards=shards, reuse=reuse, window=window)
-        except BaseException:
-            _delete(database, batch.id)
-            raise
+        lines = chain([first], lines)
+        return _store_and_go(database, batch, lines, bounds=settings.shard, window=window, reuse=reuse)
 
 
 def dry_run(
@@ -161,6 +156,26 @@ def _same_submit(database: Database, tenant: str, submit_digest: str) -> Submitt
     with database.transaction() as session:
         earlier = find_same_submit(session, tenant=tenant, submit_digest=submit_digest, younger_than=REUSE_FOR)
     return None if earlier is None else Submitted(earlier.id, earlier.total, reused=True)
+
+
+def _store_and_go(
+    database: Database,
+    batch: NewBatch,
+    lines: Iterator[ParsedLine],
+    *,
+    bounds: ShardSettings,
+    window: timedelta,
+    reuse: bool,
+) -> Submitted:
+    """The whole way of a new batch; any error, Ctrl-C included, deletes what was stored of it."""
+    try:
+        with database.transaction() as session:
+            insert_validating(session, batch, lease=LEASE)
+        total, shards = _store(database, batch.id, lines, bounds=bounds)
+        return _set_going(database, batch, total=total, shards=shards, reuse=reuse, window=window)
+    except BaseException:
+        _delete(database, batch.id)
+        raise
 
 
 def _store(

@@ -196,7 +196,7 @@ def env_example() -> str:
 
 def without_secrets(url: str) -> str:
     """A URL with its password replaced by ***, fit for logs and messages."""
-    return re.sub(r"(?<=:)[^:@/]+(?=@)", "***", url)
+    return re.sub(r"(?<=://)([^:@]*):.*(?=@)", r"\1:***", url)
 
 
 def _required(url: str | None, name: str) -> str:
@@ -231,4 +231,4 @@ def _variables(settings: Settings) -> Iterator[tuple[str, str, str, str]]:
 def _as_text(value: object) -> str:
     if value is None:
         return ""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)

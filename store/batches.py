@@ -257,6 +257,15 @@ def _requeue_missing(session: Session, batch_id: UUID) -> int:
             {"id": batch_id},
         )
     )
+    # The old shards give up what they lack, so that progress counts each job once.
+    session.execute(
+        text("""
+        UPDATE shards s SET seqs = kept.seqs, done = cardinality(kept.seqs) FROM (
+            SELECT id, ARRAY(SELECT q FROM unnest(seqs) q WHERE q <> ALL(CAST(:missing AS int4[]))) AS seqs
+            FROM shards WHERE batch_id = :id AND seqs && CAST(:missing AS int4[])) AS kept
+        WHERE s.id = kept.id"""),
+        {"id": batch_id, "missing": missing},
+    )
     parts = [missing[start : start + 64] for start in range(0, len(missing), 64)]
     session.execute(
         text("INSERT INTO shards (batch_id, seqs, not_before) VALUES (:id, CAST(:seqs AS int4[]), clock_timestamp())"),

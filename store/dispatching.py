@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """A batch with pending shards: its ids to send next, in order, and how many of its shards are live already."""
+    """A batch that may run: its shards to send next, in order, and how many of them are live already."""
 
     batch_id: UUID
     tenant: str
@@ -48,24 +48,32 @@ def candidates(session: Session, *, limit: int) -> list[Candidates]:
     return [
         Candidates(batch_id=batch_id, tenant=tenant, live_shards=live, shard_ids=tuple(ids))
         for batch_id, tenant, live, ids in rows
-        if ids
+        if ids or live
     ]
 
 
-def mark_dispatched(session: Session, chosen: Mapping[UUID, Sequence[int]]) -> list[tuple[int, UUID]]:
-    """Turn pending shards to dispatched and move their batches' cursors: (shard, batch) of each that was pending."""
-    ids = [shard_id for shard_ids in chosen.values() for shard_id in shard_ids]
+def mark_dispatched(session: Session, shard_ids: Sequence[int]) -> list[tuple[int, UUID]]:
+    """Turn pending shards to dispatched: (shard, batch) of each that was pending.
+
+    A batch's cursor moves to the last of its shards that was sent for the first time. Shards that came back
+    do not move it: halves have the highest ids, and would hide all that was never sent.
+    """
     rows = session.execute(
         text("""
         UPDATE shards SET state = 'dispatched', dispatched_at = clock_timestamp()
-        WHERE id = ANY(CAST(:ids AS int8[])) AND state = 'pending' RETURNING id, batch_id"""),
-        {"ids": ids},
+        WHERE id = ANY(CAST(:ids AS int8[])) AND state = 'pending' RETURNING id, batch_id, not_before IS NULL"""),
+        {"ids": list(shard_ids)},
     ).all()
-    session.execute(
-        text("UPDATE batches SET cursor = greatest(cursor, :last) WHERE id = :id"),
-        [{"id": batch_id, "last": max(shard_ids)} for batch_id, shard_ids in chosen.items()],
-    )
-    return [(shard_id, batch_id) for shard_id, batch_id in rows]
+    last: dict[UUID, int] = {}
+    for shard_id, batch_id, is_first in rows:
+        if is_first:
+            last[batch_id] = max(last.get(batch_id, 0), shard_id)
+    if last:
+        session.execute(
+            text("UPDATE batches SET cursor = greatest(cursor, :last) WHERE id = :id"),
+            [{"id": batch_id, "last": shard_id} for batch_id, shard_id in last.items()],
+        )
+    return [(shard_id, batch_id) for shard_id, batch_id, _ in rows]
 
 
 def stale_dispatched(session: Session, *, older_than_s: float) -> list[tuple[int, UUID]]:

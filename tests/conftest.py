@@ -50,8 +50,9 @@ def postgres_url(postgres_template: str) -> Iterator[str]:
     """The URL of a migrated and empty database for this test alone."""
     name = f"{RUN}_{uuid4().hex[:8]}"
     with _administrator() as admin:
-        admin.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(
-            sql.Identifier(name), sql.Identifier(postgres_template)))
+        admin.execute(
+            sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(postgres_template))
+        )
         try:
             yield _url_of(name)
         finally:

@@ -17,15 +17,41 @@ PACKAGES = tuple(WHEEL["packages"])
 MODULE_LINES = 500
 FUNCTION_LINES = 60
 # Names that say nothing, or that would hide a module which we or our dependencies import.
-FORBIDDEN_FOLDERS = frozenset({
-    "utils", "util", "helpers", "helper", "common", "core", "misc", "lib", "shared", "managers",
-    "celery", "kombu", "redis", "alembic", "queue", "types", "logging", "platform", "inspect", "http"})
+FORBIDDEN_FOLDERS = frozenset(
+    {
+        "utils",
+        "util",
+        "helpers",
+        "helper",
+        "common",
+        "core",
+        "misc",
+        "lib",
+        "shared",
+        "managers",
+        "celery",
+        "kombu",
+        "redis",
+        "alembic",
+        "queue",
+        "types",
+        "logging",
+        "platform",
+        "inspect",
+        "http",
+    }
+)
 
 
 def tracked_sources() -> Iterator[Path]:
     """Every Python file that git knows or would take."""
-    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
-                            cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     return (path for name in listed.splitlines() if (path := REPOSITORY / name).is_file())
 
 

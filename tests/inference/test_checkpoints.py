@@ -19,10 +19,17 @@ def make_checkpoint(folder: Path, *, method: str | None = None) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("path", "alias"), [
-    ("smollm2-135m-w8a8", "smollm2-135m"), ("smollm2-135m-gguf/model-Q8_0.gguf", "smollm2-135m"),
-    ("Qwen3-0.6B-FP8", "Qwen3-0.6B"), ("llama-3.2-1b", "llama-3.2-1b"), ("m_awq", "m"), ("m.Q4_K_M/m.gguf", "m"),
-])
+@pytest.mark.parametrize(
+    ("path", "alias"),
+    [
+        ("smollm2-135m-w8a8", "smollm2-135m"),
+        ("smollm2-135m-gguf/model-Q8_0.gguf", "smollm2-135m"),
+        ("Qwen3-0.6B-FP8", "Qwen3-0.6B"),
+        ("llama-3.2-1b", "llama-3.2-1b"),
+        ("m_awq", "m"),
+        ("m.Q4_K_M/m.gguf", "m"),
+    ],
+)
 def test_an_alias_is_the_name_without_its_quantization(path: str, alias: str) -> None:
     assert alias_of(Path("/models") / path) == alias
 

@@ -205,9 +205,7 @@ def test_an_unusable_reply_fails_every_job_of_the_pack(body: bytes) -> None:
 
     results = together.split(Reply(status_code=200, body=body, duration_ms=5))
 
-    assert [(result.outcome, result.error_code) for result in results] == [
-        (Outcome.FAILED, "invalid_response")
-    ] * 2
+    assert [(result.outcome, result.error_code) for result in results] == [(Outcome.FAILED, "invalid_response")] * 2
 
 
 def test_a_rejected_pack_is_asked_singly_and_only_the_guilty_job_fails() -> None:
@@ -220,9 +218,7 @@ def test_a_rejected_pack_is_asked_singly_and_only_the_guilty_job_fails() -> None
             singles = together.singles()
             replies = [await endpoint.post(PATH, single.body, request_id="r") for single in singles]
             return first, [
-                result
-                for single, reply in zip(singles, replies, strict=True)
-                for result in single.split(reply)
+                result for single, reply in zip(singles, replies, strict=True) for result in single.split(reply)
             ]
 
     with ScriptedEndpoint() as server:

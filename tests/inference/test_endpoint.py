@@ -111,9 +111,7 @@ def test_a_status_that_may_pass_is_transient(server: ScriptedEndpoint, status: i
         ("retry-after Wed,_21_Oct_99999_07:28:00_GMT", None),
     ],
 )
-def test_the_servers_wish_to_wait_is_passed_on(
-    server: ScriptedEndpoint, header: str, wish_s: float | None
-) -> None:
+def test_the_servers_wish_to_wait_is_passed_on(server: ScriptedEndpoint, header: str, wish_s: float | None) -> None:
     with pytest.raises(Transient) as caught:
         ask(server.url, f"[[status 429 {header}]]")
 
@@ -148,9 +146,7 @@ def test_a_refused_connection_means_the_server_is_down() -> None:
 
 def test_a_killed_server_breaks_what_was_in_flight_and_serves_again_after_its_start() -> None:
     async def work(endpoint: Endpoint) -> Reply:
-        requests = [
-            asyncio.create_task(endpoint.post(CHAT, chat(f"[[hang]] {n}"), request_id="r")) for n in range(4)
-        ]
+        requests = [asyncio.create_task(endpoint.post(CHAT, chat(f"[[hang]] {n}"), request_id="r")) for n in range(4)]
         await until_running(own, 4)
         own.kill()
         errors = await asyncio.gather(*requests, return_exceptions=True)

@@ -53,20 +53,26 @@ def test_a_missing_checkpoint_is_refused_with_the_command_that_makes_it(tmp_path
 
 
 def test_a_gguf_file_is_run_by_llama_cpp(gguf: Path) -> None:
-    plan = plan_engine(EngineSettings(checkpoint=gguf, max_num_seqs=4, context_tokens=512, args="--threads 2"),
-                       socket=SOCKET)
+    plan = plan_engine(
+        EngineSettings(checkpoint=gguf, max_num_seqs=4, context_tokens=512, args="--threads 2"), socket=SOCKET
+    )
     assert plan is not None
     assert (plan.kind, plan.alias, plan.url, plan.warning) == ("llamacpp", "small", f"unix://{SOCKET}", None)
     assert plan.command[:3] == (sys.executable, "-m", "inference.llamacpp")
     assert plan.command[-2:] == ("--threads", "2")
     assert [value_of(plan.command, flag) for flag in ("--checkpoint", "--uds", "--slots", "--context-per-slot")] == [
-        str(gguf), str(SOCKET), "4", "512"]
+        str(gguf),
+        str(SOCKET),
+        "4",
+        "512",
+    ]
     assert plan.description["checkpoint_digest"].startswith("sha256:")
 
 
 def test_a_folder_is_run_by_vllm_in_its_own_environment(folder: Path, vllm_python: Path) -> None:
-    plan = plan_engine(EngineSettings(checkpoint=folder, vllm_python=vllm_python, args="--seed 7", alias="mine"),
-                       socket=SOCKET)
+    plan = plan_engine(
+        EngineSettings(checkpoint=folder, vllm_python=vllm_python, args="--seed 7", alias="mine"), socket=SOCKET
+    )
     assert plan is not None
     assert (plan.kind, plan.alias, plan.url) == ("vllm", "mine", f"unix://{SOCKET}")
     assert plan.command[:3] == (str(vllm_python), "-m", VLLM_SERVER)

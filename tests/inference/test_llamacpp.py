@@ -70,9 +70,7 @@ def start(checkpoint: Path, *options: str) -> subprocess.Popen[bytes]:
     )
 
 
-def ask(
-    uds: Path, path: str, *, body: Mapping[str, Any] | None = None, timeout_s: float = 60.0
-) -> tuple[int, Any]:
+def ask(uds: Path, path: str, *, body: Mapping[str, Any] | None = None, timeout_s: float = 60.0) -> tuple[int, Any]:
     """Status and parsed body (as text where it is no JSON); GET without a body, else POST."""
     connection = HTTPConnection("engine")
     with socket.socket(socket.AF_UNIX) as connection.sock:
@@ -147,9 +145,7 @@ def test_an_answer_ends_with_length_where_the_context_ends(engine: Path) -> None
 def test_a_json_schema_binds_the_answer(engine: Path) -> None:
     schema = {"type": "object", "properties": {"tone": {"enum": ["good", "bad"]}}, "required": ["tone"]}
     form = {"type": "json_schema", "json_schema": {"name": "tone", "schema": schema, "strict": True}}
-    answer = ask(engine, "/v1/chat/completions", body={**COLOURS, "max_tokens": 64, "response_format": form})[
-        1
-    ]
+    answer = ask(engine, "/v1/chat/completions", body={**COLOURS, "max_tokens": 64, "response_format": form})[1]
     assert json.loads(answer["choices"][0]["message"]["content"])["tone"] in {"good", "bad"}
 
 
@@ -192,9 +188,7 @@ def test_more_requests_than_slots_wait_and_the_metrics_count_them(engine: Path) 
     assert counter(engine, "n_busy_slots_per_decode") > 1
 
 
-def test_health_is_503_while_loading_and_sigterm_ends_it_quietly_amid_requests(
-    checkpoint: Path, folder: Path
-) -> None:
+def test_health_is_503_while_loading_and_sigterm_ends_it_quietly_amid_requests(checkpoint: Path, folder: Path) -> None:
     uds = folder / "engine.sock"
     server = start(checkpoint, "--uds", str(uds), "--slots", "1")
     assert wait_until_healthy(server, uds) == {503, 200}

@@ -217,11 +217,13 @@ def test_no_bytes_at_all_raise(body: bytes, path: str, status_code: int) -> None
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=[])),
-    lambda children: st.lists(children, max_size=3)
-    | st.dictionaries(
-        st.sampled_from(["choices", "message", "content", "text", "data", "usage", "error", "code", "detail"]),
-        children,
-        max_size=4,
+    lambda children: (
+        st.lists(children, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["choices", "message", "content", "text", "data", "usage", "error", "code", "detail"]),
+            children,
+            max_size=4,
+        )
     ),
     max_leaves=12,
 )

@@ -35,16 +35,24 @@ def folder() -> Iterator[Path]:
 def plan_of(folder: Path, *command: str) -> EnginePlan:
     socket = folder / "socket"
     scripted = (sys.executable, "-m", "tests.support.scripted_endpoint", "--socket", str(socket))
-    return EnginePlan(kind="scripted", command=command or scripted, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-                      url=f"unix://{socket}", alias="scripted", description={}, slots=8)
+    return EnginePlan(
+        kind="scripted",
+        command=command or scripted,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        url=f"unix://{socket}",
+        alias="scripted",
+        description={},
+        slots=8,
+    )
 
 
 @contextmanager
 def supervised(
     folder: Path, *command: str, stall_s: float = 60.0, start_timeout_s: float = 30.0
 ) -> Iterator[EngineSupervisor]:
-    supervisor = EngineSupervisor(plan_of(folder, *command), log_file=folder / "log", start_timeout_s=start_timeout_s,
-                                  stall_s=stall_s)
+    supervisor = EngineSupervisor(
+        plan_of(folder, *command), log_file=folder / "log", start_timeout_s=start_timeout_s, stall_s=stall_s
+    )
     try:
         supervisor.start()
         yield supervisor
@@ -64,10 +72,12 @@ def test_an_engine_is_up_after_start_and_gone_after_stop(folder: Path) -> None:
 
 def test_stop_ends_the_engines_own_children_as_well(folder: Path) -> None:
     note = folder / "grandchild"
-    script = (f"import os, subprocess, sys\nchild = subprocess.Popen(['sleep', '600'])\n"
-              f"open({str(note)!r}, 'w').write(str(child.pid))\n"
-              f"os.execv(sys.executable, [sys.executable, '-m', 'tests.support.scripted_endpoint', "
-              f"'--socket', {str(folder / 'socket')!r}])")
+    script = (
+        f"import os, subprocess, sys\nchild = subprocess.Popen(['sleep', '600'])\n"
+        f"open({str(note)!r}, 'w').write(str(child.pid))\n"
+        f"os.execv(sys.executable, [sys.executable, '-m', 'tests.support.scripted_endpoint', "
+        f"'--socket', {str(folder / 'socket')!r}])"
+    )
     with supervised(folder, sys.executable, "-c", script):
         pid = int(note.read_text())
         assert birth_of(pid) is not None
@@ -111,16 +121,20 @@ def test_an_idle_engine_is_not_taken_for_a_stalled_one(folder: Path) -> None:
 
 
 def test_an_engine_that_ends_at_once_is_fatal_and_its_log_is_shown(folder: Path) -> None:
-    with pytest.raises(Fatal, match=r"status 3 .*\n.*no such model"), supervised(
-            folder, sys.executable, "-c", "import sys; print('no such model', flush=True); sys.exit(3)"):
+    with (
+        pytest.raises(Fatal, match=r"status 3 .*\n.*no such model"),
+        supervised(folder, sys.executable, "-c", "import sys; print('no such model', flush=True); sys.exit(3)"),
+    ):
         pass
 
 
 def test_an_engine_that_never_answers_is_fatal_and_ended(folder: Path) -> None:
     note = folder / "pid"
     script = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
-    with pytest.raises(Fatal, match=r"was not up after 1\.5 s"), supervised(
-            folder, sys.executable, "-c", script, start_timeout_s=1.5):
+    with (
+        pytest.raises(Fatal, match=r"was not up after 1\.5 s"),
+        supervised(folder, sys.executable, "-c", script, start_timeout_s=1.5),
+    ):
         pass
     assert birth_of(int(note.read_text())) is None
 
@@ -132,9 +146,11 @@ def test_an_engine_whose_program_is_missing_is_fatal(folder: Path) -> None:
 
 
 def test_readings_of_vllm_and_llama_cpp_are_understood_and_series_summed() -> None:
-    vllm = ('# HELP x\nvllm:num_requests_running{engine="0",model_name="m"} 2.0\n'
-            'vllm:num_requests_running{engine="1",model_name="m"} 3.0\nvllm:num_requests_waiting{engine="0"} 1.0\n'
-            'vllm:generation_tokens_total{engine="0"} 1.5e+03\n')
+    vllm = (
+        '# HELP x\nvllm:num_requests_running{engine="0",model_name="m"} 2.0\n'
+        'vllm:num_requests_running{engine="1",model_name="m"} 3.0\nvllm:num_requests_waiting{engine="0"} 1.0\n'
+        'vllm:generation_tokens_total{engine="0"} 1.5e+03\n'
+    )
     assert parse_readings(vllm) == EngineReadings(running=5, waiting=1, generated_tokens=1500)
     llamacpp = "llamacpp:requests_processing 1\nllamacpp:requests_deferred 4\nllamacpp:tokens_predicted_total 77\n"
     assert parse_readings(llamacpp) == EngineReadings(running=1, waiting=4, generated_tokens=77)

@@ -21,8 +21,7 @@ BODY = b'{"model":"m","messages":[{"role":"user","content":"x"}],"max_tokens":5}
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
-    | texts,
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
     lambda inner: st.lists(inner) | st.dictionaries(texts, inner),
     max_leaves=8,
 )
@@ -33,8 +32,12 @@ def rules(*, line_bytes: int = 100_000, **options: Any) -> LineRules:
 
 
 def line(body: dict[str, Any] | None = None, /, **members: Any) -> bytes:
-    whole = {"custom_id": "a", "method": "POST", "url": CHAT,
-             "body": {"model": "m", "messages": MESSAGES} if body is None else body} | members
+    whole = {
+        "custom_id": "a",
+        "method": "POST",
+        "url": CHAT,
+        "body": {"model": "m", "messages": MESSAGES} if body is None else body,
+    } | members
     return json.dumps({name: value for name, value in whole.items() if value != "left out"}).encode() + b"\n"
 
 
@@ -59,17 +62,27 @@ BAD_LINES = {
     "malformed JSON": (b'{"custom_id": "a",}\n', "invalid_json_line", None, "comma in object at byte 19"),
     "a truncated last line": (GOOD[:30], "invalid_json_line", None, "the file ends inside this line"),
     "a line that ends early": (b'{"custom_id": "a", "body": {\n', "invalid_json_line", None, ""),
-    "invalid UTF-8 in the body": (GOOD % BODY.replace(b"x", b"\xff"), "invalid_json_line", None,
-                                  "invalid UTF-8 at byte 121 of the line"),
-    "invalid UTF-8 in the id": (GOOD.replace(b'"a"', b'"\xff"') % BODY, "invalid_json_line", None,
-                                "invalid UTF-8 at byte 15"),
+    "invalid UTF-8 in the body": (
+        GOOD % BODY.replace(b"x", b"\xff"),
+        "invalid_json_line",
+        None,
+        "invalid UTF-8 at byte 121 of the line",
+    ),
+    "invalid UTF-8 in the id": (
+        GOOD.replace(b'"a"', b'"\xff"') % BODY,
+        "invalid_json_line",
+        None,
+        "invalid UTF-8 at byte 15",
+    ),
     "a NUL byte": (GOOD % BODY.replace(b"x", b"\0"), "invalid_json_line", None, "NUL byte at byte 121"),
-    "half a surrogate pair": (GOOD % BODY.replace(b"x", rb"\ud83d"), "invalid_json_line", None,
-                              r"\ud83d is half"),
-    "the other half": (GOOD % BODY.replace(b"x", rb"\ud83d\ude00 \ude00"), "invalid_json_line", None,
-                       r"\ude00 is half"),
-    "deep nesting": (GOOD % BODY.replace(b'"x"', b"[" * 5000 + b"]" * 5000), "invalid_json_line", None,
-                     "too deeply"),
+    "half a surrogate pair": (GOOD % BODY.replace(b"x", rb"\ud83d"), "invalid_json_line", None, r"\ud83d is half"),
+    "the other half": (
+        GOOD % BODY.replace(b"x", rb"\ud83d\ude00 \ude00"),
+        "invalid_json_line",
+        None,
+        r"\ude00 is half",
+    ),
+    "deep nesting": (GOOD % BODY.replace(b'"x"', b"[" * 5000 + b"]" * 5000), "invalid_json_line", None, "too deeply"),
     "NaN": (GOOD % BODY.replace(b"5", b"NaN"), "invalid_json_line", None, "malformed"),
     "two objects": ((GOOD % BODY).strip() * 2, "invalid_json_line", None, "trailing characters"),
     "a list": (b"[1]\n", "invalid_json_line", None, "is a list; write a JSON object"),
@@ -93,17 +106,24 @@ BAD_LINES = {
     "no messages": (line({"model": "m"}), "invalid_request", "body.messages", "non-empty list"),
     "empty messages": (chat(messages=[]), "invalid_request", "body.messages", "non-empty list"),
     "a text as messages": (chat(messages="x"), "invalid_request", "body.messages", "non-empty list"),
-    "a message without role": (chat(messages=[*MESSAGES, {}]), "invalid_request", "body.messages[1].role",
-                               "is missing"),
+    "a message without role": (
+        chat(messages=[*MESSAGES, {}]),
+        "invalid_request",
+        "body.messages[1].role",
+        "is missing",
+    ),
     "a number as role": (chat(messages=[{"role": 1}]), "invalid_request", "body.messages[0].role", "role"),
     "a text as message": (chat(messages=["x"]), "invalid_request", "body.messages[0]", "role"),
     "a stream": (chat(stream=True), "invalid_request", "body.stream", "cannot stream"),
     "no prompt": (line({"model": "m"}, url=COMPLETIONS), "invalid_request", "body.prompt", "is missing"),
-    "no prompts": (line({"model": "m", "prompt": []}, url=COMPLETIONS), "invalid_request", "body.prompt",
-                   "non-empty list"),
+    "no prompts": (
+        line({"model": "m", "prompt": []}, url=COMPLETIONS),
+        "invalid_request",
+        "body.prompt",
+        "non-empty list",
+    ),
     "no input": (line({"model": "m"}, url="/v1/embeddings"), "invalid_request", "body.input", "is missing"),
-    "a huge number": (GOOD % BODY.replace(b"5", b'5,"top_p":1e999'), "invalid_request", "body.top_p",
-                      "at most 1"),
+    "a huge number": (GOOD % BODY.replace(b"5", b'5,"top_p":1e999'), "invalid_request", "body.top_p", "at most 1"),
 }
 
 
@@ -115,17 +135,20 @@ def test_a_bad_line_is_a_problem_with_code_field_and_remedy(name: str) -> None:
     assert words in problem.message
 
 
-@pytest.mark.parametrize(("field", "refused", "accepted"), [
-    ("temperature", [-0.1, 2.1, "0", [0]], [0, 2, 0.7, None]),
-    ("top_p", [0, 1.01, True], [0.1, 1, None]),
-    ("n", [0, 129, 1.5], [1, 128, None]),
-    ("max_tokens", [0, -1, 1.5, "5", True], [1, 10**30, None]),
-    ("max_completion_tokens", [0, -1, "5"], [1, 10**30, None]),
-    ("presence_penalty", [-2.1, 2.1], [-2, 2, None]),
-    ("frequency_penalty", [-2.1, 2.1], [-2, 2, None]),
-    ("top_logprobs", [-1, 21], [0, 20, None]),
-    ("stream", [True, 0, "no"], [False, None]),
-])
+@pytest.mark.parametrize(
+    ("field", "refused", "accepted"),
+    [
+        ("temperature", [-0.1, 2.1, "0", [0]], [0, 2, 0.7, None]),
+        ("top_p", [0, 1.01, True], [0.1, 1, None]),
+        ("n", [0, 129, 1.5], [1, 128, None]),
+        ("max_tokens", [0, -1, 1.5, "5", True], [1, 10**30, None]),
+        ("max_completion_tokens", [0, -1, "5"], [1, 10**30, None]),
+        ("presence_penalty", [-2.1, 2.1], [-2, 2, None]),
+        ("frequency_penalty", [-2.1, 2.1], [-2, 2, None]),
+        ("top_logprobs", [-1, 21], [0, 20, None]),
+        ("stream", [True, 0, "no"], [False, None]),
+    ],
+)
 def test_sampling_values_stay_in_their_ranges(field: str, refused: list[Any], accepted: list[Any]) -> None:
     for value in refused:
         problem = bad(chat(**{field: value}))
@@ -160,26 +183,39 @@ def test_any_bytes_are_a_problem_and_never_an_exception(raw: bytes) -> None:
     assert isinstance(parse_line(raw, 1, rules=rules(), endpoint=None), Problem)
 
 
-@given(json_values, json_values, json_values, json_values, st.sampled_from([*ENDPOINTS, "/v1/x"]),
-       st.integers(0, 400))
+@given(json_values, json_values, json_values, json_values, st.sampled_from([*ENDPOINTS, "/v1/x"]), st.integers(0, 400))
 def test_any_json_and_any_cut_of_it_raises_nothing(
     custom_id: Any, message: Any, number: Any, body: Any, url: str, cut: int
 ) -> None:
-    for content in (body, {"model": "m", "messages": [message], "prompt": body, "input": body, "n": number,
-                           "max_tokens": number, "temperature": number, "stream": message}):
+    for content in (
+        body,
+        {
+            "model": "m",
+            "messages": [message],
+            "prompt": body,
+            "input": body,
+            "n": number,
+            "max_tokens": number,
+            "temperature": number,
+            "stream": message,
+        },
+    ):
         raw = line(content, custom_id=custom_id, url=url)
         for part in (raw, raw[:cut]):
             for held_to in (rules(), rules(sets={"x": number}, model="q")):
                 assert isinstance(parse_line(part, 1, rules=held_to, endpoint=None), ParsedLine | Problem)
 
 
-@given(st.dictionaries(texts, json_values), st.sampled_from([None, 0, 3]),
-       st.booleans())
+@given(st.dictionaries(texts, json_values), st.sampled_from([None, 0, 3]), st.booleans())
 def test_a_body_that_needs_no_change_keeps_its_bytes(
     unknown: dict[str, Any], indent: int | None, escaped: bool
 ) -> None:
-    fields = {**{f"x-{name}": value for name, value in unknown.items()},
-              "model": "m", "max_tokens": LIMIT, "messages": MESSAGES}
+    fields = {
+        **{f"x-{name}": value for name, value in unknown.items()},
+        "model": "m",
+        "max_tokens": LIMIT,
+        "messages": MESSAGES,
+    }
     body = json.dumps(fields, indent=indent, ensure_ascii=escaped).replace("\n", "\t").encode()
     assert good(GOOD % body).body == body
 
@@ -191,15 +227,18 @@ def test_a_missing_limit_is_spliced_in_and_the_rest_keeps_its_bytes() -> None:
     assert json.loads(found.body)["max_tokens"] == LIMIT
 
 
-@pytest.mark.parametrize(("fields", "expected"), [
-    ({"max_tokens": None}, {"max_tokens": LIMIT}),
-    ({"max_tokens": 101}, {"max_tokens": LIMIT}),
-    ({"max_tokens": 99}, {"max_tokens": 99}),
-    ({"max_completion_tokens": 101}, {"max_completion_tokens": LIMIT}),
-    ({"max_completion_tokens": 7}, {"max_completion_tokens": 7}),
-    ({"max_completion_tokens": 7, "max_tokens": 5000}, {"max_completion_tokens": 7, "max_tokens": LIMIT}),
-    ({"max_completion_tokens": None}, {"max_completion_tokens": None, "max_tokens": LIMIT}),
-])
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"max_tokens": None}, {"max_tokens": LIMIT}),
+        ({"max_tokens": 101}, {"max_tokens": LIMIT}),
+        ({"max_tokens": 99}, {"max_tokens": 99}),
+        ({"max_completion_tokens": 101}, {"max_completion_tokens": LIMIT}),
+        ({"max_completion_tokens": 7}, {"max_completion_tokens": 7}),
+        ({"max_completion_tokens": 7, "max_tokens": 5000}, {"max_completion_tokens": 7, "max_tokens": LIMIT}),
+        ({"max_completion_tokens": None}, {"max_completion_tokens": None, "max_tokens": LIMIT}),
+    ],
+)
 def test_the_limit_of_output_tokens_is_hard(fields: dict[str, Any], expected: dict[str, Any]) -> None:
     found = good(chat(**fields))
     limits = {name: value for name, value in json.loads(found.body).items() if name.startswith("max")}
@@ -218,8 +257,7 @@ def test_embeddings_have_no_limit() -> None:
     assert found.output_tokens == 0
 
 
-@pytest.mark.parametrize(
-    ("prompt", "prompts"), [("x", 1), (["x", "y"], 2), ([1, 2, 3], 1), ([[1], [2, 3]], 2)])
+@pytest.mark.parametrize(("prompt", "prompts"), [("x", 1), (["x", "y"], 2), ([1, 2, 3], 1), ([[1], [2, 3]], 2)])
 def test_output_tokens_count_every_completion(prompt: Any, prompts: int) -> None:
     found = good(line({"model": "m", "prompt": prompt, "n": 3, "max_tokens": 10}, url="/v1/completions"))
     assert found.output_tokens == prompts * 30
@@ -227,13 +265,18 @@ def test_output_tokens_count_every_completion(prompt: Any, prompts: int) -> None
 
 
 def test_sets_replace_fields_present_or_not_and_leave_the_others_as_they_are() -> None:
-    body = (b'{"model":"m","temperature":1,"seed": 1.50,"n":1,'
-            b'"messages":[{"role":"user","content":"\xc3\xa9\\u00e9"}]}')
+    body = b'{"model":"m","temperature":1,"seed": 1.50,"n":1,"messages":[{"role":"user","content":"\xc3\xa9\\u00e9"}]}'
     found = good(GOOD % body, rules(sets={"temperature": 0, "user": "me", "max_tokens": 500}, model="other"))
     assert json.loads(found.body) == {
-        "model": "other", "temperature": 0, "seed": 1.5, "n": 1, "messages": [{"role": "user", "content": "éé"}],
-        "user": "me", "max_tokens": LIMIT}
-    assert b'1.50' in found.body
+        "model": "other",
+        "temperature": 0,
+        "seed": 1.5,
+        "n": 1,
+        "messages": [{"role": "user", "content": "éé"}],
+        "user": "me",
+        "max_tokens": LIMIT,
+    }
+    assert b"1.50" in found.body
     assert b'"\xc3\xa9\\u00e9"' in found.body
     assert found.model == "other"
 
@@ -247,8 +290,15 @@ def test_a_bad_set_says_where_it_comes_from() -> None:
 
 
 def test_sets_are_json_or_else_text() -> None:
-    assert parse_sets(["temperature=0", "user=me", "stop=[\"a\"]", "x=a=b", "y=", 'z="1"', "é=ü"]) == {
-        "temperature": 0, "user": "me", "stop": ["a"], "x": "a=b", "y": "", "z": "1", "é": "ü"}
+    assert parse_sets(["temperature=0", "user=me", 'stop=["a"]', "x=a=b", "y=", 'z="1"', "é=ü"]) == {
+        "temperature": 0,
+        "user": "me",
+        "stop": ["a"],
+        "x": "a=b",
+        "y": "",
+        "z": "1",
+        "é": "ü",
+    }
 
 
 @pytest.mark.parametrize("pair", ["temperature", "=0", "", "x=\udcff"])

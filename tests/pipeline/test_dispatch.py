@@ -75,8 +75,9 @@ def age_hints(database: Database) -> None:
 def waiting_batches(draw: st.DrawFn) -> list[Candidates]:
     batches = draw(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 6), st.integers(1, 6)), max_size=6))
     ids = iter(range(1000))
-    return [Candidates(uuid7(), tenant, live, tuple(next(ids) for _ in range(count)))
-            for tenant, live, count in batches]
+    return [
+        Candidates(uuid7(), tenant, live, tuple(next(ids) for _ in range(count))) for tenant, live, count in batches
+    ]
 
 
 @given(waiting_batches(), st.integers(0, 30))
@@ -88,8 +89,10 @@ def test_a_share_is_fair(batches: list[Candidates], free: int) -> None:
         taken = tuple(chosen.get(batch.batch_id, ()))
         assert taken == batch.shard_ids[: len(taken)], "in their order, none left out"
     tenants = {batch.tenant for batch in batches}
-    live = {name: sum(batch.live_shards + len(chosen.get(batch.batch_id, ()))
-                      for batch in batches if batch.tenant == name) for name in tenants}
+    live = {
+        name: sum(batch.live_shards + len(chosen.get(batch.batch_id, ())) for batch in batches if batch.tenant == name)
+        for name in tenants
+    }
     got = {batch.tenant for batch in batches if batch.batch_id in chosen}
     waits = {batch.tenant for batch in batches if len(chosen.get(batch.batch_id, ())) < len(batch.shard_ids)}
     assert all(live[rich] <= live[poor] + 1 for rich in got for poor in waits)
@@ -97,8 +100,10 @@ def test_a_share_is_fair(batches: list[Candidates], free: int) -> None:
 
 @given(st.integers(1, 5), st.integers(0, 40))
 def test_tenants_with_enough_waiting_differ_by_one_shard_at_most(tenants: int, free: int) -> None:
-    batches = [Candidates(uuid7(), f"tenant {number}", 0, tuple(range(number * 100, number * 100 + 40)))
-               for number in range(tenants)]
+    batches = [
+        Candidates(uuid7(), f"tenant {number}", 0, tuple(range(number * 100, number * 100 + 40)))
+        for number in range(tenants)
+    ]
     counts = [len(shard_ids) for shard_ids in fair_share(batches, free=free).values()]
     counts += [0] * (tenants - len(counts))
     assert max(counts) - min(counts) <= 1
@@ -226,8 +231,11 @@ def test_one_of_two_leads_until_its_connection_ends(database: Database) -> None:
 def dispatching(database: Database, broker: MemoryBroker, board: PresenceBoard) -> Iterator[threading.Event]:
     """A dispatch loop in a thread; the event ends it."""
     stop = threading.Event()
-    loop = threading.Thread(target=dispatch_until, args=(stop,), kwargs={
-        "database": database, "publisher": broker, "board": board, "settings": SETTINGS})
+    loop = threading.Thread(
+        target=dispatch_until,
+        args=(stop,),
+        kwargs={"database": database, "publisher": broker, "board": board, "settings": SETTINGS},
+    )
     loop.start()
     try:
         yield stop
@@ -237,9 +245,7 @@ def dispatching(database: Database, broker: MemoryBroker, board: PresenceBoard) 
         assert not loop.is_alive()
 
 
-def test_a_standby_takes_over_when_the_leader_ends(
-    database: Database, tmp_path: Path, board: PresenceBoard
-) -> None:
+def test_a_standby_takes_over_when_the_leader_ends(database: Database, tmp_path: Path, board: PresenceBoard) -> None:
     first, second = MemoryBroker(), MemoryBroker()
     announce(board, children=1)
     with dispatching(database, first, board) as stop_first:
@@ -261,7 +267,9 @@ def test_dispatch_goes_on_after_its_connections_were_cut(
         store_batch(database, tmp_path, chats(1))
         wait_until(lambda: len(broker.sent) == 1, 10, "the first hint")
         with database.connection(autocommit=True) as connection:
-            connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                               "WHERE datname = current_database() AND pid <> pg_backend_pid()")
+            connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
         store_batch(database, tmp_path, chats(1))
         wait_until(lambda: len(broker.sent) == 2, 15, "the second hint")

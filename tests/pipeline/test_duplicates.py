@@ -23,8 +23,11 @@ def suspects_of(ids: list[str], *, spill_at: int, most: int = MAX_SUSPECTS) -> S
 @given(st.lists(st.text(max_size=2)), st.integers(1, 40))
 def test_every_repeated_id_is_named_with_the_line_that_had_it_first(ids: list[str], spill_at: int) -> None:
     found = list(duplicates(enumerate(ids, 1), suspects_of(ids, spill_at=spill_at)))
-    expected = [Duplicate(custom_id, ids.index(custom_id) + 1, line)
-                for line, custom_id in enumerate(ids, 1) if ids.index(custom_id) + 1 < line]
+    expected = [
+        Duplicate(custom_id, ids.index(custom_id) + 1, line)
+        for line, custom_id in enumerate(ids, 1)
+        if ids.index(custom_id) + 1 < line
+    ]
     assert found == expected
 
 
@@ -45,9 +48,7 @@ def test_beyond_the_most_suspects_repeats_are_only_counted() -> None:
     assert len(named) + suspects.unchecked == 200
 
 
-def test_the_spilled_files_are_removed_also_after_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_spilled_files_are_removed_also_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     def break_off() -> None:

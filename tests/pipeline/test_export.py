@@ -55,20 +55,32 @@ def test_lines_stand_in_input_order_whatever_finished_first(database: Database, 
     assert [line["custom_id"] for line in good] == ["id-0", "id-1", "id-2", "id-4", "id-5"]
     assert bad == []
     assert good[1] == {
-        "id": f"batch_req_{batch_id.hex}_1", "custom_id": "id-1", "error": None,
+        "id": f"batch_req_{batch_id.hex}_1",
+        "custom_id": "id-1",
+        "error": None,
         "response": {"status_code": 200, "request_id": f"batch_req_{batch_id.hex}_1", "body": {"answer": 1}},
-        "stoker": {"outcome": "succeeded", "source": "engine"}}
+        "stoker": {"outcome": "succeeded", "source": "engine"},
+    }
 
 
 def test_failed_jobs_stand_in_the_error_file(database: Database, tmp_path: Path) -> None:
     batch_id, taken = one_claim(database, tmp_path, 5)
-    rejected = JobResult(seq=3, outcome=Outcome.FAILED, status_code=400, response='{"error":"no"}',
-                         error_code="http_400", error_message="no")
+    rejected = JobResult(
+        seq=3,
+        outcome=Outcome.FAILED,
+        status_code=400,
+        response='{"error":"no"}',
+        error_code="http_400",
+        error_message="no",
+    )
     write(database, taken, [rejected, failed(1, code="timeout", message="15 min"), *answers([0])])
     write(database, taken, [*answers([2], outcome=Outcome.TRUNCATED), *answers([4], outcome=Outcome.EMPTY)])
     good, bad = lines_of(database, batch_id)
     assert [(line["custom_id"], line["stoker"]["outcome"]) for line in good] == [
-        ("id-0", "succeeded"), ("id-2", "truncated"), ("id-4", "empty")]
+        ("id-0", "succeeded"),
+        ("id-2", "truncated"),
+        ("id-4", "empty"),
+    ]
     assert [line["custom_id"] for line in bad] == ["id-1", "id-3"]
     assert (bad[0]["response"], bad[0]["error"]) == (None, {"code": "timeout", "message": "15 min"})
     assert bad[1]["response"]["status_code"] == 400
@@ -84,8 +96,14 @@ def test_a_file_that_is_not_wanted_is_counted_all_the_same(database: Database, t
 def test_escapes_that_postgres_and_utf8_refuse_survive_as_they_came(database: Database, tmp_path: Path) -> None:
     batch_id, taken = one_claim(database, tmp_path, 3)
     hard = ['{"text":"\\u0000"}', '{"text":"cut \\ud83d"}', '{\n "text":\r\n "two\\nlines \u2028 \U0001f600"}']
-    write(database, taken, [JobResult(seq=seq, outcome=Outcome.SUCCEEDED, status_code=200, response=response)
-                            for seq, response in enumerate(hard)])
+    write(
+        database,
+        taken,
+        [
+            JobResult(seq=seq, outcome=Outcome.SUCCEEDED, status_code=200, response=response)
+            for seq, response in enumerate(hard)
+        ],
+    )
     good, _ = lines_of(database, batch_id)
     assert [line["response"]["body"]["text"] for line in good] == ["\0", "cut \ud83d", "two\nlines \u2028 \U0001f600"]
 
@@ -128,15 +146,25 @@ def test_the_manifest_says_what_made_the_results(database: Database, tmp_path: P
         assert register_engine(session, dict(reversed(described.items()))) == engine_id
         register_engine(session, {"kind": "llamacpp"})
     usage = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1, reasoning_tokens=1)
-    write(database, taken, [JobResult(seq=seq, outcome=outcome, status_code=200, response="{}", usage=usage)
-                            for seq, outcome in enumerate(Outcome)], engine_id=engine_id)
+    write(
+        database,
+        taken,
+        [
+            JobResult(seq=seq, outcome=outcome, status_code=200, response="{}", usage=usage)
+            for seq, outcome in enumerate(Outcome)
+        ],
+        engine_id=engine_id,
+    )
     end(database, taken)
     with database.transaction() as session:
         progress = batch_progress(session, batch_id, tenant="local")
     said = manifest(database, progress)
     assert json.loads(json.dumps(said)) == said
     assert (said["batch"], said["state"], said["endpoint"]) == (
-        f"batch_{batch_id.hex}", "completed", "/v1/chat/completions")
+        f"batch_{batch_id.hex}",
+        "completed",
+        "/v1/chat/completions",
+    )
     assert said["engines"] == [described], "only those that gave results"
     assert said["jobs"] == {"total": 4, "done": 4, "succeeded": 1, "failed": 1, "truncated": 1, "empty": 1}
     assert said["tokens"] == {"prompt": 12, "completion": 8, "cached": 4, "reasoning": 4}

@@ -49,21 +49,43 @@ def endpoint() -> Iterator[ScriptedEndpoint]:
 
 
 def fed(
-    database: Database, url: str, shard_id: int, *, in_flight: int = 8, timeout_s: float = 10.0, max_tries: int = 8,
-    heartbeat_s: float = 5.0, grace_s: float = 10.0, yield_s: float = 600.0, drain: Event = NEVER,
+    database: Database,
+    url: str,
+    shard_id: int,
+    *,
+    in_flight: int = 8,
+    timeout_s: float = 10.0,
+    max_tries: int = 8,
+    heartbeat_s: float = 5.0,
+    grace_s: float = 10.0,
+    yield_s: float = 600.0,
+    drain: Event = NEVER,
     pack_inputs: int = 128,
 ) -> FeedReport:
     """What one call of feed does with this shard; an error if it takes longer than 20 s."""
     settings = Settings.model_construct(
         worker=WorkerSettings(heartbeat_s=heartbeat_s, grace_s=grace_s, yield_s=yield_s),
-        limits=LimitSettings(max_tries=max_tries), embeddings=EmbeddingsSettings(pack_inputs=pack_inputs))
+        limits=LimitSettings(max_tries=max_tries),
+        embeddings=EmbeddingsSettings(pack_inputs=pack_inputs),
+    )
 
     async def run() -> FeedReport:
         connections = Endpoint(url, api_key=None, timeout_s=timeout_s, connections=in_flight)
         async with asyncio.timeout(FEED_TIMEOUT_S), connections as server:
-            return await feed(FeedContext(
-                database=database, heartbeat=heartbeat, generation=server, embeddings=server, settings=settings,
-                holder="test", in_flight=in_flight, draining=drain.is_set, engine_id=lambda: None), shard_id)
+            return await feed(
+                FeedContext(
+                    database=database,
+                    heartbeat=heartbeat,
+                    generation=server,
+                    embeddings=server,
+                    settings=settings,
+                    holder="test",
+                    in_flight=in_flight,
+                    draining=drain.is_set,
+                    engine_id=lambda: None,
+                ),
+                shard_id,
+            )
 
     with Heartbeat(database, lease_s=settings.worker.lease_s, interval_s=heartbeat_s) as heartbeat:
         return asyncio.run(run())
@@ -84,9 +106,10 @@ def stored(database: Database, folder: Path, prompts: list[str], **options: Any)
 
 def tries_of(database: Database, batch_id: UUID) -> list[tuple[int, int, datetime, str]]:
     with database.transaction() as session:
-        rows = session.execute(text(
-            "SELECT seq, tries, not_before, last_error FROM job_tries WHERE batch_id = :id ORDER BY seq"),
-            {"id": batch_id}).all()
+        rows = session.execute(
+            text("SELECT seq, tries, not_before, last_error FROM job_tries WHERE batch_id = :id ORDER BY seq"),
+            {"id": batch_id},
+        ).all()
     return [(seq, tries, due, error) for seq, tries, due, error in rows]
 
 
@@ -154,7 +177,10 @@ def test_a_job_whose_tries_are_spent_ends_with_an_error(
         dispatch_now(database)
     [result] = results_of(database, batch_id)
     assert (result.outcome, result.error_code, "3 times" in (result.error_message or "")) == (
-        "failed", "retries_exhausted", True)
+        "failed",
+        "retries_exhausted",
+        True,
+    )
     assert endpoint.calls().count == 3
     assert shards_of(database, batch_id)[0].failed == 1
 
@@ -197,7 +223,11 @@ def test_empty_and_truncated_answers_are_counted(
     [shard_id] = dispatch_all(database)
     fed(database, endpoint.url, shard_id)
     assert [result.outcome for result in results_of(database, batch_id)] == [
-        "empty", "truncated", "succeeded", "failed"]
+        "empty",
+        "truncated",
+        "succeeded",
+        "failed",
+    ]
     [shard] = shards_of(database, batch_id)
     assert (shard.done, shard.empty, shard.truncated, shard.failed) == (4, 1, 1, 1)
 

@@ -48,6 +48,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         encoded = (part.encode() if isinstance(part, str) else part for part in lines)
         path.write_bytes(start + newline.join(encoded) + end)
         return path
+
     return write
 
 
@@ -70,8 +71,9 @@ def rows(database: Database, statement: str) -> list[Any]:
 
 def stored(database: Database) -> tuple[int, int, int]:
     """(batches, jobs, shards) in the database."""
-    counts = rows(database, "SELECT (SELECT count(*) FROM batches), (SELECT count(*) FROM jobs), "
-                            "(SELECT count(*) FROM shards)")[0]
+    counts = rows(
+        database, "SELECT (SELECT count(*) FROM batches), (SELECT count(*) FROM jobs), (SELECT count(*) FROM shards)"
+    )[0]
     return (counts[0], counts[1], counts[2])
 
 
@@ -84,8 +86,9 @@ def test_every_line_becomes_a_job_in_the_files_order(database: Database, write: 
     submitted = submit(database, write(*lines))
     assert (submitted.total, submitted.reused) == (150, False)
     jobs = rows(database, "SELECT batch_id, seq, custom_id, body FROM jobs ORDER BY seq")
-    assert jobs == [(submitted.batch_id, seq, f"id-{seq}", json.dumps(json.loads(lines[seq])["body"]))
-                    for seq in range(150)]
+    assert jobs == [
+        (submitted.batch_id, seq, f"id-{seq}", json.dumps(json.loads(lines[seq])["body"])) for seq in range(150)
+    ]
 
 
 def test_the_batch_is_in_progress_with_its_totals_window_and_manifest(
@@ -94,37 +97,62 @@ def test_the_batch_is_in_progress_with_its_totals_window_and_manifest(
     path = write(*(line(number) for number in range(130)))
     options = SubmitOptions(sets={"temperature": 0}, model="m", max_output_tokens=64)
     submit(database, path, options=options, settings=limited(window_s=3600), tenant="acme", input_name="-")
-    [batch] = rows(database, """
+    [batch] = rows(
+        database,
+        """
         SELECT state, tenant, endpoint, input_name, total, shards_left, max_output_tokens, options, input_digest,
-            lease_until, round(extract(epoch FROM expires_at - in_progress_at)) FROM batches""")
+            lease_until, round(extract(epoch FROM expires_at - in_progress_at)) FROM batches""",
+    )
     assert batch[:7] == ("in_progress", "acme", CHAT, "-", 130, 3, 64)
-    assert batch[7] == {"sets": {"temperature": 0}, "model": "m", "max_output_tokens": 64, "file_name": "-",
-                        "file_bytes": path.stat().st_size, "file_sha256": batch[8]}
+    assert batch[7] == {
+        "sets": {"temperature": 0},
+        "model": "m",
+        "max_output_tokens": 64,
+        "file_name": "-",
+        "file_bytes": path.stat().st_size,
+        "file_sha256": batch[8],
+    }
     assert batch[9:] == (None, 3600)
 
 
 def test_bodies_of_any_json_come_back_as_they_were(database: Database, write: Callable[..., Path]) -> None:
     contents = ["tab\t", r"back\slash", "\r\n", "\0", "émoji 😀", '"quoted"', r"\N", r"\.", "\x7f", "\u2028"]
-    bodies = [json.dumps({"model": "m", "messages": [{"role": "user", "content": content}], "max_tokens": 8},
-                         ensure_ascii=escaped, indent=indent).replace("\n", "\t\r")
-              for content in contents for escaped in (True, False) for indent in (None, 1)]
+    bodies = [
+        json.dumps(
+            {"model": "m", "messages": [{"role": "user", "content": content}], "max_tokens": 8},
+            ensure_ascii=escaped,
+            indent=indent,
+        ).replace("\n", "\t\r")
+        for content in contents
+        for escaped in (True, False)
+        for indent in (None, 1)
+    ]
     ids = [f"{number}{contents[number % 3]}" for number in range(len(bodies))]
-    submit(database, write(*(f'{{"custom_id": {json.dumps(custom_id)}, "method": "POST", '
-                             f'"url": "{CHAT}", "body": {body}}}'
-                             for custom_id, body in zip(ids, bodies, strict=True))))
+    submit(
+        database,
+        write(
+            *(
+                f'{{"custom_id": {json.dumps(custom_id)}, "method": "POST", "url": "{CHAT}", "body": {body}}}'
+                for custom_id, body in zip(ids, bodies, strict=True)
+            )
+        ),
+    )
     jobs = rows(database, "SELECT custom_id, body FROM jobs ORDER BY seq")
     assert [body for _, body in jobs] == bodies
     assert [custom_id for custom_id, _ in jobs] == ids
 
 
-@pytest.mark.parametrize(("bounds", "sizes"), [
-    ({"max_jobs": 4}, [4, 4, 2]),
-    ({"max_jobs": 10}, [10]),
-    ({"max_tokens": 3 * (BODY_BYTES // 4 + 8)}, [3, 3, 3, 1]),
-    ({"max_bytes": 2 * BODY_BYTES}, [2, 2, 2, 2, 2]),
-    ({"max_bytes": 2 * BODY_BYTES - 1}, [1] * 10),
-    ({"max_bytes": 1}, [1] * 10),
-])
+@pytest.mark.parametrize(
+    ("bounds", "sizes"),
+    [
+        ({"max_jobs": 4}, [4, 4, 2]),
+        ({"max_jobs": 10}, [10]),
+        ({"max_tokens": 3 * (BODY_BYTES // 4 + 8)}, [3, 3, 3, 1]),
+        ({"max_bytes": 2 * BODY_BYTES}, [2, 2, 2, 2, 2]),
+        ({"max_bytes": 2 * BODY_BYTES - 1}, [1] * 10),
+        ({"max_bytes": 1}, [1] * 10),
+    ],
+)
 def test_a_shard_ends_at_its_jobs_tokens_or_bytes(
     database: Database, write: Callable[..., Path], bounds: dict[str, int], sizes: list[int]
 ) -> None:
@@ -141,15 +169,15 @@ def test_a_file_of_several_chunks_is_whole(database: Database, write: Callable[.
     submitted = submit(database, write(*(line(number) for number in range(100_100))))
     assert submitted.total == 100_100
     assert rows(database, "SELECT count(*), min(seq), max(seq), count(DISTINCT custom_id) FROM jobs") == [
-        (100_100, 0, 100_099, 100_100)]
+        (100_100, 0, 100_099, 100_100)
+    ]
     assert rows(database, "SELECT count(*) FROM shards") == rows(database, "SELECT shards_left FROM batches")
     assert rows(database, "SELECT count(DISTINCT seq), count(*) FROM shards, unnest(seqs) AS seq") == [
-        (100_100, 100_100)]
+        (100_100, 100_100)
+    ]
 
 
-def test_dispatch_is_woken_when_the_batch_is_set_going(
-    database: Database, write: Callable[..., Path]
-) -> None:
+def test_dispatch_is_woken_when_the_batch_is_set_going(database: Database, write: Callable[..., Path]) -> None:
     with database.connection(autocommit=True) as connection:
         connection.execute("LISTEN stoker_dispatch")
         submit(database, write(line(1)))
@@ -157,10 +185,17 @@ def test_dispatch_is_woken_when_the_batch_is_set_going(
     assert [notification.channel for notification in heard] == ["stoker_dispatch"]
 
 
-@pytest.mark.parametrize("shape", [
-    {"start": b"\xef\xbb\xbf"}, {"newline": b"\r\n", "end": b"\r\n"}, {"end": b""}, {"end": b"\n\n \n"},
-    {"newline": b"\n\n"}, {"start": b"\xef\xbb\xbf\n"},
-])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"start": b"\xef\xbb\xbf"},
+        {"newline": b"\r\n", "end": b"\r\n"},
+        {"end": b""},
+        {"end": b"\n\n \n"},
+        {"newline": b"\n\n"},
+        {"start": b"\xef\xbb\xbf\n"},
+    ],
+)
 def test_byte_order_mark_crlf_missing_last_newline_and_blank_lines_are_accepted(
     write: Callable[..., Path], shape: dict[str, bytes]
 ) -> None:
@@ -174,9 +209,7 @@ def test_blank_lines_count_in_the_numbers_of_lines(write: Callable[..., Path]) -
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", b" "])
-def test_a_file_without_a_line_is_refused(
-    database: Database, write: Callable[..., Path], content: bytes
-) -> None:
+def test_a_file_without_a_line_is_refused(database: Database, write: Callable[..., Path], content: bytes) -> None:
     refused = problems_of(write(content, end=b""))
     assert [(problem.line, problem.code) for problem in refused.problems] == [(None, "empty_file")]
     with pytest.raises(InvalidFile):
@@ -201,7 +234,10 @@ def test_a_line_that_is_too_long_is_skipped_without_being_held(write: Callable[.
     path = write(line(1), long, "nonsense", line(3), long, end=b"")
     refused = problems_of(path, settings=limited(line_bytes=400))
     assert [(problem.line, problem.code) for problem in refused.problems] == [
-        (2, "invalid_request"), (3, "invalid_json_line"), (5, "invalid_request")]
+        (2, "invalid_request"),
+        (3, "invalid_json_line"),
+        (5, "invalid_request"),
+    ]
     assert "400 bytes" in refused.problems[0].message
 
 
@@ -223,7 +259,9 @@ def test_a_repeated_id_names_both_lines(database: Database, write: Callable[...,
     with pytest.raises(InvalidFile) as caught:
         submit(database, write(*lines))
     assert [(problem.line, problem.code, problem.field) for problem in caught.value.problems] == [
-        (151, "duplicate_custom_id", "custom_id"), (161, "duplicate_custom_id", "custom_id")]
+        (151, "duplicate_custom_id", "custom_id"),
+        (161, "duplicate_custom_id", "custom_id"),
+    ]
     assert "line 4 has" in caught.value.problems[1].message
     assert caught.value.total == 2
     assert stored(database) == (0, 0, 0)
@@ -233,7 +271,11 @@ def test_problems_of_all_kinds_are_listed_by_line(write: Callable[..., Path]) ->
     path = write(line(1), line(2, model="q"), "nonsense", line(1), line(5, model="q"), line(6, n=0))
     refused = problems_of(path, served_models=frozenset({"m"}))
     assert [(problem.line, problem.code) for problem in refused.problems] == [
-        (2, "model_not_found"), (3, "invalid_json_line"), (4, "duplicate_custom_id"), (6, "invalid_request")]
+        (2, "model_not_found"),
+        (3, "invalid_json_line"),
+        (4, "duplicate_custom_id"),
+        (6, "invalid_request"),
+    ]
     assert refused.total == 5
 
 
@@ -247,32 +289,42 @@ def test_a_model_that_is_not_served_is_one_problem_with_its_lines_counted(write:
 
 
 def test_many_missing_models_are_counted_but_not_kept(write: Callable[..., Path]) -> None:
-    refused = problems_of(write(*(line(number, model=f"q{number}") for number in range(100))),
-                          served_models=frozenset({"m"}))
+    refused = problems_of(
+        write(*(line(number, model=f"q{number}") for number in range(100))), served_models=frozenset({"m"})
+    )
     assert refused.total == 100
     assert len(refused.problems) == 20
 
 
 def test_the_model_option_decides_which_model_must_be_served(write: Callable[..., Path]) -> None:
     options = SubmitOptions(model="m", max_output_tokens=64)
-    found = dry_run(write(line(1, model="q")), options=options, settings=SETTINGS,
-                    served_models=frozenset({"m"}))
+    found = dry_run(write(line(1, model="q")), options=options, settings=SETTINGS, served_models=frozenset({"m"}))
     assert found.models == {"m": 1}
 
 
 def test_a_dry_run_states_the_estimates(write: Callable[..., Path]) -> None:
-    found = dry_run(write(line(1), line(2, model="q", n=3), line(3, max_tokens=1000)), options=OPTIONS,
-                    settings=SETTINGS, served_models=None)
-    assert found == FileEstimate(lines=3, prompt_tokens=found.prompt_tokens, output_tokens=8 + 24 + 64,
-                                 models={"m": 2, "q": 1}, endpoint=CHAT)
+    found = dry_run(
+        write(line(1), line(2, model="q", n=3), line(3, max_tokens=1000)),
+        options=OPTIONS,
+        settings=SETTINGS,
+        served_models=None,
+    )
+    assert found == FileEstimate(
+        lines=3, prompt_tokens=found.prompt_tokens, output_tokens=8 + 24 + 64, models={"m": 2, "q": 1}, endpoint=CHAT
+    )
     assert 60 <= found.prompt_tokens <= 75
 
 
 def test_progress_ends_with_all_bytes(write: Callable[..., Path]) -> None:
     heard: list[tuple[int, int]] = []
     path = write(*(line(number) for number in range(10_000)))
-    dry_run(path, options=OPTIONS, settings=SETTINGS, served_models=None,
-            on_progress=lambda done, size: heard.append((done, size)))
+    dry_run(
+        path,
+        options=OPTIONS,
+        settings=SETTINGS,
+        served_models=None,
+        on_progress=lambda done, size: heard.append((done, size)),
+    )
     assert heard == sorted(heard)
     assert len(heard) == 3
     assert heard[-1] == (path.stat().st_size, path.stat().st_size)
@@ -285,10 +337,16 @@ def test_the_same_file_and_options_are_the_same_batch(database: Database, write:
     assert stored(database) == (1, 1, 1)
 
 
-@pytest.mark.parametrize("changed", [
-    {"reuse": False}, {"tenant": "other"}, {"options": SubmitOptions(max_output_tokens=65)},
-    {"options": SubmitOptions(max_output_tokens=64, sets={"n": 1})}, {"settings": limited(window_s=60)},
-])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"reuse": False},
+        {"tenant": "other"},
+        {"options": SubmitOptions(max_output_tokens=65)},
+        {"options": SubmitOptions(max_output_tokens=64, sets={"n": 1})},
+        {"settings": limited(window_s=60)},
+    ],
+)
 def test_another_tenant_option_or_window_is_another_batch(
     database: Database, write: Callable[..., Path], changed: dict[str, Any]
 ) -> None:
@@ -299,10 +357,17 @@ def test_another_tenant_option_or_window_is_another_batch(
     assert second.batch_id != first.batch_id
 
 
-@pytest.mark.parametrize("fate", [
-    "state = 'cancelling', ending = 'cancelled'", "state = 'cancelled'", "state = 'failed'", "state = 'expired'",
-    "state = 'finalizing', ending = 'expired'", "created_at = now() - interval '61 minutes'",
-])
+@pytest.mark.parametrize(
+    "fate",
+    [
+        "state = 'cancelling', ending = 'cancelled'",
+        "state = 'cancelled'",
+        "state = 'failed'",
+        "state = 'expired'",
+        "state = 'finalizing', ending = 'expired'",
+        "created_at = now() - interval '61 minutes'",
+    ],
+)
 def test_a_batch_that_ended_badly_or_is_old_is_not_reused(
     database: Database, write: Callable[..., Path], fate: str
 ) -> None:
@@ -353,16 +418,16 @@ def test_ctrl_c_leaves_nothing(database: Database, write: Callable[..., Path]) -
     assert stored(database) == (0, 0, 0)
 
 
-def test_what_a_kill_leaves_is_deleted_once_the_lease_is_over(
-    database: Database, write: Callable[..., Path]
-) -> None:
+def test_what_a_kill_leaves_is_deleted_once_the_lease_is_over(database: Database, write: Callable[..., Path]) -> None:
     path = write(*(line(number) for number in range(150_000)))
     with _submitting(database, path) as child:
         wait_until(lambda: stored(database)[1] > 0, 30, "jobs of the first chunk")
         child.kill()
         child.wait(30)
-    copies = ("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state <> 'idle' "
-              "AND query ILIKE 'copy%'")
+    copies = (
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state <> 'idle' "
+        "AND query ILIKE 'copy%'"
+    )
     wait_until(lambda: rows(database, copies) == [(0,)], 30, "the end of its COPY")
     assert rows(database, "SELECT state, total FROM batches") == [("validating", 0)]
     with database.transaction() as session:
@@ -391,9 +456,7 @@ def test_a_submit_whose_batch_was_deleted_stops(database: Database) -> None:
         extend_lease(session, batch_id, lease=timedelta(seconds=60))
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(
-    database: Database, write: Callable[..., Path]
-) -> None:
+def test_a_file_that_changes_while_it_is_read_is_refused(database: Database, write: Callable[..., Path]) -> None:
     path = write(*(line(number) for number in range(5000)))
 
     def grow(done: int, size: int) -> None:
@@ -408,8 +471,12 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 def test_a_path_that_cannot_be_read_says_why(tmp_path: Path, write: Callable[..., Path]) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    for path, words in ((tmp_path / "none", "No such file"), (tmp_path, "not a regular file"),
-                        (pipe, "standard input"), (write(line(1)) / "below", "Not a directory")):
+    for path, words in (
+        (tmp_path / "none", "No such file"),
+        (tmp_path, "not a regular file"),
+        (pipe, "standard input"),
+        (write(line(1)) / "below", "Not a directory"),
+    ):
         with pytest.raises(BadInput, match=words):
             dry_run(path, options=OPTIONS, settings=SETTINGS, served_models=None)
 
@@ -436,8 +503,9 @@ submit_file(Database(sys.argv[1]), Path(sys.argv[2]), options=SubmitOptions(max_
 @contextmanager
 def _submitting(database: Database, path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that submits the file; stopped at the end if it still runs."""
-    child = subprocess.Popen([sys.executable, "-c", _CHILD, database.address, str(path)], cwd=REPOSITORY,
-                             stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [sys.executable, "-c", _CHILD, database.address, str(path)], cwd=REPOSITORY, stderr=subprocess.DEVNULL
+    )
     try:
         yield child
     finally:
@@ -446,9 +514,16 @@ def _submitting(database: Database, path: Path) -> Iterator[subprocess.Popen[byt
 
 
 def _insert_validating(database: Database, *, lease: timedelta) -> UUID:
-    batch = NewBatch(id=uuid7(), tenant="local", endpoint=CHAT, input_name="x", input_digest="x",
-                     submit_digest="x", options={}, max_output_tokens=64)
+    batch = NewBatch(
+        id=uuid7(),
+        tenant="local",
+        endpoint=CHAT,
+        input_name="x",
+        input_digest="x",
+        submit_digest="x",
+        options={},
+        max_output_tokens=64,
+    )
     with database.transaction() as session:
         insert_validating(session, batch, lease=lease)
     return batch.id
-

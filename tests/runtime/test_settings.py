@@ -11,8 +11,11 @@ from runtime.errors import BadInput
 from runtime.settings import Settings, WorkerSettings, env_example, environment_of, load_settings, without_secrets
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SERVICES = {"STOKER_POSTGRES__URL": "postgresql://a:b@c/d", "STOKER_BROKER__URL": "amqp://e:f@g//",
-            "STOKER_REDIS__URL": "redis://h/0"}
+SERVICES = {
+    "STOKER_POSTGRES__URL": "postgresql://a:b@c/d",
+    "STOKER_BROKER__URL": "amqp://e:f@g//",
+    "STOKER_REDIS__URL": "redis://h/0",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -97,8 +100,13 @@ def test_every_setting_is_described() -> None:
 
 @pytest.mark.parametrize("window_s", ["3600", "0.25", "1234567", "604801.5"])
 def test_settings_reach_a_child_process_unchanged(monkeypatch: pytest.MonkeyPatch, window_s: str) -> None:
-    for name, value in {**SERVICES, "STOKER_HOME": "/srv/stoker", "STOKER_WORKER__IN_FLIGHT": "12",
-                        "STOKER_LIMITS__WINDOW_S": window_s, "STOKER_ENGINE__ARGS": "--a 'b c'"}.items():
+    for name, value in {
+        **SERVICES,
+        "STOKER_HOME": "/srv/stoker",
+        "STOKER_WORKER__IN_FLIGHT": "12",
+        "STOKER_LIMITS__WINDOW_S": window_s,
+        "STOKER_ENGINE__ARGS": "--a 'b c'",
+    }.items():
         monkeypatch.setenv(name, value)
     settings = load_settings()
     for name, value in environment_of(settings).items():
@@ -110,9 +118,16 @@ def test_only_what_differs_goes_to_a_child_process() -> None:
     assert environment_of(Settings(worker=WorkerSettings(children=5))) == {"STOKER_WORKER__CHILDREN": "5"}
 
 
-@pytest.mark.parametrize("url", [
-    "postgresql://user:secret@host:5432/db", "redis://:secret@host:6379/0", "redis://:sec:ret@host/0",
-    "redis://:secr/et@host/0", "postgresql://user:s%40cret@host/db"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://user:secret@host:5432/db",
+        "redis://:secret@host:6379/0",
+        "redis://:sec:ret@host/0",
+        "redis://:secr/et@host/0",
+        "postgresql://user:s%40cret@host/db",
+    ],
+)
 def test_a_password_is_not_shown(url: str) -> None:
     shown = without_secrets(url)
     assert shown.endswith(url.rpartition("@")[2])

@@ -110,7 +110,13 @@ def test_a_cancelled_batch_ends_its_unfinished_jobs_and_keeps_the_others(
     assert cancel(database, batch_id)
     wound_down(database, dispatcher, running)
     assert [result.error_code for result in results_of(database, batch_id)] == [
-        None, None, None, "batch_cancelled", "batch_cancelled", "batch_cancelled"]
+        None,
+        None,
+        None,
+        "batch_cancelled",
+        "batch_cancelled",
+        "batch_cancelled",
+    ]
     with database.transaction() as session:
         progress = batch_progress(session, batch_id, tenant="local")
     assert (progress.state, progress.done, progress.failed, progress.succeeded) == ("cancelled", 6, 3, 3)
@@ -134,14 +140,18 @@ def test_a_shard_that_a_worker_holds_is_not_wound_down(
     assert [result.error_code for result in results_of(database, batch_id)[:4]] == [None] * 4
 
 
-def test_an_expired_batch_ends_its_unfinished_jobs(
-    database: Database, tmp_path: Path, dispatcher: Dispatcher
-) -> None:
+def test_an_expired_batch_ends_its_unfinished_jobs(database: Database, tmp_path: Path, dispatcher: Dispatcher) -> None:
     batch_id, running = half_run(database, tmp_path)
     execute(database, "UPDATE batches SET expires_at = clock_timestamp() - interval '1 s'")
     wound_down(database, dispatcher, running)
     assert [result.error_code for result in results_of(database, batch_id)] == [
-        None, None, None, "batch_expired", "batch_expired", "batch_expired"]
+        None,
+        None,
+        None,
+        "batch_expired",
+        "batch_expired",
+        "batch_expired",
+    ]
     assert batch_row(database, batch_id)["state"] == "expired"
 
 
@@ -165,8 +175,9 @@ def with_failures(database: Database, folder: Path, *, failures: int) -> UUID:
     taken = claimed(database, shard_id)
     write(database, taken, range(failures), outcome=Outcome.FAILED)
     write(database, taken, range(failures, SCREENED_JOBS))
-    execute(database, "UPDATE results SET error_code = 'http_404', error_message = 'no such model' "
-                      "WHERE outcome = 'failed'")
+    execute(
+        database, "UPDATE results SET error_code = 'http_404', error_message = 'no such model' WHERE outcome = 'failed'"
+    )
     return batch_id
 
 
@@ -236,9 +247,10 @@ def test_rows_of_a_new_batch_land_in_its_weeks_partitions(database: Database, tm
     run_all(database)
     for table in ("jobs", "results"):
         with database.transaction() as session:
-            places = session.scalars(text(
-                f"SELECT DISTINCT CAST(CAST(tableoid AS regclass) AS text) FROM {table} WHERE batch_id = :id"),
-                {"id": batch_id}).all()
+            places = session.scalars(
+                text(f"SELECT DISTINCT CAST(CAST(tableoid AS regclass) AS text) FROM {table} WHERE batch_id = :id"),
+                {"id": batch_id},
+            ).all()
         assert places == [partition_name(table, week_start(utc_now()))]
 
 

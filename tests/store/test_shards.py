@@ -155,17 +155,20 @@ def test_jobs_are_loaded_in_the_shards_order_without_finished_and_waiting_ones(
     write(database, taken, [1])
     due = utc_now() + timedelta(minutes=5)
     with database.transaction() as session:
-        assert write_retries(session, taken, [
-            Retry(seq=0, tries=2, not_before=due, error="later"),
-            Retry(seq=2, tries=1, not_before=utc_now() - timedelta(seconds=1), error="now")])
+        assert write_retries(
+            session,
+            taken,
+            [
+                Retry(seq=0, tries=2, not_before=due, error="later"),
+                Retry(seq=2, tries=1, not_before=utc_now() - timedelta(seconds=1), error="now"),
+            ],
+        )
         loaded = load_jobs(session, taken)
     assert [(job.seq, job.tries) for job in loaded.jobs] == [(3, 0), (2, 1)]
     assert loaded.next_due == due
 
 
-def test_a_heartbeat_extends_the_lease_and_says_whether_the_batch_may_go_on(
-    database: Database, tmp_path: Path
-) -> None:
+def test_a_heartbeat_extends_the_lease_and_says_whether_the_batch_may_go_on(database: Database, tmp_path: Path) -> None:
     batch_id, shard_id = one_shard(database, tmp_path)
     taken = claimed(database, shard_id, lease_s=SHORT_LEASE_S)
     with database.transaction() as session:
@@ -251,12 +254,18 @@ def test_shards_closed_at_once_have_exactly_one_last_closer(database: Database, 
     for one in taken:
         write(database, one, list(one.seqs))
     execute(database, "CREATE TABLE turns (state text)")
-    execute(database, """
+    execute(
+        database,
+        """
         CREATE FUNCTION note_turn() RETURNS trigger LANGUAGE plpgsql AS
-        'BEGIN INSERT INTO turns VALUES (new.state); RETURN new; END'""")
-    execute(database, """
+        'BEGIN INSERT INTO turns VALUES (new.state); RETURN new; END'""",
+    )
+    execute(
+        database,
+        """
         CREATE TRIGGER turned AFTER UPDATE ON batches FOR EACH ROW
-        WHEN (old.state IS DISTINCT FROM new.state) EXECUTE FUNCTION note_turn()""")
+        WHEN (old.state IS DISTINCT FROM new.state) EXECUTE FUNCTION note_turn()""",
+    )
     start = threading.Barrier(16)
 
     def close_one(one: Claim) -> bool:

@@ -65,18 +65,35 @@ def chats(count: int) -> list[dict[str, Any]]:
 
 
 def store_batch(
-    database: Database, folder: Path, bodies: Sequence[dict[str, Any]], *, shard_jobs: int = 64,
-    endpoint: str = CHAT, tenant: str = "local", window_s: float = 86_400.0,
+    database: Database,
+    folder: Path,
+    bodies: Sequence[dict[str, Any]],
+    *,
+    shard_jobs: int = 64,
+    endpoint: str = CHAT,
+    tenant: str = "local",
+    window_s: float = 86_400.0,
 ) -> UUID:
     """Submit a file with these bodies, `id-0` and so on, in shards of `shard_jobs`; return the batch."""
     file = folder / f"{uuid4().hex}.jsonl"
-    file.write_text("".join(
-        json.dumps({"custom_id": f"id-{seq}", "method": "POST", "url": endpoint, "body": body}) + "\n"
-        for seq, body in enumerate(bodies)))
+    file.write_text(
+        "".join(
+            json.dumps({"custom_id": f"id-{seq}", "method": "POST", "url": endpoint, "body": body}) + "\n"
+            for seq, body in enumerate(bodies)
+        )
+    )
     settings = Settings.model_construct(
-        shard=ShardSettings(max_jobs=shard_jobs), limits=LimitSettings(window_s=window_s))
-    return submit_file(database, file, options=SubmitOptions(max_output_tokens=64), settings=settings,
-                       served_models=None, reuse=False, tenant=tenant).batch_id
+        shard=ShardSettings(max_jobs=shard_jobs), limits=LimitSettings(window_s=window_s)
+    )
+    return submit_file(
+        database,
+        file,
+        options=SubmitOptions(max_output_tokens=64),
+        settings=settings,
+        served_models=None,
+        reuse=False,
+        tenant=tenant,
+    ).batch_id
 
 
 def dispatch_all(database: Database) -> list[int]:
@@ -96,25 +113,39 @@ def claimed(database: Database, shard_id: int, *, holder: str = "test", lease_s:
 
 def answers(seqs: Iterable[int], *, outcome: Outcome = Outcome.SUCCEEDED) -> list[JobResult]:
     """A result of 3 prompt and 2 completion tokens for each."""
-    return [JobResult(seq=seq, outcome=outcome, status_code=200, response=f'{{"answer":{seq}}}',
-                      usage=Usage(prompt_tokens=3, completion_tokens=2)) for seq in seqs]
+    return [
+        JobResult(
+            seq=seq,
+            outcome=outcome,
+            status_code=200,
+            response=f'{{"answer":{seq}}}',
+            usage=Usage(prompt_tokens=3, completion_tokens=2),
+        )
+        for seq in seqs
+    ]
 
 
 def shards_of(database: Database, batch_id: UUID) -> list[StoredShard]:
     """The batch's shards by id."""
     with database.transaction() as session:
-        rows = session.execute(text("""
+        rows = session.execute(
+            text("""
             SELECT id, seqs, state, fence, crashes, done, failed, truncated, empty, completion_tokens
-            FROM shards WHERE batch_id = :id ORDER BY id"""), {"id": batch_id}).all()
+            FROM shards WHERE batch_id = :id ORDER BY id"""),
+            {"id": batch_id},
+        ).all()
     return [StoredShard(shard_id, tuple(seqs), *rest) for shard_id, seqs, *rest in rows]
 
 
 def results_of(database: Database, batch_id: UUID) -> list[StoredResult]:
     """The batch's results in input order."""
     with database.transaction() as session:
-        rows = session.execute(text("""
+        rows = session.execute(
+            text("""
             SELECT seq, outcome, status_code, response, error_code, error_message, engine_id
-            FROM results WHERE batch_id = :id ORDER BY seq"""), {"id": batch_id}).all()
+            FROM results WHERE batch_id = :id ORDER BY seq"""),
+            {"id": batch_id},
+        ).all()
     return [StoredResult(*row) for row in rows]
 
 

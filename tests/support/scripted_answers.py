@@ -20,9 +20,7 @@ def prompts_of(body: dict[str, Any], path: str) -> list[str]:
     return [str(text) for text in given] if is_list_of_prompts else [str(given)]
 
 
-def completion(
-    body: dict[str, Any], path: str, prompts: list[str], orders: list[str]
-) -> tuple[dict[str, Any], int]:
+def completion(body: dict[str, Any], path: str, prompts: list[str], orders: list[str]) -> tuple[dict[str, Any], int]:
     """(the answer, how many tokens it took) of a chat or a completion."""
     limit = body.get("max_completion_tokens") or body.get("max_tokens") or 2**31
     is_chat = path == "/v1/chat/completions"

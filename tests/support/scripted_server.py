@@ -181,9 +181,7 @@ def _json(answer: object) -> web.Response:
 
 def _error(status: int, message: str, headers: dict[str, str] | None = None) -> web.Response:
     error = {"message": message, "type": "ScriptedError", "param": None, "code": status}
-    return web.Response(
-        status=status, body=msgspec.json.encode({"error": error}), content_type=JSON, headers=headers
-    )
+    return web.Response(status=status, body=msgspec.json.encode({"error": error}), content_type=JSON, headers=headers)
 
 
 async def _broken(request: web.BaseRequest, order: str) -> web.StreamResponse:
