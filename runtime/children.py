@@ -7,6 +7,7 @@ It must not know what the children are, restart them, or end a process that it c
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 POLL_INTERVAL_S = 0.01
+PR_SET_PDEATHSIG = 1
 KILL_GRACE_S = 5.0
 
 # Runs in the child before the command takes its place: an interpreter of its own, because code between fork
@@ -89,6 +91,15 @@ def spawn(
     finally:
         if output is not None:
             output.close()
+
+
+def die_with_parent() -> None:
+    """Let the kernel end this process (SIGKILL) when the thread that forked it ends; Linux only.
+
+    For a forked child that holds nothing another process could not take over.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def stop(child: subprocess.Popen[bytes], *, grace_s: float, stop_signal: int = signal.SIGTERM) -> int:

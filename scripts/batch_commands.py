@@ -148,9 +148,7 @@ def submit(
         submitted = _submit(served, database, file, options=options, window_s=window, reuse=True)
     name = batch_name(submitted.batch_id)
     if submitted.reused:
-        say(
-            f"submitted already within the last hour, with the same options; that batch it is ({submitted.total:,} jobs)"
-        )
+        say(f"submitted within the last hour already, with these options: same batch ({submitted.total:,} jobs)")
     else:
         say(f"{submitted.total:,} jobs stored; follow them with `stoker watch {name[:14]}`")
     if as_json:

@@ -12,6 +12,7 @@ import uvloop
 from inference.endpoint import Endpoint
 from pipeline.feed import FeedContext
 from pipeline.heartbeat import Heartbeat
+from runtime.children import die_with_parent
 from store.database import Database
 from worker.steps import WorkerParts
 
@@ -20,6 +21,7 @@ class Child:
     """The parts that a child's tasks share, from `worker_process_init` to its end."""
 
     def __init__(self, parts: WorkerParts) -> None:
+        die_with_parent()
         settings = parts.settings
         self.runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         self._database = Database(settings.require_postgres(), pool_size=settings.postgres.pool_size)

@@ -78,7 +78,7 @@ class HintPublisher:
     def ready_count(self) -> int:
         """Hints in the queue that are delivered to no worker."""
         with self._channel() as connection:
-            return int(self._queues[0](connection.default_channel).queue_declare(passive=True).message_count)
+            return int(self._queues[0](connection.default_channel).queue_declare().message_count)
 
     def close(self) -> None:
         """Close the connection."""

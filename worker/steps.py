@@ -7,7 +7,6 @@ end by `WorkerParts.end`, after the pool has drained: Celery would stop the step
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -30,6 +29,7 @@ from worker.shared import SharedState
 log = get_logger(__name__)
 
 DISPATCH_GRACE_S = 5.0
+DISPATCH_POLL_S = 1.0  # also the least time between two starts
 
 
 class WorkerParts:
@@ -42,7 +42,7 @@ class WorkerParts:
         self._plan: EnginePlan | None = None
         self._planned = False
         self.engine: EngineSupervisor | None = None
-        self.dispatcher: subprocess.Popen[bytes] | None = None
+        self.dispatcher: DispatcherThread | None = None
         self.presence: PresenceThread | None = None
         self._owner = 0
 
@@ -81,7 +81,7 @@ class WorkerParts:
         if self.presence is not None:
             self.presence.stop()
         if self.dispatcher is not None:
-            stop(self.dispatcher, grace_s=DISPATCH_GRACE_S)
+            self.dispatcher.stop()
         if self.engine is not None:
             self.engine.stop()
         if self._folder is not None:
@@ -132,12 +132,32 @@ class DispatchStep(StartStopStep):  # type: ignore[misc]
     def start(self, worker: Any) -> None:
         """Start the standby leader; it dies with this process."""
         parts: WorkerParts = worker.app.stoker_parts
-        parts.dispatcher = spawn(
-            [sys.executable, "-m", "worker.dispatcher"],
-            log=None,
-            session=True,
-            env={**os.environ, **environment_of(parts.settings)},
-        )
+        parts.dispatcher = DispatcherThread(parts.settings)
+        parts.dispatcher.start()
+
+
+class DispatcherThread(threading.Thread):
+    """Keeps one dispatch process running: starts it again when it dies. It dies with this thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(name="dispatcher-watch", daemon=True)
+        self._env = {**os.environ, **environment_of(settings)}
+        self._stop_wanted = threading.Event()
+
+    def run(self) -> None:
+        while not self._stop_wanted.is_set():
+            child = spawn([sys.executable, "-m", "worker.dispatcher"], env=self._env, log=None, session=True)
+            while child.poll() is None and not self._stop_wanted.wait(DISPATCH_POLL_S):
+                pass
+            if self._stop_wanted.is_set():
+                stop(child, grace_s=DISPATCH_GRACE_S)
+            else:
+                log.error("dispatcher_restarts", status=child.returncode)
+
+    def stop(self) -> None:
+        """End the process and the thread."""
+        self._stop_wanted.set()
+        self.join()
 
 
 class PresenceThread(threading.Thread):

@@ -143,7 +143,6 @@ def test_a_standby_takes_over_when_the_dispatch_leader_is_killed(
     assert repeated(endpoint) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="worker/steps.py: nothing starts the dispatch process again")
 def test_a_worker_starts_its_dispatch_process_again_when_that_is_killed(
     env: dict[str, str], tmp_path: Path, worker: WorkerProcess
 ) -> None:
