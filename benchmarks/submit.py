@@ -44,11 +44,9 @@ SYSTEM = (
     "You sort the messages of a shop for camping gear. Answer with the name of one queue: billing, shipping, "
     "returns, account, product, safety or other.\nDo not answer the customer."
 )
-WORDS = (
-    "please parcel order invoice tent stove the my was not late broken when",
-    '"refund"',
-    "address café return pole",
-    "sleeping bag account password photo I on Friday it and to of received 40817 wrong size thanks twice charged",
+TEXT = (
+    'please parcel order invoice tent stove the my was not late broken when "refund" address café return pole it and '
+    "sleeping bag account password photo I on Friday to of received 40817 wrong size thanks twice charged"
 )
 
 
@@ -176,7 +174,7 @@ def _write_files(folder: Path, lines: int) -> dict[str, Path]:
 
 
 def _body(chance: random.Random) -> str:
-    question = " ".join(chance.choices(" ".join(WORDS).split(), k=chance.randint(8, 30)))
+    question = " ".join(chance.choices(TEXT.split(), k=chance.randint(8, 30)))
     return json.dumps(
         {
             "model": "smollm2-135m",

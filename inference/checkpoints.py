@@ -18,7 +18,8 @@ def alias_of(checkpoint: Path) -> str:
 
     So `smollm2-135m-w8a8` and `smollm2-135m-gguf` both serve `smollm2-135m`, and one file runs on either.
     """
-    name = checkpoint.resolve().parent.name if checkpoint.suffix == ".gguf" else checkpoint.name
+    is_file = checkpoint.suffix == ".gguf"
+    name = checkpoint.parent.name or checkpoint.stem if is_file else checkpoint.name
     return _SCHEME_SUFFIX.sub("", name) or name
 
 

@@ -185,7 +185,8 @@ class Dispatcher:
                     shard_id=taken.shard_id,
                     fence=taken.fence,
                     code="poison_job",
-                    message="workers died again and again while they ran this job alone",
+                    message=f"{shard.crashes} workers died in a row while they ran this job, "
+                    f"at least {CRASHES_TO_POISON - CRASHES_TO_HALVE} of them while it was alone",
                 )
             close(session, taken)
 

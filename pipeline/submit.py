@@ -78,10 +78,9 @@ def submit_file(
 ) -> Submitted:
     """Store the file as a batch and set it going; return once all of it is committed.
 
-    With `reuse` the same file and options within an hour give the batch that runs or was completed, also
-    when two submits race. `on_progress` hears (bytes validated, bytes of the file). Any error, Ctrl-C
-    included, leaves no rows; a kill leaves a validating batch for `delete_abandoned_batches`.
-    Raises InvalidFile with the first problems, BadInput for a file that cannot be read, ServiceUnreachable.
+    With `reuse` the same file and options within an hour give the batch that runs or was completed, also when two
+    race. `on_progress` hears (bytes validated, bytes of the file). Any error, Ctrl-C included, leaves no rows; a
+    kill leaves a validating batch for `delete_abandoned_batches`. Raises InvalidFile, BadInput, ServiceUnreachable.
     """
     window = timedelta(seconds=settings.limits.window_s)
     with opened(path) as file:
@@ -104,8 +103,7 @@ def submit_file(
             options=options.model_dump() | manifest,
             max_output_tokens=options.max_output_tokens,
         )
-        lines = chain([first], lines)
-        return _store_and_go(database, batch, lines, bounds=settings.shard, window=window, reuse=reuse)
+        return _store_and_go(database, batch, chain([first], lines), bounds=settings.shard, window=window, reuse=reuse)
 
 
 def dry_run(

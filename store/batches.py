@@ -257,12 +257,24 @@ def _requeue_missing(session: Session, batch_id: UUID) -> int:
             {"id": batch_id},
         )
     )
-    # The old shards give up what they lack, so that progress counts each job once.
+    # The old shards give up what they lack and are counted anew, so that progress counts each job once.
     session.execute(
         text("""
-        UPDATE shards s SET seqs = kept.seqs, done = cardinality(kept.seqs) FROM (
-            SELECT id, ARRAY(SELECT q FROM unnest(seqs) q WHERE q <> ALL(CAST(:missing AS int4[]))) AS seqs
-            FROM shards WHERE batch_id = :id AND seqs && CAST(:missing AS int4[])) AS kept
+        UPDATE shards s SET seqs = kept.seqs, done = cardinality(kept.seqs), failed = kept.failed,
+            truncated = kept.truncated, empty = kept.empty, prompt_tokens = kept.prompt_tokens,
+            completion_tokens = kept.completion_tokens, cached_tokens = kept.cached_tokens,
+            reasoning_tokens = kept.reasoning_tokens
+        FROM (
+            SELECT h.id, coalesce(array_agg(r.seq ORDER BY r.seq) FILTER (WHERE r.seq IS NOT NULL), '{}') AS seqs,
+                count(*) FILTER (WHERE r.outcome = 'failed') AS failed,
+                count(*) FILTER (WHERE r.outcome = 'truncated') AS truncated,
+                count(*) FILTER (WHERE r.outcome = 'empty') AS empty,
+                coalesce(sum(r.prompt_tokens), 0) AS prompt_tokens,
+                coalesce(sum(r.completion_tokens), 0) AS completion_tokens,
+                coalesce(sum(r.cached_tokens), 0) AS cached_tokens,
+                coalesce(sum(r.reasoning_tokens), 0) AS reasoning_tokens
+            FROM shards h LEFT JOIN results r ON r.batch_id = h.batch_id AND r.seq = ANY(h.seqs)
+            WHERE h.batch_id = :id AND h.seqs && CAST(:missing AS int4[]) GROUP BY h.id) AS kept
         WHERE s.id = kept.id"""),
         {"id": batch_id, "missing": missing},
     )
