@@ -9,7 +9,7 @@ import sys
 
 import click
 
-from runtime.errors import BadInput, Fatal, InvalidFile, NotFound, ServiceUnreachable, StokerError
+from runtime.errors import BadInput, InvalidFile, NotFound, StokerError
 from runtime.logs import configure_logs
 from runtime.settings import LogSettings, load_settings
 from scripts.batch_commands import cancel, results, resume, run, status, submit, watch
@@ -66,7 +66,7 @@ def _say_problems(error: InvalidFile) -> None:
 def _exit_code(error: StokerError) -> int:
     if isinstance(error, BadInput | NotFound):
         return EXIT_USAGE
-    return EXIT_UNREACHABLE if isinstance(error, ServiceUnreachable | Fatal) else 1
+    return EXIT_UNREACHABLE
 
 
 if __name__ == "__main__":

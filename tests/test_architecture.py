@@ -15,6 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 WHEEL = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
 PACKAGES = tuple(WHEEL["packages"])
 MODULE_LINES = 500
+TEST_MODULE_LINES = 600  # a subject stays in one file
 FUNCTION_LINES = 60
 # Names that say nothing, or that would hide a module which we or our dependencies import.
 FORBIDDEN_FOLDERS = frozenset(
@@ -74,7 +75,8 @@ def test_no_folder_has_a_name_that_says_nothing_or_hides_another_module() -> Non
 
 def test_no_module_is_longer_than_500_lines() -> None:
     lengths = {str(path.relative_to(REPOSITORY)): len(path.read_text().splitlines()) for path in tracked_sources()}
-    assert {name: lines for name, lines in lengths.items() if lines > MODULE_LINES} == {}
+    bounds = {name: TEST_MODULE_LINES if name.startswith("tests/") else MODULE_LINES for name in lengths}
+    assert {name: lines for name, lines in lengths.items() if lines > bounds[name]} == {}
 
 
 def test_no_function_is_longer_than_60_lines() -> None:
