@@ -20,8 +20,8 @@ def figures() -> str:
         ("figure", "measured", "command"),
         ("---", "---", "---"),
         (
-            f"{whole['jobs']:,} chats of {whole['output_tokens']} tokens through RabbitMQ and Postgres ÷ straight to the "
-            f"same engine ({whole['engine']['kind']} {whole['engine']['version']}, {whole['engine']['checkpoint']})",
+            f"{whole['jobs']:,} chats of {whole['output_tokens']} tokens through RabbitMQ and Postgres "
+            f"÷ straight to the same engine ({whole['engine']['kind']} {whole['engine']['version']}, {whole['engine']['checkpoint']})",
             f"**{whole['ratio']:.2f}** (pairs {', '.join(f'{r:.2f}' for r in whole['ratios'])}); "
             f"{whole['tokens'] / through:.0f} tokens/s",
             "`make bench-end-to-end CSV=…`",
@@ -29,7 +29,8 @@ def figures() -> str:
         *_submit_rows(submit),
     ]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    return f"{table}\n\nOn {whole['cores']} cores of an {whole['cpu']}, {whole['date']}; shared machine, so ratios and not seconds."
+    machine = f"{whole['cores']} cores of an {whole['cpu']}, {whole['date']}"
+    return f"{table}\n\nOn {machine}; a shared machine, so ratios and not seconds."
 
 
 def _submit_rows(submit: dict[str, Any]) -> list[tuple[str, str, str]]:
