@@ -21,7 +21,8 @@ def figures() -> str:
         ("---", "---", "---"),
         (
             f"{whole['jobs']:,} chats of {whole['output_tokens']} tokens through RabbitMQ and Postgres "
-            f"÷ straight to the same engine ({whole['engine']['kind']} {whole['engine']['version']}, {whole['engine']['checkpoint']})",
+            f"÷ straight to the same engine "
+            f"({whole['engine']['kind']} {whole['engine']['version']}, {whole['engine']['checkpoint']})",
             f"**{whole['ratio']:.2f}** (pairs {', '.join(f'{r:.2f}' for r in whole['ratios'])}); "
             f"{whole['tokens'] / through:.0f} tokens/s",
             "`make bench-end-to-end CSV=…`",
