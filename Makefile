@@ -26,7 +26,7 @@ test-engine: .venv/.dev engine-vllm checkpoint ## only the tests with a real vLL
 check: .venv/.dev ## lint, types, layers, generated files, compose file
 	@ruff format --check --quiet . && ruff check --quiet .
 	@mypy
-	@lint-imports --no-timing > .venv/lint-imports.log || { cat .venv/lint-imports.log; exit 1; }
+	@lint-imports --no-logo > .venv/lint-imports.log || { cat .venv/lint-imports.log; exit 1; }
 	@python -c 'from runtime.settings import env_example; print(env_example(), end="")' | diff - .env.example
 	@POSTGRES_PASSWORD=x RABBITMQ_PASSWORD=x REDIS_PASSWORD=x docker-compose --env-file /dev/null --profile '*' config -q
 
