@@ -11,7 +11,7 @@ include engines.mk
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
-demo: .venv/.demo checkpoint-gguf ## 72 prompts from file to results, with no server, GPU or account
+demo: .venv/.demo checkpoint-gguf ## 64 prompts from file to results, with no server, GPU or account
 	@STOKER_ENGINE__KIND=llamacpp stoker run examples/prompts.jsonl -o out.jsonl
 
 up: .venv/.demo checkpoint-gguf ## everything on this machine until Ctrl-C

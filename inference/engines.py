@@ -6,6 +6,7 @@ vLLM is never imported: it lives in an environment of its own and is given a com
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ from runtime.settings import EngineSettings
 
 CHECKPOINTS = Path(".checkpoints")
 DEFAULT_FOLDER = CHECKPOINTS / "smollm2-135m-w8a8"
+_OUR_VARIABLES = ("STOKER_", "POSTGRES_", "RABBITMQ_", "REDIS_")
+_SECRET_FLAG = re.compile(r"(--\S*(?:key|token|password)(?!s)\S*?)(=|\s+)\S+")
 DEFAULT_GGUF = "smollm2-135m-gguf/*.gguf"
 VLLM_SERVER = "vllm.entrypoints.launchers.api_server.entry"
 # Compiling costs 90 s more at each start for about a tenth of the speed; the default KV block of 128 tokens
@@ -99,7 +102,7 @@ def _llamacpp(settings: EngineSettings, checkpoint: Path, *, alias: str, socket:
         *flags,
     )
     description = _description("llamacpp", flags, checkpoint, alias=alias, quantization="gguf")
-    return EnginePlan("llamacpp", command, dict(os.environ), f"unix://{socket}", alias, description, slots)
+    return EnginePlan("llamacpp", command, _environment(), f"unix://{socket}", alias, description, slots)
 
 
 def _vllm(settings: EngineSettings, checkpoint: Path, *, alias: str, socket: Path) -> EnginePlan:
@@ -126,7 +129,7 @@ def _vllm(settings: EngineSettings, checkpoint: Path, *, alias: str, socket: Pat
         *shlex.split(settings.args),
     ]
     command = (str(settings.vllm_python), "-m", VLLM_SERVER, "--model", str(checkpoint), "--uds", str(socket), *flags)
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    env = {**_environment(), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if not is_gpu:
         cores = sorted(os.sched_getaffinity(0))
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
@@ -145,6 +148,11 @@ def _vllm(settings: EngineSettings, checkpoint: Path, *, alias: str, socket: Pat
     )
 
 
+def _environment() -> dict[str, str]:
+    """Ours without what only we need: an engine may run code that came with a checkpoint."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_OUR_VARIABLES)}
+
+
 def _sixteen_bit_warning(checkpoint: Path) -> str:
     sibling = quantized_sibling(checkpoint)
     better = (
@@ -160,7 +168,7 @@ def _description(
 ) -> dict[str, Any]:
     return {
         "kind": kind,
-        "flags": shlex.join(flags),
+        "flags": _SECRET_FLAG.sub(r"\1\2***", shlex.join(flags)),
         "checkpoint": checkpoint.name,
         "alias": alias,
         "checkpoint_digest": digest_of(checkpoint),

@@ -92,7 +92,11 @@ class EngineSupervisor:
         except StokerError as error:
             self._failure = error
         finally:
+            self.is_healthy = False
             self._end_child()
+            if self._started.is_set() and not self._stop.is_set():
+                log.critical("engine_watch_ended", engine=self.plan.kind)
+                os.kill(os.getpid(), signal.SIGTERM)  # a worker without its engine must not go on taking hints
             self._started.set()
 
     async def _watch(self) -> None:
@@ -109,7 +113,7 @@ class EngineSupervisor:
             self.restarts += 1
             try:
                 await self._bring_up()
-            except Fatal as error:
+            except StokerError as error:
                 log.error("engine_start_failed", error=str(error))
 
     async def _bring_up(self) -> None:
@@ -156,12 +160,15 @@ class EngineSupervisor:
         if now < self._read_at:
             return None
         self._read_at = now + READ_EVERY_S
-        async with self._endpoint() as endpoint:
-            self.is_healthy = await endpoint.is_healthy()
-            text = await endpoint.metrics_text() if self.is_healthy else None
+        try:
+            async with self._endpoint() as endpoint:
+                self.is_healthy = await endpoint.is_healthy()
+                text = await endpoint.metrics_text() if self.is_healthy else ""
+        except StokerError:  # it died, or was too busy, between the two
+            self.is_healthy, text = False, ""
         if self.is_healthy:
             self._healthy_at = now
-            return self._stalled(parse_readings(text or ""), now)
+            return self._stalled(parse_readings(text), now)
         return "/health does not answer" if now - self._healthy_at > UNHEALTHY_AFTER_S else None
 
     def _stalled(self, readings: EngineReadings, now: float) -> str | None:

@@ -236,13 +236,17 @@ class Dispatcher:
             delete_abandoned_batches(session)
 
     def _send(self, shards: list[tuple[int, UUID]]) -> None:
-        """Publish after commit, with what the broker did not take before; what it does not take now is kept."""
+        """Publish after commit, with what the broker did not take before; what it does not take now is kept.
+
+        No more than the window lacks: a child that runs ahead leaves its shards' hints behind, and any hint
+        that is left makes a free child look for any dispatched shard.
+        """
         hints = list(dict.fromkeys([*self._unsent, *shards]))
         self._unsent = []
         if not hints:
             return
         try:
-            self._publisher.publish(hints)
+            self._publisher.publish(hints[: max(0, self._window - self._publisher.ready_count())])
         except ServiceUnreachable as error:
             log.warning("publish_failed", shards=len(hints), error=str(error))
             self._unsent = hints

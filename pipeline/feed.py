@@ -85,7 +85,7 @@ async def feed(context: FeedContext, shard_id: int) -> FeedReport:
 class _Feeder:
     def __init__(self, context: FeedContext) -> None:
         self._context = context
-        self._attempts: dict[int, Attempt] = {}
+        self._attempts: dict[tuple[int, int], Attempt] = {}
         self._report = FeedReport()
         self._wake = asyncio.Event()
         self._write_wanted = asyncio.Event()
@@ -96,29 +96,39 @@ class _Feeder:
 
     async def run(self, shard_id: int) -> FeedReport:
         lease_s, holder = self._context.settings.worker.lease_s, self._context.holder
-        if await self._is_served():
-            await self._claim(lambda session: claim(session, shard_id, holder=holder, lease_s=lease_s))
-        if self._attempts:
-            async with asyncio.TaskGroup() as group:
-                writer = group.create_task(self._write_loop())
-                await self._feed_loop()
-                writer.cancel()
+        if await self._is_served() and not await self._claim(
+            lambda session: claim(session, shard_id, holder=holder, lease_s=lease_s)
+        ):
+            # Taken already by a child that ran ahead: any other hint is as good, and this one was spent for it.
+            await self._claim(lambda session: claim_next(session, holder=holder, lease_s=lease_s))
+        try:
+            if self._attempts:
+                async with asyncio.TaskGroup() as group:
+                    writer = group.create_task(self._write_loop())
+                    await self._feed_loop()
+                    writer.cancel()
+        finally:
+            for attempt in self._attempts.values():  # after a defect only: their leases end and are recovered
+                self._context.heartbeat.remove(attempt.claim)
+                attempt.lose()
         return self._report
 
     async def _is_served(self) -> bool:
-        """Wait a little for an endpoint that refused connections; nothing is claimed meanwhile.
+        """Wait a little if every endpoint refused connections; nothing is claimed meanwhile.
 
         False after DOWN_PATIENCE_S: the shard stays dispatched and its hint is sent again.
         """
         until = time.monotonic() + DOWN_PATIENCE_S
+        both = {self._context.generation, self._context.embeddings}
         while self._context.refused:
             for endpoint in list(self._context.refused):
                 if await endpoint.is_healthy():
                     self._context.refused.discard(endpoint)
-            if self._context.refused:
-                if self._context.draining() or time.monotonic() >= until:
-                    return False
-                await asyncio.sleep(TICK_S)
+            if not both <= self._context.refused:
+                return True
+            if self._context.draining() or time.monotonic() >= until:
+                return False
+            await asyncio.sleep(TICK_S)
         return True
 
     async def _feed_loop(self) -> None:
@@ -241,7 +251,7 @@ class _Feeder:
             return False
         claimed, loaded = taken
         attempt = Attempt(claimed, loaded, self._units(claimed, loaded) if claimed.runnable else ())
-        self._attempts[claimed.shard_id] = attempt
+        self._attempts[claimed.key] = attempt
 
         def on_beat(runnable: bool | None) -> None:
             self._loop.call_soon_threadsafe(self._on_beat, attempt, runnable)
@@ -286,7 +296,7 @@ class _Feeder:
             log.warning("fence_lost", shard_id=attempt.claim.shard_id, fence=attempt.claim.fence)
         if attempt.is_lost or is_over:
             self._context.heartbeat.remove(attempt.claim)
-            self._attempts.pop(attempt.claim.shard_id, None)
+            self._attempts.pop(attempt.claim.key, None)
             self._wake.set()
 
     async def _persistently(self, step: Callable[[], None]) -> None:
@@ -295,6 +305,8 @@ class _Feeder:
             try:
                 return await asyncio.to_thread(step)
             except ServiceUnreachable as error:
+                if self._grace_until is not None and time.monotonic() > self._grace_until:
+                    raise LostFence from error  # the process must end; the lease gives the jobs to another
                 log.warning("write_waits", error=str(error))
                 await asyncio.sleep(1.0)
 

@@ -31,7 +31,7 @@ class Heartbeat:
         self._database = database
         self._lease_s = lease_s
         self._interval_s = interval_s
-        self._held: dict[int, tuple[Claim, OnBeat]] = {}
+        self._held: dict[tuple[int, int], tuple[Claim, OnBeat]] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -49,12 +49,12 @@ class Heartbeat:
     def add(self, claim: Claim, on_beat: OnBeat) -> None:
         """Keep this claim's lease from now on."""
         with self._lock:
-            self._held[claim.shard_id] = (claim, on_beat)
+            self._held[claim.key] = (claim, on_beat)
 
     def remove(self, claim: Claim) -> None:
         """Let this claim's lease go."""
         with self._lock:
-            self._held.pop(claim.shard_id, None)
+            self._held.pop(claim.key, None)
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval_s):
@@ -65,11 +65,13 @@ class Heartbeat:
                     self._beat(held)
                 except ServiceUnreachable as error:
                     log.warning("heartbeat_missed", error=str(error))
+                except Exception:  # without this thread innocent jobs would run twice and end as poison
+                    log.exception("heartbeat_defect")
 
-    def _beat(self, held: dict[int, tuple[Claim, OnBeat]]) -> None:
+    def _beat(self, held: dict[tuple[int, int], tuple[Claim, OnBeat]]) -> None:
         with self._database.transaction() as session:
             alive = extend_leases(
-                session, {shard_id: claim.fence for shard_id, (claim, _) in held.items()}, lease_s=self._lease_s
+                session, {claim.shard_id: claim.fence for claim, _ in held.values()}, lease_s=self._lease_s
             )
-        for shard_id, (_, on_beat) in held.items():
-            on_beat(alive.get(shard_id))
+        for claim, on_beat in held.values():
+            on_beat(alive.get(claim.shard_id))

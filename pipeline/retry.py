@@ -12,6 +12,7 @@ from store.shards import Retry
 
 BASE_S = 1.0
 CAP_S = 60.0
+RETRY_AFTER_CAP_S = 900.0  # a longer wish is a mistake, such as an epoch
 
 
 def after_failure(job: Job, error: Transient, *, max_tries: int, now: datetime) -> Retry | JobResult:
@@ -29,5 +30,5 @@ def after_failure(job: Job, error: Transient, *, max_tries: int, now: datetime) 
             message=f"failed {tries} times, the last time with: {error}",
         )
     wait_s = random.uniform(0, min(CAP_S, BASE_S * 2**tries))  # noqa: S311  # jitter, not a secret
-    wait_s = max(wait_s, error.retry_after_s or 0.0)
+    wait_s = max(wait_s, min(error.retry_after_s or 0.0, RETRY_AFTER_CAP_S))
     return Retry(seq=job.seq, tries=tries, not_before=now + timedelta(seconds=wait_s), error=str(error)[:500])

@@ -21,7 +21,7 @@ from pipeline.export import follow_lines, manifest, write_lines
 from pipeline.submit import Submitted, dry_run, submit_file
 from runtime.errors import BadInput, NotFound
 from runtime.settings import Settings
-from scripts.local import connected, local_services, local_worker, prepare_schema
+from scripts.local import LocalWorker, connected, local_services, local_worker, prepare_schema
 from scripts.terminal import bar, emit, emit_json, emit_table, print_summary, say, seconds_of, summary, watch_batch
 from store.batches import BatchProgress, batch_progress, find_batches, latest_batches, request_cancel
 from store.batches import resume as resume_batch
@@ -100,7 +100,7 @@ def run(
     _check_writable(output)
     with local_services(settings) as served, ExitStack() as stack:
         prepare_schema(served)
-        _ensure_worker(served, stack)
+        started = _ensure_worker(served, stack)
         database = stack.enter_context(_database(served))
         submitted = _submit(
             served,
@@ -111,11 +111,14 @@ def run(
             reuse=False,
         )
         say(f"{batch_name(submitted.batch_id)}: {submitted.total:,} jobs stored")
-        progress = watch_batch(database, submitted.batch_id, tenant=TENANT)
+        progress = watch_batch(
+            database, submitted.batch_id, tenant=TENANT, check=started.expect_alive if started else None
+        )
         places = _write_files(database, progress, output)
         if as_json:
             emit_json(summary(progress) | {"files": {name: place for name, place in places}})
         print_summary(progress, places=places)
+        _say_paused(progress)
         return _exit_code(progress)
 
 
@@ -353,13 +356,16 @@ def _served_models(settings: Settings) -> frozenset[str] | None:
         workers = board.workers()
     finally:
         board.close()
-    return frozenset(model for worker in workers for model in worker.models) if workers else None
+    # One queue feeds all workers: only what every one of them serves is sure to be answered.
+    return frozenset.intersection(*(frozenset(worker.models) for worker in workers)) if workers else None
 
 
-def _ensure_worker(settings: Settings, stack: ExitStack) -> None:
-    if _served_models(settings) is None:
-        with bar("starting the engine", total=None) as show:
-            stack.enter_context(local_worker(settings, on_wait=show))
+def _ensure_worker(settings: Settings, stack: ExitStack) -> LocalWorker | None:
+    """Start a worker for this run unless one is live; None if one is."""
+    if _served_models(settings) is not None:
+        return None
+    with bar("starting the engine", total=None) as show:
+        return stack.enter_context(local_worker(settings, on_wait=show))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.children import birth_of, spawn, stop
@@ -63,15 +64,29 @@ def local_services(settings: Settings) -> Iterator[Settings]:
             json.dumps({"pid": os.getpid(), "birth": birth_of(os.getpid()), "addresses": addresses})
         )
         announcement.chmod(0o600)
+        _forget_workers(services.redis_url)
         try:
             yield _with_addresses(settings, addresses)
         finally:
             announcement.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True, slots=True)
+class LocalWorker:
+    """A worker that this command started."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def expect_alive(self) -> None:
+        """Raise ServiceUnreachable with the end of its log if it has ended."""
+        if self.process.poll() is not None:
+            raise ServiceUnreachable(f"the worker has ended; the end of {self.log}:\n{_tail(self.log)}")
+
+
 @contextmanager
-def local_worker(settings: Settings, *, on_wait: Callable[[float], None] | None = None) -> Iterator[Path]:
-    """A worker process for this block, up and announced: its log file. Ended by SIGTERM, so it drains.
+def local_worker(settings: Settings, *, on_wait: Callable[[float], None] | None = None) -> Iterator[LocalWorker]:
+    """A worker process for this block, up and announced. Ended by SIGTERM, so it drains.
 
     Raises ServiceUnreachable with the end of its log if it does not come up.
     """
@@ -86,7 +101,7 @@ def local_worker(settings: Settings, *, on_wait: Callable[[float], None] | None 
     )
     try:
         _wait_announced(settings, worker, name=name, log=log, on_wait=on_wait)
-        yield log
+        yield LocalWorker(process=worker, log=log)
     finally:
         stop(worker, grace_s=settings.worker.grace_s + STOP_MARGIN_S)
 
@@ -120,6 +135,14 @@ def _wait_announced(
             time.sleep(0.1)
     finally:
         board.close()
+
+
+def _forget_workers(redis_url: str) -> None:
+    """Workers of an earlier run died with its services; what they announced may outlive them by some seconds."""
+    board = PresenceBoard(redis_url)
+    for worker in board.workers():
+        board.withdraw(worker.name)
+    board.close()
 
 
 def _running_services(settings: Settings) -> Settings | None:

@@ -12,7 +12,7 @@ import click
 
 from runtime.logs import configure_logs
 from runtime.settings import Settings, environment_of
-from scripts.local import connected, home_of, local_services, local_worker, prepare_schema
+from scripts.local import LocalWorker, connected, home_of, local_services, local_worker, prepare_schema
 from scripts.terminal import bar, emit_json, emit_table, say
 from worker.dispatcher import run_dispatcher
 from worker.doctor import examine
@@ -50,13 +50,13 @@ def up(settings: Settings) -> None:
         prepare_schema(served)
         with bar("starting the engine", total=None) as show:
             running = local_worker(served, on_wait=show)
-            log = running.__enter__()
+            started = running.__enter__()
         try:
             say(
-                f"up; logs in {home_of(settings) / 'logs'} (worker: {log.name})\n"
+                f"up; logs in {home_of(settings) / 'logs'} (worker: {started.log.name})\n"
                 "submit from another terminal: stoker submit FILE.jsonl; stop with Ctrl-C"
             )
-            _wait_for_signal()
+            _wait_for_signal(started)
         finally:
             say("stopping")
             running.__exit__(None, None, None)
@@ -89,8 +89,9 @@ def doctor(settings: Settings, as_json: bool) -> int:
     return 0 if all(finding.is_well for finding in findings) else 1
 
 
-def _wait_for_signal() -> None:
+def _wait_for_signal(started: LocalWorker) -> None:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    stop.wait()
+    while not stop.wait(1.0):
+        started.expect_alive()

@@ -45,7 +45,7 @@ def main() -> None:
         error.show()
         sys.exit(EXIT_USAGE)
     except (click.Abort, KeyboardInterrupt):
-        say("interrupted; a submitted batch goes on by itself: `stoker status`")
+        say("interrupted; what was submitted is kept, and goes on whenever a worker runs: `stoker status`")
         sys.exit(EXIT_INTERRUPTED)
     except InvalidFile as error:
         _say_problems(error)

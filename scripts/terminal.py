@@ -70,14 +70,20 @@ def bar(description: str, *, total: float | None) -> Iterator[Callable[[float], 
         yield lambda done: progress.update(task, completed=done)
 
 
-def watch_batch(database: Database, batch_id: UUID, *, tenant: str) -> BatchProgress:
-    """Show a batch's progress until it has ended or is paused; its last state."""
+def watch_batch(
+    database: Database, batch_id: UUID, *, tenant: str, check: Callable[[], None] | None = None
+) -> BatchProgress:
+    """Show a batch's progress until it has ended or is paused; its last state. `check` may raise at each look."""
     show = _watch_on_terminal if stderr.is_terminal else _watch_plainly
-    return show(_snapshots(database, batch_id, tenant=tenant))
+    return show(_snapshots(database, batch_id, tenant=tenant, check=check))
 
 
-def _snapshots(database: Database, batch_id: UUID, *, tenant: str) -> Iterator[BatchProgress]:
+def _snapshots(
+    database: Database, batch_id: UUID, *, tenant: str, check: Callable[[], None] | None
+) -> Iterator[BatchProgress]:
     while True:
+        if check is not None:
+            check()
         with database.transaction() as session:
             progress = batch_progress(session, batch_id, tenant=tenant)
         yield progress

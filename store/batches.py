@@ -90,7 +90,8 @@ def batch_progress(session: Session, batch_id: UUID, *, tenant: str) -> BatchPro
 
 def latest_batches(session: Session, *, tenant: str, limit: int) -> list[BatchProgress]:
     """The tenant's newest batches, newest first."""
-    rows = session.execute(text(_PROGRESS.format(condition="true")), {"tenant": tenant, "limit": limit})
+    newest = "b.id IN (SELECT id FROM batches WHERE tenant = :tenant ORDER BY id DESC LIMIT :limit)"
+    rows = session.execute(text(_PROGRESS.format(condition=newest)), {"tenant": tenant, "limit": limit})
     return [_progress(row) for row in rows]
 
 
@@ -211,7 +212,11 @@ def screen(session: Session) -> list[tuple[UUID, str]]:
         ).one()
         if failures > SCREENED_FAILURES:
             reason = f"{failures} of the first {seen} jobs failed, most often with {common}"
-            session.execute(update(Batch).where(Batch.id == batch_id).values(paused_reason=reason))
+            session.execute(
+                update(Batch)
+                .where(Batch.id == batch_id, Batch.state == BatchState.IN_PROGRESS, Batch.ending.is_(None))
+                .values(paused_reason=reason)
+            )
             paused.append((batch_id, reason))
         elif seen >= SCREENED_JOBS:
             session.execute(update(Batch).where(Batch.id == batch_id).values(screened=True))

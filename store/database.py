@@ -6,8 +6,9 @@ between processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import psycopg
 from sqlalchemy import URL, create_engine, make_url
@@ -18,6 +19,17 @@ from runtime.errors import ServiceUnreachable, Unstorable
 from runtime.settings import without_secrets
 
 CONNECT_TIMEOUT_S = 5
+# Connection errors, out of resources, operator intervention, and 25 for a server that has turned read-only.
+_OUTAGES = frozenset({"08", "25", "53", "57"})
+# A host that vanished is noticed in half a minute, on both sides: the server then frees the leader's lock.
+_TCP: Mapping[str, Any] = {
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+    "options": "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3 "
+    "-c tcp_user_timeout=20000",
+}
 
 
 class Database:
@@ -34,7 +46,7 @@ class Database:
             pool_size=pool_size,
             max_overflow=2,
             pool_pre_ping=True,
-            connect_args={"connect_timeout": CONNECT_TIMEOUT_S, "application_name": "stoker"},
+            connect_args={"connect_timeout": CONNECT_TIMEOUT_S, "application_name": "stoker", **_TCP},
         )
 
     @contextmanager
@@ -53,6 +65,7 @@ class Database:
                 autocommit=autocommit,
                 connect_timeout=CONNECT_TIMEOUT_S,
                 application_name="stoker",
+                **_TCP,
             ) as connection,
         ):
             yield connection
@@ -70,7 +83,8 @@ class Database:
         except (DataError, UnicodeEncodeError) as error:
             raise Unstorable(str(error).splitlines()[0]) from error
         except DBAPIError as error:
-            if error.connection_invalidated:
+            state = str(getattr(error.orig, "sqlstate", None) or "")
+            if error.connection_invalidated or state[:2] in _OUTAGES:
                 raise self._unreachable(error) from error
             raise
 

@@ -10,11 +10,15 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 import migrations
 from runtime.clock import WEEK, utc_now, uuid7_floor, week_start
+from runtime.logs import get_logger
 from store.database import Database
+
+log = get_logger(__name__)
 
 PARTITIONED = ("jobs", "results")
 WEEKS_AHEAD = 4
@@ -47,18 +51,24 @@ def make_partitions(session: Session, *, now: datetime) -> None:
         for table in PARTITIONED:
             name = partition_name(table, start)
             if name not in existing:
-                session.execute(
-                    text(
-                        f"CREATE TABLE IF NOT EXISTS {name} PARTITION OF {table} "
-                        f"FOR VALUES FROM ('{uuid7_floor(start)}') TO ('{uuid7_floor(start + timedelta(weeks=1))}')"
-                    )
-                )
+                _make_partition(session, name, table=table, start=start)
 
 
 def partition_name(table: str, start: datetime) -> str:
     """jobs_2026w48 for the week that begins at `start`."""
     year, week, _ = start.isocalendar()
     return f"{table}_{year}w{week:02}"
+
+
+def _make_partition(session: Session, name: str, *, table: str, start: datetime) -> None:
+    """Create one partition, unless that would wait for others or DEFAULT has rows of its week: then it stays there."""
+    bounds = f"FROM ('{uuid7_floor(start)}') TO ('{uuid7_floor(start + timedelta(weeks=1))}')"
+    try:
+        with session.begin_nested():
+            session.execute(text("SET LOCAL lock_timeout = '2s'"))
+            session.execute(text(f"CREATE TABLE IF NOT EXISTS {name} PARTITION OF {table} FOR VALUES {bounds}"))
+    except DBAPIError as error:
+        log.warning("partition_not_made", name=name, error=str(error.orig))
 
 
 def _alembic_config() -> Config:

@@ -35,6 +35,11 @@ class Claim:
     endpoint: str
     runnable: bool
 
+    @property
+    def key(self) -> tuple[int, int]:
+        """What tells this attempt from every other."""
+        return self.shard_id, self.fence
+
 
 @dataclass(frozen=True, slots=True)
 class Retry:

@@ -50,10 +50,15 @@ class WorkerParts:
         """The engine to start, planned once in the parent before it forks: the children need its address."""
         if not self._planned:
             self._owner = os.getpid()
-            self._folder = tempfile.TemporaryDirectory(prefix="stoker-worker-")
-            self._plan = plan_engine(self.settings.engine, socket=Path(self._folder.name) / "engine.sock")
+            self._plan = plan_engine(self.settings.engine, socket=self._own_folder() / "engine.sock")
             self._planned = True
         return self._plan
+
+    def _own_folder(self) -> Path:
+        """A folder that only we may enter, for the engine's socket; gone with the worker."""
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="stoker-worker-")
+        return Path(self._folder.name)
 
     @property
     def engine_url(self) -> str:
@@ -70,9 +75,11 @@ class WorkerParts:
     @property
     def log_file(self) -> Path:
         """Where the engine's output goes."""
-        folder = self.settings.home / "logs" if self.settings.home else Path(tempfile.gettempdir())
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"stoker-engine-{os.getpid()}.log"
+        if self.settings.home is None:
+            return self._own_folder() / "engine.log"
+        folder = self.settings.home / "logs"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return folder / f"engine-{os.getpid()}.log"
 
     def end(self) -> None:
         """End everything that was started; called when the pool has drained, and once more is harmless."""
@@ -146,7 +153,12 @@ class DispatcherThread(threading.Thread):
 
     def run(self) -> None:
         while not self._stop_wanted.is_set():
-            child = spawn([sys.executable, "-m", "worker.dispatcher"], env=self._env, log=None, session=True)
+            try:
+                child = spawn([sys.executable, "-m", "worker.dispatcher"], env=self._env, log=None, session=True)
+            except OSError as error:
+                log.error("dispatcher_start_failed", error=str(error))
+                self._stop_wanted.wait(DISPATCH_POLL_S)
+                continue
             while child.poll() is None and not self._stop_wanted.wait(DISPATCH_POLL_S):
                 pass
             if self._stop_wanted.is_set():

@@ -167,7 +167,7 @@ def test_lost_hints_are_sent_again_once_the_queue_holds_too_few(
     assert broker.sent == first, "they wait in the queue"
     broker.ready = len(first) - 1
     dispatcher.sweep()
-    assert broker.sent == first + first
+    assert broker.sent == first + first[:1], "as many as the window lacks: any hint leads to any dispatched shard"
     dispatcher.sweep()
     assert broker.sent == first + first, "and are young again"
 
