@@ -5,6 +5,7 @@ vLLM is never imported: it lives in an environment of its own and is given a com
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import shlex
@@ -102,6 +103,7 @@ def _llamacpp(settings: EngineSettings, checkpoint: Path, *, alias: str, socket:
         *flags,
     )
     description = _description("llamacpp", flags, checkpoint, alias=alias, quantization="gguf")
+    description["version"] = f"xllamacpp {importlib.metadata.version('xllamacpp')}"  # the server itself says b0-unknown
     return EnginePlan("llamacpp", command, _environment(), f"unix://{socket}", alias, description, slots)
 
 

@@ -33,6 +33,7 @@ def identify_endpoint(url: str, *, plan: EnginePlan | None, settings: Settings) 
     except StokerError as error:
         raise ServiceUnreachable(f"the engine at {url} does not answer: {error}; check STOKER_ENGINE__URL") from error
     described = dict(plan.description) if plan else {"kind": "external", "url": url}
+    version = described.get("version") or version
     label = f"{described['kind']} {version or 'of unknown version'}"
     return EngineIdentity(label, models, {**described, "version": version})
 

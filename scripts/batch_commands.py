@@ -153,7 +153,7 @@ def submit(
     if submitted.reused:
         say(f"submitted within the last hour already, with these options: same batch ({submitted.total:,} jobs)")
     else:
-        say(f"{submitted.total:,} jobs stored; follow them with `stoker watch {name[:14]}`")
+        say(f"{submitted.total:,} jobs stored; follow them with `stoker watch {name[:18]}`")
     if as_json:
         emit_json({"batch": name, "jobs": submitted.total, "reused": submitted.reused})
     else:
@@ -424,7 +424,7 @@ def _follow(database: Database, batch_id: UUID, sink: BinaryIO, *, errors: bool)
 
 def _say_paused(progress: BatchProgress) -> None:
     if progress.paused_reason is not None:
-        name = batch_name(progress.id)[:14]
+        name = batch_name(progress.id)[:18]
         say(
             f"paused: {progress.paused_reason}\nlook with `stoker results {name} --errors`, then "
             f"`stoker resume {name}` or `stoker cancel {name}`"
