@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from urllib.parse import urlsplit, urlunsplit
@@ -28,6 +29,9 @@ REDIS_DATABASES = range(15, 0, -1)  # 0 is everybody's
 REDIS_OWNER = "stoker:test:owner"
 REDIS_HOURS_KEPT = 2  # for a run that was killed; its number is free again then
 QUEUES = ("generation", "stoker.dead")
+
+# A shell's background job ignores SIGINT, and so would every process that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ class EngineRoom:
 
     def engine_log(self, worker: WorkerProcess) -> str:
         """What the worker's engine wrote."""
-        return (self._folder / "logs" / f"stoker-engine-{worker.pid}.log").read_text(errors="replace")
+        return (self._folder / "logs" / f"engine-{worker.pid}.log").read_text(errors="replace")
 
 
 @pytest.fixture(scope="module")
