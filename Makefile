@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 include engines.mk
 
-.PHONY: help demo up test test-engine check format env-example compose-env bench-submit bench-end-to-end
+.PHONY: help demo up test test-engine chaos check format env-example compose-env bench-submit bench-dispatch bench-refill bench-end-to-end
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -18,10 +18,15 @@ up: .venv/.demo checkpoint-gguf ## everything on this machine until Ctrl-C
 	@stoker up
 
 test: check checkpoint-gguf engine-vllm checkpoint ## all tests: real services, real kills, real vLLM (builds what it needs)
-	@python -m tests.support.services pytest
+	@python -m tests.support.services sh -c 'pytest -n 3 -m "not engine and not alone" && pytest -m "engine or alone"'
 
 test-engine: .venv/.dev engine-vllm checkpoint ## only the tests with a real vLLM
 	@python -m tests.support.services pytest -m engine
+
+MINUTES ?= 10
+JOB_S ?= 0.2
+chaos: .venv/.dev ## real faults on a running system: MINUTES=10 SEED= JOB_S=0.2
+	@python -m tests.chaos.run --minutes $(MINUTES) --job-s $(JOB_S) $(if $(SEED),--seed $(SEED))
 
 check: .venv/.dev ## lint, types, layers, generated files, compose file
 	@ruff format --check --quiet . && ruff check --quiet .
@@ -41,6 +46,12 @@ env-example: .venv/.demo
 
 bench-submit: .venv/.dev ## rows/s and memory of submit, beside a bare COPY
 	@python -m benchmarks.submit --lines 1000000
+
+bench-dispatch: .venv/.dev ## the dispatch leader at 10,000 to 1,000,000 shards, and who waits for whom
+	@python -m benchmarks.dispatch
+
+bench-refill: .venv/.dev ## starvation of a scripted engine with 2,048 slots
+	@python -m benchmarks.refill
 
 bench-end-to-end: .venv/.dev engine-vllm checkpoint ## the whole system beside the bare engine: CSV=queries.csv
 	@python -m benchmarks.end_to_end --csv $(CSV)

@@ -28,6 +28,9 @@ def figures() -> str:
             "`make bench-end-to-end CSV=…`",
         ),
         *_submit_rows(submit),
+        _refill_row(_read("refill")),
+        _dispatch_row(_read("dispatch")),
+        _chaos_row(_read("chaos")),
     ]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     machine = f"{whole['cores']} cores of an {whole['cpu']}, {whole['date']}"
@@ -49,6 +52,37 @@ def _submit_rows(submit: dict[str, Any]) -> list[tuple[str, str, str]]:
         )
         for key, name in names.items()
     ]
+
+
+def _refill_row(refill: dict[str, Any]) -> tuple[str, str, str]:
+    tight = refill["rows"][0]
+    return (
+        f"starvation: slot-time empty while the batch has jobs to send, {tight['slots']:,} slots, {tight['children']} "
+        "children, lognormal service times",
+        ", ".join(f"**{row['starvation']:.1%}** with {row['in_flight']:,} in flight" for row in refill["rows"]),
+        "`make bench-refill`",
+    )
+
+
+def _dispatch_row(dispatch: dict[str, Any]) -> tuple[str, str, str]:
+    first, last = dispatch["rows"][0], dispatch["rows"][-1]
+    return (
+        f"the dispatch leader's sweep at {first['shards']:,} and at {last['shards']:,} shards; shards claimed before a "
+        "new tenant's first",
+        f"**{first['sweep_ms_median']:.1f} and {last['sweep_ms_median']:.1f} ms**; "
+        f"{last['claims_before_the_newcomers_shards'][0]}",
+        "`make bench-dispatch`",
+    )
+
+
+def _chaos_row(chaos: dict[str, Any]) -> tuple[str, str, str]:
+    faults = len(chaos["injected"])
+    return (
+        f"{chaos['jobs']:,} jobs of {chaos['job_s']} s on {chaos['workers']} workers under {faults} faults, one every "
+        "10 s: lost, doubled, wrongly blamed; run again",
+        f"**{chaos['lost']}, {chaos['duplicated']}, {chaos['blamed']}**; {chaos['repeated'] / chaos['jobs']:.2%}",
+        "`make chaos`",
+    )
 
 
 def _read(name: str) -> dict[str, Any]:

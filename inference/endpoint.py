@@ -50,6 +50,10 @@ class EndpointDown(Transient):
         self.was_sent = was_sent
 
 
+class ServerFault(Transient):
+    """The server answered with a status of 500 or above: it may be dying."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """What the server answered for good: a success or a rejection, its body as it came."""
@@ -118,7 +122,8 @@ class Endpoint:
             except (aiohttp.ClientError, OSError) as error:
                 self._raise_for(error, timeout_s=self._timeout_s)
         if response.status in TRANSIENT_STATUSES:
-            raise Transient(
+            kind = ServerFault if response.status >= 500 else Transient
+            raise kind(
                 f"{self.url} answered {response.status}: {self._excerpt(answer)}",
                 retry_after_s=_retry_after_s(response.headers),
             )

@@ -28,7 +28,7 @@ log = get_logger(__name__)
 POLL_S = 1.0
 READ_EVERY_S = 5.0
 UNHEALTHY_AFTER_S = 30.0  # a front end under full load may miss a probe or two
-BACKOFF_S = (1.0, 2.0, 5.0, 15.0, 60.0)
+BACKOFF_S = (1.0, 2.0, 5.0, 15.0, 60.0)  # after starts that failed in a row; a prompt may kill a sound engine
 STOP_GRACE_S = 10.0
 LOG_TAIL_LINES = 15
 
@@ -102,6 +102,7 @@ class EngineSupervisor:
     async def _watch(self) -> None:
         await self._bring_up()
         self._started.set()
+        failures = 0
         while not self._stop.is_set():
             reason = await self._fault()
             if reason is None:
@@ -109,11 +110,13 @@ class EngineSupervisor:
             self.is_healthy = False
             log.error("engine_restarts", engine=self.plan.kind, reason=reason, restarts=self.restarts)
             self._end_child()
-            await self._sleep(BACKOFF_S[min(self.restarts, len(BACKOFF_S) - 1)])
+            await self._sleep(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])
             self.restarts += 1
             try:
                 await self._bring_up()
+                failures = 0
             except StokerError as error:
+                failures += 1
                 log.error("engine_start_failed", error=str(error))
 
     async def _bring_up(self) -> None:

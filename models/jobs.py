@@ -9,11 +9,15 @@ from models.states import Outcome, Source
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One unfinished job of a claimed shard. `body` is the request's JSON; `tries` counts transient failures."""
+    """One unfinished job of a claimed shard. `body` is the request's JSON.
+
+    `tries` counts transient failures, `engine_deaths` the engines that died while it was in flight.
+    """
 
     seq: int
     body: str
     tries: int
+    engine_deaths: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ COPY 2.1 to 2.5 times slower. Bodies and responses are text holding JSON, not js
 from __future__ import annotations
 
 from datetime import datetime
+from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
@@ -26,7 +27,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, BIGINT, INTEGER, JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from models.states import BatchState, Ending, Outcome, ShardState, Source
+from models.states import BatchState, Ending, Outcome, Priority, ShardState, Source
 
 NAMING = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -48,7 +49,7 @@ class Base(DeclarativeBase):
     }
 
 
-def _word(states: type[BatchState] | type[Ending] | type[ShardState] | type[Outcome] | type[Source], name: str) -> Enum:
+def _word(states: type[StrEnum], name: str) -> Enum:
     """A string column with a CHECK that holds it to an enum's values."""
     return Enum(
         states,
@@ -75,6 +76,10 @@ class Batch(Base):
     submit_digest: Mapped[str]  # sha256 of the file's digest and the options: the same submit twice
     options: Mapped[dict[str, Any]]
     max_output_tokens: Mapped[int | None]
+    priority: Mapped[Priority] = mapped_column(_word(Priority, "priority"), server_default="normal")
+    weight: Mapped[float] = mapped_column(server_default="1")  # its share among its tenant's batches
+    retry_of: Mapped[UUID | None]  # the batch whose failed lines these are
+    skipped: Mapped[int] = mapped_column(server_default="0")  # bad lines that submit was told to leave out
     total: Mapped[int] = mapped_column(server_default="0")
     shards_left: Mapped[int] = mapped_column(server_default="0")
     cursor: Mapped[int] = mapped_column(BIGINT, server_default="0")  # last shard that dispatch took
@@ -88,8 +93,10 @@ class Batch(Base):
     cancelling_at: Mapped[datetime | None]
     finalizing_at: Mapped[datetime | None]
     ended_at: Mapped[datetime | None]
+    deleted_at: Mapped[datetime | None]  # past retention: gone for everybody, its rows on their way out
 
     __table_args__ = (
+        CheckConstraint("weight > 0", name="weight"),
         Index(None, "tenant", "submit_digest"),
         Index(
             "ix_batches_live",
@@ -144,6 +151,9 @@ class Shard(Base):
     id: Mapped[int] = mapped_column(BIGINT, Identity(), primary_key=True)
     batch_id: Mapped[UUID] = mapped_column(ForeignKey("batches.id", ondelete="CASCADE"))
     seqs: Mapped[list[int]] = mapped_column(ARRAY(Integer))
+    tokens: Mapped[int] = mapped_column(BIGINT, server_default="0")  # estimated, prompts and most output: its cost
+    quarantined: Mapped[bool] = mapped_column(server_default=text("false"))  # runs with nothing else on its engine
+    engine: Mapped[str | None]  # where the running attempt sends its jobs
     state: Mapped[ShardState] = mapped_column(_word(ShardState, "state"), server_default="pending")
     fence: Mapped[int] = mapped_column(BIGINT, server_default="0")
     crashes: Mapped[int] = mapped_column(SmallInteger, server_default="0")
@@ -173,19 +183,21 @@ class Shard(Base):
             postgresql_where=text("state = 'pending' AND not_before IS NOT NULL"),
         ),
         Index("ix_shards_live", "id", postgresql_where=text("state IN ('dispatched', 'running')")),
+        Index("ix_shards_quarantine", "engine", postgresql_where=text("state = 'running' AND quarantined")),
         Index(None, "batch_id"),
         {"postgresql_with": {"fillfactor": "70"}},
     )
 
 
 class JobTry(Base):
-    """How often a job has failed transiently, and when it may be tried again."""
+    """How often a job has failed transiently, how many engines died under it, and when it may be tried again."""
 
     __tablename__ = "job_tries"
 
     batch_id: Mapped[UUID] = mapped_column(ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True)
     seq: Mapped[int] = mapped_column(INTEGER, primary_key=True, autoincrement=False)
     tries: Mapped[int] = mapped_column(SmallInteger)
+    engine_deaths: Mapped[int] = mapped_column(SmallInteger, server_default="0")
     not_before: Mapped[datetime]
     last_error: Mapped[str]
 

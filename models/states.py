@@ -30,6 +30,14 @@ class Ending(StrEnum):
     CANCELLED = "cancelled"
 
 
+class Priority(StrEnum):
+    """A batch's class, highest first: a class is dispatched only while no higher one has a shard to send."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+
 class ShardState(StrEnum):
     """pending → dispatched → running → done; running falls back to pending by give back or recover."""
 
@@ -53,7 +61,8 @@ class Outcome(StrEnum):
 
 
 class Source(StrEnum):
-    """Where a result came from."""
+    """Where a result came from. reused: copied from an earlier batch's equal job."""
 
     ENGINE = "engine"
+    REUSED = "reused"
     NONE = "none"

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from inference.embeddings import Pack
@@ -22,6 +23,15 @@ Unit = Job | Pack
 """What is sent as one request: a job, or embedding jobs packed together."""
 
 
+@dataclass(frozen=True, slots=True)
+class Unwritten:
+    """What an attempt has learned since its last write; `suspects` are seqs that leave it for quarantine."""
+
+    results: list[JobResult]
+    retries: list[Retry] = field(default_factory=list)
+    suspects: list[int] = field(default_factory=list)
+
+
 class Attempt:
     """The state of one run of a shard. Lives in the asyncio loop's thread."""
 
@@ -32,6 +42,7 @@ class Attempt:
         self.is_lost = False
         self.is_stopped = False
         self.endpoint_is_down = False
+        self.suspects: list[int] = []
         self._next_due: datetime | None = loaded.next_due
         self._results: list[JobResult] = []
         self._retries: list[Retry] = []
@@ -69,10 +80,10 @@ class Attempt:
             or (rows > 0 and time.monotonic() - self._unwritten_since >= FLUSH_AFTER_S)
         )
 
-    def take_unwritten(self) -> tuple[list[JobResult], list[Retry]]:
+    def take_unwritten(self) -> Unwritten:
         """Everything recorded since the last call."""
-        taken = self._results, self._retries
-        self._results, self._retries, self._unwritten_bytes = [], [], 0
+        taken = Unwritten(self._results, self._retries, self.suspects)
+        self._results, self._retries, self.suspects, self._unwritten_bytes = [], [], [], 0
         return taken
 
     def stop(self) -> None:

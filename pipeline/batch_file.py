@@ -23,6 +23,7 @@ BUFFER_BYTES = 1024 * 1024
 PROGRESS_EVERY_LINES = 4096
 KEPT_PROBLEMS = 20
 NAMED_MODELS = 20
+SKIPPED_SUSPECTS = 100_000  # ids that several lines use: 15 MB of ids and line numbers
 
 Progress = Callable[[int, int], None]
 
@@ -32,7 +33,8 @@ class BatchFile:
 
     After the first bad line it gives no more, reads on to count all problems, and raises InvalidFile; so
     does a custom_id that two lines share, a model that is not served, and a file without a line. Blank
-    lines are skipped, as other readers of the format do. `endpoint` is known once a line was given.
+    lines are skipped, as other readers of the format do. `endpoint` is known once a line was given;
+    `skipped` counts the bad lines that were left out, none here.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class BatchFile:
         on_progress: Progress | None,
     ) -> None:
         self.endpoint: str | None = None
+        self.skipped = 0
         self._file = file
         self._rules = rules
         self._served_models = served_models
@@ -118,14 +121,7 @@ class BatchFile:
         for twice in duplicates(self._ids(), suspects):
             self._total_problems += 1
             if len(found) < KEPT_PROBLEMS:
-                found.append(
-                    Problem(
-                        twice.line,
-                        "duplicate_custom_id",
-                        "custom_id",
-                        (f'is "{twice.custom_id}", which line {twice.first_line} has; give every line its own'),
-                    )
-                )
+                found.append(_duplicate(twice.custom_id, line=twice.line, first_line=twice.first_line))
         self._problems += found
 
     def _finish(self) -> None:
@@ -143,17 +139,89 @@ class BatchFile:
             self._on_progress(self.size_bytes, self.size_bytes)
 
     def _model_problems(self) -> Iterator[Problem]:
-        served = ", ".join(sorted(self._served_models or ())) or "none"
         for model, (first, lines) in self._missing_models.items():
-            yield Problem(
-                first,
-                "model_not_found",
-                "body.model",
-                (
-                    f'is "{model[:SHOWN_CHARACTERS]}", not served ({lines:,} line{"s" if lines > 1 else ""}); '
-                    f"served: {served}; name one of these in the lines, or submit with --model NAME"
-                ),
+            yield self._not_served(model, first, lines=lines)
+
+    def _not_served(self, model: str, number: int, *, lines: int) -> Problem:
+        served = ", ".join(sorted(self._served_models or ())) or "none"
+        return Problem(
+            number,
+            "model_not_found",
+            "body.model",
+            (
+                f'is "{model[:SHOWN_CHARACTERS]}", not served ({lines:,} line{"s" if lines > 1 else ""}); '
+                f"served: {served}; name one of these in the lines, or submit with --model NAME"
+            ),
+        )
+
+
+class SkippingBatchFile(BatchFile):
+    """A batch file of which bad lines are left out; `on_skipped` hears of each, in their order.
+
+    Of lines that share a custom_id the first stays. The file is parsed twice, because only the first reading
+    tells which ids come twice. A file without a good line is refused all the same, with its first problems.
+    """
+
+    def __init__(
+        self,
+        file: BufferedReader,
+        *,
+        rules: LineRules,
+        served_models: frozenset[str] | None,
+        on_progress: Progress | None,
+        on_skipped: Callable[[Problem], None],
+    ) -> None:
+        super().__init__(file, rules=rules, served_models=served_models, on_progress=on_progress)
+        self._on_skipped = on_skipped
+
+    def __iter__(self) -> Iterator[ParsedLine]:
+        suspects = self._suspects()
+        first_lines: dict[str, int] = {}
+        for number, line in self._parsed_lines(self._raw_lines()):
+            problem = line if isinstance(line, Problem) else self._repeated(line, number, suspects, first_lines)
+            if problem is not None:
+                self.skipped += 1
+                self._on_skipped(problem)
+                if self.endpoint is None:
+                    self._refuse(problem)
+            elif isinstance(line, ParsedLine):
+                yield line
+        self._finish()
+
+    def _suspects(self) -> frozenset[int]:
+        """The digests of ids that come twice. Raises BadInput when they are too many to hold."""
+        with DigestBuckets() as digests:
+            self._file.seek(0)
+            for _, line in self._parsed_lines(read_lines(self._file, line_bytes=self._rules.line_bytes)):
+                if isinstance(line, ParsedLine):
+                    digests.add(line.custom_id)
+            suspects = digests.suspects(most=SKIPPED_SUSPECTS)
+        if suspects.unchecked:
+            raise BadInput(
+                f"more than {SKIPPED_SUSPECTS:,} custom_ids are used by several lines; "
+                "--skip-bad does not go that far: give every line its own"
             )
+        return suspects.digests
+
+    def _parsed_lines(self, lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, ParsedLine | Problem]]:
+        """Every line with its number, good or bad by itself; the first good one states the endpoint."""
+        served = self._served_models
+        for number, raw in lines:
+            line = parse_line(raw, number, rules=self._rules, endpoint=self.endpoint)
+            if isinstance(line, ParsedLine):
+                if served is not None and line.model not in served:
+                    line = self._not_served(line.model, number, lines=1)
+                elif self.endpoint is None:
+                    self.endpoint = line.url
+            yield number, line
+
+    def _repeated(
+        self, line: ParsedLine, number: int, suspects: frozenset[int], first_lines: dict[str, int]
+    ) -> Problem | None:
+        if hash(line.custom_id) not in suspects:
+            return None
+        first_line = first_lines.setdefault(line.custom_id, number)
+        return None if first_line == number else _duplicate(line.custom_id, line=number, first_line=first_line)
 
 
 @contextmanager
@@ -186,3 +254,12 @@ def read_lines(file: BufferedReader, *, line_bytes: int) -> Iterator[tuple[int, 
 def _skip_line(file: BufferedReader) -> None:
     while (piece := file.readline(BUFFER_BYTES)) and not piece.endswith(b"\n"):
         pass
+
+
+def _duplicate(custom_id: str, *, line: int, first_line: int) -> Problem:
+    return Problem(
+        line,
+        "duplicate_custom_id",
+        "custom_id",
+        f'is "{custom_id}", which line {first_line} has; give every line its own',
+    )

@@ -7,15 +7,14 @@ and expired batches, finishes batches, and sends lost hints again. All of it may
 
 from __future__ import annotations
 
-import heapq
 import threading
 import time
-from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 from uuid import UUID
 
 from models.states import Ending
+from pipeline.fairness import FairShare, to_recall
 from runtime.clock import utc_now
 from runtime.errors import ServiceUnreachable
 from runtime.logs import get_logger
@@ -30,15 +29,16 @@ from store.batches import (
 )
 from store.database import Database
 from store.dispatching import (
-    Candidates,
     candidates,
     mark_dispatched,
+    recall,
     stale_dispatched,
     touch_dispatched,
     unclaimed_count,
 )
 from store.notifications import leadership
 from store.presence import PresenceBoard
+from store.retention import delete_past_retention
 from store.schema import make_partitions
 from store.shards import (
     CRASHES_TO_HALVE,
@@ -58,8 +58,10 @@ SWEEP_S = 1.0
 WAKE_REST_S = 0.02  # least time between two fills: notifications of one moment are answered once
 LOST_AFTER_S = 10.0  # a hint that was sent needlessly is refused by the claim; a lost one leaves workers idle
 BLIND_WINDOW = 2  # hints in the broker when no worker's presence is known
-WIND_DOWN_SHARDS = 200  # in one sweep, so that other batches' dispatch never waits long
-PARTITIONS_EVERY_S = 3600.0
+WIND_DOWN_S = 0.5  # in one sweep, so that other batches' dispatch never waits long
+WIND_DOWN_SHARDS = 100
+HOUSE_EVERY_S = 60.0
+LEADER_SILENT_LEASES = 2  # a leader silent for so many leases is frozen, and another takes over
 HOLDER = "dispatch"
 
 _ENDINGS = {
@@ -83,11 +85,12 @@ def dispatch_until(
 ) -> None:
     """Lead, or stand by to lead, until `stop` is set. Outages of Postgres or the broker are waited out."""
     dispatcher = Dispatcher(database, publisher, board, settings)
+    silent_s = LEADER_SILENT_LEASES * settings.worker.lease_s
     while not stop.is_set():
         try:
             with leadership(database) as lead:
                 while not stop.is_set():
-                    if not lead.acquire():
+                    if not lead.acquire(silent_s=silent_s):
                         stop.wait(SWEEP_S)
                         continue
                     dispatcher.tick()
@@ -106,10 +109,11 @@ class Dispatcher:
         self._publisher = publisher
         self._board = board
         self._settings = settings
+        self._fairness = FairShare(settings.dispatch.tenant_weights)
         self._window = BLIND_WINDOW
         self._unsent: list[tuple[int, UUID]] = []
         self._sweep_at = 0.0
-        self._partitions_at = 0.0
+        self._house_at = 0.0
 
     def tick(self) -> None:
         """Finish what has ended, fill the window, and once a second sweep for what needs care."""
@@ -123,8 +127,12 @@ class Dispatcher:
     def fill_window(self) -> None:
         """Dispatch shards until the hints nobody has claimed are as many as the live children."""
         with self._database.transaction() as session:
-            free = self._window - unclaimed_count(session)
-            chosen = fair_share(candidates(session, limit=free), free=free) if free > 0 else []
+            batches = candidates(session, limit=self._window)
+            recalled = to_recall(batches)
+            if recalled and recall(session, recalled):
+                batches = candidates(session, limit=self._window)
+            free = self._window - sum(len(batch.unclaimed) for batch in batches)
+            chosen = self._fairness.choose(batches, places=free) if free > 0 else []
             marked = mark_dispatched(session, chosen) if chosen else []
         self._send(marked)
 
@@ -194,6 +202,13 @@ class Dispatcher:
         with self._database.transaction() as session:
             for batch_id in mark_expired(session):
                 log.info("batch_expired", batch_id=str(batch_id))
+        until = time.monotonic() + WIND_DOWN_S
+        while time.monotonic() < until and self._wind_down_some():
+            pass
+
+    def _wind_down_some(self) -> bool:
+        """End the unfinished jobs of some shards that no worker holds; false if there were none."""
+        with self._database.transaction() as session:
             rows = shards_to_wind_down(session, limit=WIND_DOWN_SHARDS)
         for shard_id, ending in rows:
             code, message = _ENDINGS[ending]
@@ -208,6 +223,7 @@ class Dispatcher:
                 if taken is not None:
                     end_unfinished(session, shard_id=shard_id, fence=taken.fence, code=code, message=message)
                     close(session, taken)
+        return bool(rows)
 
     def _send_lost_hints(self) -> None:
         with self._database.transaction() as session:
@@ -228,12 +244,14 @@ class Dispatcher:
 
     def _keep_house(self) -> None:
         now = time.monotonic()
-        if now < self._partitions_at:
+        if now < self._house_at:
             return
-        self._partitions_at = now + PARTITIONS_EVERY_S
+        self._house_at = now + HOUSE_EVERY_S
         with self._database.transaction() as session:
             make_partitions(session, now=utc_now())
             delete_abandoned_batches(session)
+        if delete_past_retention(self._database, retention_s=self._settings.limits.retention_s):
+            self._house_at = now  # there is more: the next sweep goes on
 
     def _send(self, shards: list[tuple[int, UUID]]) -> None:
         """Publish after commit, with what the broker did not take before; what it does not take now is kept.
@@ -250,29 +268,3 @@ class Dispatcher:
         except ServiceUnreachable as error:
             log.warning("publish_failed", shards=len(hints), error=str(error))
             self._unsent = hints
-
-
-def fair_share(running: Iterable[Candidates], *, free: int) -> list[int]:
-    """Choose `free` shards: each goes to the tenant, then the batch, with the fewest live shards.
-
-    Max-min fairness over what is live at this moment, so a new leader decides as the old one would have;
-    among equals the batch that must end first wins (the order of `running`). Batches with nothing to send
-    count as their tenant's live shards.
-    """
-    tenants: dict[str, int] = defaultdict(int)
-    queues: dict[str, list[tuple[int, int, deque[int]]]] = defaultdict(list)
-    for order, batch in enumerate(running):
-        tenants[batch.tenant] += batch.live_shards
-        if batch.shard_ids:
-            heapq.heappush(queues[batch.tenant], (batch.live_shards, order, deque(batch.shard_ids)))
-    chosen: list[int] = []
-    while queues and len(chosen) < free:
-        tenant = min(queues, key=lambda name: (tenants[name], queues[name][0][1]))
-        live, order, waiting = heapq.heappop(queues[tenant])
-        chosen.append(waiting.popleft())
-        tenants[tenant] += 1
-        if waiting:
-            heapq.heappush(queues[tenant], (live + 1, order, waiting))
-        if not queues[tenant]:
-            del queues[tenant]
-    return chosen

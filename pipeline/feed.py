@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from inference.embeddings import Pack, pack
-from inference.endpoint import Endpoint, EndpointDown
+from inference.endpoint import Endpoint, EndpointDown, ServerFault
 from inference.replies import result_of
 from models.jobs import Job, JobResult, failed
 from models.names import request_name
 from models.states import Source
-from pipeline.attempt import Attempt, Unit
+from pipeline.attempt import Attempt, Unit, Unwritten
 from pipeline.heartbeat import Heartbeat
-from pipeline.retry import after_failure
+from pipeline.quarantine import DEATHS_TO_QUARANTINE, isolate
+from pipeline.retry import after_engine_death, after_failure
 from runtime.clock import utc_now
 from runtime.errors import LostFence, Permanent, ServiceUnreachable, Transient, Unstorable
 from runtime.logs import get_logger
@@ -30,12 +32,13 @@ from store.database import Database, Session
 from store.shards import (
     Claim,
     LoadedJobs,
-    Retry,
-    claim,
     claim_next,
     close,
     give_back,
+    is_alone,
+    is_reserved,
     load_jobs,
+    quarantine,
     write_results,
     write_retries,
 )
@@ -58,6 +61,8 @@ class FeedContext:
     embeddings: Endpoint
     settings: Settings
     holder: str
+    engine: str
+    """What its worker's engine is called in Postgres: equal names are one engine."""
     in_flight: int
     draining: Callable[[], bool]
     engine_id: Callable[[], int | None]
@@ -73,13 +78,14 @@ class FeedReport:
     jobs: int = 0
 
 
-async def feed(context: FeedContext, shard_id: int) -> FeedReport:
-    """Run the hinted shard, and then others while there are some; returns when it holds none.
+async def feed(context: FeedContext) -> FeedReport:
+    """Run the shard that is to go first, and then others while there are some; returns when it holds none.
 
-    A shard that somebody else has, or that is done, is no error: the report is empty.
-    Safe to run twice or to die at any line: the fence guards every write.
+    The hint's own shard may have been claimed by a child that ran ahead, or recalled: any hint is as good as another,
+    and the order is Postgres's. No shard to claim is no error: the report is empty. Safe to run twice or to die at
+    any line: the fence guards every write.
     """
-    return await _Feeder(context).run(shard_id)
+    return await _Feeder(context).run()
 
 
 class _Feeder:
@@ -94,13 +100,9 @@ class _Feeder:
         self._grace_until: float | None = None
         self._next_claim_at = 0.0
 
-    async def run(self, shard_id: int) -> FeedReport:
-        lease_s, holder = self._context.settings.worker.lease_s, self._context.holder
-        if await self._is_served() and not await self._claim(
-            lambda session: claim(session, shard_id, holder=holder, lease_s=lease_s)
-        ):
-            # Taken already by a child that ran ahead: any other hint is as good, and this one was spent for it.
-            await self._claim(lambda session: claim_next(session, holder=holder, lease_s=lease_s))
+    async def run(self) -> FeedReport:
+        if await self._is_served():
+            await self._claim()
         try:
             if self._attempts:
                 async with asyncio.TaskGroup() as group:
@@ -114,31 +116,46 @@ class _Feeder:
         return self._report
 
     async def _is_served(self) -> bool:
-        """Wait a little if every endpoint refused connections; nothing is claimed meanwhile.
+        """Wait a little if every endpoint refused connections or a quarantine has the engine; claim nothing then.
 
         False after DOWN_PATIENCE_S: the shard stays dispatched and its hint is sent again.
         """
         until = time.monotonic() + DOWN_PATIENCE_S
-        both = {self._context.generation, self._context.embeddings}
-        while self._context.refused:
-            for endpoint in list(self._context.refused):
-                if await endpoint.is_healthy():
-                    self._context.refused.discard(endpoint)
-            if not both <= self._context.refused:
-                return True
+        while await self._all_refuse() or await self._is_reserved():
             if self._context.draining() or time.monotonic() >= until:
                 return False
             await asyncio.sleep(TICK_S)
         return True
 
+    async def _all_refuse(self) -> bool:
+        for endpoint in list(self._context.refused):
+            if await endpoint.is_healthy():
+                self._context.refused.discard(endpoint)
+        return {self._context.generation, self._context.embeddings} <= self._context.refused
+
+    async def _is_reserved(self) -> bool:
+        return bool(await self._read(lambda session: is_reserved(session, self._context.engine)))
+
+    async def _read(self, question: Callable[[Session], bool]) -> bool | None:
+        """Ask Postgres; None while it does not answer."""
+
+        def ask() -> bool:
+            with self._context.database.transaction() as session:
+                return question(session)
+
+        try:
+            return await asyncio.to_thread(ask)
+        except ServiceUnreachable as error:
+            log.warning("postgres_waits", error=str(error))
+            return None
+
     async def _feed_loop(self) -> None:
-        lease_s, holder = self._context.settings.worker.lease_s, self._context.holder
         while self._attempts:
             self._wind_down_if_told()
             self._start_units()
             if self._is_hungry():
                 self._next_claim_at = time.monotonic() + TICK_S
-                if await self._claim(lambda session: claim_next(session, holder=holder, lease_s=lease_s)):
+                if await self._claim():
                     self._next_claim_at = 0.0
                     continue
             self._wake.clear()
@@ -164,7 +181,10 @@ class _Feeder:
             now >= self._next_claim_at
             and not self._is_stopping(now)
             and self._in_flight() < self._context.in_flight
-            and not any(attempt.waiting or attempt.endpoint_is_down for attempt in self._attempts.values())
+            and not any(
+                attempt.waiting or attempt.endpoint_is_down or attempt.claim.quarantined
+                for attempt in self._attempts.values()
+            )
         )
 
     def _in_flight(self) -> int:
@@ -178,29 +198,48 @@ class _Feeder:
                 free -= 1
 
     def _start(self, attempt: Attempt, unit: Unit) -> None:
+        self._spawn(attempt, self._run_unit(attempt, unit))
+
+    def _spawn(self, attempt: Attempt, work: Coroutine[Any, Any, None]) -> None:
         def ended(task: asyncio.Task[None]) -> None:
             attempt.in_flight.discard(task)
             self._wake.set()
             if attempt.wants_write():
                 self._write_wanted.set()
 
-        task = self._loop.create_task(self._run_unit(attempt, unit))
+        task = self._loop.create_task(work)
         attempt.in_flight.add(task)
         task.add_done_callback(ended)
 
     async def _run_unit(self, attempt: Attempt, unit: Unit) -> None:
-        """Send one unit and record what became of its jobs: the one place that maps errors to outcomes."""
+        jobs = unit.jobs if isinstance(unit, Pack) else (unit,)
+        error = await self._outcome(attempt, unit)
+        if error is None:
+            return
+        self._context.refused.add(self._endpoint(attempt.claim.endpoint))
+        attempt.endpoint_is_down = True
+        attempt.stop()
+        if isinstance(error, EndpointDown) and not error.was_sent:
+            return
+        for job in jobs:
+            attempt.record(after_engine_death(job, error, now=utc_now()))
+            if job.engine_deaths + 1 >= DEATHS_TO_QUARANTINE:
+                attempt.suspects.append(job.seq)
+
+    async def _outcome(self, attempt: Attempt, unit: Unit) -> Transient | None:
+        """Send one unit and record what became of its jobs: the one place that maps errors to outcomes.
+
+        If the engine was not there, or died under it, nothing is recorded and the error is returned.
+        """
         jobs = unit.jobs if isinstance(unit, Pack) else (unit,)
         try:
             for result in await self._ask(attempt, unit):
                 attempt.record(result)
-        except EndpointDown as error:
-            if error.was_sent:
-                self._retry(attempt, jobs, error)
-            else:
-                self._context.refused.add(self._endpoint(attempt.claim.endpoint))
-                attempt.endpoint_is_down = True
-                attempt.stop()
+        except (EndpointDown, ServerFault) as error:
+            is_absent = isinstance(error, EndpointDown) and not error.was_sent
+            if is_absent or not await self._endpoint(attempt.claim.endpoint).is_healthy():
+                return error
+            self._retry(attempt, jobs, error)
         except Transient as error:
             self._retry(attempt, jobs, error)
         except Permanent as error:
@@ -210,6 +249,30 @@ class _Feeder:
             log.exception("job_defect", batch_id=str(attempt.claim.batch_id), seqs=[job.seq for job in jobs])
             for job in jobs:
                 attempt.record(failed(job.seq, code="internal_error", message=f"{type(error).__name__}: {error}"))
+        return None
+
+    async def _run_quarantine(self, attempt: Attempt, suspects: list[Job]) -> None:
+        """Run suspects once no other shard is on the engine."""
+        endpoint = self._endpoint(attempt.claim.endpoint)
+
+        async def engine_is_up() -> bool:
+            while not attempt.is_stopped:
+                alone = await self._read(lambda s: is_alone(s, attempt.claim, engine=self._context.engine))
+                if alone and await endpoint.is_healthy():
+                    self._context.refused.discard(endpoint)
+                    return True
+                await asyncio.sleep(TICK_S)
+            return False
+
+        async def survives(job: Job) -> bool:
+            return await self._outcome(attempt, job) is None
+
+        def convict(job: Job, deaths: int) -> None:
+            message = f"the engine died {deaths} times in a row while this job was alone on it"
+            log.error("poison_job", batch_id=str(attempt.claim.batch_id), seq=job.seq)
+            attempt.record(failed(job.seq, code="poison_job", message=message, source=Source.ENGINE))
+
+        await isolate(suspects, survives=survives, engine_is_up=engine_is_up, convict=convict)
 
     async def _ask(self, attempt: Attempt, unit: Unit) -> list[JobResult]:
         path = attempt.claim.endpoint
@@ -234,12 +297,15 @@ class _Feeder:
         for job in jobs:
             attempt.record(after_failure(job, error, max_tries=max_tries, now=utc_now()))
 
-    async def _claim(self, step: Callable[[Session], Claim | None]) -> bool:
-        """Claim a shard by `step` and take its jobs in; false if there was none."""
+    async def _claim(self) -> bool:
+        """Claim the shard that is to go first and take its jobs in; false if there was none."""
+        context = self._context
 
         def take() -> tuple[Claim, LoadedJobs] | None:
-            with self._context.database.transaction() as session:
-                claimed = step(session)
+            with context.database.transaction() as session:
+                claimed = claim_next(
+                    session, holder=context.holder, lease_s=context.settings.worker.lease_s, engine=context.engine
+                )
                 return None if claimed is None else (claimed, load_jobs(session, claimed))
 
         try:
@@ -250,7 +316,12 @@ class _Feeder:
         if taken is None:
             return False
         claimed, loaded = taken
-        attempt = Attempt(claimed, loaded, self._units(claimed, loaded) if claimed.runnable else ())
+        is_plain = claimed.runnable and not claimed.quarantined
+        attempt = Attempt(claimed, loaded, self._units(claimed, loaded) if is_plain else ())
+        if claimed.runnable and claimed.quarantined:
+            for other in self._attempts.values():
+                other.stop()
+            self._spawn(attempt, self._run_quarantine(attempt, loaded.jobs))
         self._attempts[claimed.key] = attempt
 
         def on_beat(runnable: bool | None) -> None:
@@ -286,11 +357,11 @@ class _Feeder:
 
     async def _write_and_end(self, attempt: Attempt) -> None:
         is_over = attempt.is_over
-        results, retries = attempt.take_unwritten()
+        unwritten = attempt.take_unwritten()
         try:
             if not attempt.is_lost:
-                await self._persistently(lambda: self._write(attempt, results, retries, is_over=is_over))
-                self._report.jobs += len(results)
+                await self._persistently(lambda: self._write(attempt, unwritten, is_over=is_over))
+                self._report.jobs += len(unwritten.results)
         except LostFence:
             attempt.lose()
             log.warning("fence_lost", shard_id=attempt.claim.shard_id, fence=attempt.claim.fence)
@@ -310,42 +381,41 @@ class _Feeder:
                 log.warning("write_waits", error=str(error))
                 await asyncio.sleep(1.0)
 
-    def _write(self, attempt: Attempt, results: list[JobResult], retries: list[Retry], *, is_over: bool) -> None:
+    def _write(self, attempt: Attempt, unwritten: Unwritten, *, is_over: bool) -> None:
         try:
-            self._transact(attempt, results, retries, is_over=is_over)
+            self._transact(attempt, unwritten, is_over=is_over)
         except Unstorable:
-            for result in results:
+            for result in unwritten.results:
                 self._write_alone(attempt, result)
-            self._transact(attempt, [], retries, is_over=is_over)
+            self._transact(attempt, replace(unwritten, results=[]), is_over=is_over)
 
     def _write_alone(self, attempt: Attempt, result: JobResult) -> None:
         try:
-            self._transact(attempt, [result], [], is_over=False)
+            self._transact(attempt, Unwritten([result]), is_over=False)
         except Unstorable as error:
             refused = failed(result.seq, code="unstorable_response", message=str(error), source=Source.ENGINE)
-            self._transact(attempt, [refused], [], is_over=False)
+            self._transact(attempt, Unwritten([refused]), is_over=False)
 
-    def _transact(self, attempt: Attempt, results: list[JobResult], retries: list[Retry], *, is_over: bool) -> None:
-        """One transaction: results, retries, and the end of the attempt if it is over.
+    def _transact(self, attempt: Attempt, unwritten: Unwritten, *, is_over: bool) -> None:
+        """One transaction: results, retries, suspects apart, and the end of the attempt if it is over.
 
         Raises LostFence if another attempt owns the shard; nothing was written then.
         """
-        lease_s = self._context.settings.worker.lease_s
         with self._context.database.transaction() as session:
-            if (
-                results
-                and write_results(session, attempt.claim, results, engine_id=self._context.engine_id(), lease_s=lease_s)
-                is None
-            ):
+            if not self._write_under_fence(session, attempt, unwritten, is_over=is_over):
                 raise LostFence
-            if retries and not write_retries(session, attempt.claim, retries):
-                raise LostFence
-            if (
-                is_over
-                and not close(session, attempt.claim)
-                and not give_back(session, attempt.claim, wait_s=_wait_s(attempt))
-            ):
-                raise LostFence
+
+    def _write_under_fence(self, session: Session, attempt: Attempt, unwritten: Unwritten, *, is_over: bool) -> bool:
+        held, lease_s = attempt.claim, self._context.settings.worker.lease_s
+        if unwritten.results:
+            engine_id = self._context.engine_id()
+            if write_results(session, held, unwritten.results, engine_id=engine_id, lease_s=lease_s) is None:
+                return False
+        if unwritten.retries and not write_retries(session, held, unwritten.retries):
+            return False
+        if unwritten.suspects and not quarantine(session, held, unwritten.suspects):
+            return False
+        return not is_over or close(session, held) or give_back(session, held, wait_s=_wait_s(attempt))
 
 
 def _wait_s(attempt: Attempt) -> float:

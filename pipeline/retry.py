@@ -31,4 +31,15 @@ def after_failure(job: Job, error: Transient, *, max_tries: int, now: datetime) 
         )
     wait_s = random.uniform(0, min(CAP_S, BASE_S * 2**tries))  # noqa: S311  # jitter, not a secret
     wait_s = max(wait_s, min(error.retry_after_s or 0.0, RETRY_AFTER_CAP_S))
-    return Retry(seq=job.seq, tries=tries, not_before=now + timedelta(seconds=wait_s), error=str(error)[:500])
+    return Retry(job.seq, tries, job.engine_deaths, not_before=now + timedelta(seconds=wait_s), error=str(error)[:500])
+
+
+def after_engine_death(job: Job, error: Transient, *, now: datetime) -> Retry:
+    """A later try that counts against the engine's deaths under this job, not against its tries."""
+    return Retry(
+        job.seq,
+        job.tries,
+        job.engine_deaths + 1,
+        not_before=now + timedelta(seconds=BASE_S),
+        error=f"the engine died under it: {error}"[:500],
+    )

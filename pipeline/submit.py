@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from io import BufferedReader
 from itertools import chain
 from pathlib import Path
@@ -20,37 +20,31 @@ from uuid import UUID
 import msgspec
 
 from models.lines import LineRules, ParsedLine, SubmitOptions
-from pipeline.batch_file import BatchFile, Progress, opened
+from models.states import Priority
+from pipeline.again import check_reusable, reuse_results
+from pipeline.batch_file import BatchFile, Progress, SkippingBatchFile, opened
+from pipeline.begin import CHUNK_JOBS, LEASE, TENANT, begin_batch, same_submit
+from pipeline.begin import Submitted as Submitted
+from pipeline.cutting import ShardCutter
 from runtime.clock import uuid7
-from runtime.errors import StokerError
+from runtime.errors import Problem
 from runtime.settings import Settings, ShardSettings
 from store.database import Database
-from store.submissions import (
-    NewBatch,
-    copy_jobs,
-    delete_validating,
-    extend_lease,
-    find_same_submit,
-    insert_shards,
-    insert_validating,
-    lock_submit,
-    set_going,
-)
+from store.submissions import Filled, NewBatch, copy_jobs, extend_lease, insert_shards
 
-TENANT = "local"
-CHUNK_LINES = 50_000
 CHUNK_BYTES = 256 * 1024 * 1024
-LEASE = timedelta(minutes=5)  # must outlast the check of all ids before the last step: seconds at 10,000,000
-REUSE_FOR = timedelta(hours=1)
 
 
 @dataclass(frozen=True, slots=True)
-class Submitted:
-    """The batch that runs the file. `reused`: it is an earlier one, nothing new was stored."""
+class Wishes:
+    """How a batch is to run among others, and whose results it may take over."""
 
-    batch_id: UUID
-    total: int
-    reused: bool
+    priority: Priority = Priority.NORMAL
+    weight: float = 1.0  # its share among its tenant's batches
+    results_of: UUID | None = None  # lines that equal a job of this batch take its succeeded result
+
+
+NO_WISHES = Wishes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +56,7 @@ class FileEstimate:
     output_tokens: int
     models: dict[str, int]
     endpoint: str
+    skipped: int = 0
 
 
 def submit_file(
@@ -73,24 +68,30 @@ def submit_file(
     served_models: frozenset[str] | None,
     reuse: bool,
     on_progress: Progress | None = None,
+    on_skipped: Callable[[Problem], None] | None = None,
     input_name: str | None = None,
     tenant: str = TENANT,
+    wishes: Wishes = NO_WISHES,
 ) -> Submitted:
     """Store the file as a batch and set it going; return once all of it is committed.
 
     With `reuse` the same file and options within an hour give the batch that runs or was completed, also when two
-    race. `on_progress` hears (bytes validated, bytes of the file). Any error, Ctrl-C included, leaves no rows; a
+    race. `on_progress` hears (bytes validated, bytes of the file). With `on_skipped` bad lines are left out and it
+    hears of each, in their order; without, one refuses the file. Any error, Ctrl-C included, leaves no rows; a
     kill leaves a validating batch for `delete_abandoned_batches`. Raises InvalidFile, BadInput, ServiceUnreachable.
     """
     window = timedelta(seconds=settings.limits.window_s)
     with opened(path) as file:
-        source = _source(file, options, settings, served_models, on_progress)
+        source = _source(file, options, settings, served_models, on_progress, on_skipped)
         input_digest = source.digest()
-        submit_digest = _submit_digest(input_digest, options, window)
-        if reuse and (earlier := _same_submit(database, tenant, submit_digest)):
+        skip_bad = on_skipped is not None
+        submit_digest = _submit_digest(input_digest, options, window, wishes, skip_bad=skip_bad)
+        if reuse and (earlier := same_submit(database, tenant=tenant, submit_digest=submit_digest)):
             return earlier
         lines = iter(source)
         first = next(lines)  # states the endpoint; a file without a good line ends here, before any row
+        if wishes.results_of is not None:
+            check_reusable(database, wishes.results_of, endpoint=first.url, tenant=tenant)
         name = input_name or path.name
         manifest = {"file_name": name, "file_bytes": source.size_bytes, "file_sha256": input_digest}
         batch = NewBatch(
@@ -102,8 +103,17 @@ def submit_file(
             submit_digest=submit_digest,
             options=options.model_dump() | manifest,
             max_output_tokens=options.max_output_tokens,
+            priority=wishes.priority,
+            weight=wishes.weight,
         )
-        return _store_and_go(database, batch, chain([first], lines), bounds=settings.shard, window=window, reuse=reuse)
+
+        def fill() -> Filled:
+            filled = _fill(database, batch, chain([first], lines), source, bounds=settings.shard)
+            if wishes.results_of is None:
+                return filled
+            return reuse_results(database, batch, filled, wishes.results_of, bounds=settings.shard)
+
+        return begin_batch(database, batch, fill, window=window, reuse=reuse)
 
 
 def dry_run(
@@ -113,10 +123,11 @@ def dry_run(
     settings: Settings,
     served_models: frozenset[str] | None,
     on_progress: Progress | None = None,
+    on_skipped: Callable[[Problem], None] | None = None,
 ) -> FileEstimate:
     """What `submit_file` would store, and its errors, without a database."""
     with opened(path) as file:
-        source = _source(file, options, settings, served_models, on_progress)
+        source = _source(file, options, settings, served_models, on_progress, on_skipped)
         prompt_tokens = output_tokens = 0
         models: Counter[str] = Counter()
         for line in source:
@@ -129,6 +140,7 @@ def dry_run(
             output_tokens=output_tokens,
             models=dict(models),
             endpoint=source.endpoint or "",
+            skipped=source.skipped,
         )
 
 
@@ -138,102 +150,46 @@ def _source(
     settings: Settings,
     served_models: frozenset[str] | None,
     on_progress: Progress | None,
+    on_skipped: Callable[[Problem], None] | None,
 ) -> BatchFile:
     rules = LineRules(options=options, line_bytes=settings.limits.line_bytes)
-    return BatchFile(file, rules=rules, served_models=served_models, on_progress=on_progress)
+    read = BatchFile if on_skipped is None else partial(SkippingBatchFile, on_skipped=on_skipped)
+    return read(file, rules=rules, served_models=served_models, on_progress=on_progress)
 
 
-def _submit_digest(input_digest: str, options: SubmitOptions, window: timedelta) -> str:
-    """sha256 of all that makes two submits the same: the file, what is changed in it, and its window."""
-    wishes = options.model_dump() | {"window_s": window.total_seconds()}
-    canonical = msgspec.json.encode(wishes, order="deterministic")
+def _submit_digest(
+    input_digest: str, options: SubmitOptions, window: timedelta, wishes: Wishes, *, skip_bad: bool
+) -> str:
+    """sha256 of all that makes two submits the same: the file, what is changed in it, and how it is to run."""
+    asked = options.model_dump() | {"window_s": window.total_seconds(), "skip_bad": skip_bad, "wishes": wishes}
+    canonical = msgspec.json.encode(asked, order="deterministic")
     return hashlib.sha256(input_digest.encode() + b"\n" + canonical).hexdigest()
 
 
-def _same_submit(database: Database, tenant: str, submit_digest: str) -> Submitted | None:
-    with database.transaction() as session:
-        earlier = find_same_submit(session, tenant=tenant, submit_digest=submit_digest, younger_than=REUSE_FOR)
-    return None if earlier is None else Submitted(earlier.id, earlier.total, reused=True)
-
-
-def _store_and_go(
-    database: Database,
-    batch: NewBatch,
-    lines: Iterator[ParsedLine],
-    *,
-    bounds: ShardSettings,
-    window: timedelta,
-    reuse: bool,
-) -> Submitted:
-    """The whole way of a new batch; any error, Ctrl-C included, deletes what was stored of it."""
-    try:
-        with database.transaction() as session:
-            insert_validating(session, batch, lease=LEASE)
-        total, shards = _store(database, batch.id, lines, bounds=bounds)
-        return _set_going(database, batch, total=total, shards=shards, reuse=reuse, window=window)
-    except BaseException:
-        _delete(database, batch.id)
-        raise
-
-
-def _store(
-    database: Database, batch_id: UUID, lines: Iterator[ParsedLine], *, bounds: ShardSettings
-) -> tuple[int, int]:
-    """Store all lines, a chunk a transaction; return how many, and how many shards they make."""
+def _fill(
+    database: Database, batch: NewBatch, lines: Iterator[ParsedLine], source: BatchFile, *, bounds: ShardSettings
+) -> Filled:
+    """Store all lines, a chunk a transaction."""
     total = shards = 0
     for first in lines:
-        spans: list[tuple[int, int]] = []
+        cutter = ShardCutter(bounds, first=total)
         with database.transaction() as session:
-            extend_lease(session, batch_id, lease=LEASE)
-            chunk = _chunk(chain([first], lines), spans, first_seq=total, bounds=bounds)
-            total += copy_jobs(session, chunk, batch_id=batch_id, first_seq=total)
-            insert_shards(session, spans, batch_id=batch_id)
+            extend_lease(session, batch.id, lease=LEASE)
+            chunk = _chunk(chain([first], lines), cutter)
+            total += copy_jobs(session, chunk, batch_id=batch.id, first_seq=total)
+            spans = cutter.spans()
+            insert_shards(session, spans, batch_id=batch.id)
         shards += len(spans)
-    return total, shards
+    return Filled(total=total, open_shards=shards, skipped=source.skipped)
 
 
-def _chunk(
-    lines: Iterator[ParsedLine], spans: list[tuple[int, int]], *, first_seq: int, bounds: ShardSettings
-) -> Iterator[ParsedLine]:
-    """The lines of one transaction. Fills `spans` with (first, last) seq of each shard.
-
-    A shard keeps within the bounds unless a single line exceeds them.
-    """
-    start = first_seq  # of the shard
-    tokens = size = chunk_bytes = 0
-    for seq, line in enumerate(lines, first_seq):
-        tokens += line.prompt_tokens + line.output_tokens
-        size += len(line.body)
-        if seq > start and (seq - start >= bounds.max_jobs or tokens > bounds.max_tokens or size > bounds.max_bytes):
-            spans.append((start, seq - 1))
-            start, tokens, size = seq, line.prompt_tokens + line.output_tokens, len(line.body)
+def _chunk(lines: Iterator[ParsedLine], cutter: ShardCutter) -> Iterator[ParsedLine]:
+    """The lines of one transaction, each counted by the cutter."""
+    chunk_bytes = 0
+    for count, line in enumerate(lines, 1):
+        size = len(line.body)
+        cutter.add(line.prompt_tokens + line.output_tokens, size)
         yield line
-        chunk_bytes += len(line.body)
-        if seq - first_seq + 1 >= CHUNK_LINES or chunk_bytes >= CHUNK_BYTES:
+        chunk_bytes += size
+        if count >= CHUNK_JOBS or chunk_bytes >= CHUNK_BYTES:
             break
-    spans.append((start, seq))
-
-
-def _set_going(
-    database: Database, batch: NewBatch, *, total: int, shards: int, reuse: bool, window: timedelta
-) -> Submitted:
-    """The last transaction. If the same submit was quicker, its batch is the answer and ours is deleted."""
-    with database.transaction() as session:
-        earlier = None
-        if reuse:
-            lock_submit(session, tenant=batch.tenant, submit_digest=batch.submit_digest)
-            earlier = find_same_submit(
-                session, tenant=batch.tenant, submit_digest=batch.submit_digest, younger_than=REUSE_FOR
-            )
-        if earlier is None:
-            set_going(session, batch.id, total=total, shards=shards, window=window)
-    if earlier is None:
-        return Submitted(batch.id, total, reused=False)
-    _delete(database, batch.id)
-    return Submitted(earlier.id, earlier.total, reused=True)
-
-
-def _delete(database: Database, batch_id: UUID) -> None:
-    """Best effort: what a broken connection leaves is deleted when the lease is over."""
-    with suppress(StokerError), database.transaction() as session:
-        delete_validating(session, batch_id)

@@ -6,6 +6,7 @@ reads the environment. `.env.example` is generated from this module (`make env-e
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,6 +84,14 @@ class WorkerSettings(_Group):
     yield_s: Seconds = Field(600, description="a task starts nothing new after this long and gives back the rest")
 
 
+class DispatchSettings(_Group):
+    """How the workers are shared."""
+
+    tenant_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description='JSON such as {"acme": 3}: a tenant\'s share of the workers; 1 unless named'
+    )
+
+
 class ShardSettings(_Group):
     """Where a shard ends, whichever bound is met first."""
 
@@ -99,6 +108,7 @@ class LimitSettings(_Group):
     request_timeout_s: Seconds = Field(900, description="one request to an endpoint; then the job ends `timeout`")
     max_tries: Count = Field(8, description="tries of a job that fails transiently")
     window_s: Seconds = Field(86_400, description="a batch's completion window unless it states one")
+    retention_s: Seconds = Field(2_592_000, description="how long an ended batch and its results are kept (30 days)")
 
 
 class LogSettings(_Group):
@@ -127,6 +137,7 @@ class Settings(BaseSettings):
     engine: EngineSettings = EngineSettings()
     embeddings: EmbeddingsSettings = EmbeddingsSettings()
     worker: WorkerSettings = WorkerSettings()
+    dispatch: DispatchSettings = DispatchSettings()
     shard: ShardSettings = ShardSettings()
     limits: LimitSettings = LimitSettings()
     log: LogSettings = LogSettings()
@@ -231,4 +242,6 @@ def _variables(settings: Settings) -> Iterator[tuple[str, str, str, str]]:
 def _as_text(value: object) -> str:
     if value is None:
         return ""
+    if isinstance(value, dict):
+        return json.dumps(value)
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)

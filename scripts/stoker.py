@@ -12,8 +12,9 @@ import click
 from runtime.errors import BadInput, InvalidFile, NotFound, StokerError
 from runtime.logs import configure_logs
 from runtime.settings import LogSettings, load_settings
-from scripts.batch_commands import cancel, results, resume, run, status, submit, watch
+from scripts.batch_commands import cancel, results, resume, status, watch
 from scripts.service_commands import dispatch, doctor, migrate, up, worker
+from scripts.submit_commands import retry, run, submit
 from scripts.terminal import say
 
 EXIT_USAGE = 2
@@ -33,7 +34,7 @@ def cli(context: click.Context) -> None:
     configure_logs(LogSettings(level="warning", format=context.obj.log.format))
 
 
-for command in (run, submit, status, watch, results, cancel, resume, worker, dispatch, up, migrate, doctor):
+for command in (run, submit, status, watch, results, cancel, resume, retry, worker, dispatch, up, migrate, doctor):
     cli.add_command(command)
 
 

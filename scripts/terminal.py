@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from models.names import batch_name
+from models.states import Priority
 from runtime.clock import utc_now
 from store.batches import BatchProgress, batch_progress
 from store.database import Database
@@ -145,6 +146,11 @@ def summary(progress: BatchProgress) -> dict[str, Any]:
     return {
         "batch": batch_name(progress.id),
         "state": progress.state.value,
+        "priority": progress.priority.value,
+        "weight": progress.weight,
+        "retry_of": batch_name(progress.retry_of) if progress.retry_of else None,
+        "skipped": progress.skipped,
+        "reused": progress.options.get("reused", 0),
         "paused": progress.paused_reason,
         "jobs": progress.total,
         "done": progress.done,
@@ -168,6 +174,11 @@ def print_summary(progress: BatchProgress, *, places: Sequence[tuple[str, str]] 
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name in ("batch", "state", "jobs", "succeeded", "failed", "truncated", "empty"):
         table.add_row(name, str(figures[name]))
+    for name in ("skipped", "reused", "retry_of"):
+        if figures[name]:
+            table.add_row(name.replace("_", " "), str(figures[name]))
+    if (progress.priority, progress.weight) != (Priority.NORMAL, 1.0):
+        table.add_row("priority", f"{figures['priority']}, weight {progress.weight:g}")
     table.add_row("tokens in", f"{figures['tokens_in']:,} ({figures['tokens_in_cached']:,} from the prefix cache)")
     table.add_row("tokens out", f"{figures['tokens_out']:,}")
     table.add_row("tokens/s", f"{figures['tokens_per_s']:,}")
@@ -177,3 +188,18 @@ def print_summary(progress: BatchProgress, *, places: Sequence[tuple[str, str]] 
     stderr.print(table)
     if progress.truncated:
         say(f"{progress.truncated} answers were cut by their token limit; raise max_tokens or --max-output-tokens.")
+
+
+def say_paused(progress: BatchProgress) -> None:
+    """If the batch is paused: why, and the remedies."""
+    if progress.paused_reason is not None:
+        name = batch_name(progress.id)[:18]
+        say(
+            f"paused: {progress.paused_reason}\nlook with `stoker results {name} --errors`, then "
+            f"`stoker resume {name}` or `stoker cancel {name}`"
+        )
+
+
+def exit_code(progress: BatchProgress) -> int:
+    """0 if the batch has ended and no job failed, else 1."""
+    return 0 if progress.is_ended and progress.failed == 0 and progress.done == progress.total else 1

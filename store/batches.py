@@ -11,7 +11,7 @@ from sqlalchemy import Row, select, text, update
 from sqlalchemy.orm import Session
 
 from models.rows import Batch
-from models.states import TERMINAL, BatchState, Ending
+from models.states import TERMINAL, BatchState, Ending, Priority
 from runtime.errors import NotFound
 from store.notifications import wake_dispatch
 
@@ -26,6 +26,7 @@ class BatchProgress:
     id: UUID
     state: BatchState
     ending: Ending | None
+    priority: Priority
     paused_reason: str | None
     endpoint: str
     input_name: str
@@ -45,6 +46,9 @@ class BatchProgress:
     cached_tokens: int
     reasoning_tokens: int
     running_shards: int
+    weight: float
+    skipped: int
+    retry_of: UUID | None
 
     @property
     def succeeded(self) -> int:
@@ -57,6 +61,7 @@ class BatchProgress:
         return self.state in TERMINAL
 
 
+_VISIBLE = "state <> 'validating' AND deleted_at IS NULL"  # not before it is whole, nor past its retention
 _COUNTERS = (
     "done",
     "failed",
@@ -68,12 +73,12 @@ _COUNTERS = (
     "reasoning_tokens",
 )
 _PROGRESS = f"""
-SELECT b.id, b.state, b.ending, b.paused_reason, b.endpoint, b.input_name, b.options, b.max_output_tokens,
+SELECT b.id, b.state, b.ending, b.priority, b.paused_reason, b.endpoint, b.input_name, b.options, b.max_output_tokens,
     b.created_at, b.in_progress_at, b.expires_at, b.ended_at, b.total,
     {", ".join(f"CAST(coalesce(sum(s.{name}), 0) AS int8)" for name in _COUNTERS)},
-    count(*) FILTER (WHERE s.state = 'running')
+    count(*) FILTER (WHERE s.state = 'running'), b.weight, b.skipped, b.retry_of
 FROM batches b LEFT JOIN shards s ON s.batch_id = b.id
-WHERE b.tenant = :tenant AND {{condition}}
+WHERE b.tenant = :tenant AND b.deleted_at IS NULL AND {{condition}}
 GROUP BY b.id ORDER BY b.id DESC LIMIT :limit
 """
 
@@ -90,7 +95,7 @@ def batch_progress(session: Session, batch_id: UUID, *, tenant: str) -> BatchPro
 
 def latest_batches(session: Session, *, tenant: str, limit: int) -> list[BatchProgress]:
     """The tenant's newest batches, newest first."""
-    newest = "b.id IN (SELECT id FROM batches WHERE tenant = :tenant ORDER BY id DESC LIMIT :limit)"
+    newest = f"b.id IN (SELECT id FROM batches WHERE tenant = :tenant AND {_VISIBLE} ORDER BY id DESC LIMIT :limit)"
     rows = session.execute(text(_PROGRESS.format(condition=newest)), {"tenant": tenant, "limit": limit})
     return [_progress(row) for row in rows]
 
@@ -99,8 +104,8 @@ def find_batches(session: Session, hex_prefix: str, *, tenant: str) -> list[UUID
     """Up to two batches whose id begins so, so that a caller can tell one from ambiguous."""
     return list(
         session.scalars(
-            text("""
-        SELECT id FROM batches WHERE tenant = :tenant
+            text(f"""
+        SELECT id FROM batches WHERE tenant = :tenant AND {_VISIBLE}
           AND starts_with(replace(CAST(id AS text), '-', ''), :prefix) ORDER BY id DESC LIMIT 2"""),
             {"tenant": tenant, "prefix": hex_prefix},
         )
@@ -156,10 +161,12 @@ def shards_to_wind_down(session: Session, *, limit: int) -> list[tuple[int, Endi
     """Shards that no worker holds, of batches that are being cancelled or have expired: (id, ending)."""
     rows = session.execute(
         text("""
-        SELECT s.id, b.ending FROM batches b JOIN shards s ON s.batch_id = b.id
-        WHERE b.state IN ('in_progress', 'cancelling') AND b.ending IS NOT NULL
-          AND s.state IN ('pending', 'dispatched')
-        ORDER BY s.id LIMIT :limit"""),
+        SELECT s.id, b.ending FROM batches b
+        CROSS JOIN LATERAL (
+            (SELECT id FROM shards WHERE batch_id = b.id AND state = 'pending' ORDER BY batch_id, id LIMIT :limit)
+            UNION ALL
+            (SELECT id FROM shards WHERE batch_id = b.id AND state = 'dispatched' ORDER BY id LIMIT :limit)) AS s
+        WHERE b.state IN ('in_progress', 'cancelling') AND b.ending IS NOT NULL LIMIT :limit"""),
         {"limit": limit},
     ).all()
     return [(shard_id, Ending(ending)) for shard_id, ending in rows]
@@ -296,5 +303,5 @@ def _requeue_missing(session: Session, batch_id: UUID) -> int:
 
 
 def _progress(row: Row[Any]) -> BatchProgress:
-    identifier, state, ending, *rest = tuple(row)
-    return BatchProgress(identifier, BatchState(state), Ending(ending) if ending else None, *rest)
+    identifier, state, ending, priority, *rest = tuple(row)
+    return BatchProgress(identifier, BatchState(state), Ending(ending) if ending else None, Priority(priority), *rest)

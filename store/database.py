@@ -6,6 +6,8 @@ between processes.
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,16 +21,39 @@ from runtime.errors import ServiceUnreachable, Unstorable
 from runtime.settings import without_secrets
 
 CONNECT_TIMEOUT_S = 5
+APPLICATION_NAME_MAX = 63  # Postgres cuts longer ones
 # Connection errors, out of resources, operator intervention, and 25 for a server that has turned read-only.
 _OUTAGES = frozenset({"08", "25", "53", "57"})
+# (SQLSTATE, what libpq says where it hands on no SQLSTATE, i.e. while connecting, what is wrong, the remedy).
+_KNOWN = (
+    (
+        "53300",
+        ("too many clients", "remaining connection slots", "too many connections"),
+        "has no free connection",
+        "raise its max_connections, or run fewer workers or a smaller STOKER_POSTGRES__POOL_SIZE",
+    ),
+    (
+        "57P03",
+        ("database system is",),
+        "takes no connections now",
+        "wait until it has started, or see its log if it does not, work goes on by itself",
+    ),
+    (
+        "53100",
+        ("No space left on device",),
+        "cannot write, its disk is full",
+        "free space on the disk of its server, then work goes on by itself, nothing is lost",
+    ),
+)
 # A host that vanished is noticed in half a minute, on both sides: the server then frees the leader's lock.
-_TCP: Mapping[str, Any] = {
+# A process frozen inside a transaction keeps its row locks: the server ends it, as no step of ours pauses so long.
+_LIMITS: Mapping[str, Any] = {
     "keepalives_idle": 10,
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 20_000,
     "options": "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3 "
-    "-c tcp_user_timeout=20000",
+    "-c tcp_user_timeout=20000 -c idle_in_transaction_session_timeout=20000",
 }
 
 
@@ -41,12 +66,13 @@ class Database:
     def __init__(self, url: str, *, pool_size: int = 5) -> None:
         self._url = make_url(url).set(drivername="postgresql+psycopg")
         self.address = without_secrets(url)
+        self._process = f"stoker {os.getpid()} on {socket.gethostname()}"[:APPLICATION_NAME_MAX]
         self._engine = create_engine(
             self._url,
             pool_size=pool_size,
             max_overflow=2,
             pool_pre_ping=True,
-            connect_args={"connect_timeout": CONNECT_TIMEOUT_S, "application_name": "stoker", **_TCP},
+            connect_args={"connect_timeout": CONNECT_TIMEOUT_S, "application_name": self._process, **_LIMITS},
         )
 
     @contextmanager
@@ -64,8 +90,8 @@ class Database:
                 libpq_url(self._url),
                 autocommit=autocommit,
                 connect_timeout=CONNECT_TIMEOUT_S,
-                application_name="stoker",
-                **_TCP,
+                application_name=self._process,
+                **_LIMITS,
             ) as connection,
         ):
             yield connection
@@ -89,10 +115,14 @@ class Database:
             raise
 
     def _unreachable(self, error: Exception) -> ServiceUnreachable:
-        cause = str(getattr(error, "orig", error)).strip().splitlines()
+        original = getattr(error, "orig", error)
+        causes = str(original).strip().splitlines()
+        cause = causes[0] if causes else "connection broken"
+        for state, sayings, wrong, remedy in _KNOWN:
+            if getattr(original, "sqlstate", None) == state or any(saying in cause for saying in sayings):
+                return ServiceUnreachable(f"Postgres at {self.address} {wrong}: {cause}; {remedy}")
         return ServiceUnreachable(
-            f"Postgres at {self.address} does not answer: {cause[0] if cause else 'connection broken'}; "
-            "check STOKER_POSTGRES__URL and that the server runs"
+            f"Postgres at {self.address} does not answer: {cause}; check STOKER_POSTGRES__URL and that the server runs"
         )
 
 

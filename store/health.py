@@ -23,3 +23,16 @@ def has_dispatch_leader(session: Session) -> bool:
             {"lock": LEADER_LOCK},
         ).scalar_one()
     )
+
+
+def probe_write(session: Session) -> None:
+    """Write about 1 MB as the batches' tables would be written, and roll it back.
+
+    A full disk fails it: a table's file is extended at once, whatever is buffered.
+    """
+    with session.begin_nested() as attempt:
+        session.execute(text("SET LOCAL temp_tablespaces = ''"))
+        session.execute(
+            text("CREATE TEMPORARY TABLE stoker_probe AS SELECT repeat('x', 1000) FROM generate_series(1, 1000)")
+        )
+        attempt.rollback()

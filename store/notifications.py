@@ -16,6 +16,16 @@ CHANNEL = "stoker_dispatch"
 LEADER_LOCK = 0x73746F6B  # "stok": one dispatch leader a database
 
 
+_END_SILENT_LEADER = """
+SELECT pg_terminate_backend(every.pid)
+FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
+JOIN pg_stat_activity every ON every.datid = a.datid AND every.application_name = a.application_name
+WHERE l.locktype = 'advisory' AND l.objid = %(lock)s AND l.granted AND l.pid <> pg_backend_pid()
+  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  AND a.state_change < clock_timestamp() - make_interval(secs => %(silent_s)s)
+  AND every.pid <> pg_backend_pid()"""
+
+
 def wake_dispatch(session: Session) -> None:
     """Wake the dispatch leader when this transaction commits."""
     session.execute(text("SELECT pg_notify(:channel, '')"), {"channel": CHANNEL})
@@ -30,13 +40,21 @@ class Leadership:
     def __init__(self, connection: psycopg.Connection) -> None:
         self._connection = connection
 
-    def acquire(self) -> bool:
-        """Whether this process leads; asking again while it leads is true and changes nothing."""
+    def acquire(self, *, silent_s: float) -> bool:
+        """Whether this process leads; asking again while it leads is true and changes nothing.
+
+        A leader asks at each of its ticks. One that has not asked for `silent_s` is frozen, or its host is: the
+        kernel still keeps its connections, and with them its locks, so all of that process are ended here, and the
+        next asking may lead. What a frozen leader does when it wakes is harmless: each of its statements holds by
+        itself.
+        """
         row = self._connection.execute(
             "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid() "
             "AND objid = %(lock)s) OR pg_try_advisory_lock(%(lock)s)",
             {"lock": LEADER_LOCK},
         ).fetchone()
+        if not (row and row[0]):
+            self._connection.execute(_END_SILENT_LEADER, {"lock": LEADER_LOCK, "silent_s": silent_s})
         return bool(row and row[0])
 
     def wait(self, timeout_s: float) -> None:

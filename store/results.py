@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import text
+from sqlalchemy import Uuid, bindparam, text
 from sqlalchemy.orm import Session
 
 from models.states import Outcome
@@ -28,6 +29,31 @@ class ResultRow:
     response: str | None
     error_code: str | None
     error_message: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeadJob:
+    """A job that ended as poison_job, and why."""
+
+    batch_id: UUID
+    seq: int
+    custom_id: str
+    message: str
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingJobs:
+    """Jobs of a batch that wait for another try; `tries` is the most that one of them has had.
+
+    `last_error` is that of the job which waits longest from now; `next_in_s` is negative when one is due.
+    """
+
+    jobs: int
+    tries: int
+    next_at: datetime
+    next_in_s: float
+    last_error: str
 
 
 def result_pages(database: Database, batch_id: UUID, *, after_seq: int = -1) -> Iterator[list[ResultRow]]:
@@ -51,6 +77,39 @@ def engines_of(session: Session, batch_id: UUID) -> list[dict[str, Any]]:
             {"id": batch_id},
         )
     )
+
+
+def dead_jobs(session: Session, *, tenant: str, batch_id: UUID | None, limit: int) -> list[DeadJob]:
+    """The jobs that ended as poison_job, of one batch or of all of the tenant's, newest first.
+
+    Looks only into shards that have failed jobs: results have no index on their error.
+    """
+    rows = session.execute(
+        text("""
+        SELECT r.batch_id, r.seq, j.custom_id, r.error_message, r.created_at
+        FROM batches b JOIN shards s ON s.batch_id = b.id AND s.failed > 0
+        CROSS JOIN unnest(s.seqs) AS u (seq)
+        JOIN results r ON r.batch_id = b.id AND r.seq = u.seq AND r.error_code = 'poison_job'
+        JOIN jobs j ON j.batch_id = b.id AND j.seq = u.seq
+        WHERE b.tenant = :tenant AND b.deleted_at IS NULL AND b.id = coalesce(:batch_id, b.id)
+        ORDER BY r.created_at DESC, r.batch_id, r.seq LIMIT :limit""").bindparams(bindparam("batch_id", type_=Uuid())),
+        {"tenant": tenant, "batch_id": batch_id, "limit": limit},
+    )
+    return [DeadJob(identifier, seq, custom_id, message or "", at) for identifier, seq, custom_id, message, at in rows]
+
+
+def waiting_jobs(session: Session, batch_id: UUID) -> WaitingJobs | None:
+    """The batch's jobs that failed transiently and have no result yet; None if there are none."""
+    row = session.execute(
+        text("""
+        SELECT count(*), max(t.tries), min(t.not_before),
+            CAST(extract(epoch FROM min(t.not_before) - clock_timestamp()) AS float8),
+            (array_agg(t.last_error ORDER BY t.not_before DESC))[1]
+        FROM job_tries t WHERE t.batch_id = :id AND t.tries > 0
+          AND NOT EXISTS (SELECT FROM results r WHERE r.batch_id = t.batch_id AND r.seq = t.seq)"""),
+        {"id": batch_id},
+    ).one()
+    return WaitingJobs(*row) if row[0] else None
 
 
 def _page(session: Session, batch_id: UUID, *, after_seq: int) -> list[ResultRow]:

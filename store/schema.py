@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -58,6 +59,12 @@ def partition_name(table: str, start: datetime) -> str:
     """jobs_2026w48 for the week that begins at `start`."""
     year, week, _ = start.isocalendar()
     return f"{table}_{year}w{week:02}"
+
+
+def partition_start(name: str) -> datetime | None:
+    """The week that a partition of this name begins with; None for DEFAULT and what we did not make."""
+    found = re.fullmatch(r"(?:jobs|results)_(\d{4})w(\d{2})", name)
+    return datetime.strptime(f"{found[1]} {found[2]} 1 +0000", "%G %V %u %z") if found else None
 
 
 def _make_partition(session: Session, name: str, *, table: str, start: datetime) -> None:

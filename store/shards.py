@@ -22,11 +22,15 @@ CRASHES_TO_HALVE = 3  # in a row without a committed result; simulated: halving 
 CRASHES_TO_POISON = 6  # of a shard with one unfinished job
 
 _RUNNABLE = "b.state = 'in_progress' AND b.ending IS NULL AND b.paused_reason IS NULL"
+_RESERVED = "EXISTS (SELECT FROM shards q WHERE q.state = 'running' AND q.quarantined AND q.engine = {engine})"
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A claimed shard. `runnable` is false when its batch was cancelled, paused or has expired meanwhile."""
+    """A claimed shard. `runnable` is false when its batch was cancelled, paused or has expired meanwhile.
+
+    A `quarantined` one holds suspects, which run with nothing else on their engine.
+    """
 
     shard_id: int
     fence: int
@@ -34,6 +38,7 @@ class Claim:
     seqs: tuple[int, ...]
     endpoint: str
     runnable: bool
+    quarantined: bool
 
     @property
     def key(self) -> tuple[int, int]:
@@ -43,10 +48,11 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """A job that failed transiently: how often by now, when to try again, and why."""
+    """A job that failed transiently or lost its engine: how often by now, when to try again, and why."""
 
     seq: int
     tries: int
+    engine_deaths: int
     not_before: datetime
     error: str
 
@@ -62,15 +68,15 @@ class LoadedJobs:
 def _claim_where(condition: str) -> TextClause:
     return text(f"""
         UPDATE shards s SET state = 'running', fence = s.fence + 1, done_at_claim = s.done, holder = :holder,
-            not_before = NULL, lease_until = clock_timestamp() + make_interval(secs => :lease_s)
+            engine = :engine, not_before = NULL, lease_until = clock_timestamp() + make_interval(secs => :lease_s)
         FROM batches b WHERE b.id = s.batch_id AND {condition}
-        RETURNING s.id, s.fence, s.batch_id, s.seqs, b.endpoint, ({_RUNNABLE})""")
+        RETURNING s.id, s.fence, s.batch_id, s.seqs, b.endpoint, ({_RUNNABLE}), s.quarantined""")
 
 
 _CLAIM = _claim_where("s.id = :shard_id AND s.state = ANY(:states)")
 _CLAIM_NEXT = _claim_where(
     "s.id = (SELECT id FROM shards WHERE state = 'dispatched' ORDER BY dispatched_at, id LIMIT 1 "
-    "FOR UPDATE SKIP LOCKED)"
+    f"FOR UPDATE SKIP LOCKED) AND NOT {_RESERVED.format(engine='CAST(:engine AS text)')}"
 )
 
 
@@ -79,22 +85,40 @@ def claim(
 ) -> Claim | None:
     """Take a shard and a new fence. None: somebody else has it, or it is done; then do nothing at all."""
     row = session.execute(
-        _CLAIM, {"shard_id": shard_id, "holder": holder, "lease_s": lease_s, "states": list(states)}
+        _CLAIM, {"shard_id": shard_id, "holder": holder, "engine": None, "lease_s": lease_s, "states": list(states)}
     ).one_or_none()
     return _claimed(session, row)
 
 
-def claim_next(session: Session, *, holder: str, lease_s: float) -> Claim | None:
-    """Take the shard that was dispatched first and nobody has claimed yet; its message will find it taken."""
-    row = session.execute(_CLAIM_NEXT, {"holder": holder, "lease_s": lease_s}).one_or_none()
+def claim_next(session: Session, *, holder: str, lease_s: float, engine: str = "") -> Claim | None:
+    """Take the shard that is to go first and nobody has claimed, for `engine`; None also while that is reserved.
+
+    Claims for one engine go one after the other, so that none slips in beside a quarantined shard.
+    """
+    session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:engine, 1))"), {"engine": engine})
+    row = session.execute(_CLAIM_NEXT, {"holder": holder, "engine": engine, "lease_s": lease_s}).one_or_none()
     return _claimed(session, row)
+
+
+def is_reserved(session: Session, engine: str) -> bool:
+    """Whether a quarantined shard has this engine, or waits to have it, for itself."""
+    return bool(session.execute(text(f"SELECT {_RESERVED.format(engine=':engine')}"), {"engine": engine}).scalar_one())
+
+
+def is_alone(session: Session, claim: Claim, *, engine: str) -> bool:
+    """Whether no other shard runs on the engine."""
+    return not session.execute(
+        text("""
+        SELECT EXISTS (SELECT FROM shards WHERE state = 'running' AND engine = :engine AND id <> :shard_id)"""),
+        {"engine": engine, "shard_id": claim.shard_id},
+    ).scalar_one()
 
 
 def load_jobs(session: Session, claim: Claim) -> LoadedJobs:
     """The shard's jobs without a result, in its order; those waiting for a later try are left out."""
     rows = session.execute(
         text("""
-        SELECT j.seq, j.body, coalesce(t.tries, 0), t.not_before,
+        SELECT j.seq, j.body, coalesce(t.tries, 0), coalesce(t.engine_deaths, 0), t.not_before,
                coalesce(t.not_before > clock_timestamp(), false)
         FROM unnest(CAST(:seqs AS int4[])) WITH ORDINALITY AS u(seq, place)
         JOIN jobs j ON j.batch_id = :batch_id AND j.seq = u.seq
@@ -104,22 +128,33 @@ def load_jobs(session: Session, claim: Claim) -> LoadedJobs:
         {"seqs": list(claim.seqs), "batch_id": claim.batch_id},
     ).all()
     return LoadedJobs(
-        jobs=[Job(seq=seq, body=body, tries=tries) for seq, body, tries, _, waits in rows if not waits],
-        next_due=min((due for _, _, _, due, waits in rows if waits), default=None),
+        jobs=[Job(*job) for *job, _, waits in rows if not waits],
+        next_due=min((due for *_, due, waits in rows if waits), default=None),
     )
 
 
 def extend_leases(session: Session, fences: Mapping[int, int], *, lease_s: float) -> dict[int, bool]:
-    """Heartbeat of all held shards (id → fence): the ids still ours → whether their batch may go on.
+    """Heartbeat of all held shards (id → fence): the ids still ours → whether they may go on.
 
-    An id that is missing from the answer has lost its fence: cancel its requests and write nothing.
+    They may not when their batch may not, nor when a quarantined shard waits for their engine.
+
+    An id that is missing from the answer has lost its fence: cancel its requests and write nothing. A shard that is
+    locked is left as it is: a write extends its lease itself, and one shard's wait must not cost the others theirs.
     """
     rows = session.execute(
         text(f"""
-        UPDATE shards s SET lease_until = clock_timestamp() + make_interval(secs => :lease_s)
-        FROM unnest(CAST(:ids AS int8[]), CAST(:fences AS int8[])) AS held(id, fence), batches b
-        WHERE s.id = held.id AND s.fence = held.fence AND s.state = 'running' AND b.id = s.batch_id
-        RETURNING s.id, ({_RUNNABLE})"""),
+        WITH held AS (
+            SELECT s.id, ({_RUNNABLE}) AND (s.quarantined OR NOT {_RESERVED.format(engine="s.engine")}) AS runnable
+            FROM unnest(CAST(:ids AS int8[]), CAST(:fences AS int8[])) AS h(id, fence)
+            JOIN shards s ON s.id = h.id AND s.fence = h.fence AND s.state = 'running'
+            JOIN batches b ON b.id = s.batch_id
+        ), extended AS (
+            UPDATE shards SET lease_until = clock_timestamp() + make_interval(secs => :lease_s) WHERE id IN (
+                SELECT s.id FROM unnest(CAST(:ids AS int8[]), CAST(:fences AS int8[])) AS h(id, fence)
+                JOIN shards s ON s.id = h.id AND s.fence = h.fence AND s.state = 'running'
+                FOR NO KEY UPDATE OF s SKIP LOCKED)
+        )
+        SELECT id, runnable FROM held"""),
         {"ids": list(fences), "fences": list(fences.values()), "lease_s": lease_s},
     ).all()
     return {shard_id: runnable for shard_id, runnable in rows}
@@ -196,12 +231,19 @@ def write_retries(session: Session, claim: Claim, retries: Sequence[Retry]) -> b
         return False
     session.execute(
         text("""
-        INSERT INTO job_tries (batch_id, seq, tries, not_before, last_error)
-        VALUES (:batch_id, :seq, :tries, :not_before, :error)
-        ON CONFLICT (batch_id, seq) DO UPDATE
-        SET tries = excluded.tries, not_before = excluded.not_before, last_error = excluded.last_error"""),
+        INSERT INTO job_tries (batch_id, seq, tries, engine_deaths, not_before, last_error)
+        VALUES (:batch_id, :seq, :tries, :engine_deaths, :not_before, :error)
+        ON CONFLICT (batch_id, seq) DO UPDATE SET tries = excluded.tries, engine_deaths = excluded.engine_deaths,
+            not_before = excluded.not_before, last_error = excluded.last_error"""),
         [
-            {"batch_id": claim.batch_id, "seq": r.seq, "tries": r.tries, "not_before": r.not_before, "error": r.error}
+            {
+                "batch_id": claim.batch_id,
+                "seq": r.seq,
+                "tries": r.tries,
+                "engine_deaths": r.engine_deaths,
+                "not_before": r.not_before,
+                "error": r.error,
+            }
             for r in retries
         ],
     )
@@ -292,32 +334,53 @@ def halve(session: Session, claim: Claim) -> int:
     if len(left) < 2:
         return len(left)
     middle = len(left) // 2
-    session.execute(
-        text("""
-        UPDATE shards SET seqs = ARRAY(SELECT s FROM unnest(seqs) s WHERE s <> ALL(CAST(:left AS int4[])))
-        WHERE id = :shard_id AND fence = :fence"""),
-        {"left": left, "shard_id": claim.shard_id, "fence": claim.fence},
-    )
-    session.execute(
-        text("""
-        INSERT INTO shards (batch_id, seqs, not_before, crashes)
-        VALUES (:batch_id, CAST(:seqs AS int4[]), clock_timestamp(), :crashes)"""),
-        [
-            {"batch_id": claim.batch_id, "seqs": half, "crashes": CRASHES_TO_HALVE if len(half) == 1 else 0}
-            for half in (left[:middle], left[middle:])
-        ],
-    )
-    session.execute(
-        text("UPDATE batches SET shards_left = shards_left + 2 WHERE id = :batch_id"), {"batch_id": claim.batch_id}
-    )
+    for half in (left[:middle], left[middle:]):
+        crashes = CRASHES_TO_HALVE if len(half) == 1 else 0
+        _split_off(session, claim, half, quarantined=claim.quarantined, crashes=crashes)
     return len(left)
+
+
+def quarantine(session: Session, claim: Claim, seqs: Sequence[int]) -> bool:
+    """Move suspects of a claimed shard into a quarantined shard of their own; false if the fence is lost.
+
+    Repeating the call, after an ambiguous COMMIT say, moves nothing twice.
+    """
+    has_them = session.execute(
+        text("""
+        SELECT seqs @> CAST(:seqs AS int4[]) FROM shards
+        WHERE id = :shard_id AND fence = :fence AND state = 'running' FOR NO KEY UPDATE"""),
+        {"seqs": list(seqs), "shard_id": claim.shard_id, "fence": claim.fence},
+    ).scalar_one_or_none()
+    if has_them:
+        _split_off(session, claim, seqs, quarantined=True, crashes=0)
+    return has_them is not None
+
+
+def _split_off(session: Session, claim: Claim, seqs: Sequence[int], *, quarantined: bool, crashes: int) -> None:
+    """Move unfinished jobs of a claimed and locked shard to a new one, with their part of its cost."""
+    cost = session.execute(
+        text("""
+        WITH old AS (
+            SELECT id, tokens, tokens * :count / cardinality(seqs) AS cost FROM shards WHERE id = :shard_id)
+        UPDATE shards s SET tokens = old.tokens - old.cost,
+            seqs = ARRAY(SELECT u FROM unnest(s.seqs) u WHERE u <> ALL(CAST(:seqs AS int4[])))
+        FROM old WHERE s.id = old.id RETURNING old.cost"""),
+        {"seqs": list(seqs), "shard_id": claim.shard_id, "count": len(seqs)},
+    ).scalar_one()
+    session.execute(
+        text("""
+        INSERT INTO shards (batch_id, seqs, tokens, not_before, crashes, quarantined)
+        VALUES (:batch_id, CAST(:seqs AS int4[]), :cost, clock_timestamp(), :crashes, :quarantined)"""),
+        {"batch_id": claim.batch_id, "seqs": list(seqs), "cost": cost, "crashes": crashes, "quarantined": quarantined},
+    )
+    session.execute(
+        text("UPDATE batches SET shards_left = shards_left + 1 WHERE id = :batch_id"), {"batch_id": claim.batch_id}
+    )
 
 
 def _claimed(session: Session, row: Row[Any] | None) -> Claim | None:
     if row is None:
         return None
     wake_dispatch(session)
-    shard_id, fence, batch_id, seqs, endpoint, runnable = tuple(row)
-    return Claim(
-        shard_id=shard_id, fence=fence, batch_id=batch_id, seqs=tuple(seqs), endpoint=endpoint, runnable=runnable
-    )
+    shard_id, fence, batch_id, seqs, *rest = tuple(row)
+    return Claim(shard_id, fence, batch_id, tuple(seqs), *rest)

@@ -13,12 +13,12 @@ from typing import Any, cast
 from uuid import UUID
 
 import psycopg
-from sqlalchemy import ARRAY, Integer, bindparam, delete, insert, text
+from sqlalchemy import ARRAY, BigInteger, Integer, bindparam, delete, insert, text
 from sqlalchemy.orm import Session
 
 from models.lines import ParsedLine
 from models.rows import Batch, Job
-from models.states import BatchState
+from models.states import BatchState, Priority
 from runtime.errors import LostFence
 from store.notifications import wake_dispatch
 
@@ -45,7 +45,23 @@ class NewBatch:
     input_digest: str
     submit_digest: str
     options: dict[str, Any]
-    max_output_tokens: int
+    max_output_tokens: int | None
+    priority: Priority = Priority.NORMAL
+    weight: float = 1.0
+    retry_of: UUID | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """What a validating batch holds: its jobs, and the shards that are not done.
+
+    `skipped` counts bad lines that were left out, `taken` jobs whose results came from another batch.
+    """
+
+    total: int
+    open_shards: int
+    skipped: int = 0
+    taken: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +70,8 @@ class SameSubmit:
 
     id: UUID
     total: int
+    skipped: int
+    taken: int
 
 
 def find_same_submit(
@@ -62,14 +80,15 @@ def find_same_submit(
     """The newest batch of this submit that runs or was completed; one that ends otherwise does not count."""
     row = session.execute(
         text(
-            "SELECT id, total FROM batches WHERE tenant = :tenant AND submit_digest = :digest "
+            "SELECT id, total, skipped, coalesce(CAST(options ->> 'reused' AS int4), 0) AS taken "
+            "FROM batches WHERE tenant = :tenant AND submit_digest = :digest AND deleted_at IS NULL "
             "AND state IN ('in_progress', 'finalizing', 'completed') "
             "AND coalesce(ending, 'completed') = 'completed' "
             "AND created_at > clock_timestamp() - :age ORDER BY id DESC LIMIT 1"
         ),
         {"tenant": tenant, "digest": submit_digest, "age": younger_than},
     ).one_or_none()
-    return None if row is None else SameSubmit(id=row.id, total=row.total)
+    return None if row is None else SameSubmit(row.id, row.total, row.skipped, row.taken)
 
 
 def lock_submit(session: Session, *, tenant: str, submit_digest: str) -> None:
@@ -92,6 +111,9 @@ def insert_validating(session: Session, batch: NewBatch, *, lease: timedelta) ->
             submit_digest=batch.submit_digest,
             options=batch.options,
             max_output_tokens=batch.max_output_tokens,
+            priority=batch.priority,
+            weight=batch.weight,
+            retry_of=batch.retry_of,
             lease_until=text("clock_timestamp() + :lease").bindparams(lease=lease),
         )
     )
@@ -133,31 +155,51 @@ def copy_jobs(session: Session, lines: Iterable[ParsedLine], *, batch_id: UUID, 
     return seq - first_seq
 
 
-def insert_shards(session: Session, spans: Sequence[tuple[int, int]], *, batch_id: UUID) -> None:
-    """Cut shards of consecutive seqs, one for each (first, last) span, with ids in their order."""
+def insert_shards(session: Session, spans: Sequence[tuple[int, int, int]], *, batch_id: UUID) -> None:
+    """Cut shards of consecutive seqs, one for each (first, last, tokens) span, with ids in their order."""
     session.execute(
         text(
-            "INSERT INTO shards (batch_id, seqs) SELECT :batch, ARRAY(SELECT generate_series(first, last)) "
-            "FROM unnest(:firsts, :lasts) WITH ORDINALITY AS span (first, last, place) ORDER BY place"
-        ).bindparams(bindparam("firsts", type_=ARRAY(Integer)), bindparam("lasts", type_=ARRAY(Integer))),
+            "INSERT INTO shards (batch_id, seqs, tokens) "
+            "SELECT :batch, ARRAY(SELECT generate_series(first, last)), tokens "
+            "FROM unnest(:firsts, :lasts, :tokens) WITH ORDINALITY AS span (first, last, tokens, place) ORDER BY place"
+        ).bindparams(
+            bindparam("firsts", type_=ARRAY(Integer)),
+            bindparam("lasts", type_=ARRAY(Integer)),
+            bindparam("tokens", type_=ARRAY(BigInteger)),
+        ),
         {
             "batch": batch_id,
-            "firsts": [first for first, _ in spans],
-            "lasts": [last for _, last in spans],
+            "firsts": [first for first, _, _ in spans],
+            "lasts": [last for _, last, _ in spans],
+            "tokens": [tokens for _, _, tokens in spans],
         },
     )
 
 
-def set_going(session: Session, batch_id: UUID, *, total: int, shards: int, window: timedelta) -> None:
-    """Validating → in_progress, and wake dispatch at commit. Raises LostFence when the batch is gone."""
+def set_going(session: Session, batch_id: UUID, filled: Filled, *, window: timedelta) -> None:
+    """Validating → in_progress, and wake dispatch at commit. Raises LostFence when the batch is gone.
+
+    A batch with no shard to run is finalizing at once; the leader ends it like any other.
+    """
     _expect_ours(
         session.scalar(
             text(
-                "UPDATE batches SET state = 'in_progress', total = :total, shards_left = :shards, "
+                "UPDATE batches SET total = :total, shards_left = :shards, skipped = :skipped, "
+                "state = CASE WHEN :shards = 0 THEN 'finalizing' ELSE 'in_progress' END, "
+                "finalizing_at = CASE WHEN :shards = 0 THEN clock_timestamp() END, "
+                "options = CASE WHEN :taken = 0 THEN options ELSE "
+                "jsonb_set(options, '{reused}', to_jsonb(CAST(:taken AS int4))) END, "
                 "lease_until = NULL, in_progress_at = clock_timestamp(), expires_at = clock_timestamp() + :window "
                 "WHERE id = :batch AND state = 'validating' RETURNING 1"
             ),
-            {"batch": batch_id, "total": total, "shards": shards, "window": window},
+            {
+                "batch": batch_id,
+                "total": filled.total,
+                "shards": filled.open_shards,
+                "skipped": filled.skipped,
+                "taken": filled.taken,
+                "window": window,
+            },
         ),
         batch_id,
     )

@@ -13,13 +13,13 @@ log = get_logger(__name__)
 
 
 def run_shard(context: FeedContext, runner: asyncio.Runner, message: RunShard) -> None:
-    """Claim the hinted shard and run it, and others after it while there are some.
+    """Claim the shard that is to go first and run it, and others after it while there are some.
 
     Safe to run twice and to die at any line: the message is only a hint, the shard's fence guards every write,
     and an unfinished shard's lease runs out. Always ends so that the message is acknowledged.
     """
     started = time.monotonic()
-    report = runner.run(feed(context, message.shard_id))
+    report = runner.run(feed(context))
     log.info(
         "shards_fed",
         hint=message.shard_id,

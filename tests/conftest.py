@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
+import hypothesis
 import kombu
 import psycopg
 import pytest
@@ -29,6 +30,9 @@ REDIS_DATABASES = range(15, 0, -1)  # 0 is everybody's
 REDIS_OWNER = "stoker:test:owner"
 REDIS_HOURS_KEPT = 2  # for a run that was killed; its number is free again then
 QUEUES = ("generation", "stoker.dead")
+
+hypothesis.settings.register_profile("stoker", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("stoker")
 
 # A shell's background job ignores SIGINT, and so would every process that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

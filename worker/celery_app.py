@@ -23,7 +23,6 @@ from worker.steps import DispatchStep, EngineStep, WorkerParts
 # A visibility timeout above the longest task (yield after 10 min, then a request of at most 15 min); the two
 # sweeps bring a killed worker's hint back in 6.7 s instead of 96 s. Read only by the Redis transport.
 _REDIS_TRANSPORT = {"visibility_timeout": 1800, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
-_AMQP_TRANSPORT = {"confirm_publish": True}
 
 
 class Consumer(CeleryConsumer):  # type: ignore[misc]  # celery has no types
@@ -52,7 +51,8 @@ def make_app(settings: Settings) -> Celery:
         worker_consumer="worker.celery_app:Consumer",
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        broker_transport_options=_AMQP_TRANSPORT if broker_url.startswith("amqp") else _REDIS_TRANSPORT,
+        # No confirms on a worker's own connections: its events would wait for them as long as RabbitMQ has an alarm.
+        broker_transport_options={} if broker_url.startswith("amqp") else _REDIS_TRANSPORT,
         worker_send_task_events=True,
         worker_hijack_root_logger=False,
         worker_redirect_stdouts=False,

@@ -55,6 +55,7 @@ class Child:
             embeddings=embeddings,
             settings=settings,
             holder=f"{socket.gethostname()}:{os.getpid()}",
+            engine=_engine_name(parts.engine_url),
             in_flight=in_flight,
             draining=parts.shared.is_draining,
             engine_id=parts.shared.engine_id,
@@ -74,3 +75,8 @@ class Child:
         self.runner.run(self._close_endpoints())
         self.runner.close()
         self._database.close()
+
+
+def _engine_name(url: str) -> str:
+    """The same for every child that feeds the same engine; a socket's path means something on its host only."""
+    return f"{socket.gethostname()} {url}" if url.startswith("unix:") else url

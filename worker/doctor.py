@@ -12,7 +12,7 @@ from pipeline.identity import identify_endpoint
 from runtime.errors import BadInput, ServiceUnreachable, StokerError
 from runtime.settings import Settings
 from store.database import Database
-from store.health import has_dispatch_leader, postgres_version
+from store.health import has_dispatch_leader, postgres_version, probe_write
 from store.presence import PresenceBoard
 from store.schema import schema_revisions
 from worker.celery_app import make_app
@@ -38,6 +38,7 @@ def examine(settings: Settings) -> list[Finding]:
     """Check every part; one that fails never hides another."""
     checks: tuple[tuple[str, Callable[[Settings], list[Finding]]], ...] = (
         ("postgres", _postgres),
+        ("postgres disk", _postgres_disk),
         ("broker", _broker),
         ("redis and workers", _workers),
         ("engine", _engine),
@@ -48,7 +49,8 @@ def examine(settings: Settings) -> list[Finding]:
             findings += check(settings)
         except ServiceUnreachable as error:
             found, _, remedy = str(error).rpartition("; ")
-            findings.append(Finding(what, found, remedy, unreachable=True))
+            if found not in {finding.found for finding in findings}:
+                findings.append(Finding(what, found, remedy, unreachable=True))
         except StokerError as error:
             findings.append(Finding(what, "not usable", str(error)))
     return findings
@@ -78,10 +80,21 @@ def _postgres(settings: Settings) -> list[Finding]:
     ]
 
 
+def _postgres_disk(settings: Settings) -> list[Finding]:
+    database = Database(settings.require_postgres(), pool_size=1)
+    try:
+        with database.transaction() as session:
+            probe_write(session)
+    finally:
+        database.close()
+    return [Finding("postgres disk", "can be written")]
+
+
 def _broker(settings: Settings) -> list[Finding]:
     publisher = HintPublisher(make_app(settings), delivery_limit=settings.broker.delivery_limit)
     try:
         ready = publisher.ready_count()
+        publisher.probe()
     finally:
         publisher.close()
     return [Finding("broker", f"queue generation, {ready} hints waiting")]

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from uuid import UUID
 
+from amqp import spec  # type: ignore[import-untyped]
 from celery import Celery
 from kombu import Connection, Queue
 from kombu.exceptions import OperationalError
+from kombu.transport import pyamqp
 
 from models.messages import RunShard
 from runtime.errors import ServiceUnreachable
 from runtime.settings import without_secrets
 
 DEAD_QUEUE = "stoker.dead"
-CONFIRM_S = 10
+# Waits of a leader that has leases to recover meanwhile. The sum of any two stays near 10 s.
+CONNECT_S = 5
+ANSWER_S = 5
+CONFIRM_S = 8
+BACKOFF_S = 5.0  # after an alarm or a silent broker; one that refuses connections is asked at every tick
+SLOW_S = 1.0
+_AMQP_TRANSPORT = {"read_timeout": ANSWER_S, "write_timeout": ANSWER_S, "confirm_publish": True}
 
 
 def node_queue(*, delivery_limit: int) -> Queue:
@@ -42,10 +51,33 @@ def dead_queue() -> Queue:
     return Queue(DEAD_QUEUE, routing_key=DEAD_QUEUE, queue_arguments={"x-max-length": 10_000})
 
 
+class BrokerAlarm(OSError):
+    """RabbitMQ takes no messages until an alarm of its memory or disk ends; says which."""
+
+
+class _WatchedConnection(pyamqp.Connection):  # type: ignore[misc]  # kombu has no types
+    """A connection whose pending call fails when the broker says that it blocks us, instead of waiting."""
+
+    # py-amqp throws the reason away: it declares the method without its argument, a short string.
+    _METHODS = {  # noqa: RUF012  # as in the class that it replaces
+        **pyamqp.Connection._METHODS,
+        spec.Connection.Blocked: spec.method(spec.Connection.Blocked, "s"),
+    }
+
+    def _on_blocked(self, reason: str) -> None:
+        raise BrokerAlarm(reason)
+
+
+class _WatchedTransport(pyamqp.Transport):  # type: ignore[misc]  # kombu has no types
+    Connection = _WatchedConnection
+
+
 class HintPublisher:
     """Publishes RunShard hints on a connection of its own, each confirmed by the broker.
 
-    Declares the queues itself, so that submitting before the first worker starts loses no time.
+    Declares the queues itself, so that submitting before the first worker starts loses no time. Every method
+    raises ServiceUnreachable within about 10 s; after an alarm or a silence the next few seconds' calls raise at
+    once, as a leader has more to do than to wait for the broker.
     """
 
     def __init__(self, app: Celery, *, delivery_limit: int) -> None:
@@ -53,6 +85,8 @@ class HintPublisher:
         self._queues = (node_queue(delivery_limit=delivery_limit), dead_queue())
         self._address = without_secrets(app.conf.broker_url)
         self._connection: Connection | None = None
+        self._rests_until = 0.0
+        self._failure = ""
 
     def publish(self, shards: Sequence[tuple[int, UUID]]) -> None:
         """One hint a shard; mandatory, so that a queue that is gone is an error and not a loss."""
@@ -80,6 +114,14 @@ class HintPublisher:
         with self._channel() as connection:
             return int(self._queues[0](connection.default_channel).queue_declare().message_count)
 
+    def probe(self) -> None:
+        """Publish a message that nobody gets; it fails under an alarm, which nothing but a publish shows."""
+        with self._channel() as connection:
+            queue = Queue("", exclusive=True, auto_delete=True)(connection.default_channel)
+            queue.declare()
+            with connection.Producer(serializer="json") as producer:
+                producer.publish({}, exchange="", routing_key=queue.name, confirm_timeout=CONFIRM_S)
+
     def close(self) -> None:
         """Close the connection."""
         if self._connection is not None:
@@ -88,6 +130,9 @@ class HintPublisher:
 
     @contextmanager
     def _channel(self) -> Iterator[Connection]:
+        if time.monotonic() < self._rests_until:
+            raise ServiceUnreachable(self._failure)
+        began = time.monotonic()
         try:
             if self._connection is None:
                 self._connection = self._connect()
@@ -98,14 +143,37 @@ class HintPublisher:
             *self._app.connection_for_write().connection_errors,
             *self._app.connection_for_write().channel_errors,
         ) as error:
-            self.close()
-            raise ServiceUnreachable(
-                f"the broker at {self._address} does not answer: {error}; check STOKER_BROKER__URL"
-            ) from error
+            self._drop()
+            self._failure = self._explain(error)
+            if isinstance(error, BrokerAlarm) or time.monotonic() - began >= SLOW_S:
+                self._rests_until = time.monotonic() + BACKOFF_S
+            raise ServiceUnreachable(self._failure) from error
+
+    def _explain(self, error: Exception) -> str:
+        if isinstance(error, BrokerAlarm):
+            setting = "disk_free_limit" if "disk" in str(error) else "vm_memory_high_watermark"
+            return (
+                f"the broker at {self._address} takes no messages, it is {error}; free that on its host or change "
+                f"its {setting} (see `rabbitmqctl status`), then work goes on by itself"
+            )
+        return f"the broker at {self._address} does not answer: {error}; check STOKER_BROKER__URL"
+
+    def _drop(self) -> None:
+        """Let go of a connection without a goodbye, for whose answer a blocked one would wait."""
+        if self._connection is not None:
+            self._connection.collect()
+            self._connection = None
 
     def _connect(self) -> Connection:
-        connection = self._app.connection_for_write(connect_timeout=5)
-        connection.ensure_connection(max_retries=1, timeout=5)
-        for queue in self._queues:
-            queue(connection.default_channel).declare()
+        connection = self._app.connection_for_write(connect_timeout=CONNECT_S)
+        if connection.transport_cls in ("amqp", "pyamqp"):
+            connection.transport_cls = _WatchedTransport
+            connection.transport_options |= _AMQP_TRANSPORT
+        try:
+            connection.ensure_connection(max_retries=1, timeout=CONNECT_S)
+            for queue in self._queues:
+                queue(connection.default_channel).declare()
+        except BaseException:
+            connection.collect()
+            raise
         return connection

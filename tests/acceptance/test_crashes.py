@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,39 @@ def test_a_standby_takes_over_when_the_dispatch_leader_is_killed(
         wait_until(lambda: results_in(postgres_url) >= MIDDLE, 30, "the batch is in its middle")
         os.kill(leader, signal.SIGKILL)
         assert_each_once(batch, batch_ids, env)
+    assert repeated(endpoint) == 0
+
+
+def test_a_standby_takes_over_from_a_leader_that_is_frozen(
+    env: dict[str, str], tmp_path: Path, endpoint: ScriptedEndpoint, postgres_url: str, batch_ids: list[str]
+) -> None:
+    with WorkerProcess("one", env=env, folder=tmp_path) as worker, Command("dispatch", env=env):
+        leader = worker.dispatcher()
+        assert leader is not None
+        batch = submit(tmp_path, env)
+        wait_until(lambda: results_in(postgres_url) >= MIDDLE, 30, "the batch is in its middle")
+        os.kill(leader, signal.SIGSTOP)
+        try:
+            assert_each_once(batch, batch_ids, env)
+        finally:
+            os.kill(leader, signal.SIGCONT)
+    assert repeated(endpoint) == 0
+
+
+def test_a_rolling_restart_of_all_workers_repeats_no_job(
+    env: dict[str, str], tmp_path: Path, endpoint: ScriptedEndpoint, postgres_url: str
+) -> None:
+    ids = write_chats(tmp_path / "in.jsonl", prompts(12 * JOBS))
+    with ExitStack() as stack:
+        old = [stack.enter_context(WorkerProcess(f"old-{n}", env=env, folder=tmp_path)) for n in range(2)]
+        batch = submit(tmp_path, env)
+        wait_until(lambda: results_in(postgres_url) >= MIDDLE, 30, "the batch is in its middle")
+        for number, worker in enumerate(old):
+            assert worker.terminate(timeout_s=15) == 0, worker.log
+            stack.enter_context(WorkerProcess(f"new-{number}", env=env, folder=tmp_path))
+        assert results_in(postgres_url) < len(ids), "all were restarted while the batch ran"
+        assert stoker("watch", batch, env=env).returncode == 0
+    assert ids_of(parse_lines(stoker("results", batch, env=env).stdout)) == ids
     assert repeated(endpoint) == 0
 
 

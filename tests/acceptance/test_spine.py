@@ -55,7 +55,13 @@ def test_submit_watch_results_gives_every_custom_id_once_and_in_input_order(
 def test_every_command_prints_json_for_programs(env: dict[str, str], tmp_path: Path) -> None:
     write_chats(tmp_path / "in.jsonl", prompts(10))
     submitted = json.loads(stoker("submit", tmp_path / "in.jsonl", "--json", env=env).stdout)
-    assert submitted == {"batch": submitted["batch"], "jobs": 10, "reused": False}
+    assert submitted == {
+        "batch": submitted["batch"],
+        "jobs": 10,
+        "reused": False,
+        "skipped": 0,
+        "results_reused": 0,
+    }
     watched = json.loads(stoker("watch", submitted["batch"], "--json", env=env).stdout)
     assert (watched["state"], watched["jobs"], watched["done"], watched["failed"]) == ("completed", 10, 10, 0)
     assert watched["tokens_out"] == 30, "`echo: question N` is three words"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,18 +12,16 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from sqlalchemy import text
 
-from pipeline.dispatch import BLIND_WINDOW, Dispatcher, dispatch_until, fair_share
-from runtime.clock import uuid7
+from pipeline.dispatch import BLIND_WINDOW, Dispatcher, dispatch_until
 from runtime.errors import ServiceUnreachable
 from runtime.settings import Settings
 from store.batches import request_cancel
 from store.database import Database
-from store.dispatching import Candidates
 from store.notifications import leadership
 from store.presence import PresenceBoard, WorkerPresence
+from store.shards import claim_next
 from tests.support.batches import batch_row, chats, claimed, execute, shards_of, store_batch
 from tests.support.waiting import wait_until
 
@@ -69,50 +70,6 @@ def announce(board: PresenceBoard, *, children: int, name: str = "one") -> None:
 
 def age_hints(database: Database) -> None:
     execute(database, "UPDATE shards SET dispatched_at = dispatched_at - interval '1 min' WHERE state = 'dispatched'")
-
-
-@st.composite
-def waiting_batches(draw: st.DrawFn) -> list[Candidates]:
-    batches = draw(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 6), st.integers(1, 6)), max_size=6))
-    ids = iter(range(1000))
-    return [
-        Candidates(uuid7(), tenant, live, tuple(next(ids) for _ in range(count))) for tenant, live, count in batches
-    ]
-
-
-@given(waiting_batches(), st.integers(0, 30))
-def test_a_share_is_fair(batches: list[Candidates], free: int) -> None:
-    chosen = fair_share(batches, free=free)
-    of = {batch.batch_id: [shard_id for shard_id in chosen if shard_id in batch.shard_ids] for batch in batches}
-    assert len(chosen) == len(set(chosen)) == min(free, sum(len(batch.shard_ids) for batch in batches))
-    for batch in batches:
-        taken = tuple(of[batch.batch_id])
-        assert taken == batch.shard_ids[: len(taken)], "in their order, none left out"
-    tenants = {batch.tenant for batch in batches}
-    live = {
-        name: sum(batch.live_shards + len(of[batch.batch_id]) for batch in batches if batch.tenant == name)
-        for name in tenants
-    }
-    got = {batch.tenant for batch in batches if of[batch.batch_id]}
-    waits = {batch.tenant for batch in batches if len(of[batch.batch_id]) < len(batch.shard_ids)}
-    assert all(live[rich] <= live[poor] + 1 for rich in got for poor in waits)
-
-
-@given(st.integers(1, 5), st.integers(0, 40))
-def test_tenants_with_enough_waiting_differ_by_one_shard_at_most(tenants: int, free: int) -> None:
-    batches = [
-        Candidates(uuid7(), f"tenant {number}", 0, tuple(range(number * 100, number * 100 + 40)))
-        for number in range(tenants)
-    ]
-    chosen = fair_share(batches, free=free)
-    counts = [len(set(chosen) & set(batch.shard_ids)) for batch in batches]
-    assert max(counts) - min(counts) <= 1
-
-
-def test_among_equals_the_batch_that_must_end_first_goes_first() -> None:
-    first, second = uuid7(), uuid7()
-    batches = [Candidates(first, "a", 0, (1, 2)), Candidates(second, "a", 0, (3, 4))]
-    assert fair_share(batches, free=3) == [1, 3, 2]
 
 
 def test_the_window_is_the_live_children(
@@ -191,19 +148,25 @@ def test_a_resend_of_lost_hints_does_not_drop_those_not_yet_sent(
     assert set(broker.sent) == dispatched
 
 
-def test_running_shards_of_a_tenants_other_batches_count_against_it(
-    database: Database, tmp_path: Path, dispatcher: Dispatcher, broker: MemoryBroker, board: PresenceBoard
+def test_a_new_tenants_first_shard_is_claimed_next_though_the_window_was_full(
+    database: Database, tmp_path: Path, dispatcher: Dispatcher, board: PresenceBoard
 ) -> None:
     announce(board, children=4)
-    store_batch(database, tmp_path, chats(4), shard_jobs=1, tenant="busy")
+    busy = store_batch(database, tmp_path, chats(12), shard_jobs=1, tenant="busy")
     dispatcher.tick()
-    for shard_id in broker.sent:
-        claimed(database, shard_id)
-    broker.sent.clear()
-    store_batch(database, tmp_path, chats(4), shard_jobs=1, tenant="busy")
-    idle = store_batch(database, tmp_path, chats(4), shard_jobs=1, tenant="idle")
+    with database.transaction() as session:
+        for _ in range(4):
+            assert claim_next(session, holder="test", lease_s=30.0)
     dispatcher.tick()
-    assert set(broker.sent) == {shard.id for shard in shards_of(database, idle)}
+    new = store_batch(database, tmp_path, chats(2), shard_jobs=1, tenant="new")
+    dispatcher.tick()
+    order = []
+    with database.transaction() as session:
+        while taken := claim_next(session, holder="test", lease_s=30.0):
+            order.append(taken.batch_id)
+    assert order[0] == new
+    assert len(order) == 4 and set(order[:3]) == {new, busy} and order.count(new) == 2
+    assert len({shard.id for shard in shards_of(database, busy) if shard.state == "pending"}) == 6
 
 
 def test_paused_and_cancelled_batches_are_not_dispatched(
@@ -221,10 +184,10 @@ def test_paused_and_cancelled_batches_are_not_dispatched(
 def test_one_of_two_leads_until_its_connection_ends(database: Database) -> None:
     with leadership(database) as second:
         with leadership(database) as first:
-            assert first.acquire()
-            assert first.acquire(), "asking again changes nothing"
-            assert not second.acquire()
-        wait_until(second.acquire, 5, "the second leads after the first has gone")
+            assert first.acquire(silent_s=60.0)
+            assert first.acquire(silent_s=60.0), "asking again changes nothing"
+            assert not second.acquire(silent_s=60.0)
+        wait_until(lambda: second.acquire(silent_s=60.0), 5, "the second leads after the first has gone")
 
 
 @contextmanager
@@ -273,3 +236,50 @@ def test_dispatch_goes_on_after_its_connections_were_cut(
             )
         store_batch(database, tmp_path, chats(1))
         wait_until(lambda: len(broker.sent) == 2, 15, "the second hint")
+
+
+def test_a_leader_that_is_frozen_is_succeeded_and_finds_its_lock_gone_when_it_wakes(database: Database) -> None:
+    with leadership(database) as second:
+        with pytest.raises(ServiceUnreachable), leadership(database) as frozen:
+            assert frozen.acquire(silent_s=60.0)
+            assert not second.acquire(silent_s=60.0)
+            wait_until(lambda: second.acquire(silent_s=0.3), 10, "the silent leader is ended")
+            frozen.acquire(silent_s=60.0)
+        assert second.acquire(silent_s=60.0)
+
+
+LEADER_STOPS_INSIDE_A_FILL = """
+import os, signal, sys
+from sqlalchemy import text
+from store.database import Database
+from store.notifications import leadership
+
+database = Database(sys.argv[1])
+with leadership(database) as lead, database.transaction() as session:
+    assert lead.acquire(silent_s=60.0)
+    session.execute(text("UPDATE batches SET cursor = cursor"))
+    os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_a_frozen_leader_loses_also_the_rows_that_it_had_locked(
+    database: Database, postgres_url: str, tmp_path: Path
+) -> None:
+    store_batch(database, tmp_path, chats(1))
+    frozen = subprocess.Popen([sys.executable, "-c", LEADER_STOPS_INSIDE_A_FILL, postgres_url])
+    try:
+        os.waitpid(frozen.pid, os.WUNTRACED)  # returns when it has stopped
+        with leadership(database) as second:
+            wait_until(lambda: second.acquire(silent_s=0.3), 10, "the silent leader is ended")
+            with database.transaction() as session:
+                session.execute(text("SET LOCAL lock_timeout = '2s'"))
+                assert len(session.execute(text("UPDATE batches SET cursor = cursor RETURNING 1")).all()) == 1
+    finally:
+        frozen.kill()
+        frozen.wait()
+
+
+def test_a_process_frozen_inside_a_transaction_loses_its_locks(database: Database) -> None:
+    with database.transaction() as session:
+        limit = session.scalar(text("SHOW idle_in_transaction_session_timeout"))
+    assert limit == "20s", "Postgres itself ends it then"

@@ -51,7 +51,6 @@ def endpoint() -> Iterator[ScriptedEndpoint]:
 def fed(
     database: Database,
     url: str,
-    shard_id: int,
     *,
     in_flight: int = 8,
     timeout_s: float = 10.0,
@@ -62,7 +61,7 @@ def fed(
     drain: Event = NEVER,
     pack_inputs: int = 128,
 ) -> FeedReport:
-    """What one call of feed does with this shard; an error if it takes longer than 20 s."""
+    """What one call of feed does; an error if it takes longer than 20 s."""
     settings = Settings.model_construct(
         worker=WorkerSettings(heartbeat_s=heartbeat_s, grace_s=grace_s, yield_s=yield_s),
         limits=LimitSettings(max_tries=max_tries),
@@ -80,11 +79,11 @@ def fed(
                     embeddings=server,
                     settings=settings,
                     holder="test",
+                    engine="engine",
                     in_flight=in_flight,
                     draining=drain.is_set,
                     engine_id=lambda: None,
-                ),
-                shard_id,
+                )
             )
 
     with Heartbeat(database, lease_s=settings.worker.lease_s, interval_s=heartbeat_s) as heartbeat:
@@ -124,8 +123,8 @@ def test_every_job_gets_the_answer_to_its_own_prompt(
     database: Database, tmp_path: Path, endpoint: ScriptedEndpoint
 ) -> None:
     batch_id = store_batch(database, tmp_path, chats(100), shard_jobs=40)
-    shards = dispatch_all(database)
-    assert fed(database, endpoint.url, shards[0]) == FeedReport(shards=3, jobs=100)
+    dispatch_all(database)
+    assert fed(database, endpoint.url) == FeedReport(shards=3, jobs=100)
     results = results_of(database, batch_id)
     contents = [json.loads(result.response or "")["choices"][0]["message"]["content"] for result in results]
     assert contents == [f"echo: question {number}" for number in range(100)]
@@ -136,17 +135,17 @@ def test_every_job_gets_the_answer_to_its_own_prompt(
 def test_a_shard_that_somebody_else_has_is_left_alone(
     database: Database, tmp_path: Path, endpoint: ScriptedEndpoint
 ) -> None:
-    batch_id, [shard_id] = stored(database, tmp_path, ["hello"])
+    batch_id, _ = stored(database, tmp_path, ["hello"])
     execute(database, "UPDATE shards SET state = 'running', holder = 'other'")
-    assert fed(database, endpoint.url, shard_id) == FeedReport()
+    assert fed(database, endpoint.url) == FeedReport()
     assert (endpoint.calls().count, results_of(database, batch_id)) == (0, [])
 
 
 def test_no_more_jobs_are_in_flight_than_allowed(
     database: Database, tmp_path: Path, endpoint: ScriptedEndpoint
 ) -> None:
-    _, [shard_id] = stored(database, tmp_path, [f"{number} [[latency 0.05]]" for number in range(12)])
-    fed(database, endpoint.url, shard_id, in_flight=3)
+    stored(database, tmp_path, [f"{number} [[latency 0.05]]" for number in range(12)])
+    fed(database, endpoint.url, in_flight=3)
     assert endpoint.calls().most_running == 3
 
 
@@ -155,14 +154,14 @@ def test_a_429_is_tried_again_later_and_then_succeeds(
 ) -> None:
     batch_id, [shard_id] = stored(database, tmp_path, ["one", "two [[fail 1 times]] [[status 429 retry-after 30]]"])
     before = utc_now()
-    assert fed(database, endpoint.url, shard_id).jobs == 1
+    assert fed(database, endpoint.url).jobs == 1
     [(seq, tries, due, error)] = tries_of(database, batch_id)
     assert (seq, tries, "429" in error) == (1, 1, True)
     assert (due - before).total_seconds() >= 30
     assert shards_of(database, batch_id)[0].state == "pending"
     assert dispatch_all(database) == [], "the shard waits with its job"
     assert dispatch_now(database) == [shard_id]
-    assert fed(database, endpoint.url, shard_id).jobs == 1
+    assert fed(database, endpoint.url).jobs == 1
     assert [result.outcome for result in results_of(database, batch_id)] == ["succeeded", "succeeded"]
     assert (shards_of(database, batch_id)[0].state, shards_of(database, batch_id)[0].crashes) == ("done", 0)
 
@@ -170,10 +169,10 @@ def test_a_429_is_tried_again_later_and_then_succeeds(
 def test_a_job_whose_tries_are_spent_ends_with_an_error(
     database: Database, tmp_path: Path, endpoint: ScriptedEndpoint
 ) -> None:
-    batch_id, [shard_id] = stored(database, tmp_path, ["always [[status 503]]"])
+    batch_id, _ = stored(database, tmp_path, ["always [[status 503]]"])
     for _ in range(3):
         assert results_of(database, batch_id) == []
-        fed(database, endpoint.url, shard_id, max_tries=3)
+        fed(database, endpoint.url, max_tries=3)
         dispatch_now(database)
     [result] = results_of(database, batch_id)
     assert (result.outcome, result.error_code, "3 times" in (result.error_message or "")) == (
@@ -188,8 +187,8 @@ def test_a_job_whose_tries_are_spent_ends_with_an_error(
 def test_a_rejection_is_the_result_with_status_and_body(
     database: Database, tmp_path: Path, endpoint: ScriptedEndpoint
 ) -> None:
-    batch_id, [shard_id] = stored(database, tmp_path, ["bad [[status 400]]", "good"])
-    fed(database, endpoint.url, shard_id)
+    batch_id, _ = stored(database, tmp_path, ["bad [[status 400]]", "good"])
+    fed(database, endpoint.url)
     bad, good = results_of(database, batch_id)
     assert (bad.outcome, bad.status_code, good.outcome) == ("failed", 400, "succeeded")
     assert json.loads(bad.response or "")["error"]["message"] == "as the script says"
@@ -199,8 +198,8 @@ def test_a_rejection_is_the_result_with_status_and_body(
 def test_a_request_without_an_answer_in_time_ends_as_timeout(
     database: Database, tmp_path: Path, endpoint: ScriptedEndpoint
 ) -> None:
-    batch_id, [shard_id] = stored(database, tmp_path, ["slow [[hang]]", "good"])
-    fed(database, endpoint.url, shard_id, timeout_s=0.3)
+    batch_id, _ = stored(database, tmp_path, ["slow [[hang]]", "good"])
+    fed(database, endpoint.url, timeout_s=0.3)
     slow, good = results_of(database, batch_id)
     assert (slow.outcome, slow.error_code, good.outcome) == ("failed", "timeout", "succeeded")
 
@@ -209,8 +208,8 @@ def test_a_request_without_an_answer_in_time_ends_as_timeout(
 def test_a_broken_connection_is_a_try(
     database: Database, tmp_path: Path, endpoint: ScriptedEndpoint, order: str
 ) -> None:
-    batch_id, [shard_id] = stored(database, tmp_path, [f"broken [[{order}]]", "good"])
-    assert fed(database, endpoint.url, shard_id).jobs == 1
+    batch_id, _ = stored(database, tmp_path, [f"broken [[{order}]]", "good"])
+    assert fed(database, endpoint.url).jobs == 1
     assert [(seq, tries) for seq, tries, _, _ in tries_of(database, batch_id)] == [(0, 1)]
     assert [result.seq for result in results_of(database, batch_id)] == [1]
 
@@ -220,8 +219,8 @@ def test_empty_and_truncated_answers_are_counted(
 ) -> None:
     bodies = [chat("nothing [[empty]]"), chat("a long question", max_tokens=2), chat("whole"), chat("x [[status 422]]")]
     batch_id = store_batch(database, tmp_path, bodies)
-    [shard_id] = dispatch_all(database)
-    fed(database, endpoint.url, shard_id)
+    dispatch_all(database)
+    fed(database, endpoint.url)
     assert [result.outcome for result in results_of(database, batch_id)] == [
         "empty",
         "truncated",
@@ -237,20 +236,20 @@ def test_a_refused_connection_gives_the_shard_back_untouched(
 ) -> None:
     batch_id, [shard_id] = stored(database, tmp_path, [f"question {number}" for number in range(30)])
     endpoint.kill()
-    assert fed(database, endpoint.url, shard_id) == FeedReport(shards=1, jobs=0)
+    assert fed(database, endpoint.url) == FeedReport(shards=1, jobs=0)
     [shard] = shards_of(database, batch_id)
     assert (shard.state, shard.done, shard.crashes) == ("pending", 0, 0)
     assert (tries_of(database, batch_id), results_of(database, batch_id)) == ([], [])
     endpoint.start()
     assert dispatch_now(database) == [shard_id]
-    assert fed(database, endpoint.url, shard_id).jobs == 30
+    assert fed(database, endpoint.url).jobs == 30
 
 
 def test_the_next_shard_is_claimed_while_a_slow_job_is_in_flight(
     database: Database, tmp_path: Path, endpoint: ScriptedEndpoint
 ) -> None:
-    batch_id, shards = stored(database, tmp_path, ["slow [[latency 2]]", "b", "c", "d", "e"], shard_jobs=1)
-    assert fed(database, endpoint.url, shards[0], in_flight=2) == FeedReport(shards=5, jobs=5)
+    batch_id, _ = stored(database, tmp_path, ["slow [[latency 2]]", "b", "c", "d", "e"], shard_jobs=1)
+    assert fed(database, endpoint.url, in_flight=2) == FeedReport(shards=5, jobs=5)
     with database.transaction() as session:
         order = session.scalars(text("SELECT seq FROM results ORDER BY created_at, seq")).all()
     assert order[-1] == 0, "the others were written while the slow one ran"
@@ -261,8 +260,8 @@ def test_the_next_shard_is_claimed_while_a_slow_job_is_in_flight(
 def test_a_feed_whose_fence_is_lost_writes_nothing_more(
     database: Database, tmp_path: Path, endpoint: ScriptedEndpoint
 ) -> None:
-    batch_id, [shard_id] = stored(database, tmp_path, [f"{number} [[latency 1.5]]" for number in range(4)])
-    with being_fed(lambda: fed(database, endpoint.url, shard_id, heartbeat_s=60.0)) as running:
+    batch_id, _ = stored(database, tmp_path, [f"{number} [[latency 1.5]]" for number in range(4)])
+    with being_fed(lambda: fed(database, endpoint.url, heartbeat_s=60.0)) as running:
         wait_until(lambda: endpoint.calls().running == 4, 10, "all jobs in flight")
         recover_by_hand(database)
         assert running.result(FEED_TIMEOUT_S).jobs == 0
@@ -273,8 +272,8 @@ def test_a_feed_whose_fence_is_lost_writes_nothing_more(
 def test_the_heartbeat_tells_a_feed_that_its_fence_is_lost(
     database: Database, tmp_path: Path, endpoint: ScriptedEndpoint
 ) -> None:
-    _, [shard_id] = stored(database, tmp_path, ["[[hang]]"])
-    with being_fed(lambda: fed(database, endpoint.url, shard_id, heartbeat_s=0.1)) as running:
+    stored(database, tmp_path, ["[[hang]]"])
+    with being_fed(lambda: fed(database, endpoint.url, heartbeat_s=0.1)) as running:
         wait_until(lambda: endpoint.calls().running == 1, 10, "the job in flight")
         recover_by_hand(database)
         assert running.result(5) == FeedReport(shards=1, jobs=0)
@@ -284,8 +283,8 @@ def test_the_heartbeat_tells_a_feed_that_its_fence_is_lost(
 def test_a_cancelled_batch_starts_no_new_job_and_keeps_what_was_in_flight(
     database: Database, tmp_path: Path, endpoint: ScriptedEndpoint
 ) -> None:
-    batch_id, [shard_id] = stored(database, tmp_path, [f"{number} [[latency 0.7]]" for number in range(10)])
-    with being_fed(lambda: fed(database, endpoint.url, shard_id, in_flight=2, heartbeat_s=0.1)) as running:
+    batch_id, _ = stored(database, tmp_path, [f"{number} [[latency 0.7]]" for number in range(10)])
+    with being_fed(lambda: fed(database, endpoint.url, in_flight=2, heartbeat_s=0.1)) as running:
         wait_until(lambda: endpoint.calls().running == 2, 10, "two jobs in flight")
         with database.transaction() as session:
             assert request_cancel(session, batch_id)
@@ -299,7 +298,7 @@ def test_a_draining_feed_writes_what_is_in_flight_and_gives_back_the_rest(
 ) -> None:
     batch_id, [shard_id] = stored(database, tmp_path, [f"{number} [[latency 0.7]]" for number in range(10)])
     drain = Event()
-    with being_fed(lambda: fed(database, endpoint.url, shard_id, in_flight=3, drain=drain)) as running:
+    with being_fed(lambda: fed(database, endpoint.url, in_flight=3, drain=drain)) as running:
         wait_until(lambda: endpoint.calls().running == 3, 10, "three jobs in flight")
         drain.set()
         assert running.result(5) == FeedReport(shards=1, jobs=3)
@@ -310,9 +309,9 @@ def test_a_draining_feed_writes_what_is_in_flight_and_gives_back_the_rest(
 def test_a_draining_feed_waits_no_longer_than_its_grace(
     database: Database, tmp_path: Path, endpoint: ScriptedEndpoint
 ) -> None:
-    batch_id, [shard_id] = stored(database, tmp_path, ["quick", "never [[hang]]"])
+    batch_id, _ = stored(database, tmp_path, ["quick", "never [[hang]]"])
     drain = Event()
-    with being_fed(lambda: fed(database, endpoint.url, shard_id, drain=drain, grace_s=0.3)) as running:
+    with being_fed(lambda: fed(database, endpoint.url, drain=drain, grace_s=0.3)) as running:
         wait_until(lambda: len(results_of(database, batch_id)) == 1, 10, "the quick job is written")
         drain.set()
         assert running.result(5) == FeedReport(shards=1, jobs=1)
@@ -323,8 +322,8 @@ def test_a_draining_feed_waits_no_longer_than_its_grace(
 def test_a_feed_that_ran_long_enough_gives_back_the_rest(
     database: Database, tmp_path: Path, endpoint: ScriptedEndpoint
 ) -> None:
-    batch_id, [shard_id] = stored(database, tmp_path, [f"{number} [[latency 0.3]]" for number in range(20)])
-    report = fed(database, endpoint.url, shard_id, in_flight=2, yield_s=0.8)
+    batch_id, _ = stored(database, tmp_path, [f"{number} [[latency 0.3]]" for number in range(20)])
+    report = fed(database, endpoint.url, in_flight=2, yield_s=0.8)
     assert 0 < report.jobs < 20
     assert (shards_of(database, batch_id)[0].state, len(results_of(database, batch_id))) == ("pending", report.jobs)
 
@@ -333,8 +332,8 @@ def test_embeddings_are_asked_together_and_split_for_their_jobs(
     database: Database, tmp_path: Path, endpoint: ScriptedEndpoint
 ) -> None:
     texts = [f"text {number}" for number in range(10)]
-    batch_id, shard_id = stored_embeddings(database, tmp_path, texts)
-    assert fed(database, endpoint.url, shard_id, pack_inputs=5).jobs == 10
+    batch_id, _ = stored_embeddings(database, tmp_path, texts)
+    assert fed(database, endpoint.url, pack_inputs=5).jobs == 10
     assert endpoint.calls().count == 2
     for result, said in zip(results_of(database, batch_id), texts, strict=True):
         [item] = json.loads(result.response or "")["data"]
@@ -344,9 +343,9 @@ def test_embeddings_are_asked_together_and_split_for_their_jobs(
 def test_one_bad_text_fails_alone_and_its_pack_is_asked_one_by_one(
     database: Database, tmp_path: Path, endpoint: ScriptedEndpoint
 ) -> None:
-    batch_id, shard_id = stored_embeddings(database, tmp_path, ["a", "b [[status 400]]", "c"])
+    batch_id, _ = stored_embeddings(database, tmp_path, ["a", "b [[status 400]]", "c"])
     drain = Event()
-    with being_fed(lambda: fed(database, endpoint.url, shard_id, drain=drain, in_flight=1, grace_s=0.1)) as running:
+    with being_fed(lambda: fed(database, endpoint.url, drain=drain, in_flight=1, grace_s=0.1)) as running:
         try:
             wait_until(lambda: running.done() or endpoint.calls().count > 12, 15, "the feed ends")
             assert endpoint.calls().count == 4, "the pack once, then each of its three jobs once"
@@ -359,9 +358,9 @@ def test_one_bad_text_fails_alone_and_its_pack_is_asked_one_by_one(
 def test_a_rejected_pack_is_not_asked_one_by_one_once_the_worker_drains(
     database: Database, tmp_path: Path, endpoint: ScriptedEndpoint
 ) -> None:
-    _, shard_id = stored_embeddings(database, tmp_path, ["a", "b [[latency 0.6]] [[status 400]]", "c"])
+    stored_embeddings(database, tmp_path, ["a", "b [[latency 0.6]] [[status 400]]", "c"])
     drain = Event()
-    with being_fed(lambda: fed(database, endpoint.url, shard_id, drain=drain, grace_s=5)) as running:
+    with being_fed(lambda: fed(database, endpoint.url, drain=drain, grace_s=5)) as running:
         wait_until(lambda: endpoint.calls().running == 1, 10, "the pack in flight")
         drain.set()
         running.result(FEED_TIMEOUT_S)
@@ -371,8 +370,8 @@ def test_a_rejected_pack_is_not_asked_one_by_one_once_the_worker_drains(
 def test_a_rejected_pack_is_not_asked_one_by_one_once_its_batch_is_cancelled(
     database: Database, tmp_path: Path, endpoint: ScriptedEndpoint
 ) -> None:
-    batch_id, shard_id = stored_embeddings(database, tmp_path, ["a", "b [[latency 1.5]] [[status 400]]", "c"])
-    with being_fed(lambda: fed(database, endpoint.url, shard_id, heartbeat_s=1.0)) as running:
+    batch_id, _ = stored_embeddings(database, tmp_path, ["a", "b [[latency 1.5]] [[status 400]]", "c"])
+    with being_fed(lambda: fed(database, endpoint.url, heartbeat_s=1.0)) as running:
         wait_until(lambda: endpoint.calls().running == 1, 10, "the pack in flight")
         with database.transaction() as session:
             assert request_cancel(session, batch_id)

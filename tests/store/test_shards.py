@@ -10,12 +10,13 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
+from sqlalchemy import text
 
 from models.states import Outcome
 from pipeline.dispatch import Dispatcher
 from runtime.clock import utc_now
 from runtime.settings import Settings, WorkerSettings
-from store.database import Database
+from store.database import Database, Session
 from store.presence import PresenceBoard
 from store.shards import (
     CRASHES_TO_HALVE,
@@ -73,6 +74,10 @@ def write(database: Database, taken: Claim, seqs: list[int]) -> int | None:
 
 def end_lease(database: Database, shard_id: int) -> None:
     execute(database, "UPDATE shards SET lease_until = clock_timestamp() - interval '1 s' WHERE id = :id", id=shard_id)
+
+
+def lock_shard(session: Session, taken: Claim) -> None:
+    session.execute(text("SELECT FROM shards WHERE id = :id FOR NO KEY UPDATE"), {"id": taken.shard_id})
 
 
 def recover(database: Database) -> list[int]:
@@ -159,8 +164,8 @@ def test_jobs_are_loaded_in_the_shards_order_without_finished_and_waiting_ones(
             session,
             taken,
             [
-                Retry(seq=0, tries=2, not_before=due, error="later"),
-                Retry(seq=2, tries=1, not_before=utc_now() - timedelta(seconds=1), error="now"),
+                Retry(seq=0, tries=2, engine_deaths=0, not_before=due, error="later"),
+                Retry(seq=2, tries=1, engine_deaths=0, not_before=utc_now() - timedelta(seconds=1), error="now"),
             ],
         )
         loaded = load_jobs(session, taken)
@@ -188,6 +193,19 @@ def test_a_heartbeat_after_a_takeover_is_refused(database: Database, tmp_path: P
         assert extend_leases(session, {shard_id: new.fence}, lease_s=LEASE_S) == {shard_id: True}
 
 
+def test_a_heartbeat_passes_by_a_shard_that_is_locked(database: Database, tmp_path: Path) -> None:
+    """A leader frozen in the middle of a fill holds its batch's row: a child's close waits, its leases do not."""
+    store_batch(database, tmp_path, chats(8), shard_jobs=4)
+    closing, running = (claimed(database, shard_id, lease_s=SHORT_LEASE_S) for shard_id in dispatch_all(database))
+    with database.transaction() as holder:
+        lock_shard(holder, closing)
+        with database.transaction() as session:
+            session.execute(text("SET LOCAL lock_timeout = '2s'"))
+            held = {taken.shard_id: taken.fence for taken in (closing, running)}
+            assert extend_leases(session, held, lease_s=LEASE_S) == {closing.shard_id: True, running.shard_id: True}
+    assert recover(database) == [closing.shard_id], "the other one's lease was kept"
+
+
 def test_a_late_write_of_a_zombie_changes_nothing(database: Database, tmp_path: Path) -> None:
     batch_id, shard_id = one_shard(database, tmp_path)
     zombie = claimed(database, shard_id)
@@ -196,7 +214,9 @@ def test_a_late_write_of_a_zombie_changes_nothing(database: Database, tmp_path: 
     before = shards_of(database, batch_id), results_of(database, batch_id)
     assert write(database, zombie, [0, 1, 2, 3]) is None
     with database.transaction() as session:
-        assert not write_retries(session, zombie, [Retry(seq=1, tries=1, not_before=utc_now(), error="late")])
+        assert not write_retries(
+            session, zombie, [Retry(seq=1, tries=1, engine_deaths=0, not_before=utc_now(), error="late")]
+        )
         assert not close(session, zombie)
         assert not give_back(session, zombie, wait_s=0)
         assert [job.seq for job in load_jobs(session, new).jobs] == [1, 2, 3]

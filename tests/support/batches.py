@@ -99,7 +99,7 @@ def store_batch(
 def dispatch_all(database: Database) -> list[int]:
     """Turn every pending shard that is due to dispatched; return their ids."""
     with database.transaction() as session:
-        chosen = [shard_id for batch in candidates(session, limit=10_000) for shard_id in batch.shard_ids]
+        chosen = [shard_id for batch in candidates(session, limit=10_000) for shard_id, _ in batch.shards]
         return sorted(shard_id for shard_id, _ in mark_dispatched(session, chosen)) if chosen else []
 
 

@@ -102,6 +102,10 @@ class ScriptedEndpoint:
         self._process.kill()
         self._process.wait()
 
+    def has_died(self) -> bool:
+        """Whether the server ended by itself, as `[[die]]` makes it."""
+        return self._process.poll() is not None
+
     def calls(self) -> Calls:
         """What has arrived so far."""
         return msgspec.json.decode(self._ask("/_calls"), type=Calls)
@@ -122,13 +126,18 @@ class ScriptedEndpoint:
 
 
 class Calls(msgspec.Struct, frozen=True):
-    """`count` requests came; `prompts` says how often each text did, `paths` how often each path."""
+    """`count` requests came; `prompts` says how often each text did, `paths` how often each path.
+
+    From the first arrival to the last, `arrival_s` later, slots were taken for `slot_seconds` in all.
+    """
 
     count: int
     prompts: dict[str, int]
     paths: dict[str, int]
     running: int
     most_running: int
+    arrival_s: float = 0.0
+    slot_seconds: float = 0.0
 
 
 async def _serve_forever(options: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import statistics
+import time
 from collections import Counter
 from typing import Any
 
@@ -41,6 +42,19 @@ class Script:
         self.prompts: Counter[str] = Counter()
         self.requests = self.running = self.most_running = self.waiting = self.generated_tokens = 0
         self.paths: Counter[str] = Counter()
+        self.first_at = self.last_at = self.slot_seconds = self.slot_seconds_at_last = 0.0
+        self._counted_at = time.monotonic()
+
+    def _count_slots(self) -> None:
+        """Add up the time that slots were taken; called before their number changes."""
+        now = time.monotonic()
+        self.slot_seconds += self.running * (now - self._counted_at)
+        self._counted_at = now
+
+    def _count_arrival(self) -> None:
+        self._count_slots()
+        self.first_at = self.first_at or self._counted_at
+        self.last_at, self.slot_seconds_at_last = self._counted_at, self.slot_seconds
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """One request, by path; a dictionary of routes is what makes 5,000 requests a second possible."""
@@ -67,6 +81,7 @@ class Script:
         except (ValueError, KeyError, TypeError) as error:
             return _error(400, f"bad request: {error!r}")
         self.requests += 1
+        self._count_arrival()
         self.paths[path] += 1
         self.prompts.update(prompts)
         whole = "\n".join(prompts)
@@ -77,11 +92,13 @@ class Script:
             await self.slots.acquire()
         finally:
             self.waiting -= 1
+        self._count_slots()
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
             return await self._serve(request, path, body, prompts, orders)
         finally:
+            self._count_slots()
             self.running -= 1
             self.slots.release()
 
@@ -155,6 +172,8 @@ class Script:
                 "paths": self.paths,
                 "running": self.running,
                 "most_running": self.most_running,
+                "arrival_s": self.last_at - self.first_at,
+                "slot_seconds": self.slot_seconds_at_last,
             }
         )
 

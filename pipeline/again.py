@@ -1,0 +1,152 @@
+"""Running lines again: a new batch of a batch's failed lines, and results taken over from an earlier batch.
+
+The earlier batch is only read: an ended batch stays as it ended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import timedelta
+from uuid import UUID
+
+from models.names import batch_name
+from models.states import TERMINAL, Priority
+from pipeline.begin import CHUNK_JOBS, LEASE, TENANT, Submitted, begin_batch, same_submit
+from pipeline.cutting import ShardCutter
+from runtime.clock import uuid7
+from runtime.errors import BadInput
+from runtime.settings import Settings, ShardSettings
+from store.again import (
+    CutJob,
+    EarlierBatch,
+    copy_failed_jobs,
+    hold_ended,
+    insert_cut_shards,
+    jobs_to_run,
+    read_earlier,
+    take_results,
+)
+from store.database import Database, Session
+from store.submissions import Filled, NewBatch, extend_lease, insert_shards
+
+
+def retry_batch(
+    database: Database,
+    batch_id: UUID,
+    *,
+    settings: Settings,
+    reuse: bool,
+    priority: Priority | None = None,
+    weight: float | None = None,
+    tenant: str = TENANT,
+    chunk_jobs: int = CHUNK_JOBS,
+) -> Submitted:
+    """Store the failed lines of an ended batch as a new one, with its options, and set that going.
+
+    Failed are those of a cancelled or expired batch too that never ran. With `reuse` a second retry of the same
+    batch within an hour is the first one, while that runs or if it was completed. Raises NotFound, and BadInput
+    when the batch still runs or has no failed line.
+    """
+    with database.transaction() as session:
+        earlier = read_earlier(session, batch_id, tenant=tenant)
+    _check_retryable(earlier)
+    digest = hashlib.sha256(f"retry {batch_id.hex}".encode()).hexdigest()
+    if reuse and (found := same_submit(database, tenant=tenant, submit_digest=digest)):
+        return found
+    batch = NewBatch(
+        id=uuid7(),
+        tenant=tenant,
+        endpoint=earlier.endpoint,
+        input_name=earlier.input_name,
+        input_digest=earlier.input_digest,
+        submit_digest=digest,
+        options={name: value for name, value in earlier.options.items() if name != "reused"},
+        max_output_tokens=earlier.max_output_tokens,
+        priority=priority or earlier.priority,
+        weight=weight or earlier.weight,
+        retry_of=batch_id,
+    )
+
+    def fill() -> Filled:
+        return _copy_failed(database, earlier, batch, bounds=settings.shard, chunk_jobs=chunk_jobs)
+
+    window = timedelta(seconds=settings.limits.window_s)
+    return begin_batch(database, batch, fill, window=window, reuse=reuse)
+
+
+def check_reusable(database: Database, batch_id: UUID, *, endpoint: str, tenant: str) -> None:
+    """Raises BadInput unless the batch's results can answer a batch of this endpoint; NotFound if it is gone."""
+    with database.transaction() as session:
+        earlier = read_earlier(session, batch_id, tenant=tenant)
+    if earlier.endpoint != endpoint:
+        raise BadInput(
+            f"--reuse {batch_name(batch_id)[:18]}: its lines have {earlier.endpoint}, these have {endpoint}; "
+            "name a batch with the same endpoint"
+        )
+
+
+def reuse_results(
+    database: Database, batch: NewBatch, filled: Filled, earlier_id: UUID, *, bounds: ShardSettings
+) -> Filled:
+    """Give the stored jobs of a validating batch the results of equal jobs; shards are cut for the others.
+
+    One transaction: whoever dies leaves a validating batch as it was before, or after.
+    """
+    with database.transaction() as session:
+        extend_lease(session, batch.id, lease=LEASE)
+        taken = take_results(session, earlier_id, batch_id=batch.id)
+        if not taken:
+            return filled
+        open_shards = _cut_the_rest(session, batch.id, bounds=bounds)
+    return Filled(total=filled.total, open_shards=open_shards, skipped=filled.skipped, taken=taken)
+
+
+def _check_retryable(earlier: EarlierBatch) -> None:
+    name = batch_name(earlier.id)[:18]
+    if earlier.state not in TERMINAL:
+        raise BadInput(
+            f"{name} still runs ({earlier.state.value}): wait with `stoker watch {name}`, or `stoker cancel {name}`, "
+            "then retry it"
+        )
+    if not earlier.failed:
+        raise BadInput(f"{name} has no failed line: there is nothing to retry; run its file again with `stoker submit`")
+
+
+def _copy_failed(
+    database: Database, earlier: EarlierBatch, batch: NewBatch, *, bounds: ShardSettings, chunk_jobs: int
+) -> Filled:
+    """Copy all failed jobs, a chunk a transaction, and cut shards of them."""
+    total = shards = 0
+    after_seq = -1
+    while True:
+        with database.transaction() as session:
+            extend_lease(session, batch.id, lease=LEASE)
+            hold_ended(session, earlier.id)
+            after_seq, jobs = copy_failed_jobs(
+                session, earlier.id, batch_id=batch.id, after_seq=after_seq, first_seq=total, limit=chunk_jobs
+            )
+            if not jobs:
+                return Filled(total=total, open_shards=shards)
+            spans = _cut(jobs, bounds=bounds, first=total)
+            insert_shards(session, spans, batch_id=batch.id)
+        total += len(jobs)
+        shards += len(spans)
+
+
+def _cut_the_rest(session: Session, batch_id: UUID, *, bounds: ShardSettings) -> int:
+    """Cut shards of the jobs that have no result: how many shards."""
+    shards, after_seq = 0, -1
+    while jobs := jobs_to_run(session, batch_id, after_seq=after_seq, limit=CHUNK_JOBS):
+        spans = _cut(jobs, bounds=bounds, first=0)
+        cut = [([job.seq for job in jobs[first : last + 1]], tokens) for first, last, tokens in spans]
+        insert_cut_shards(session, cut, batch_id=batch_id)
+        shards += len(cut)
+        after_seq = jobs[-1].seq
+    return shards
+
+
+def _cut(jobs: list[CutJob], *, bounds: ShardSettings, first: int) -> list[tuple[int, int, int]]:
+    cutter = ShardCutter(bounds, first=first)
+    for job in jobs:
+        cutter.add(job.tokens, job.size_bytes)
+    return cutter.spans()

@@ -1,0 +1,49 @@
+"""The files that commands write: each takes its place only when it is whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from pipeline.export import manifest, write_lines
+from runtime.errors import BadInput
+from store.batches import BatchProgress
+from store.database import Database
+
+
+def check_writable(output: Path) -> None:
+    """Raises BadInput if the folder of an -o does not exist."""
+    if not output.parent.is_dir():
+        raise BadInput(f"-o {output}: the folder {output.parent} does not exist")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the block ends well; until then `path` stays as it was."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as opened:
+        yield opened
+    part.replace(path)
+
+
+def write_files(database: Database, progress: BatchProgress, output: Path) -> list[tuple[str, str]]:
+    """Results, errors if there are any, and the manifest: (what, path) of each that was written."""
+    errors = output.with_suffix(".errors" + output.suffix)
+    with replacing(output) as good, replacing(errors) as bad:
+        _, failed = write_lines(database, progress.id, output=good, errors=bad)
+    places = [("results", str(output))]
+    if failed:
+        places.append(("errors", str(errors)))
+    else:
+        errors.unlink()
+    return [*places, ("manifest", str(write_manifest(database, progress, output)))]
+
+
+def write_manifest(database: Database, progress: BatchProgress, output: Path) -> Path:
+    """The manifest beside a result file; its path."""
+    path = output.with_suffix(".manifest.json")
+    path.write_text(json.dumps(manifest(database, progress), indent=2) + "\n")
+    return path

