@@ -154,6 +154,7 @@ class Shard(Base):
     tokens: Mapped[int] = mapped_column(BIGINT, server_default="0")  # estimated, prompts and most output: its cost
     quarantined: Mapped[bool] = mapped_column(server_default=text("false"))  # runs with nothing else on its engine
     engine: Mapped[str | None]  # where the running attempt sends its jobs
+    worker: Mapped[str | None]  # whose child runs it: what dies together
     state: Mapped[ShardState] = mapped_column(_word(ShardState, "state"), server_default="pending")
     fence: Mapped[int] = mapped_column(BIGINT, server_default="0")
     crashes: Mapped[int] = mapped_column(SmallInteger, server_default="0")
@@ -183,7 +184,7 @@ class Shard(Base):
             postgresql_where=text("state = 'pending' AND not_before IS NOT NULL"),
         ),
         Index("ix_shards_live", "id", postgresql_where=text("state IN ('dispatched', 'running')")),
-        Index("ix_shards_quarantine", "engine", postgresql_where=text("state = 'running' AND quarantined")),
+        Index("ix_shards_alone", "id", postgresql_where=text("state = 'running' AND (quarantined OR crashes >= 2)")),
         Index(None, "batch_id"),
         {"postgresql_with": {"fillfactor": "70"}},
     )

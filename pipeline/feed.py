@@ -63,6 +63,8 @@ class FeedContext:
     holder: str
     engine: str
     """What its worker's engine is called in Postgres: equal names are one engine."""
+    worker: str
+    """What its worker is called in Postgres: the processes that die together."""
     in_flight: int
     draining: Callable[[], bool]
     engine_id: Callable[[], int | None]
@@ -116,7 +118,7 @@ class _Feeder:
         return self._report
 
     async def _is_served(self) -> bool:
-        """Wait a little if every endpoint refused connections or a quarantine has the engine; claim nothing then.
+        """Wait a little if every endpoint refused connections or a shard runs alone here; claim nothing then.
 
         False after DOWN_PATIENCE_S: the shard stays dispatched and its hint is sent again.
         """
@@ -134,7 +136,11 @@ class _Feeder:
         return {self._context.generation, self._context.embeddings} <= self._context.refused
 
     async def _is_reserved(self) -> bool:
-        return bool(await self._read(lambda session: is_reserved(session, self._context.engine)))
+        return bool(
+            await self._read(
+                lambda session: is_reserved(session, engine=self._context.engine, worker=self._context.worker)
+            )
+        )
 
     async def _read(self, question: Callable[[Session], bool]) -> bool | None:
         """Ask Postgres; None while it does not answer."""
@@ -182,7 +188,7 @@ class _Feeder:
             and not self._is_stopping(now)
             and self._in_flight() < self._context.in_flight
             and not any(
-                attempt.waiting or attempt.endpoint_is_down or attempt.claim.quarantined
+                attempt.waiting or attempt.endpoint_is_down or attempt.claim.runs_alone
                 for attempt in self._attempts.values()
             )
         )
@@ -251,13 +257,13 @@ class _Feeder:
                 attempt.record(failed(job.seq, code="internal_error", message=f"{type(error).__name__}: {error}"))
         return None
 
-    async def _run_quarantine(self, attempt: Attempt, suspects: list[Job]) -> None:
-        """Run suspects once no other shard is on the engine."""
+    async def _run_alone(self, attempt: Attempt, suspects: list[Job]) -> None:
+        """Run suspects once no other shard is on their engine, or in their worker."""
         endpoint = self._endpoint(attempt.claim.endpoint)
 
         async def engine_is_up() -> bool:
             while not attempt.is_stopped:
-                alone = await self._read(lambda s: is_alone(s, attempt.claim, engine=self._context.engine))
+                alone = await self._read(lambda s: is_alone(s, attempt.claim))
                 if alone and await endpoint.is_healthy():
                     self._context.refused.discard(endpoint)
                     return True
@@ -304,7 +310,11 @@ class _Feeder:
         def take() -> tuple[Claim, LoadedJobs] | None:
             with context.database.transaction() as session:
                 claimed = claim_next(
-                    session, holder=context.holder, lease_s=context.settings.worker.lease_s, engine=context.engine
+                    session,
+                    holder=context.holder,
+                    lease_s=context.settings.worker.lease_s,
+                    engine=context.engine,
+                    worker=context.worker,
                 )
                 return None if claimed is None else (claimed, load_jobs(session, claimed))
 
@@ -316,12 +326,12 @@ class _Feeder:
         if taken is None:
             return False
         claimed, loaded = taken
-        is_plain = claimed.runnable and not claimed.quarantined
+        is_plain = claimed.runnable and not claimed.runs_alone
         attempt = Attempt(claimed, loaded, self._units(claimed, loaded) if is_plain else ())
-        if claimed.runnable and claimed.quarantined:
+        if claimed.runnable and claimed.runs_alone:
             for other in self._attempts.values():
                 other.stop()
-            self._spawn(attempt, self._run_quarantine(attempt, loaded.jobs))
+            self._spawn(attempt, self._run_alone(attempt, loaded.jobs))
         self._attempts[claimed.key] = attempt
 
         def on_beat(runnable: bool | None) -> None:

@@ -20,16 +20,25 @@ from store.notifications import wake_dispatch
 
 CRASHES_TO_HALVE = 3  # in a row without a committed result; simulated: halving at the first blamed the innocent
 CRASHES_TO_POISON = 6  # of a shard with one unfinished job
+CRASHES_TO_RUN_ALONE = CRASHES_TO_HALVE - 1  # so no shard is halved for having run beside the one that kills
 
 _RUNNABLE = "b.state = 'in_progress' AND b.ending IS NULL AND b.paused_reason IS NULL"
-_RESERVED = "EXISTS (SELECT FROM shards q WHERE q.state = 'running' AND q.quarantined AND q.engine = {engine})"
+
+
+def _reserved(engine: str, worker: str, *, but: str = "NULL") -> str:
+    """Whether a running shard, other than `but`, has this engine or this worker for itself."""
+    return f"""EXISTS (
+        SELECT FROM shards q WHERE q.state = 'running' AND (q.quarantined OR q.crashes >= {CRASHES_TO_RUN_ALONE})
+            AND CASE WHEN q.quarantined THEN q.engine = {engine} ELSE q.worker = {worker} END
+            AND q.id IS DISTINCT FROM {but})"""
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
     """A claimed shard. `runnable` is false when its batch was cancelled, paused or has expired meanwhile.
 
-    A `quarantined` one holds suspects, which run with nothing else on their engine.
+    A `quarantined` one holds suspects, which run with nothing else on their engine. `crashes` are its attempts in a
+    row that died with their worker.
     """
 
     shard_id: int
@@ -39,6 +48,12 @@ class Claim:
     endpoint: str
     runnable: bool
     quarantined: bool
+    crashes: int
+
+    @property
+    def runs_alone(self) -> bool:
+        """Whether it may take others down with it: then nothing runs beside it on its engine, or in its worker."""
+        return self.quarantined or self.crashes >= CRASHES_TO_RUN_ALONE
 
     @property
     def key(self) -> tuple[int, int]:
@@ -68,15 +83,18 @@ class LoadedJobs:
 def _claim_where(condition: str) -> TextClause:
     return text(f"""
         UPDATE shards s SET state = 'running', fence = s.fence + 1, done_at_claim = s.done, holder = :holder,
-            engine = :engine, not_before = NULL, lease_until = clock_timestamp() + make_interval(secs => :lease_s)
+            engine = :engine, worker = :worker, not_before = NULL,
+            lease_until = clock_timestamp() + make_interval(secs => :lease_s)
         FROM batches b WHERE b.id = s.batch_id AND {condition}
-        RETURNING s.id, s.fence, s.batch_id, s.seqs, b.endpoint, ({_RUNNABLE}), s.quarantined""")
+        RETURNING s.id, s.fence, s.batch_id, s.seqs, b.endpoint, ({_RUNNABLE}), s.quarantined,
+            s.crashes""")
 
 
 _CLAIM = _claim_where("s.id = :shard_id AND s.state = ANY(:states)")
+_HERE_RESERVED = _reserved("CAST(:engine AS text)", "CAST(:worker AS text)")
 _CLAIM_NEXT = _claim_where(
     "s.id = (SELECT id FROM shards WHERE state = 'dispatched' ORDER BY dispatched_at, id LIMIT 1 "
-    f"FOR UPDATE SKIP LOCKED) AND NOT {_RESERVED.format(engine='CAST(:engine AS text)')}"
+    f"FOR UPDATE SKIP LOCKED) AND NOT {_HERE_RESERVED}"
 )
 
 
@@ -85,32 +103,44 @@ def claim(
 ) -> Claim | None:
     """Take a shard and a new fence. None: somebody else has it, or it is done; then do nothing at all."""
     row = session.execute(
-        _CLAIM, {"shard_id": shard_id, "holder": holder, "engine": None, "lease_s": lease_s, "states": list(states)}
+        _CLAIM,
+        {
+            "shard_id": shard_id,
+            "holder": holder,
+            "engine": None,
+            "worker": None,
+            "lease_s": lease_s,
+            "states": list(states),
+        },
     ).one_or_none()
     return _claimed(session, row)
 
 
-def claim_next(session: Session, *, holder: str, lease_s: float, engine: str = "") -> Claim | None:
-    """Take the shard that is to go first and nobody has claimed, for `engine`; None also while that is reserved.
+def claim_next(session: Session, *, holder: str, lease_s: float, engine: str = "", worker: str = "") -> Claim | None:
+    """Take the shard that is to go first and nobody has claimed; None also while the engine or worker is reserved.
 
-    Claims for one engine go one after the other, so that none slips in beside a quarantined shard.
+    Claims for one engine go one after the other, so that none slips in beside a shard that runs alone.
     """
     session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:engine, 1))"), {"engine": engine})
-    row = session.execute(_CLAIM_NEXT, {"holder": holder, "engine": engine, "lease_s": lease_s}).one_or_none()
+    row = session.execute(
+        _CLAIM_NEXT, {"holder": holder, "engine": engine, "worker": worker, "lease_s": lease_s}
+    ).one_or_none()
     return _claimed(session, row)
 
 
-def is_reserved(session: Session, engine: str) -> bool:
-    """Whether a quarantined shard has this engine, or waits to have it, for itself."""
-    return bool(session.execute(text(f"SELECT {_RESERVED.format(engine=':engine')}"), {"engine": engine}).scalar_one())
+def is_reserved(session: Session, *, engine: str, worker: str) -> bool:
+    """Whether a shard has this engine or this worker, or waits to have it, for itself."""
+    return bool(session.execute(text(f"SELECT {_HERE_RESERVED}"), {"engine": engine, "worker": worker}).scalar_one())
 
 
-def is_alone(session: Session, claim: Claim, *, engine: str) -> bool:
-    """Whether no other shard runs on the engine."""
+def is_alone(session: Session, claim: Claim) -> bool:
+    """Whether no other shard runs where this one must be alone: on its engine, or else in its worker."""
+    place = "engine" if claim.quarantined else "worker"
     return not session.execute(
-        text("""
-        SELECT EXISTS (SELECT FROM shards WHERE state = 'running' AND engine = :engine AND id <> :shard_id)"""),
-        {"engine": engine, "shard_id": claim.shard_id},
+        text(f"""
+        SELECT EXISTS (SELECT FROM shards s, shards other WHERE s.id = :shard_id
+            AND other.state = 'running' AND other.id <> s.id AND other.{place} = s.{place})"""),
+        {"shard_id": claim.shard_id},
     ).scalar_one()
 
 
@@ -136,7 +166,7 @@ def load_jobs(session: Session, claim: Claim) -> LoadedJobs:
 def extend_leases(session: Session, fences: Mapping[int, int], *, lease_s: float) -> dict[int, bool]:
     """Heartbeat of all held shards (id → fence): the ids still ours → whether they may go on.
 
-    They may not when their batch may not, nor when a quarantined shard waits for their engine.
+    They may not when their batch may not, nor when another shard waits to have their engine or worker for itself.
 
     An id that is missing from the answer has lost its fence: cancel its requests and write nothing. A shard that is
     locked is left as it is: a write extends its lease itself, and one shard's wait must not cost the others theirs.
@@ -144,7 +174,7 @@ def extend_leases(session: Session, fences: Mapping[int, int], *, lease_s: float
     rows = session.execute(
         text(f"""
         WITH held AS (
-            SELECT s.id, ({_RUNNABLE}) AND (s.quarantined OR NOT {_RESERVED.format(engine="s.engine")}) AS runnable
+            SELECT s.id, ({_RUNNABLE}) AND NOT {_reserved("s.engine", "s.worker", but="s.id")} AS runnable
             FROM unnest(CAST(:ids AS int8[]), CAST(:fences AS int8[])) AS h(id, fence)
             JOIN shards s ON s.id = h.id AND s.fence = h.fence AND s.state = 'running'
             JOIN batches b ON b.id = s.batch_id
@@ -282,6 +312,7 @@ def give_back(session: Session, claim: Claim, *, wait_s: float) -> bool:
     returned = session.execute(
         text("""
         UPDATE shards SET state = 'pending', fence = fence + 1, lease_until = NULL,
+            crashes = CASE WHEN done > done_at_claim THEN 0 ELSE crashes END,
             not_before = clock_timestamp() + make_interval(secs => :wait_s)
         WHERE id = :shard_id AND fence = :fence AND state = 'running' RETURNING 1"""),
         {"shard_id": claim.shard_id, "fence": claim.fence, "wait_s": wait_s},

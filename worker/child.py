@@ -56,6 +56,7 @@ class Child:
             settings=settings,
             holder=f"{socket.gethostname()}:{os.getpid()}",
             engine=_engine_name(parts.engine_url),
+            worker=f"{socket.gethostname()}:{os.getppid()}",
             in_flight=in_flight,
             draining=parts.shared.is_draining,
             engine_id=parts.shared.engine_id,

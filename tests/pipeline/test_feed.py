@@ -80,6 +80,7 @@ def fed(
                     settings=settings,
                     holder="test",
                     engine="engine",
+                    worker="worker",
                     in_flight=in_flight,
                     draining=drain.is_set,
                     engine_id=lambda: None,

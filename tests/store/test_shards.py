@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +28,8 @@ from store.shards import (
     close,
     extend_leases,
     give_back,
+    is_alone,
+    is_reserved,
     load_jobs,
     recover_dead_leases,
     write_results,
@@ -67,7 +69,7 @@ def dispatcher(database: Database, redis_url: str) -> Iterator[Dispatcher]:
     board.close()
 
 
-def write(database: Database, taken: Claim, seqs: list[int]) -> int | None:
+def write(database: Database, taken: Claim, seqs: Sequence[int]) -> int | None:
     with database.transaction() as session:
         return write_results(session, taken, answers(seqs), engine_id=None, lease_s=LEASE_S)
 
@@ -387,6 +389,65 @@ def test_a_job_that_kills_alone_ends_as_poison_and_the_others_do_not(
     assert results[killer].error_code == "poison_job"
     assert batch_row(database, batch_id)["shards_left"] == 0
     assert sum(shard.done for shard in shards_of(database, batch_id)) == 5
+
+
+@pytest.mark.parametrize("shard_jobs", [1, 4])
+def test_a_job_that_takes_its_whole_worker_down_does_not_take_the_blame_of_others_with_it(
+    database: Database, tmp_path: Path, dispatcher: Dispatcher, shard_jobs: int
+) -> None:
+    """Four children of one worker; nothing is ever written before the killer kills them all."""
+    killer = 5
+    batch_id = store_batch(database, tmp_path, chats(16), shard_jobs=shard_jobs)
+
+    def finish(taken: Claim) -> None:
+        write(database, taken, taken.seqs)
+        with database.transaction() as session:
+            assert close(session, taken)
+
+    deaths = 0
+    while batch_row(database, batch_id)["state"] == "in_progress":
+        dispatch_all(database)
+        beside: list[Claim] = []
+        apart: Claim | None = None
+        with database.transaction() as session:
+            while len(beside) < 4 and apart is None:
+                taken = claim_next(session, holder="child", lease_s=LEASE_S, engine="shared", worker="one")
+                if taken is None:
+                    break
+                if taken.runs_alone:
+                    apart = taken
+                else:
+                    beside.append(taken)
+            assert apart is None or is_alone(session, apart) == (not beside)
+            assert apart is None or is_reserved(session, engine="other", worker="one")
+            assert not is_reserved(session, engine="shared", worker="another")
+        for together in (beside, [apart] if apart else []):
+            if any(killer in taken.seqs for taken in together):
+                deaths += 1
+                execute(database, "UPDATE shards SET lease_until = '2000-01-01' WHERE state = 'running'")
+                break
+            for taken in together:
+                finish(taken)
+        dispatcher.sweep()
+        assert deaths < 50
+    assert [result.seq for result in results_of(database, batch_id) if result.outcome == "failed"] == [killer]
+    assert len(results_of(database, batch_id)) == 16
+    print(f"\n{deaths} deaths")
+
+
+def test_a_committed_result_takes_a_shard_s_crashes_away(database: Database, tmp_path: Path) -> None:
+    batch_id, shard_id = one_shard(database, tmp_path, jobs=3)
+    execute(database, "UPDATE shards SET crashes = 2 WHERE id = :id", id=shard_id)
+    taken = claimed(database, shard_id)
+    with database.transaction() as session:
+        give_back(session, taken, wait_s=0)
+    assert shards_of(database, batch_id)[0].crashes == 2
+    assert dispatch_all(database) == [shard_id]
+    taken = claimed(database, shard_id)
+    write(database, taken, [0])
+    with database.transaction() as session:
+        give_back(session, taken, wait_s=0)
+    assert shards_of(database, batch_id)[0].crashes == 0
 
 
 def test_a_job_alone_in_its_shard_is_poison_after_six_deaths(

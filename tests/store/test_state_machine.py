@@ -132,10 +132,10 @@ class Protocol(RuleBasedStateMachine):
         with self.database.transaction() as session:
             recall(session, [shard for batch in candidates(session, limit=100) for shard in batch.unclaimed])
 
-    @rule(engine=st.sampled_from(["one", "two"]))
-    def claim(self, engine: str) -> None:
+    @rule(engine=st.sampled_from(["one", "two"]), worker=st.sampled_from(["one", "two"]))
+    def claim(self, engine: str, worker: str) -> None:
         with self.database.transaction() as session:
-            taken = claim_next(session, holder="worker", lease_s=LEASE_S, engine=engine)
+            taken = claim_next(session, holder="worker", lease_s=LEASE_S, engine=engine, worker=worker)
         assume(taken is not None)
         assert taken is not None
         self.claims.append(taken)
@@ -264,7 +264,9 @@ class Protocol(RuleBasedStateMachine):
             self.leader.sweep()
             self.dispatch_all()
             with self.database.transaction() as session:
-                while taken := claim_next(session, holder="worker", lease_s=LEASE_S, engine=str(uuid7())):
+                while taken := claim_next(
+                    session, holder="worker", lease_s=LEASE_S, engine=str(uuid7()), worker=str(uuid7())
+                ):
                     if not taken.runnable or not self._work(session, taken):
                         give_back(session, taken, wait_s=0)
             self.leader.finish_batches()
