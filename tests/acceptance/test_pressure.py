@@ -10,6 +10,7 @@ from store.schema import migrate
 from tests.acceptance.chats import ids_of, parse_lines, prompts, results_in, write_chats
 from tests.support.pressed_services import own_postgres, own_rabbit, small_disk
 from tests.support.processes import WorkerProcess, stoker
+from tests.support.scripted_endpoint import ScriptedEndpoint
 from tests.support.waiting import wait_until
 
 JOBS = 200
@@ -31,12 +32,15 @@ def assert_each_once(batch: str, ids: list[str], env: dict[str, str]) -> None:
     assert ids_of(parse_lines(stoker("results", batch, env=env).stdout)) == ids
 
 
-def test_a_batch_outlasts_a_memory_alarm_of_rabbitmq(env: dict[str, str], tmp_path: Path, postgres_url: str) -> None:
+def test_a_batch_outlasts_a_memory_alarm_of_rabbitmq(
+    env: dict[str, str], tmp_path: Path, postgres_url: str, endpoint: ScriptedEndpoint
+) -> None:
     with own_rabbit() as rabbit:
         env |= {"STOKER_BROKER__URL": rabbit.url}
         with WorkerProcess("pressed", env=env, folder=tmp_path):
             batch, ids = submit(tmp_path, env)
             wait_until(lambda: results_in(postgres_url) >= EARLY, 30, "the batch runs")
+            endpoint.script("[[latency 5]]")  # the batch is still running when the alarm is on
             rabbit.raise_alarm()
             try:
                 assert results_in(postgres_url) < JOBS
@@ -44,6 +48,7 @@ def test_a_batch_outlasts_a_memory_alarm_of_rabbitmq(env: dict[str, str], tmp_pa
                 assert "low on memory" in said, said
             finally:
                 rabbit.end_alarm()
+                endpoint.script("")
             assert_each_once(batch, ids, env)
 
 
