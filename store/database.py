@@ -24,6 +24,7 @@ CONNECT_TIMEOUT_S = 5
 APPLICATION_NAME_MAX = 63  # Postgres cuts longer ones
 # Connection errors, out of resources, operator intervention, and 25 for a server that has turned read-only.
 _OUTAGES = frozenset({"08", "25", "53", "57"})
+_UNMIGRATED = frozenset({"42P01", "42703"})
 # (SQLSTATE, what libpq says where it hands on no SQLSTATE, i.e. while connecting, what is wrong, the remedy).
 _KNOWN = (
     (
@@ -44,6 +45,8 @@ _KNOWN = (
         "cannot write, its disk is full",
         "free space on the disk of its server, then work goes on by itself, nothing is lost",
     ),
+    ("42P01", (), "lacks a table of this version", "run `stoker migrate`"),
+    ("42703", (), "lacks a column of this version", "run `stoker migrate`"),
 )
 # A host that vanished is noticed in half a minute, on both sides: the server then frees the leader's lock.
 # A process frozen inside a transaction keeps its row locks: the server ends it, as no step of ours pauses so long.
@@ -60,7 +63,8 @@ _LIMITS: Mapping[str, Any] = {
 class Database:
     """Connections to one Postgres database.
 
-    Raises ServiceUnreachable from every method when the server does not answer or the connection breaks.
+    Raises ServiceUnreachable from every method when the server does not answer, the connection breaks, or the
+    tables are not those of this version.
     """
 
     def __init__(self, url: str, *, pool_size: int = 5) -> None:
@@ -110,7 +114,7 @@ class Database:
             raise Unstorable(str(error).splitlines()[0]) from error
         except DBAPIError as error:
             state = str(getattr(error.orig, "sqlstate", None) or "")
-            if error.connection_invalidated or state[:2] in _OUTAGES:
+            if error.connection_invalidated or state[:2] in _OUTAGES or state in _UNMIGRATED:
                 raise self._unreachable(error) from error
             raise
 

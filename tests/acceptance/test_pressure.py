@@ -8,7 +8,7 @@ from pathlib import Path
 from store.database import Database
 from store.schema import migrate
 from tests.acceptance.chats import ids_of, parse_lines, prompts, results_in, write_chats
-from tests.support.pressed_services import own_postgres, own_rabbit, small_disk
+from tests.support.own_services import OwnPostgres, OwnRabbitMQ, server_folder, small_disk
 from tests.support.processes import WorkerProcess, stoker
 from tests.support.scripted_endpoint import ScriptedEndpoint
 from tests.support.waiting import wait_until
@@ -35,7 +35,7 @@ def assert_each_once(batch: str, ids: list[str], env: dict[str, str]) -> None:
 def test_a_batch_outlasts_a_memory_alarm_of_rabbitmq(
     env: dict[str, str], tmp_path: Path, postgres_url: str, endpoint: ScriptedEndpoint
 ) -> None:
-    with own_rabbit() as rabbit:
+    with server_folder() as folder, OwnRabbitMQ(folder / "rabbitmq") as rabbit:
         env |= {"STOKER_BROKER__URL": rabbit.url}
         with WorkerProcess("pressed", env=env, folder=tmp_path):
             batch, ids = submit(tmp_path, env)
@@ -53,14 +53,15 @@ def test_a_batch_outlasts_a_memory_alarm_of_rabbitmq(
 
 
 def test_a_batch_outlasts_a_full_disk_of_postgres(env: dict[str, str], tmp_path: Path) -> None:
-    with small_disk(40) as disk, own_postgres(tablespace=disk / "tablespace") as postgres:
-        database = Database(postgres.url, pool_size=1)
+    with server_folder() as folder, small_disk(40) as disk, OwnPostgres(folder / "rows") as postgres:
+        url = postgres.database_on(disk)
+        database = Database(url, pool_size=1)
         migrate(database)
         database.close()
-        env |= {"STOKER_POSTGRES__URL": postgres.url}
+        env |= {"STOKER_POSTGRES__URL": url}
         with WorkerProcess("pressed", env=env, folder=tmp_path) as worker:
             batch, ids = submit(tmp_path, env)
-            wait_until(lambda: results_in(postgres.url) >= EARLY, 30, "the batch runs")
+            wait_until(lambda: results_in(url) >= EARLY, 30, "the batch runs")
             ballast = disk / "ballast"
             with ballast.open("wb", buffering=0) as file:
                 try:

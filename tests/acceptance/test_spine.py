@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from store.database import Database
 from tests.acceptance.chats import MODEL, chat, ids_of, parse_lines, prompts, read_lines, results_in, write_chats
+from tests.support.batches import execute
 from tests.support.processes import Command, WorkerProcess, marked, new_mark, stoker
 from tests.support.scripted_endpoint import ScriptedEndpoint
 from tests.support.waiting import wait_until
@@ -114,6 +116,18 @@ def test_an_unreachable_service_exits_3_and_names_its_variable(
     ended = stoker("submit", tmp_path / "in.jsonl", env=services | {name: REMEDIES[name]})
     assert ended.returncode == 3
     assert name in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_a_database_that_was_not_migrated_exits_3_with_the_remedy(
+    services: dict[str, str], tmp_path: Path, database: Database
+) -> None:
+    execute(database, "ALTER TABLE batches RENAME TO of_another_version")
+    write_chats(tmp_path / "in.jsonl", prompts(1))
+    for command in (("status",), ("submit", tmp_path / "in.jsonl")):
+        refused = stoker(*command, env=services)
+        assert refused.returncode == 3
+        assert "lacks a table of this version" in refused.stderr and "stoker migrate" in refused.stderr
+        assert "Traceback" not in refused.stderr
 
 
 def test_no_services_at_all_exit_3_with_the_remedy(tmp_path: Path) -> None:

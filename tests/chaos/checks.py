@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
 from tests.chaos.system import System
-from tests.support.processes import stoker
 from tests.support.waiting import wait_until
 
 TERMINAL = {"completed", "failed", "expired", "cancelled"}
@@ -86,26 +83,14 @@ def _process_problems(system: System) -> list[str]:
 def _file_problems(system: System) -> list[str]:
     """The files that a user gets: every custom_id once, in results or errors."""
     found = []
-    for number, batch in enumerate(system.batches):
-        expected = sorted(_ids(system, number))
-        got = sorted(_ids_in_files(system, batch))
-        if got != expected:
+    for batch, expected in system.batches.items():
+        got = system.ids_in_files(batch)
+        if sorted(got) != sorted(expected):
             found.append(f"batch {batch}: {len(got)} lines, {len(set(got))} custom_ids, of {len(expected)} jobs")
     return found
 
 
 def duplicated_lines(system: System) -> int:
     """Lines beyond one for a custom_id, in the files of all batches."""
-    files = [_ids_in_files(system, batch) for batch in system.batches]
+    files = [system.ids_in_files(batch) for batch in system.batches]
     return sum(len(ids) - len(set(ids)) for ids in files)
-
-
-def _ids_in_files(system: System, batch: str) -> list[str]:
-    kinds: tuple[tuple[str, ...], ...] = ((), ("--errors",))
-    texts = [stoker("results", batch, *kind, env=system.env).stdout for kind in kinds]
-    return [json.loads(line)["custom_id"] for text in texts for line in text.splitlines()]
-
-
-def _ids(system: System, number: int) -> list[str]:
-    count = len((system.folder / f"batch-{number}.jsonl").read_text().splitlines())
-    return [f"batch-{number}-{line}" for line in range(count)]

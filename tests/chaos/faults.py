@@ -148,6 +148,15 @@ def expire_batch(system: System, _: random.Random) -> None:
     system.query("UPDATE batches SET expires_at = clock_timestamp() WHERE id = %s::uuid", batch)
 
 
+def retry_batch(system: System, _: random.Random) -> None:
+    """Cancel a batch in its middle; retry what it left."""
+    batch = _side_batch(system)
+    assert stoker("cancel", batch, env=system.env).returncode == 0
+    is_over = "SELECT 1 FROM batches WHERE id = %s::uuid AND state = 'cancelled'"
+    wait_until(lambda: system.query(is_over, batch), 120, "the cancelled batch has ended")
+    system.begin("retry", batch, ids=system.ids_in_file(batch, "--errors"))
+
+
 FAULTS: dict[str, Fault] = {
     "kill -9 worker": kill_worker,
     "kill -9 parent only": kill_parent,
@@ -164,6 +173,7 @@ FAULTS: dict[str, Fault] = {
     "worker frozen": freeze_worker,
     "cancel": cancel_batch,
     "expiry": expire_batch,
+    "retry": retry_batch,
 }
 
 

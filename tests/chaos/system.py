@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ import psycopg
 from store.database import Database
 from store.schema import migrate
 from tests.chaos.journal import Journal
-from tests.support.own_services import OwnPostgres, OwnRabbitMQ, OwnRedis
+from tests.support.own_services import OwnPostgres, OwnRabbitMQ, OwnRedis, server_folder
 from tests.support.processes import (
     MARK,
     REPOSITORY,
@@ -51,7 +50,8 @@ class System:
     journal: Journal
     workers: list[WorkerProcess] = field(default_factory=list)
     dead: list[WorkerProcess] = field(default_factory=list)
-    batches: list[str] = field(default_factory=list)
+    batches: dict[str, list[str]] = field(default_factory=dict)
+    """The custom_ids that each must end with."""
     ended_early: set[str] = field(default_factory=set)
     never_visible: set[str] = field(default_factory=set)
     recoveries: list[tuple[str, float]] = field(default_factory=list)
@@ -66,12 +66,25 @@ class System:
 
     def submit(self, jobs: int) -> str:
         """A batch of this many jobs that no other batch has asked; its id."""
-        number = len(self.batches)
-        file = self.write_file(f"batch-{number}", jobs)
-        submitted = stoker("submit", file, env=self.env)
-        assert submitted.returncode == 0, submitted.stderr
-        self.batches.append(submitted.stdout.strip().removeprefix("batch_"))
-        return self.batches[-1]
+        name = f"batch-{len(self.batches)}"
+        return self.begin("submit", self.write_file(name, jobs), ids=[f"{name}-{number}" for number in range(jobs)])
+
+    def begin(self, *command: str | Path, ids: list[str]) -> str:
+        """The batch that this command begins, with these custom_ids; its id."""
+        begun = stoker(*command, env=self.env)
+        assert begun.returncode == 0, begun.stderr
+        batch = begun.stdout.strip().removeprefix("batch_")
+        self.batches[batch] = ids
+        return batch
+
+    def ids_in_files(self, batch: str) -> list[str]:
+        """The custom_ids of all lines that a user gets of it, of its results and of its errors."""
+        return self.ids_in_file(batch) + self.ids_in_file(batch, "--errors")
+
+    def ids_in_file(self, batch: str, *which: str) -> list[str]:
+        """The custom_ids of the lines of one of its files."""
+        text = stoker("results", batch, *which, env=self.env).stdout
+        return [json.loads(line)["custom_id"] for line in text.splitlines()]
 
     def write_file(self, name: str, jobs: int) -> Path:
         """A batch file whose prompts begin with its name."""
@@ -157,8 +170,7 @@ def kill_all(processes: list[SeenProcess], number: int = signal.SIGKILL) -> None
 def running_system(*, job_s: float, in_flight: int, shard_jobs: int) -> Iterator[System]:
     """Services, workers and beat, ready; ended with the block."""
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True)))
-        folder.chmod(0o711)
+        folder = stack.enter_context(server_folder())
         rabbitmq = stack.enter_context(OwnRabbitMQ(folder / "rabbitmq"))
         postgres = stack.enter_context(OwnPostgres(folder / "postgres"))
         redis = stack.enter_context(OwnRedis(folder / "redis"))

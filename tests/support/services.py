@@ -14,13 +14,12 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from scripts.embedded import default_home, embedded_services
-from tests.support.own_services import OwnRabbitMQ, OwnRedis
+from tests.support.own_services import OwnRabbitMQ, OwnRedis, server_folder
 
 POSTGRES = "postgresql://postgres@127.0.0.1:5432"
 REDIS = "redis://127.0.0.1:6379"
@@ -29,20 +28,19 @@ RABBITMQ = "amqp://guest:guest@127.0.0.1:5672//"
 
 def main() -> int:
     """The command's exit status."""
-    with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="stoker-test-") as folder:
+    with server_folder() as folder, ExitStack() as stack:
         env = dict(os.environ)
-        Path(folder).chmod(0o711)  # the servers run under other accounts
         if not answers(env.setdefault("STOKER_TEST_POSTGRES", POSTGRES)):
             home = default_home({}).with_name("stoker-test")
             env["STOKER_TEST_POSTGRES"] = stack.enter_context(embedded_services(home)).postgres_url
             print("services: started Postgres", file=sys.stderr)
         if not answers(env.setdefault("STOKER_TEST_REDIS", REDIS)):
-            env["STOKER_TEST_REDIS"] = stack.enter_context(OwnRedis(Path(folder) / "redis")).url.removesuffix("/0")
+            env["STOKER_TEST_REDIS"] = stack.enter_context(OwnRedis(folder / "redis")).url.removesuffix("/0")
             print("services: started Redis", file=sys.stderr)
         if not answers(env.setdefault("STOKER_TEST_RABBITMQ", RABBITMQ)):
             if shutil.which("rabbitmq-server") is None:
                 _install_rabbitmq()
-            broker = stack.enter_context(OwnRabbitMQ(Path(folder) / "rabbitmq"))
+            broker = stack.enter_context(OwnRabbitMQ(folder / "rabbitmq"))
             env |= {"STOKER_TEST_RABBITMQ": broker.url, "RABBITMQ_NODENAME": broker.node}  # as rabbitmqctl finds it
             print("services: started RabbitMQ", file=sys.stderr)
         return subprocess.run(sys.argv[1:], env=env, check=False).returncode

@@ -14,7 +14,7 @@ import pytest
 
 from runtime.errors import ServiceUnreachable
 from runtime.settings import BrokerSettings, PostgresSettings, Settings
-from tests.support.pressed_services import OwnRabbit, own_postgres, own_rabbit, small_disk
+from tests.support.own_services import OwnPostgres, OwnRabbitMQ, server_folder, small_disk
 from tests.support.waiting import wait_until
 from worker.celery_app import make_app
 from worker.doctor import Finding, examine
@@ -22,8 +22,8 @@ from worker.queues import HintPublisher
 
 
 @pytest.fixture(scope="module")
-def rabbit() -> Iterator[OwnRabbit]:
-    with own_rabbit() as node:
+def rabbit() -> Iterator[OwnRabbitMQ]:
+    with server_folder() as folder, OwnRabbitMQ(folder / "rabbitmq") as node:
         yield node
 
 
@@ -47,7 +47,7 @@ def works(call: Callable[[], object]) -> bool:
     return True
 
 
-def test_an_alarm_fails_a_publish_at_once_and_the_next_calls_do_not_ask(rabbit: OwnRabbit) -> None:
+def test_an_alarm_fails_a_publish_at_once_and_the_next_calls_do_not_ask(rabbit: OwnRabbitMQ) -> None:
     publisher = publisher_for(rabbit.url)
     publisher.publish([(1, uuid4())])
     rabbit.raise_alarm()
@@ -67,7 +67,7 @@ def test_an_alarm_fails_a_publish_at_once_and_the_next_calls_do_not_ask(rabbit: 
     publisher.close()
 
 
-def test_doctor_names_the_brokers_alarm_and_its_end(rabbit: OwnRabbit) -> None:
+def test_doctor_names_the_brokers_alarm_and_its_end(rabbit: OwnRabbitMQ) -> None:
     settings = settings_for(broker=rabbit.url)
     rabbit.raise_alarm()
     try:
@@ -93,7 +93,7 @@ def test_a_broker_that_accepts_and_says_nothing_costs_ten_seconds_once() -> None
 
 
 def test_doctor_says_that_postgres_has_no_connection_left() -> None:
-    with own_postgres(max_connections=3) as postgres, ExitStack() as held:
+    with server_folder() as folder, OwnPostgres(folder / "rows", max_connections=3) as postgres, ExitStack() as held:
         settings = settings_for(postgres=postgres.url)
         for _ in range(3):
             held.enter_context(psycopg.connect(postgres.url))
@@ -114,8 +114,8 @@ def fill(folder: Path) -> Path:
 
 
 def test_doctor_says_that_postgres_disk_is_full() -> None:
-    with small_disk(32) as disk, own_postgres(tablespace=disk / "tablespace") as postgres:
-        settings = settings_for(postgres=postgres.url)
+    with server_folder() as folder, small_disk(32) as disk, OwnPostgres(folder / "rows") as postgres:
+        settings = settings_for(postgres=postgres.database_on(disk))
         assert finding(settings, "postgres disk").is_well
         ballast = fill(disk)
         found = finding(settings, "postgres disk")
