@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 include engines.mk
 
-.PHONY: help demo up test test-engine chaos check format env-example compose-env bench-submit bench-dispatch bench-refill bench-end-to-end
+.PHONY: help demo up test test-engine chaos check format env-example compose-env bench-submit bench-dispatch bench-refill bench-end-to-end bench-cache
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -17,7 +17,7 @@ demo: .venv/.demo checkpoint-gguf ## 64 prompts from file to results, with no se
 up: .venv/.demo checkpoint-gguf ## everything on this machine until Ctrl-C
 	@stoker up
 
-test: check checkpoint-gguf engine-vllm checkpoint ## all tests: real services, real kills, real vLLM (builds what it needs)
+test: check checkpoint-gguf embedder engine-vllm checkpoint ## all tests: real services, real kills, real vLLM (builds what it needs)
 	@python -m tests.support.services sh -c 'pytest -n 3 -m "not engine and not alone" && pytest -m "engine or alone"'
 
 test-engine: .venv/.dev engine-vllm checkpoint ## only the tests with a real vLLM
@@ -53,6 +53,9 @@ bench-dispatch: .venv/.dev ## the dispatch leader at 10,000 to 1,000,000 shards,
 bench-refill: .venv/.dev ## starvation of a scripted engine with 2,048 slots
 	@python -m benchmarks.refill
 
+bench-cache: .venv/.dev embedder ## the semantic cache on BANKING77: hits, errors, the certificate under drift: FOLDER=banking77
+	@python -m benchmarks.cache --folder $(FOLDER)
+
 bench-end-to-end: .venv/.dev engine-vllm checkpoint ## the whole system beside the bare engine: CSV=queries.csv
 	@python -m benchmarks.end_to_end --csv $(CSV)
 
@@ -64,6 +67,6 @@ bench-end-to-end: .venv/.dev engine-vllm checkpoint ## the whole system beside t
 	@touch $@
 
 .venv/.dev: .venv/.demo requirements/compose.txt
-	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,dev]'
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,dev,cache]'
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --require-hashes -r requirements/compose.txt
 	@touch $@

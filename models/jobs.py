@@ -46,6 +46,20 @@ class JobResult:
     error_message: str | None = None
     usage: Usage = Usage()
     duration_ms: int = 0
+    entry: int | None = None
+    """The cache entry that it came from."""
+    similarity: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CachedAnswer:
+    """An answer that an engine gave before, and the tokens that it took."""
+
+    entry: int
+    response: str
+    status_code: int
+    prompt_tokens: int
+    completion_tokens: int
 
 
 def failed(seq: int, *, code: str, message: str, source: Source = Source.NONE) -> JobResult:

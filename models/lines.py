@@ -16,6 +16,7 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.line_problems import CUSTOM_ID_CHARACTERS, LINE_REFUSALS, explain_body, explain_line, explain_url
+from models.states import CacheMode
 from runtime.errors import BadInput, Problem
 
 BYTES_PER_TOKEN = 4  # English text in byte-pair vocabularies; JSON's own characters make it a high estimate
@@ -38,6 +39,7 @@ class SubmitOptions(BaseModel):
     sets: dict[str, Any] = Field(default_factory=dict)
     model: str | None = Field(None, min_length=1)
     max_output_tokens: int = Field(ge=1)
+    cache: CacheMode = CacheMode.EXACT
 
 
 @dataclass(frozen=True)

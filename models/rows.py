@@ -22,9 +22,10 @@ from sqlalchemy import (
     MetaData,
     SmallInteger,
     Text,
+    UniqueConstraint,
     text,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, BIGINT, INTEGER, JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, BIGINT, INTEGER, JSONB, REAL
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from models.states import BatchState, Ending, Outcome, Priority, ShardState, Source
@@ -138,6 +139,8 @@ class Result(Base):
     reasoning_tokens: Mapped[int]
     duration_ms: Mapped[int]
     engine_id: Mapped[int | None]
+    cache_entry_id: Mapped[int | None] = mapped_column(BIGINT)
+    similarity: Mapped[float | None] = mapped_column(REAL)
     created_at: Mapped[datetime] = mapped_column(server_default=text("clock_timestamp()"))
 
     __table_args__ = ({"postgresql_partition_by": "RANGE (batch_id)"},)
@@ -172,6 +175,8 @@ class Shard(Base):
     completion_tokens: Mapped[int] = mapped_column(BIGINT, server_default="0")
     cached_tokens: Mapped[int] = mapped_column(BIGINT, server_default="0")
     reasoning_tokens: Mapped[int] = mapped_column(BIGINT, server_default="0")
+    served: Mapped[int] = mapped_column(server_default="0")  # from the cache
+    saved_tokens: Mapped[int] = mapped_column(BIGINT, server_default="0")  # what they took when the engine answered
 
     __table_args__ = (
         CheckConstraint("done <= cardinality(seqs)", name="done"),
@@ -201,6 +206,35 @@ class JobTry(Base):
     engine_deaths: Mapped[int] = mapped_column(SmallInteger, server_default="0")
     not_before: Mapped[datetime]
     last_error: Mapped[str]
+
+
+class CacheEntry(Base):
+    """An engine's answer, found again by the digest of all that could change it (cache/keys.py)."""
+
+    __tablename__ = "cache_entries"
+
+    id: Mapped[int] = mapped_column(BIGINT, Identity(), primary_key=True)
+    tenant: Mapped[str]
+    key: Mapped[bytes]
+    response: Mapped[str]
+    status_code: Mapped[int] = mapped_column(SmallInteger)
+    prompt_tokens: Mapped[int]
+    completion_tokens: Mapped[int]
+    batch_id: Mapped[UUID]  # the job that it was given to
+    seq: Mapped[int] = mapped_column(INTEGER)
+    created_at: Mapped[datetime] = mapped_column(server_default=text("clock_timestamp()"))
+    expires_at: Mapped[datetime] = mapped_column(index=True)
+
+    __table_args__ = (UniqueConstraint("tenant", "key", name="uq_cache_entries_tenant_key"),)
+
+
+class CacheEpoch(Base):
+    """Part of all keys of a tenant: raising it makes every answer of before old."""
+
+    __tablename__ = "cache_epochs"
+
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    epoch: Mapped[int]
 
 
 class Engine(Base):

@@ -60,9 +60,23 @@ class Outcome(StrEnum):
     FAILED = "failed"
 
 
+class CacheMode(StrEnum):
+    """Which answers that were given before may serve a batch."""
+
+    OFF = "off"
+    EXACT = "exact"
+
+
 class Source(StrEnum):
-    """Where a result came from. reused: copied from an earlier batch's equal job."""
+    """Where a result came from.
+
+    reused: copied from an earlier batch's equal job. exact: the answer to an equal request. duplicate: that of an equal
+    line of the batch. semantic: that of a request which means the same.
+    """
 
     ENGINE = "engine"
     REUSED = "reused"
+    EXACT = "exact"
+    DUPLICATE = "duplicate"
+    SEMANTIC = "semantic"
     NONE = "none"

@@ -35,8 +35,11 @@ class Unwritten:
 class Attempt:
     """The state of one run of a shard. Lives in the asyncio loop's thread."""
 
-    def __init__(self, claim: Claim, loaded: LoadedJobs, units: Iterable[Unit]) -> None:
+    def __init__(
+        self, claim: Claim, loaded: LoadedJobs, units: Iterable[Unit], *, keys: dict[int, bytes] | None = None
+    ) -> None:
         self.claim = claim
+        self.keys = keys or {}  # of its jobs' exact cache entries, by seq
         self.waiting: deque[Unit] = deque(units)
         self.in_flight: set[asyncio.Task[None]] = set()
         self.is_lost = False

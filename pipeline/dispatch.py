@@ -19,6 +19,7 @@ from runtime.clock import utc_now
 from runtime.errors import ServiceUnreachable
 from runtime.logs import get_logger
 from runtime.settings import Settings
+from store.answers import delete_expired
 from store.batches import (
     batches_to_finish,
     end_unfinished,
@@ -250,7 +251,8 @@ class Dispatcher:
         with self._database.transaction() as session:
             make_partitions(session, now=utc_now())
             delete_abandoned_batches(session)
-        if delete_past_retention(self._database, retention_s=self._settings.limits.retention_s):
+            more = delete_expired(session)
+        if delete_past_retention(self._database, retention_s=self._settings.limits.retention_s) or more:
             self._house_at = now  # there is more: the next sweep goes on
 
     def _send(self, shards: list[tuple[int, UUID]]) -> None:

@@ -66,7 +66,7 @@ def line(batch_id: UUID, row: ResultRow) -> bytes:
         error = _json({"code": row.error_code, "message": row.error_message})
     return (
         f'{{"id":"{name}","custom_id":{_json(row.custom_id)},"response":{response},"error":{error},'
-        f'"stoker":{{"outcome":"{row.outcome.value}","source":"{row.source}"}}}}\n'
+        f'"stoker":{{"outcome":"{row.outcome.value}","source":"{row.source}"{_origin(row)}}}}}\n'
     ).encode()
 
 
@@ -114,6 +114,13 @@ def _gapless(database: Database, batch_id: UUID, *, next_seq: int) -> Iterator[R
                 return
             yield row
             next_seq += 1
+
+
+def _origin(row: ResultRow) -> str:
+    """Which entry of the cache an answer came from."""
+    if row.entry is None:
+        return ""
+    return f',"entry":{row.entry}' + ("" if row.similarity is None else f',"similarity":{row.similarity:.4f}')
 
 
 def _one_line(text: str) -> str:

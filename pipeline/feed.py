@@ -21,6 +21,7 @@ from models.jobs import Job, JobResult, failed
 from models.names import request_name
 from models.states import Source
 from pipeline.attempt import Attempt, Unit, Unwritten
+from pipeline.cached import ExactCache, Looked
 from pipeline.heartbeat import Heartbeat
 from pipeline.quarantine import DEATHS_TO_QUARANTINE, isolate
 from pipeline.retry import after_engine_death, after_failure
@@ -70,6 +71,7 @@ class FeedContext:
     engine_id: Callable[[], int | None]
     refused: set[Endpoint] = field(default_factory=set)
     """Endpoints that refused a connection and have not been seen healthy since."""
+    cache: ExactCache | None = None
 
 
 @dataclass(slots=True)
@@ -271,7 +273,13 @@ class _Feeder:
             return False
 
         async def survives(job: Job) -> bool:
-            return await self._outcome(attempt, job) is None
+            while (error := await self._outcome(attempt, job)) is not None:
+                if not isinstance(error, EndpointDown) or error.was_sent:
+                    return False
+                if not await engine_is_up():  # it never reached the engine: no death of its
+                    return True
+                await asyncio.sleep(TICK_S)
+            return True
 
         def convict(job: Job, deaths: int) -> None:
             message = f"the engine died {deaths} times in a row while this job was alone on it"
@@ -307,7 +315,7 @@ class _Feeder:
         """Claim the shard that is to go first and take its jobs in; false if there was none."""
         context = self._context
 
-        def take() -> tuple[Claim, LoadedJobs] | None:
+        def take() -> tuple[Claim, LoadedJobs, Looked] | None:
             with context.database.transaction() as session:
                 claimed = claim_next(
                     session,
@@ -316,7 +324,13 @@ class _Feeder:
                     engine=context.engine,
                     worker=context.worker,
                 )
-                return None if claimed is None else (claimed, load_jobs(session, claimed))
+                if claimed is None:
+                    return None
+                loaded = load_jobs(session, claimed)
+                looked = (
+                    context.cache.look_up(session, claimed, loaded.jobs) if context.cache else Looked([], loaded.jobs)
+                )
+                return claimed, replace(loaded, jobs=looked.jobs), looked
 
         try:
             taken = await asyncio.to_thread(take)
@@ -325,9 +339,11 @@ class _Feeder:
             return False
         if taken is None:
             return False
-        claimed, loaded = taken
+        claimed, loaded, looked = taken
         is_plain = claimed.runnable and not claimed.runs_alone
-        attempt = Attempt(claimed, loaded, self._units(claimed, loaded) if is_plain else ())
+        attempt = Attempt(claimed, loaded, self._units(claimed, loaded) if is_plain else (), keys=looked.keys)
+        for result in looked.results:
+            attempt.record(result)
         if claimed.runnable and claimed.runs_alone:
             for other in self._attempts.values():
                 other.stop()
@@ -411,9 +427,14 @@ class _Feeder:
 
         Raises LostFence if another attempt owns the shard; nothing was written then.
         """
+        cache, kept = self._context.cache, {}
         with self._context.database.transaction() as session:
             if not self._write_under_fence(session, attempt, unwritten, is_over=is_over):
                 raise LostFence
+            if cache is not None:
+                kept = cache.keep(session, attempt.claim, attempt.keys, unwritten.results)
+        if cache is not None and kept:
+            cache.publish(kept)
 
     def _write_under_fence(self, session: Session, attempt: Attempt, unwritten: Unwritten, *, is_over: bool) -> bool:
         held, lease_s = attempt.claim, self._context.settings.worker.lease_s

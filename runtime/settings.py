@@ -19,6 +19,8 @@ from runtime.errors import BadInput
 
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1000.0  # beyond it shares are none, and the arithmetic of credits overflows
+Weight = Annotated[float, Field(ge=LEAST_WEIGHT, le=MOST_WEIGHT)]
 
 
 class _Group(BaseModel):
@@ -87,7 +89,7 @@ class WorkerSettings(_Group):
 class DispatchSettings(_Group):
     """How the workers are shared."""
 
-    tenant_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    tenant_weights: dict[str, Weight] = Field(
         {}, description='JSON such as {"acme": 3}: a tenant\'s share of the workers; 1 unless named'
     )
 
@@ -98,6 +100,14 @@ class ShardSettings(_Group):
     max_jobs: Annotated[int, Field(ge=1, le=10_000)] = Field(64, description="jobs in a shard")
     max_tokens: Count = Field(256_000, description="estimated prompt and output tokens in a shard")
     max_bytes: Count = Field(16 * 1024 * 1024, description="bytes of job bodies in a shard")
+
+
+class CacheSettings(_Group):
+    """Answers that were given before."""
+
+    mode: Literal["off", "exact"] = Field("exact", description="exact: an equal request is answered once; --cache")
+    ttl_s: Seconds = Field(2_592_000, description="how long an answer may serve (30 days)")
+    sampled: bool = Field(False, description="also requests that sample: neither temperature 0 nor a seed")
 
 
 class LimitSettings(_Group):
@@ -139,6 +149,7 @@ class Settings(BaseSettings):
     worker: WorkerSettings = WorkerSettings()
     dispatch: DispatchSettings = DispatchSettings()
     shard: ShardSettings = ShardSettings()
+    cache: CacheSettings = CacheSettings()
     limits: LimitSettings = LimitSettings()
     log: LogSettings = LogSettings()
 

@@ -14,10 +14,19 @@ from store.batches import BatchProgress
 from store.database import Database
 
 
-def check_writable(output: Path) -> None:
-    """Raises BadInput if the folder of an -o does not exist."""
+def check_writable(output: Path, *, beside: Path | None = None) -> None:
+    """Raises BadInput if the folder of an -o does not exist, or a file of its would replace the input `beside`."""
     if not output.parent.is_dir():
         raise BadInput(f"-o {output}: the folder {output.parent} does not exist")
+    if beside is not None:
+        for written in (output, _errors_of(output), _manifest_of(output)):
+            check_other_file(written, beside, option="-o")
+
+
+def check_other_file(written: Path, read: Path, *, option: str) -> None:
+    """Raises BadInput if what is to be written is the file that is read."""
+    if written.exists() and read.exists() and written.samefile(read):
+        raise BadInput(f"{option} {written}: is the input itself; name another file")
 
 
 @contextmanager
@@ -31,7 +40,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 def write_files(database: Database, progress: BatchProgress, output: Path) -> list[tuple[str, str]]:
     """Results, errors if there are any, and the manifest: (what, path) of each that was written."""
-    errors = output.with_suffix(".errors" + output.suffix)
+    errors = _errors_of(output)
     with replacing(output) as good, replacing(errors) as bad:
         _, failed = write_lines(database, progress.id, output=good, errors=bad)
     places = [("results", str(output))]
@@ -44,6 +53,14 @@ def write_files(database: Database, progress: BatchProgress, output: Path) -> li
 
 def write_manifest(database: Database, progress: BatchProgress, output: Path) -> Path:
     """The manifest beside a result file; its path."""
-    path = output.with_suffix(".manifest.json")
+    path = _manifest_of(output)
     path.write_text(json.dumps(manifest(database, progress), indent=2) + "\n")
     return path
+
+
+def _errors_of(output: Path) -> Path:
+    return output.with_suffix(".errors" + output.suffix)
+
+
+def _manifest_of(output: Path) -> Path:
+    return output.with_suffix(".manifest.json")

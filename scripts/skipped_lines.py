@@ -11,6 +11,7 @@ from typing import BinaryIO
 import msgspec
 
 from runtime.errors import BadInput, Problem
+from scripts.result_files import check_other_file
 from scripts.terminal import say
 
 SAID_LINES = 20
@@ -61,6 +62,7 @@ def skipped_file(file: Path, wish: Path | None) -> Path | None:
     if wish is not None:
         if not wish.parent.is_dir():
             raise BadInput(f"--skipped {wish}: the folder {wish.parent} does not exist")
+        check_other_file(wish, file, option="--skipped")
         return wish
     beside = file.with_name(file.name.removesuffix(".jsonl") + ".skipped.jsonl")
     return None if str(file) == "-" or not os.access(file.parent, os.W_OK) else beside

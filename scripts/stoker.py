@@ -13,6 +13,7 @@ from runtime.errors import BadInput, InvalidFile, NotFound, StokerError
 from runtime.logs import configure_logs
 from runtime.settings import LogSettings, load_settings
 from scripts.batch_commands import cancel, results, resume, status, watch
+from scripts.cache_commands import cache
 from scripts.service_commands import dispatch, doctor, migrate, up, worker
 from scripts.submit_commands import retry, run, submit
 from scripts.terminal import say
@@ -34,7 +35,22 @@ def cli(context: click.Context) -> None:
     configure_logs(LogSettings(level="warning", format=context.obj.log.format))
 
 
-for command in (run, submit, status, watch, results, cancel, resume, retry, worker, dispatch, up, migrate, doctor):
+for command in (
+    run,
+    submit,
+    status,
+    watch,
+    results,
+    cancel,
+    resume,
+    retry,
+    worker,
+    dispatch,
+    up,
+    migrate,
+    doctor,
+    cache,
+):
     cli.add_command(command)
 
 

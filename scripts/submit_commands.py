@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import sys
 import tempfile
@@ -16,10 +15,10 @@ import click
 
 from models.lines import SubmitOptions, parse_sets
 from models.names import batch_name
-from models.states import Priority
+from models.states import CacheMode, Priority
 from pipeline.again import retry_batch
 from pipeline.submit import Submitted, Wishes, dry_run, submit_file
-from runtime.settings import Settings
+from runtime.settings import LEAST_WEIGHT, MOST_WEIGHT, Settings
 from scripts.local import LocalWorker, connected, local_services, local_worker, prepare_schema
 from scripts.lookup import TENANT, named_batch, opened_database
 from scripts.result_files import check_writable, write_files
@@ -57,7 +56,7 @@ class Window(click.ParamType[float]):
 
 
 class Weight(click.ParamType[float]):
-    """A number above 0."""
+    """A share, within what the dispatcher can count with."""
 
     name = "NUMBER"
 
@@ -66,8 +65,12 @@ class Weight(click.ParamType[float]):
             weight = float(value)
         except ValueError:
             weight = 0.0
-        if not 0 < weight < math.inf:
-            self.fail(f"{value!r} is no weight; write a number above 0, such as 2 or 0.5", param, ctx)
+        if not LEAST_WEIGHT <= weight <= MOST_WEIGHT:
+            self.fail(
+                f"{value!r} is no weight; write a number from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}, such as 2 or 0.5",
+                param,
+                ctx,
+            )
         return weight
 
 
@@ -93,6 +96,11 @@ _submit_options = (
         "--max-output-tokens",
         type=click.IntRange(min=1),
         help="Hard limit of output tokens of one completion; larger wishes are clamped.",
+    ),
+    click.option(
+        "--cache",
+        type=click.Choice([mode.value for mode in CacheMode]),
+        help="exact: an equal request that was answered before is not run again.",
     ),
     _window_option,
     _priority_option,
@@ -125,6 +133,7 @@ def run(
     sets: tuple[str, ...],
     model: str | None,
     max_output_tokens: int | None,
+    cache: str | None,
     window: float | None,
     priority: str | None,
     weight: float | None,
@@ -135,7 +144,7 @@ def run(
     Uses the services that are set or that `stoker up` runs, else starts embedded ones for this run; starts a
     worker if none is live. Always makes a new batch.
     """
-    check_writable(output)
+    check_writable(output, beside=file)
     with local_services(settings) as served, ExitStack() as stack:
         prepare_schema(served)
         started = _ensure_worker(served, stack)
@@ -144,7 +153,7 @@ def run(
             served,
             database,
             file,
-            options=_options(settings, sets, model, max_output_tokens),
+            options=_options(settings, sets, model, max_output_tokens, cache),
             window_s=window,
             wishes=_wishes(priority, weight),
             reuse=False,
@@ -183,6 +192,7 @@ def submit(
     sets: tuple[str, ...],
     model: str | None,
     max_output_tokens: int | None,
+    cache: str | None,
     window: float | None,
     priority: str | None,
     weight: float | None,
@@ -197,7 +207,7 @@ def submit(
 
     The same file with the same options within an hour is the same batch, while it is live or completed.
     """
-    options = _options(settings, sets, model, max_output_tokens)
+    options = _options(settings, sets, model, max_output_tokens, cache)
     with ExitStack() as stack:
         report = None
         if skip_bad or skipped is not None:
@@ -290,9 +300,14 @@ def _with_window(settings: Settings, window_s: float | None) -> Settings:
     return settings.model_copy(update={"limits": settings.limits.model_copy(update={"window_s": window_s})})
 
 
-def _options(settings: Settings, sets: tuple[str, ...], model: str | None, limit: int | None) -> SubmitOptions:
+def _options(
+    settings: Settings, sets: tuple[str, ...], model: str | None, limit: int | None, cache: str | None
+) -> SubmitOptions:
     return SubmitOptions(
-        sets=parse_sets(sets), model=model, max_output_tokens=limit or settings.limits.max_output_tokens
+        sets=parse_sets(sets),
+        model=model,
+        max_output_tokens=limit or settings.limits.max_output_tokens,
+        cache=CacheMode(cache or settings.cache.mode),
     )
 
 

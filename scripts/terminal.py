@@ -162,6 +162,8 @@ def summary(progress: BatchProgress) -> dict[str, Any]:
         "tokens_out": progress.completion_tokens,
         "tokens_in_cached": progress.cached_tokens,
         "tokens_reasoning": progress.reasoning_tokens,
+        "from_cache": progress.served,
+        "tokens_saved": progress.saved_tokens,
         "seconds": round(seconds, 2),
         "tokens_per_s": round(progress.completion_tokens / seconds, 1) if seconds else 0.0,
         "input": progress.input_name,
@@ -181,6 +183,8 @@ def print_summary(progress: BatchProgress, *, places: Sequence[tuple[str, str]] 
         table.add_row("priority", f"{figures['priority']}, weight {progress.weight:g}")
     table.add_row("tokens in", f"{figures['tokens_in']:,} ({figures['tokens_in_cached']:,} from the prefix cache)")
     table.add_row("tokens out", f"{figures['tokens_out']:,}")
+    if progress.served:
+        table.add_row("from the cache", f"{progress.served:,} answers, {progress.saved_tokens:,} tokens saved")
     table.add_row("tokens/s", f"{figures['tokens_per_s']:,}")
     table.add_row("seconds", str(figures["seconds"]))
     for name, place in places:

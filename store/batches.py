@@ -45,6 +45,8 @@ class BatchProgress:
     completion_tokens: int
     cached_tokens: int
     reasoning_tokens: int
+    served: int
+    saved_tokens: int
     running_shards: int
     weight: float
     skipped: int
@@ -71,6 +73,8 @@ _COUNTERS = (
     "completion_tokens",
     "cached_tokens",
     "reasoning_tokens",
+    "served",
+    "saved_tokens",
 )
 _PROGRESS = f"""
 SELECT b.id, b.state, b.ending, b.priority, b.paused_reason, b.endpoint, b.input_name, b.options, b.max_output_tokens,
@@ -275,7 +279,7 @@ def _requeue_missing(session: Session, batch_id: UUID) -> int:
         UPDATE shards s SET seqs = kept.seqs, done = cardinality(kept.seqs), failed = kept.failed,
             truncated = kept.truncated, empty = kept.empty, prompt_tokens = kept.prompt_tokens,
             completion_tokens = kept.completion_tokens, cached_tokens = kept.cached_tokens,
-            reasoning_tokens = kept.reasoning_tokens
+            reasoning_tokens = kept.reasoning_tokens, served = kept.served
         FROM (
             SELECT h.id, coalesce(array_agg(r.seq ORDER BY r.seq) FILTER (WHERE r.seq IS NOT NULL), '{}') AS seqs,
                 count(*) FILTER (WHERE r.outcome = 'failed') AS failed,
@@ -284,7 +288,8 @@ def _requeue_missing(session: Session, batch_id: UUID) -> int:
                 coalesce(sum(r.prompt_tokens), 0) AS prompt_tokens,
                 coalesce(sum(r.completion_tokens), 0) AS completion_tokens,
                 coalesce(sum(r.cached_tokens), 0) AS cached_tokens,
-                coalesce(sum(r.reasoning_tokens), 0) AS reasoning_tokens
+                coalesce(sum(r.reasoning_tokens), 0) AS reasoning_tokens,
+                count(r.cache_entry_id) AS served
             FROM shards h LEFT JOIN results r ON r.batch_id = h.batch_id AND r.seq = ANY(h.seqs)
             WHERE h.batch_id = :id AND h.seqs && CAST(:missing AS int4[]) GROUP BY h.id) AS kept
         WHERE s.id = kept.id"""),

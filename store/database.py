@@ -14,10 +14,10 @@ from typing import Any
 
 import psycopg
 from sqlalchemy import URL, create_engine, make_url
-from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session as Session  # callers name it without knowing SQLAlchemy
 
-from runtime.errors import ServiceUnreachable, Unstorable
+from runtime.errors import BadInput, ServiceUnreachable, Unstorable
 from runtime.settings import without_secrets
 
 CONNECT_TIMEOUT_S = 5
@@ -68,7 +68,7 @@ class Database:
     """
 
     def __init__(self, url: str, *, pool_size: int = 5) -> None:
-        self._url = make_url(url).set(drivername="postgresql+psycopg")
+        self._url = _read_url(url)
         self.address = without_secrets(url)
         self._process = f"stoker {os.getpid()} on {socket.gethostname()}"[:APPLICATION_NAME_MAX]
         self._engine = create_engine(
@@ -128,6 +128,15 @@ class Database:
         return ServiceUnreachable(
             f"Postgres at {self.address} does not answer: {cause}; check STOKER_POSTGRES__URL and that the server runs"
         )
+
+
+def _read_url(url: str) -> URL:
+    try:
+        return make_url(url).set(drivername="postgresql+psycopg")
+    except (ArgumentError, ValueError) as error:
+        raise BadInput(
+            f"STOKER_POSTGRES__URL: {without_secrets(url)!r} is no address; write postgresql://user:password@host:5432/name"
+        ) from error
 
 
 def libpq_url(url: URL) -> str:

@@ -22,3 +22,17 @@ def register_engine(session: Session, description: dict[str, Any]) -> int:
             {"digest": digest, "description": canonical},
         ).scalar_one()
     )
+
+
+def checkpoint_of(session: Session, engine_id: int) -> str:
+    """What of an engine decides its answers: its checkpoint's digest, or where an engine that is not ours runs.
+
+    Flags and versions are left out: they change speed, and answers within the engine's own noise.
+    """
+    found: str = session.execute(
+        text("""
+        SELECT coalesce(description ->> 'checkpoint_digest', description ->> 'url', digest)
+        FROM engines WHERE id = :id"""),
+        {"id": engine_id},
+    ).scalar_one()
+    return found

@@ -22,8 +22,11 @@ FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
 JOIN pg_stat_activity every ON every.datid = a.datid AND every.application_name = a.application_name
 WHERE l.locktype = 'advisory' AND l.objid = %(lock)s AND l.granted AND l.pid <> pg_backend_pid()
   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-  AND a.state_change < clock_timestamp() - make_interval(secs => %(silent_s)s)
-  AND every.pid <> pg_backend_pid()"""
+  AND every.pid <> pg_backend_pid()
+  AND NOT EXISTS (
+    SELECT FROM pg_stat_activity alive WHERE alive.datid = a.datid AND alive.application_name = a.application_name
+      AND alive.pid <> pg_backend_pid()
+      AND (alive.state = 'active' OR alive.state_change > clock_timestamp() - make_interval(secs => %(silent_s)s)))"""
 
 
 def wake_dispatch(session: Session) -> None:
@@ -45,8 +48,8 @@ class Leadership:
 
         A leader asks at each of its ticks. One that has not asked for `silent_s` is frozen, or its host is: the
         kernel still keeps its connections, and with them its locks, so all of that process are ended here, and the
-        next asking may lead. What a frozen leader does when it wakes is harmless: each of its statements holds by
-        itself.
+        next asking may lead. One with a statement under way, or just ended, is busy. What a frozen leader does
+        when it wakes is harmless: each of its statements holds by itself.
         """
         row = self._connection.execute(
             "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid() "

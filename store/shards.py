@@ -16,6 +16,7 @@ from sqlalchemy import Row, TextClause, text
 from sqlalchemy.orm import Session
 
 from models.jobs import Job, JobResult
+from models.states import CacheMode
 from store.notifications import wake_dispatch
 
 CRASHES_TO_HALVE = 3  # in a row without a committed result; simulated: halving at the first blamed the innocent
@@ -49,6 +50,8 @@ class Claim:
     runnable: bool
     quarantined: bool
     crashes: int
+    tenant: str
+    cache: CacheMode
 
     @property
     def runs_alone(self) -> bool:
@@ -86,8 +89,8 @@ def _claim_where(condition: str) -> TextClause:
             engine = :engine, worker = :worker, not_before = NULL,
             lease_until = clock_timestamp() + make_interval(secs => :lease_s)
         FROM batches b WHERE b.id = s.batch_id AND {condition}
-        RETURNING s.id, s.fence, s.batch_id, s.seqs, b.endpoint, ({_RUNNABLE}), s.quarantined,
-            s.crashes""")
+        RETURNING s.id AS shard_id, s.fence, s.batch_id, s.seqs, b.endpoint, ({_RUNNABLE}) AS runnable, s.quarantined,
+            s.crashes, b.tenant, coalesce(b.options ->> 'cache', 'off') AS cache""")
 
 
 _CLAIM = _claim_where("s.id = :shard_id AND s.state = ANY(:states)")
@@ -196,26 +199,32 @@ WITH f AS (
     FOR NO KEY UPDATE
 ), i AS (
     INSERT INTO results (batch_id, seq, outcome, source, status_code, response, error_code, error_message,
-        prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, duration_ms, engine_id)
+        prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, duration_ms, cache_entry_id, similarity,
+        engine_id)
     SELECT f.batch_id, u.*, CAST(:engine_id AS int4) FROM f, unnest(
         CAST(:seqs AS int4[]), CAST(:outcomes AS text[]), CAST(:sources AS text[]), CAST(:status_codes AS int2[]),
         CAST(:responses AS text[]), CAST(:error_codes AS text[]), CAST(:error_messages AS text[]),
         CAST(:prompt_tokens AS int4[]), CAST(:completion_tokens AS int4[]), CAST(:cached_tokens AS int4[]),
-        CAST(:reasoning_tokens AS int4[]), CAST(:durations AS int4[])) AS u
+        CAST(:reasoning_tokens AS int4[]), CAST(:durations AS int4[]), CAST(:entries AS int8[]),
+        CAST(:similarities AS float4[])) AS u
     ON CONFLICT (batch_id, seq) DO NOTHING
-    RETURNING outcome, prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens
+    RETURNING outcome, prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, cache_entry_id
 ), c AS (
     SELECT count(*) AS done, count(*) FILTER (WHERE outcome = 'failed') AS failed,
         count(*) FILTER (WHERE outcome = 'truncated') AS truncated,
         count(*) FILTER (WHERE outcome = 'empty') AS empty,
         coalesce(sum(prompt_tokens), 0) AS prompt_tokens, coalesce(sum(completion_tokens), 0) AS completion_tokens,
-        coalesce(sum(cached_tokens), 0) AS cached_tokens, coalesce(sum(reasoning_tokens), 0) AS reasoning_tokens
+        coalesce(sum(cached_tokens), 0) AS cached_tokens, coalesce(sum(reasoning_tokens), 0) AS reasoning_tokens,
+        count(cache_entry_id) AS served, coalesce((
+            SELECT sum(e.prompt_tokens + e.completion_tokens) FROM i JOIN cache_entries e ON e.id = i.cache_entry_id
+        ), 0) AS saved_tokens
     FROM i
 )
 UPDATE shards s SET done = s.done + c.done, failed = s.failed + c.failed, truncated = s.truncated + c.truncated,
     empty = s.empty + c.empty, prompt_tokens = s.prompt_tokens + c.prompt_tokens,
     completion_tokens = s.completion_tokens + c.completion_tokens,
     cached_tokens = s.cached_tokens + c.cached_tokens, reasoning_tokens = s.reasoning_tokens + c.reasoning_tokens,
+    served = s.served + c.served, saved_tokens = s.saved_tokens + c.saved_tokens,
     lease_until = clock_timestamp() + make_interval(secs => :lease_s)
 FROM f, c WHERE s.id = f.id RETURNING s.done
 """)
@@ -247,6 +256,8 @@ def write_results(
             "cached_tokens": [r.usage.cached_tokens for r in results],
             "reasoning_tokens": [r.usage.reasoning_tokens for r in results],
             "durations": [r.duration_ms for r in results],
+            "entries": [r.entry for r in results],
+            "similarities": [r.similarity for r in results],
         },
     ).scalar_one_or_none()
 
@@ -413,5 +424,5 @@ def _claimed(session: Session, row: Row[Any] | None) -> Claim | None:
     if row is None:
         return None
     wake_dispatch(session)
-    shard_id, fence, batch_id, seqs, *rest = tuple(row)
-    return Claim(shard_id, fence, batch_id, tuple(seqs), *rest)
+    fields = row._asdict()
+    return Claim(**{**fields, "seqs": tuple(fields["seqs"]), "cache": CacheMode(fields["cache"])})

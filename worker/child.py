@@ -6,14 +6,17 @@ import asyncio
 import math
 import os
 import socket
+from urllib.parse import urlsplit
 
 import uvloop
 
 from inference.endpoint import Endpoint
+from pipeline.cached import ExactCache
 from pipeline.feed import FeedContext
 from pipeline.heartbeat import Heartbeat
 from runtime.children import die_with_parent
 from store.database import Database
+from store.recent import RecentAnswers
 from worker.steps import WorkerParts
 
 
@@ -46,6 +49,11 @@ class Child:
             )
         )
         self._endpoints = {generation, embeddings}
+        self._cache = ExactCache(
+            RecentAnswers(settings.require_redis(), ttl_s=settings.cache.ttl_s),
+            settings.cache,
+            engine_id=parts.shared.engine_id,
+        )
         self.runner.run(self._open())
         self._heartbeat.__enter__()
         self.context = FeedContext(
@@ -60,6 +68,7 @@ class Child:
             in_flight=in_flight,
             draining=parts.shared.is_draining,
             engine_id=parts.shared.engine_id,
+            cache=self._cache,
         )
 
     async def _open(self) -> None:
@@ -75,9 +84,11 @@ class Child:
         self._heartbeat.__exit__(None, None, None)
         self.runner.run(self._close_endpoints())
         self.runner.close()
+        self._cache.close()
         self._database.close()
 
 
 def _engine_name(url: str) -> str:
-    """The same for every child that feeds the same engine; a socket's path means something on its host only."""
-    return f"{socket.gethostname()} {url}" if url.startswith("unix:") else url
+    """The same for every child that feeds the same engine; a socket or loopback means something on its host only."""
+    is_local = url.startswith("unix:") or urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+    return f"{socket.gethostname()} {url}" if is_local else url

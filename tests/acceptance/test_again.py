@@ -28,8 +28,10 @@ def test_force_makes_a_new_batch_with_its_own_priority_and_weight(services: dict
     shown = json.loads(stoker("status", forced.stdout.strip(), "--json", env=services).stdout)
     assert (shown["priority"], shown["weight"], shown["waiting"]) == ("high", 2.5, None)
     assert "high, weight 2.5" in stoker("status", forced.stdout.strip(), env=services).stderr
+    tiny = stoker("submit", tmp_path / "in.jsonl", "--weight", "1e-310", env=services)
+    assert (tiny.returncode, "0.001 to 1000" in tiny.stderr) == (2, True)
     refused = stoker("submit", tmp_path / "in.jsonl", "--weight", "0", env=services)
-    assert refused.returncode == 2 and "above 0" in refused.stderr
+    assert refused.returncode == 2 and "from 0.001" in refused.stderr
 
 
 def test_skip_bad_reports_the_first_lines_and_writes_all_beside_the_input(
@@ -51,6 +53,12 @@ def test_skip_bad_reports_the_first_lines_and_writes_all_beside_the_input(
     stoker("submit", file, "--skip-bad", env=services)
     assert len(parse_lines((tmp_path / "in.skipped.jsonl").read_text())) == 31, "the same submit keeps its report"
     assert list(tmp_path.glob("*.part")) == []
+    before = file.read_bytes()
+    replaced = stoker("submit", file, "--skip-bad", "--skipped", file, env=services)
+    assert replaced.returncode == 2 and "is the input itself" in replaced.stderr
+    replaced = stoker("run", file, "-o", file, env=services)
+    assert replaced.returncode == 2 and "is the input itself" in replaced.stderr
+    assert file.read_bytes() == before
 
 
 @pytest.mark.usefixtures("worker")

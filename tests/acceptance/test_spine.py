@@ -130,6 +130,33 @@ def test_a_database_that_was_not_migrated_exits_3_with_the_remedy(
         assert "Traceback" not in refused.stderr
 
 
+def test_an_address_that_is_none_exits_2_and_names_its_variable(services: dict[str, str]) -> None:
+    failed = stoker("status", env={**services, "STOKER_POSTGRES__URL": "foo"})
+    assert failed.returncode == 2 and "STOKER_POSTGRES__URL: 'foo' is no address" in failed.stderr
+
+
+@pytest.mark.usefixtures("worker")
+def test_equal_deterministic_requests_are_run_once_until_the_cache_is_cleared(
+    env: dict[str, str], tmp_path: Path, endpoint: ScriptedEndpoint
+) -> None:
+    write_chats(tmp_path / "in.jsonl", prompts(20))
+    wished = ("run", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--set", "temperature=0")
+    assert stoker(*wished, env=env).returncode == 0
+    again = stoker(*wished, "--json", env=env)
+    assert again.returncode == 0 and endpoint.calls().count == 20, again.stderr
+    figures = json.loads(again.stdout)
+    assert (figures["from_cache"], figures["tokens_out"]) == (20, 0)
+    assert figures["tokens_saved"] > 0
+    assert {line["stoker"]["source"] for line in read_lines(tmp_path / "out.jsonl")} == {"exact"}
+    stats = json.loads(stoker("cache", "stats", "--json", env=env).stdout)
+    assert (stats["entries"], stats["jobs"], stats["from_cache"], stats["share"]) == (20, 40, 20, 0.5)
+    assert "20 answers are forgotten" in stoker("cache", "clear", env=env).stderr
+    assert stoker(*wished, env=env).returncode == 0
+    assert endpoint.calls().count == 40
+    assert stoker(*wished, "--cache", "off", env=env).returncode == 0
+    assert endpoint.calls().count == 60
+
+
 def test_no_services_at_all_exit_3_with_the_remedy(tmp_path: Path) -> None:
     ended = stoker("status", env={"STOKER_HOME": str(tmp_path)})
     assert ended.returncode == 3 and "stoker up" in ended.stderr

@@ -248,6 +248,33 @@ def test_a_leader_that_is_frozen_is_succeeded_and_finds_its_lock_gone_when_it_wa
         assert second.acquire(silent_s=60.0)
 
 
+BUSY_LEADER = """
+import sys
+from sqlalchemy import text
+from store.database import Database
+from store.notifications import leadership
+
+database = Database(sys.argv[1])
+with leadership(database) as lead, database.transaction() as session:
+    assert lead.acquire(silent_s=60.0)
+    print("leads", flush=True)
+    session.execute(text("SELECT pg_sleep(2)"))
+    assert lead.acquire(silent_s=60.0)
+"""
+
+
+def test_a_leader_in_the_middle_of_a_long_statement_stays(database: Database, postgres_url: str) -> None:
+    busy = subprocess.Popen([sys.executable, "-c", BUSY_LEADER, postgres_url], stdout=subprocess.PIPE)
+    assert busy.stdout is not None
+    busy.stdout.readline()
+    with leadership(database) as second:
+        while busy.poll() is None:
+            taken = second.acquire(silent_s=0.3)
+            assert not taken or busy.wait(5) == 0, "it took over from a leader that was busy"
+    busy.stdout.close()
+    assert busy.returncode == 0
+
+
 LEADER_STOPS_INSIDE_A_FILL = """
 import os, signal, sys
 from sqlalchemy import text

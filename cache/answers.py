@@ -1,0 +1,77 @@
+"""Answers as the cache compares them: labels, numbers, JSON. Free text is never the same, so it stays in the shadow."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, Final
+
+import msgspec
+
+from cache.keys import canonical
+
+LONGEST_LABEL: Final = 64  # characters
+
+
+class Kind(StrEnum):
+    """How an answer is compared."""
+
+    LABEL = "label"
+    NUMBER = "number"
+    JSON = "json"
+    FREE = "free"
+
+
+def comparable(text: str) -> tuple[Kind, str]:
+    """The kind of an answer and the one form in which answers that mean the same are equal.
+
+    A label loses white space at its ends and nothing else: "Yes." is not "Yes". Only kinds other than FREE may be
+    served.
+    """
+    stripped = text.strip()
+    try:
+        value: Any = msgspec.json.decode(stripped)
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, dict | list):
+        return Kind.JSON, msgspec.json.encode(canonical(value), order="deterministic").decode()
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return Kind.NUMBER, msgspec.json.encode(canonical(value)).decode()
+    if stripped and len(stripped) <= LONGEST_LABEL and "\n" not in stripped:
+        return Kind.LABEL, stripped
+    return Kind.FREE, stripped
+
+
+class _Message(msgspec.Struct):
+    content: str | None = None
+    refusal: str | None = None
+    tool_calls: list[Any] | None = None
+    function_call: Any = None
+
+
+class _Choice(msgspec.Struct):
+    message: _Message | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+
+
+class _Answer(msgspec.Struct):
+    choices: list[_Choice]
+
+
+_DECODER = msgspec.json.Decoder(_Answer)
+
+
+def answer_text(response: str) -> str | None:
+    """The text of a response with one whole answer; None for a refusal, a tool call, a cut or filtered one."""
+    try:
+        choices = _DECODER.decode(response).choices
+    except (ValueError, RecursionError):
+        return None
+    if len(choices) != 1 or choices[0].finish_reason != "stop":
+        return None
+    message = choices[0].message
+    if message is None:
+        return choices[0].text
+    if message.refusal or message.tool_calls or message.function_call:
+        return None
+    return message.content

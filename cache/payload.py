@@ -1,0 +1,109 @@
+"""The part of a request that varies: a payload in a template. Only payloads are embedded and compared.
+
+Whole prompts of one template are 0.94 alike whatever they ask (measured), so a long prompt whose template is not
+known has no payload, and is never answered semantically.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from runtime.errors import BadInput
+
+SLOT: Final = re.compile(r"\{([A-Za-z_]\w*)\}")
+LONGEST_BARE: Final = 1024  # characters (some 256 tokens) of a prompt that may be its own payload
+LEAST_AFFIX: Final = 16  # characters that a prefix or suffix must have to count
+BLANK: Final = "\x00"
+BETWEEN: Final = "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A prompt as a template, with BLANK where its payload was, and the payload."""
+
+    template: str
+    payload: str
+
+
+@dataclass(frozen=True, slots=True)
+class Affixes:
+    """What the prompts of a batch begin and end with."""
+
+    prefix: str = ""
+    suffix: str = ""
+
+
+def prompt_of(fields: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(What stands before the user's text, the text) of a request with one turn of plain text; else None.
+
+    What stands before is the system's message, or nothing; more turns are conversations, whose state we do not know.
+    """
+    prompt = fields.get("prompt")
+    if isinstance(prompt, str):
+        return "", prompt
+    messages = fields.get("messages")
+    if not isinstance(messages, list) or not 1 <= len(messages) <= 2:
+        return None
+    texts = []
+    for message, roles in zip(messages, (("system", "developer"), ("user",))[-len(messages) :], strict=True):
+        plain = isinstance(message, dict) and message.keys() <= {"role", "content"}
+        if not plain or message.get("role") not in roles or not isinstance(message.get("content"), str):
+            return None
+        texts.append(message["content"])
+    return (BETWEEN.join([*texts[:-1], ""]) if len(texts) > 1 else ""), texts[-1]
+
+
+def declared(prompt: str, *, template: str, variables: Mapping[str, str]) -> Split:
+    """The split that a line states. Raises BadInput unless template and variables give just the prompt."""
+    slots = SLOT.findall(template)
+    missing = sorted(set(slots) - variables.keys())
+    unused = sorted(variables.keys() - set(slots))
+    if not slots:
+        raise BadInput("stoker.template: has no slot; write {name} where a variable stands")
+    if missing or unused:
+        wrong = f"no value for {', '.join(missing)}" if missing else f"no slot for {', '.join(unused)}"
+        raise BadInput(f"stoker.variables: {wrong}; give each slot of stoker.template one value")
+    if SLOT.sub(lambda slot: variables[slot.group(1)], template) != prompt:
+        raise BadInput("stoker.template: does not give the text of the request with these variables; make them agree")
+    ordered = list(dict.fromkeys(slots))
+    return Split(
+        SLOT.sub(lambda slot: BLANK + slot.group(1) + BLANK, template), BETWEEN.join(variables[s] for s in ordered)
+    )
+
+
+def shared_affixes(prompts: Sequence[str]) -> Affixes:
+    """The prefix and suffix that all these prompts share, cut back to where a word ends; too short ones are none."""
+    if len(set(prompts)) < 2:
+        return Affixes()
+    prefix = _to_word(_common_prefix(prompts))
+    rests = [prompt[len(prefix) :] for prompt in prompts]
+    suffix = _to_word(_common_prefix([rest[::-1] for rest in rests]))[::-1]
+    return Affixes(*(affix if len(affix) >= LEAST_AFFIX else "" for affix in (prefix, suffix)))
+
+
+def split(prompt: str, affixes: Affixes) -> Split | None:
+    """The prompt between its batch's prefix and suffix; None if it does not fit, or is too long to be a payload."""
+    end = len(prompt) - len(affixes.suffix)
+    if not (prompt.startswith(affixes.prefix) and prompt.endswith(affixes.suffix) and len(affixes.prefix) <= end):
+        return None
+    payload = prompt[len(affixes.prefix) : end]
+    if not payload.strip() or len(payload) > LONGEST_BARE:
+        return None
+    return Split(affixes.prefix + BLANK + affixes.suffix, payload)
+
+
+def _common_prefix(texts: Sequence[str]) -> str:
+    least, most = min(texts), max(texts)
+    length = next((at for at, character in enumerate(least) if character != most[at]), len(least))
+    return least[:length]
+
+
+def _to_word(affix: str) -> str:
+    """Cut back to the last character that is no part of a word."""
+    end = len(affix)
+    while end and (affix[end - 1].isalnum() or affix[end - 1] == "_"):
+        end -= 1
+    return affix[:end]

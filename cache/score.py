@@ -1,0 +1,126 @@
+"""How likely the neighbours' answer is the engine's: a logistic score over what the neighbours look like.
+
+Fitted to lookups whose answer the engine has given. It is a guess: what it lets through is bounded by the
+certificate, whatever the score is worth.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Vectors = NDArray[np.float32]
+
+NEIGHBOURS: Final = 24
+FEATURES: Final = 14
+MOST_ANSWERS: Final = 500  # different answers of a namespace up to which they are learned from the vectors
+_CLOSENESS: Final = 0.05  # a neighbour's vote falls by e for each such step of cosine below the nearest
+_RIDGE: Final = 0.3
+_SHRINKAGE: Final = 1.0
+_STEPS: Final = 12
+_WORDS = re.compile(r"\w+")
+
+
+def words(payload: str) -> frozenset[str]:
+    """The words of a payload, for the lexical features."""
+    return frozenset(_WORDS.findall(payload.lower()))
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """The nearest entries of one lookup, nearest first: cosines, their answers' numbers, words shared with it (0 to 1).
+
+    `word_count` is the lookup's own.
+    """
+
+    cosines: Floats
+    answers: NDArray[np.int64]
+    overlaps: Floats
+    word_count: int
+
+
+def overlap(one: frozenset[str], other: frozenset[str]) -> float:
+    """Words in both by words in either (Jaccard)."""
+    return len(one & other) / max(1, len(one | other))
+
+
+def candidate(found: Neighbours, likely: Floats | None) -> tuple[int, list[float]]:
+    """The answer that the neighbours vote for, and the FEATURES of that vote; `likely` has a value for each answer."""
+    cosines, answers = found.cosines, found.answers
+    votes = np.exp((cosines - cosines[0]) / _CLOSENESS)
+    votes /= votes.sum()
+    present, which = np.unique(answers, return_inverse=True)
+    shares = np.bincount(which, weights=votes)
+    answer = int(present[np.argmax(shares + (0.0 if likely is None else likely[present]))])
+    same = answers == answer
+    best, other = float(cosines[same][0]), float(cosines[~same][0]) if not same.all() else 0.0
+    near, far = float(found.overlaps[same].max()), float(found.overlaps[~same].max()) if not same.all() else 0.0
+    own = [float(cosines[0]), best, float(votes[same].sum()), best - other, float(same[:5].mean()), float(same.mean())]
+    lexical = [float(found.overlaps[same][0]), near - far, near]
+    closest = cosines[same][:3]
+    shape = [float(closest.sum()) / 3, float(np.log1p(found.word_count))]
+    return answer, [*own, *lexical, *shape, *_learned(answer, likely)]
+
+
+def _learned(answer: int, likely: Floats | None) -> list[float]:
+    if likely is None:
+        return [0.0, 0.0, 0.0]
+    others = np.delete(likely, answer)
+    margin = float(likely[answer] - (others.max() if len(others) else 0.0))
+    return [float(likely[answer]), margin, float(margin >= 0)]
+
+
+def learn_answers(vectors: Vectors, answers: NDArray[np.int64], count: int) -> Floats | None:
+    """A linear map from a vector to a value for each of `count` answers (ridge regression); None: too many answers."""
+    if not 1 < count <= MOST_ANSWERS:
+        return None
+    targets = np.zeros((len(answers), count))
+    targets[np.arange(len(answers)), answers] = 1.0
+    entries = vectors.astype(np.float64)
+    return np.asarray(
+        np.linalg.solve(entries.T @ entries + _RIDGE * np.eye(entries.shape[1]), entries.T @ targets), dtype=np.float64
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """A fitted score: log odds that the neighbours' answer is the engine's."""
+
+    mean: Floats
+    scale: Floats
+    weights: Floats  # the first is the constant
+
+    def score(self, features: Sequence[Sequence[float]] | Floats) -> Floats:
+        """One log odds for each row of features."""
+        rows = (np.asarray(features, dtype=np.float64).reshape(-1, FEATURES) - self.mean) / self.scale
+        return np.asarray(self.weights[0] + rows @ self.weights[1:], dtype=np.float64)
+
+
+def fit(features: Floats, agreed: NDArray[np.bool_], weights: Floats) -> Scorer:
+    """Logistic regression by Newton's method; `weights` are 1 / (probability that the row came to be seen)."""
+    mean, scale = features.mean(axis=0), features.std(axis=0) + 1e-9
+    rows = np.column_stack((np.ones(len(features)), (features - mean) / scale))
+    shrink = _SHRINKAGE * np.eye(rows.shape[1])
+    shrink[0, 0] = 1e-6
+    found = np.zeros(rows.shape[1])
+    for _ in range(_STEPS):
+        likely = 1 / (1 + np.exp(-np.clip(rows @ found, -30, 30)))
+        curvature = (rows * (weights * likely * (1 - likely))[:, None]).T @ rows + shrink
+        found = found + np.linalg.solve(curvature, rows.T @ (weights * (agreed - likely)) - shrink @ found)
+    return Scorer(mean, scale, found)
+
+
+def cross_fitted(features: Floats, agreed: NDArray[np.bool_], weights: Floats, folds: NDArray[np.bool_]) -> Floats:
+    """Scores of all rows, each by a fit to the other fold: what a threshold is chosen by was not fitted to itself."""
+    scores = np.zeros(len(features))
+    for fold in (False, True):
+        mine = folds == fold
+        if mine.any() and (~mine).any():
+            scores[mine] = fit(features[~mine], agreed[~mine], weights[~mine]).score(features[mine])
+    return scores
