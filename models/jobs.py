@@ -9,7 +9,7 @@ from models.states import Outcome, Source
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One unfinished job of a claimed shard. `body` is the request's JSON.
+    """One unfinished job of a claimed shard. `body` is the request's JSON, `stoker` its line's own settings as JSON.
 
     `tries` counts transient failures, `engine_deaths` the engines that died while it was in flight.
     """
@@ -18,6 +18,7 @@ class Job:
     body: str
     tries: int
     engine_deaths: int = 0
+    stoker: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class JobResult:
     duration_ms: int = 0
     entry: int | None = None
     """The cache entry that it came from."""
+    namespace: int | None = None
     similarity: float | None = None
 
 

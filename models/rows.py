@@ -82,6 +82,7 @@ class Batch(Base):
     retry_of: Mapped[UUID | None]  # the batch whose failed lines these are
     skipped: Mapped[int] = mapped_column(server_default="0")  # bad lines that submit was told to leave out
     total: Mapped[int] = mapped_column(server_default="0")
+    followers: Mapped[int] = mapped_column(server_default="0")  # jobs that wait for an equal one's result
     shards_left: Mapped[int] = mapped_column(server_default="0")
     cursor: Mapped[int] = mapped_column(BIGINT, server_default="0")  # last shard that dispatch took
     screened: Mapped[bool] = mapped_column(server_default=text("false"))  # its first 200 jobs were looked at
@@ -116,8 +117,19 @@ class Job(Base):
     seq: Mapped[int] = mapped_column(INTEGER, primary_key=True, autoincrement=False)  # from 0, the input's order
     custom_id: Mapped[str]
     body: Mapped[str]  # JSON, sent to the endpoint as it stands
+    stoker: Mapped[str | None]  # JSON, the line's own `stoker` object: how it is to run, never sent
 
     __table_args__ = ({"postgresql_partition_by": "RANGE (batch_id)"},)
+
+
+class Follower(Base):
+    """A job that equals another of its batch, its leader: it is in no shard, the leader's result becomes its own."""
+
+    __tablename__ = "followers"
+
+    batch_id: Mapped[UUID] = mapped_column(primary_key=True)
+    leader: Mapped[int] = mapped_column(INTEGER, primary_key=True, autoincrement=False)
+    seq: Mapped[int] = mapped_column(INTEGER, primary_key=True, autoincrement=False)
 
 
 class Result(Base):
@@ -140,6 +152,7 @@ class Result(Base):
     duration_ms: Mapped[int]
     engine_id: Mapped[int | None]
     cache_entry_id: Mapped[int | None] = mapped_column(BIGINT)
+    namespace_id: Mapped[int | None] = mapped_column(BIGINT)  # of a semantic one
     similarity: Mapped[float | None] = mapped_column(REAL)
     created_at: Mapped[datetime] = mapped_column(server_default=text("clock_timestamp()"))
 
@@ -177,6 +190,8 @@ class Shard(Base):
     reasoning_tokens: Mapped[int] = mapped_column(BIGINT, server_default="0")
     served: Mapped[int] = mapped_column(server_default="0")  # from the cache
     saved_tokens: Mapped[int] = mapped_column(BIGINT, server_default="0")  # what they took when the engine answered
+    followers: Mapped[int] = mapped_column(server_default="0")  # results of followers, written with their leaders'
+    unlooked: Mapped[int] = mapped_column(server_default="0")  # lookups that a cache could not answer, being down
 
     __table_args__ = (
         CheckConstraint("done <= cardinality(seqs)", name="done"),
@@ -209,7 +224,11 @@ class JobTry(Base):
 
 
 class CacheEntry(Base):
-    """An engine's answer, found again by the digest of all that could change it (cache/keys.py)."""
+    """An engine's answer, found again by the digest of all that could change it (cache/keys.py).
+
+    One with a namespace may answer for other payloads too; `answer` is what answers are compared by, `vector` the
+    payload's, float32.
+    """
 
     __tablename__ = "cache_entries"
 
@@ -224,17 +243,105 @@ class CacheEntry(Base):
     seq: Mapped[int] = mapped_column(INTEGER)
     created_at: Mapped[datetime] = mapped_column(server_default=text("clock_timestamp()"))
     expires_at: Mapped[datetime] = mapped_column(index=True)
+    namespace_id: Mapped[int | None] = mapped_column(BIGINT)
+    payload: Mapped[str | None]
+    answer: Mapped[str | None]
+    vector: Mapped[bytes | None]
 
-    __table_args__ = (UniqueConstraint("tenant", "key", name="uq_cache_entries_tenant_key"),)
+    __table_args__ = (
+        UniqueConstraint("tenant", "key", name="uq_cache_entries_tenant_key"),
+        Index("ix_cache_entries_namespace", "namespace_id", "id", postgresql_where=text("namespace_id IS NOT NULL")),
+    )
+
+
+class CacheSource(Base):
+    """A source, such as a document, that an entry's prompt was made from: when it changes the entry is wrong."""
+
+    __tablename__ = "cache_sources"
+
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    source: Mapped[str] = mapped_column(primary_key=True)
+    entry_id: Mapped[int] = mapped_column(
+        BIGINT, ForeignKey("cache_entries.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+
+    __table_args__ = (Index(None, "entry_id"),)
 
 
 class CacheEpoch(Base):
-    """Part of all keys of a tenant: raising it makes every answer of before old."""
+    """Part of the keys within a scope: raising it makes every answer of before old.
+
+    Scopes: `tenant`, `checkpoint:…`, `template:…`, `collection:…`.
+    """
 
     __tablename__ = "cache_epochs"
 
     tenant: Mapped[str] = mapped_column(primary_key=True)
+    scope: Mapped[str] = mapped_column(primary_key=True)
     epoch: Mapped[int]
+
+
+class CacheNamespace(Base):
+    """Payloads that may answer for each other: one template, checkpoint and sampling of one tenant.
+
+    `policy` is the state of its certificate (cache/policy.py), `model` what was fitted; a new fit has a new number.
+    """
+
+    __tablename__ = "cache_namespaces"
+
+    id: Mapped[int] = mapped_column(BIGINT, Identity(), primary_key=True)
+    tenant: Mapped[str]
+    key: Mapped[bytes]
+    endpoint: Mapped[str]
+    alias: Mapped[str]  # what jobs call the checkpoint
+    checkpoint: Mapped[str]
+    embedder: Mapped[str]
+    template: Mapped[str]
+    ttl_s: Mapped[float | None]  # of its entries; null: the setting's
+    secret: Mapped[bytes]  # of the audit coins
+    policy: Mapped[str]
+    model: Mapped[bytes | None]
+    fit: Mapped[int] = mapped_column(server_default="0")
+    fitting_until: Mapped[datetime | None]
+    asked_twice: Mapped[int] = mapped_column(server_default="0")
+    differed: Mapped[int] = mapped_column(server_default="0")  # of those: the engine gave two answers
+    saved_tokens: Mapped[int] = mapped_column(BIGINT, server_default="0")
+    audit_tokens: Mapped[int] = mapped_column(BIGINT, server_default="0")  # spent on what would have been served
+    created_at: Mapped[datetime] = mapped_column(server_default=text("clock_timestamp()"))
+
+    __table_args__ = (UniqueConstraint("tenant", "key", name="uq_cache_namespaces_tenant_key"),)
+
+
+class CacheLookup(Base):
+    """A lookup that was not served: what would have been, and whether the engine agreed.
+
+    A job is looked up once, also when its worker dies: its second attempt finds this row. `coin` was drawn before the
+    lookup was scored; `audited`: it would have been served but for the coin. `folded`: the policy has heard of it.
+    """
+
+    __tablename__ = "cache_lookups"
+
+    batch_id: Mapped[UUID] = mapped_column(primary_key=True)
+    seq: Mapped[int] = mapped_column(INTEGER, primary_key=True, autoincrement=False)
+    namespace_id: Mapped[int] = mapped_column(BIGINT, ForeignKey("cache_namespaces.id", ondelete="CASCADE"))
+    version: Mapped[int]
+    coin: Mapped[float]
+    rate: Mapped[float]
+    wished: Mapped[bool]
+    in_shadow: Mapped[bool]
+    audited: Mapped[bool]
+    answer: Mapped[str | None]  # the neighbours'
+    features: Mapped[bytes | None]  # float32
+    agreed: Mapped[bool | None]
+    judged_at: Mapped[datetime | None]
+    folded: Mapped[bool] = mapped_column(server_default=text("false"))
+
+    __table_args__ = (
+        Index(
+            "ix_cache_lookups_news", "namespace_id", postgresql_where=text("judged_at IS NOT NULL AND NOT folded")
+        ),
+        Index("ix_cache_lookups_judged", "namespace_id", "judged_at", postgresql_where=text("judged_at IS NOT NULL")),
+    )
 
 
 class Engine(Base):

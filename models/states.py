@@ -61,10 +61,14 @@ class Outcome(StrEnum):
 
 
 class CacheMode(StrEnum):
-    """Which answers that were given before may serve a batch."""
+    """Which answers that were given before may serve a batch or a line.
+
+    exact: those to an equal request. semantic: also those to one that means the same, within a stated error.
+    """
 
     OFF = "off"
     EXACT = "exact"
+    SEMANTIC = "semantic"
 
 
 class Source(StrEnum):

@@ -28,7 +28,9 @@ class NewAnswer:
 
 def epoch_of(session: Session, tenant: str) -> int:
     """The tenant's epoch; answers of an earlier one are never found again."""
-    found = session.scalar(text("SELECT epoch FROM cache_epochs WHERE tenant = :tenant"), {"tenant": tenant})
+    found = session.scalar(
+        text("SELECT epoch FROM cache_epochs WHERE tenant = :tenant AND scope = 'tenant'"), {"tenant": tenant}
+    )
     return int(found or 0)
 
 
@@ -36,8 +38,8 @@ def raise_epoch(session: Session, tenant: str) -> int:
     """Make all of the tenant's answers old: how many there were. Their rows go too."""
     session.execute(
         text("""
-        INSERT INTO cache_epochs (tenant, epoch) VALUES (:tenant, 1)
-        ON CONFLICT (tenant) DO UPDATE SET epoch = cache_epochs.epoch + 1"""),
+        INSERT INTO cache_epochs (tenant, scope, epoch) VALUES (:tenant, 'tenant', 1)
+        ON CONFLICT (tenant, scope) DO UPDATE SET epoch = cache_epochs.epoch + 1"""),
         {"tenant": tenant},
     )
     return len(

@@ -151,7 +151,7 @@ def load_jobs(session: Session, claim: Claim) -> LoadedJobs:
     """The shard's jobs without a result, in its order; those waiting for a later try are left out."""
     rows = session.execute(
         text("""
-        SELECT j.seq, j.body, coalesce(t.tries, 0), coalesce(t.engine_deaths, 0), t.not_before,
+        SELECT j.seq, j.body, coalesce(t.tries, 0), coalesce(t.engine_deaths, 0), j.stoker, t.not_before,
                coalesce(t.not_before > clock_timestamp(), false)
         FROM unnest(CAST(:seqs AS int4[])) WITH ORDINALITY AS u(seq, place)
         JOIN jobs j ON j.batch_id = :batch_id AND j.seq = u.seq
@@ -199,14 +199,14 @@ WITH f AS (
     FOR NO KEY UPDATE
 ), i AS (
     INSERT INTO results (batch_id, seq, outcome, source, status_code, response, error_code, error_message,
-        prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, duration_ms, cache_entry_id, similarity,
-        engine_id)
+        prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, duration_ms, cache_entry_id,
+        namespace_id, similarity, engine_id)
     SELECT f.batch_id, u.*, CAST(:engine_id AS int4) FROM f, unnest(
         CAST(:seqs AS int4[]), CAST(:outcomes AS text[]), CAST(:sources AS text[]), CAST(:status_codes AS int2[]),
         CAST(:responses AS text[]), CAST(:error_codes AS text[]), CAST(:error_messages AS text[]),
         CAST(:prompt_tokens AS int4[]), CAST(:completion_tokens AS int4[]), CAST(:cached_tokens AS int4[]),
         CAST(:reasoning_tokens AS int4[]), CAST(:durations AS int4[]), CAST(:entries AS int8[]),
-        CAST(:similarities AS float4[])) AS u
+        CAST(:namespaces AS int8[]), CAST(:similarities AS float4[])) AS u
     ON CONFLICT (batch_id, seq) DO NOTHING
     RETURNING outcome, prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, cache_entry_id
 ), c AS (
@@ -257,6 +257,7 @@ def write_results(
             "reasoning_tokens": [r.usage.reasoning_tokens for r in results],
             "durations": [r.duration_ms for r in results],
             "entries": [r.entry for r in results],
+            "namespaces": [r.namespace for r in results],
             "similarities": [r.similarity for r in results],
         },
     ).scalar_one_or_none()
