@@ -325,6 +325,7 @@ class CacheLookup(Base):
     seq: Mapped[int] = mapped_column(INTEGER, primary_key=True, autoincrement=False)
     namespace_id: Mapped[int] = mapped_column(BIGINT, ForeignKey("cache_namespaces.id", ondelete="CASCADE"))
     version: Mapped[int]
+    place: Mapped[int]  # lookups of the version before its shard's: those before the first unjudged audit are settled
     coin: Mapped[float]
     rate: Mapped[float]
     wished: Mapped[bool]

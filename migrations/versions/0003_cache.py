@@ -76,6 +76,7 @@ def upgrade() -> None:
     sa.Column('seq', sa.INTEGER(), autoincrement=False, nullable=False),
     sa.Column('namespace_id', sa.BIGINT(), nullable=False),
     sa.Column('version', sa.Integer(), nullable=False),
+    sa.Column('place', sa.Integer(), nullable=False),
     sa.Column('coin', sa.Double(), nullable=False),
     sa.Column('rate', sa.Double(), nullable=False),
     sa.Column('wished', sa.Boolean(), nullable=False),
