@@ -334,6 +334,8 @@ class CacheLookup(Base):
     answer: Mapped[str | None]  # the neighbours'
     features: Mapped[bytes | None]  # float32
     agreed: Mapped[bool | None]
+    repeated: Mapped[bool | None]  # asked twice: whether the engine gave the same answer
+    tokens: Mapped[int] = mapped_column(server_default="0")  # that the engine took
     judged_at: Mapped[datetime | None]
     folded: Mapped[bool] = mapped_column(server_default=text("false"))
 

@@ -85,6 +85,8 @@ def upgrade() -> None:
     sa.Column('answer', sa.Text(), nullable=True),
     sa.Column('features', sa.LargeBinary(), nullable=True),
     sa.Column('agreed', sa.Boolean(), nullable=True),
+    sa.Column('repeated', sa.Boolean(), nullable=True),
+    sa.Column('tokens', sa.Integer(), server_default='0', nullable=False),
     sa.Column('judged_at', sa.DateTime(timezone=True), nullable=True),
     sa.Column('folded', sa.Boolean(), server_default=sa.text('false'), nullable=False),
     sa.ForeignKeyConstraint(['namespace_id'], ['cache_namespaces.id'], name=op.f('fk_cache_lookups_namespace_id_cache_namespaces'), ondelete='CASCADE'),

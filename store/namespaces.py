@@ -1,0 +1,350 @@
+"""SQL of the semantic cache: namespaces with their policy, lookups with what the engine said, entries with vectors.
+
+Postgres is the truth; Chroma only tells which entries are near. Lock order: shard, then namespace, by id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from store.shards import Claim
+
+
+@dataclass(frozen=True, slots=True)
+class NewNamespace:
+    """A namespace as its first lookup begins it."""
+
+    key: bytes
+    endpoint: str
+    alias: str
+    checkpoint: str
+    embedder: str
+    template: str
+    secret: bytes
+    policy: str
+
+
+@dataclass(frozen=True, slots=True)
+class OpenNamespace:
+    """A namespace as a worker knows it: `secret` keys its coins, `ttl_s` is its own time to live, if it has one."""
+
+    id: int
+    key: bytes
+    secret: bytes
+    ttl_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class HeldNamespace:
+    """A namespace locked to the end of the transaction; `fit` is the number of its newest model."""
+
+    policy: str
+    fit: int
+    asked_twice: int
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedLookup:
+    """A lookup of which the engine's answer is known; `features` are float32, none if nothing was near."""
+
+    wished: bool
+    audited: bool
+    in_shadow: bool
+    coin: float
+    rate: float
+    features: bytes | None
+    agreed: bool
+    repeated: bool | None
+    tokens: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the engine said of a job: its answer as answers are compared, None if it may not be kept.
+
+    `repeated`: whether it said the same when asked twice, None if it was asked once. `tokens` is what that took.
+    """
+
+    seq: int
+    answer: str | None
+    repeated: bool | None
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class NewLookup:
+    """A lookup that is not served: its job runs, and its answer will be compared with `answer`."""
+
+    seq: int
+    namespace_id: int
+    version: int
+    place: int
+    coin: float
+    rate: float
+    wished: bool
+    in_shadow: bool
+    audited: bool
+    answer: str | None
+    features: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class EntryFacts:
+    """What an entry is compared by."""
+
+    payload: str
+    answer: str
+
+
+def open_namespaces(session: Session, tenant: str, wanted: Sequence[NewNamespace]) -> dict[bytes, OpenNamespace]:
+    """The namespaces with these keys, made if they are new; safe in several processes at once."""
+    session.execute(
+        text("""
+        INSERT INTO cache_namespaces (tenant, key, endpoint, alias, checkpoint, embedder, template, secret, policy)
+        VALUES (:tenant, :key, :endpoint, :alias, :checkpoint, :embedder, :template, :secret, :policy)
+        ON CONFLICT (tenant, key) DO NOTHING"""),
+        [
+            {
+                "tenant": tenant,
+                "key": new.key,
+                "endpoint": new.endpoint,
+                "alias": new.alias,
+                "checkpoint": new.checkpoint,
+                "embedder": new.embedder,
+                "template": new.template,
+                "secret": new.secret,
+                "policy": new.policy,
+            }
+            for new in sorted(wanted, key=lambda new: new.key)
+        ],
+    )
+    return find_namespaces(session, tenant, [new.key for new in wanted])
+
+
+def find_namespaces(session: Session, tenant: str, keys: Sequence[bytes]) -> dict[bytes, OpenNamespace]:
+    """Those of these namespaces that there are."""
+    rows = session.execute(
+        text("""
+        SELECT id, key, secret, ttl_s FROM cache_namespaces
+        WHERE tenant = :tenant AND key = ANY(CAST(:keys AS bytea[]))"""),
+        {"tenant": tenant, "keys": list(keys)},
+    )
+    return {
+        bytes(key): OpenNamespace(identifier, bytes(key), bytes(secret), ttl) for identifier, key, secret, ttl in rows
+    }
+
+
+def lookups_of(session: Session, batch_id: UUID, seqs: Sequence[int]) -> set[int]:
+    """The jobs among these that were looked up by an earlier attempt: they are not looked up again."""
+    return set(
+        session.scalars(
+            text("SELECT seq FROM cache_lookups WHERE batch_id = :batch_id AND seq = ANY(CAST(:seqs AS int4[]))"),
+            {"batch_id": batch_id, "seqs": list(seqs)},
+        )
+    )
+
+
+def hold_shard(session: Session, claim: Claim) -> bool:
+    """Lock the claimed shard to the end of the transaction; false if the fence is lost."""
+    return (
+        session.execute(
+            text("SELECT 1 FROM shards WHERE id = :id AND fence = :fence AND state = 'running' FOR NO KEY UPDATE"),
+            {"id": claim.shard_id, "fence": claim.fence},
+        ).one_or_none()
+        is not None
+    )
+
+
+def count_unlooked(session: Session, claim: Claim, lookups: int) -> None:
+    """Count lookups that could not be made because a part of the cache was down."""
+    session.execute(
+        text("UPDATE shards SET unlooked = unlooked + :lookups WHERE id = :id AND fence = :fence"),
+        {"id": claim.shard_id, "fence": claim.fence, "lookups": lookups},
+    )
+
+
+def hold_namespace(session: Session, namespace_id: int) -> HeldNamespace | None:
+    """Lock a namespace to the end of the transaction; None if it was cleared meanwhile."""
+    row = session.execute(
+        text("SELECT policy, fit, asked_twice FROM cache_namespaces WHERE id = :id FOR UPDATE"), {"id": namespace_id}
+    ).one_or_none()
+    return None if row is None else HeldNamespace(*row)
+
+
+def take_news(session: Session, namespace_id: int) -> list[JudgedLookup]:
+    """The lookups of a held namespace that were judged since the last call: each is given once."""
+    rows = session.execute(
+        text("""
+        UPDATE cache_lookups SET folded = true
+        WHERE namespace_id = :id AND judged_at IS NOT NULL AND NOT folded
+        RETURNING wished, audited, in_shadow, coin, rate, features, agreed, repeated, tokens, version"""),
+        {"id": namespace_id},
+    )
+    return [JudgedLookup(*row) for row in rows]
+
+
+def store_policy(
+    session: Session, namespace_id: int, policy: str, *, saved_tokens: int, news: Sequence[JudgedLookup]
+) -> None:
+    """Keep the policy of a held namespace, and count what its hits saved and what its judged lookups cost."""
+    repeated = [one.repeated for one in news if one.repeated is not None]
+    session.execute(
+        text("""
+        UPDATE cache_namespaces SET policy = :policy, saved_tokens = saved_tokens + :saved,
+            audit_tokens = audit_tokens + :spent, asked_twice = asked_twice + :asked, differed = differed + :differed
+        WHERE id = :id"""),
+        {
+            "id": namespace_id,
+            "policy": policy,
+            "saved": saved_tokens,
+            "spent": sum(one.tokens for one in news if one.audited or one.repeated is not None),
+            "asked": len(repeated),
+            "differed": repeated.count(False),
+        },
+    )
+
+
+def write_lookups(session: Session, batch_id: UUID, lookups: Sequence[NewLookup]) -> None:
+    """Remember lookups that were not served."""
+    session.execute(
+        text("""
+        INSERT INTO cache_lookups (batch_id, seq, namespace_id, version, place, coin, rate, wished, in_shadow, audited,
+            answer, features)
+        VALUES (:batch_id, :seq, :namespace_id, :version, :place, :coin, :rate, :wished, :in_shadow, :audited,
+            :answer, :features)"""),
+        [
+            {
+                "batch_id": batch_id,
+                "seq": one.seq,
+                "namespace_id": one.namespace_id,
+                "version": one.version,
+                "place": one.place,
+                "coin": one.coin,
+                "rate": one.rate,
+                "wished": one.wished,
+                "in_shadow": one.in_shadow,
+                "audited": one.audited,
+                "answer": one.answer,
+                "features": one.features,
+            }
+            for one in lookups
+        ],
+    )
+
+
+def judge_lookups(session: Session, batch_id: UUID, verdicts: Sequence[Verdict]) -> None:
+    """Compare what would have been served with the engine's answers; a missing answer agrees with nothing.
+
+    Jobs that were not looked up are passed over, so are those that were judged before.
+    """
+    session.execute(
+        text("""
+        UPDATE cache_lookups l SET agreed = l.answer IS NOT NULL AND u.answer IS NOT NULL AND l.answer = u.answer,
+            repeated = u.repeated, tokens = u.tokens, judged_at = clock_timestamp()
+        FROM unnest(CAST(:seqs AS int4[]), CAST(:answers AS text[]), CAST(:tokens AS int4[]),
+            CAST(:repeated AS bool[])) AS u (seq, answer, tokens, repeated)
+        WHERE l.batch_id = :batch_id AND l.seq = u.seq AND l.judged_at IS NULL"""),
+        {
+            "batch_id": batch_id,
+            "seqs": [one.seq for one in verdicts],
+            "answers": [one.answer for one in verdicts],
+            "tokens": [one.tokens for one in verdicts],
+            "repeated": [one.repeated for one in verdicts],
+        },
+    )
+
+
+def give_up_lookups(session: Session, batch_id: UUID) -> None:
+    """Judge what a batch that ends leaves unjudged: for want of an answer, against the cache."""
+    session.execute(
+        text("""
+        UPDATE cache_lookups SET agreed = false, judged_at = clock_timestamp()
+        WHERE batch_id = :batch_id AND judged_at IS NULL"""),
+        {"batch_id": batch_id},
+    )
+
+
+def find_facts(session: Session, ids: Sequence[int]) -> dict[int, EntryFacts]:
+    """What these entries are compared by; those that are gone or past their time are missing."""
+    rows = session.execute(
+        text("""
+        SELECT id, payload, answer FROM cache_entries
+        WHERE id = ANY(CAST(:ids AS int8[])) AND expires_at > clock_timestamp()
+            AND payload IS NOT NULL AND answer IS NOT NULL"""),
+        {"ids": list(ids)},
+    )
+    return {identifier: EntryFacts(payload, answer) for identifier, payload, answer in rows}
+
+
+def living(session: Session, ids: Sequence[int]) -> set[int]:
+    """Those of these entries that may still answer."""
+    return set(
+        session.scalars(
+            text("""
+        SELECT id FROM cache_entries WHERE id = ANY(CAST(:ids AS int8[])) AND expires_at > clock_timestamp()"""),
+            {"ids": list(ids)},
+        )
+    )
+
+
+def model_of(session: Session, namespace_id: int) -> bytes | None:
+    """What was fitted last."""
+    found = session.scalar(text("SELECT model FROM cache_namespaces WHERE id = :id"), {"id": namespace_id})
+    return None if found is None else bytes(found)
+
+
+def begin_fit(session: Session, namespace_id: int, *, lease_s: float) -> str | None:
+    """Take the right to fit: the policy to fit for, or None while somebody else fits."""
+    found: str | None = session.scalar(
+        text("""
+        UPDATE cache_namespaces SET fitting_until = clock_timestamp() + make_interval(secs => :lease_s)
+        WHERE id = :id AND coalesce(fitting_until < clock_timestamp(), true) RETURNING policy"""),
+        {"id": namespace_id, "lease_s": lease_s},
+    )
+    return found
+
+
+def fit_samples(session: Session, namespace_id: int, *, version: int, limit: int) -> list[JudgedLookup]:
+    """The newest judged lookups of a version that had neighbours, oldest first."""
+    rows = session.execute(
+        text("""
+        SELECT wished, audited, in_shadow, coin, rate, features, agreed, repeated, tokens, version FROM (
+            SELECT * FROM cache_lookups WHERE namespace_id = :id AND judged_at IS NOT NULL AND version = :version
+                AND features IS NOT NULL ORDER BY judged_at DESC LIMIT :limit) AS newest
+        ORDER BY judged_at, batch_id, seq"""),
+        {"id": namespace_id, "version": version, "limit": limit},
+    )
+    return [JudgedLookup(*row) for row in rows]
+
+
+def fit_entries(session: Session, namespace_id: int, *, limit: int) -> list[tuple[int, str, bytes]]:
+    """The newest entries that may answer: (id, answer, vector)."""
+    rows = session.execute(
+        text("""
+        SELECT id, answer, vector FROM cache_entries
+        WHERE namespace_id = :id AND vector IS NOT NULL AND expires_at > clock_timestamp()
+        ORDER BY id DESC LIMIT :limit"""),
+        {"id": namespace_id, "limit": limit},
+    )
+    return [(identifier, answer, bytes(vector)) for identifier, answer, vector in rows]
+
+
+def store_fit(session: Session, namespace_id: int, *, policy: str, model: bytes) -> None:
+    """Keep a new model and the policy that adopted it; the namespace is held."""
+    session.execute(
+        text("""
+        UPDATE cache_namespaces SET policy = :policy, model = :model, fit = fit + 1, fitting_until = NULL
+        WHERE id = :id"""),
+        {"id": namespace_id, "policy": policy, "model": model},
+    )
+
+
+def end_fit(session: Session, namespace_id: int) -> None:
+    """Let others fit, after one that came to nothing."""
+    session.execute(text("UPDATE cache_namespaces SET fitting_until = NULL WHERE id = :id"), {"id": namespace_id})
