@@ -41,6 +41,15 @@ def comparable(text: str) -> tuple[Kind, str]:
     return Kind.FREE, stripped
 
 
+def comparison(response: str) -> str | None:
+    """What a response is compared by; None unless it is one whole answer that may be served: no free text."""
+    text = answer_text(response)
+    if text is None:
+        return None
+    kind, form = comparable(text)
+    return None if kind is Kind.FREE else f"{kind.value}:{form}"
+
+
 class _Message(msgspec.Struct):
     content: str | None = None
     refusal: str | None = None

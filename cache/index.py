@@ -6,7 +6,9 @@ answers is a hint: whether an entry may still answer is Postgres's to say. It ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -22,11 +24,13 @@ from cache.score import Floats, Vectors
 from runtime.errors import BadInput, ServiceUnreachable
 
 TIMEOUT_S: Final = 5.0
+REST_S: Final = 5.0  # after a failure, so that a server which hangs does not slow every shard
 ADDED_AT_ONCE: Final = 1_000
+_CONFIGURATION: Final = {"hnsw": {"space": "cosine", "ef_search": 100}}
 
 
-class IndexIsEmpty(Exception):
-    """The server knows nothing of the namespace."""
+class Emptied(Exception):
+    """The server knows nothing of this namespace: it is new, or the server was emptied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,3 +39,81 @@ class Near:
 
     ids: NDArray[np.int64]
     cosines: Floats
+
+
+class Index:
+    """The collections of one server, for one thread at a time.
+
+    Every method raises ServiceUnreachable while the server does not answer, for REST_S without asking it.
+    """
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise BadInput("STOKER_CACHE__CHROMA_URL: write http://host:port")
+        self._url = f"{parts.scheme}://{parts.hostname}:{parts.port or 8000}"
+        self._place = {"host": parts.hostname, "port": parts.port or 8000, "ssl": parts.scheme == "https"}
+        self._client: Any = None
+        self._collections: dict[str, Any] = {}
+        self._rests_until = 0.0
+
+    def nearest(self, name: str, vectors: Vectors, *, count: int) -> list[Near]:
+        """The `count` nearest entries of each vector, fewer if there are fewer. Raises Emptied."""
+        with self._reached(name):
+            found = self._collection(name).query(query_embeddings=vectors, n_results=count, include=["distances"])
+        return [
+            Near(np.array(ids, dtype=np.int64), 1.0 - np.array(distances, dtype=np.float64))
+            for ids, distances in zip(found["ids"], found["distances"], strict=True)
+        ]
+
+    def add(self, name: str, ids: Sequence[int], vectors: Vectors) -> None:
+        """Add entries; adding one again changes nothing. Makes the collection if there is none."""
+        with self._reached(name):
+            self._collections[name] = collection = self._connected().get_or_create_collection(
+                name, configuration=_CONFIGURATION, embedding_function=None
+            )
+            for start in range(0, len(ids), ADDED_AT_ONCE):
+                end = start + ADDED_AT_ONCE
+                collection.upsert(ids=[str(one) for one in ids[start:end]], embeddings=vectors[start:end])
+
+    def size(self, name: str) -> int:
+        """How many entries a namespace has here. Raises Emptied."""
+        with self._reached(name):
+            return int(self._collection(name).count())
+
+    def drop(self, name: str) -> None:
+        """Forget a namespace; harmless if there is none."""
+        with self._reached(name):
+            try:
+                self._connected().delete_collection(name)
+            except NotFoundError:
+                return
+
+    def _connected(self) -> Any:
+        if self._client is None:
+            client = chromadb.HttpClient(**self._place, settings=ChromaSettings(anonymized_telemetry=False))
+            client._server._session.timeout = httpx.Timeout(TIMEOUT_S)  # chromadb sets none and has no setting for it
+            self._client = client
+        return self._client
+
+    def _collection(self, name: str) -> Any:
+        if name not in self._collections:
+            self._collections[name] = self._connected().get_collection(name, embedding_function=None)
+        return self._collections[name]
+
+    @contextmanager
+    def _reached(self, name: str) -> Iterator[None]:
+        if time.monotonic() < self._rests_until:
+            raise ServiceUnreachable(f"Chroma at {self._url} did not answer a moment ago")
+        try:
+            yield
+        except NotFoundError as error:
+            self._collections.pop(name, None)
+            raise Emptied(name) from error
+        except (httpx.HTTPError, ChromaError, ValueError) as error:  # ValueError: the client could not connect
+            self._client = None
+            self._collections.clear()
+            self._rests_until = time.monotonic() + REST_S
+            raise ServiceUnreachable(
+                f"Chroma at {self._url} does not answer: {error}; check STOKER_CACHE__CHROMA_URL and that it runs"
+            ) from error

@@ -55,13 +55,14 @@ class JobResult:
 
 @dataclass(frozen=True, slots=True)
 class CachedAnswer:
-    """An answer that an engine gave before, and the tokens that it took."""
+    """An answer that an engine gave before, and the tokens that it took. `expires_at` is in seconds of the epoch."""
 
     entry: int
     response: str
     status_code: int
     prompt_tokens: int
     completion_tokens: int
+    expires_at: float
 
 
 def failed(seq: int, *, code: str, message: str, source: Source = Source.NONE) -> JobResult:

@@ -19,6 +19,7 @@ from runtime.errors import BadInput
 
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=0.5)]
 LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1000.0  # beyond it shares are none, and the arithmetic of credits overflows
 Weight = Annotated[float, Field(ge=LEAST_WEIGHT, le=MOST_WEIGHT)]
 
@@ -105,9 +106,20 @@ class ShardSettings(_Group):
 class CacheSettings(_Group):
     """Answers that were given before."""
 
-    mode: Literal["off", "exact"] = Field("exact", description="exact: an equal request is answered once; --cache")
+    mode: Literal["off", "exact", "semantic"] = Field(
+        "exact", description="exact: an equal request is answered once; semantic: see docs/cache.md; --cache"
+    )
     ttl_s: Seconds = Field(2_592_000, description="how long an answer may serve (30 days)")
     sampled: bool = Field(False, description="also requests that sample: neither temperature 0 nor a seed")
+    chroma_url: str | None = Field(None, description="http://host:8000, for the semantic cache; unset: there is none")
+    embedder: Path = Field(
+        Path(".checkpoints/minilm-l6-v2-int8"), description="folder with model.onnx and tokenizer.json"
+    )
+    embedder_url: str | None = Field(None, description="an /v1/embeddings server to use instead of that folder")
+    embedder_model: str = Field("", description="what that server calls its model")
+    embedder_api_key: str | None = Field(None, description="bearer token for that server")
+    max_error: Share = Field(0.01, description="wrong answers by all lookups, at most; certified")
+    max_served_error: Share = Field(0.05, description="wrong answers by served ones, at most; certified")
 
 
 class LimitSettings(_Group):

@@ -1,22 +1,32 @@
-"""SQL of the exact cache: answers by key, and the epochs that make a tenant's answers old. Postgres is its truth."""
+"""SQL of the exact cache: answers by key, and the epochs that make answers old. Postgres is its truth."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 from uuid import UUID
 
-from sqlalchemy import text
+from sqlalchemy import TextClause, text
 from sqlalchemy.orm import Session
 
 from models.jobs import CachedAnswer
 
-EXPIRED_AT_ONCE = 2_000
+EXPIRED_AT_ONCE: Final = 2_000
+TENANT_SCOPE: Final = "tenant"
+
+
+def checkpoint_scope(checkpoint: str) -> str:
+    """The scope of all answers of a checkpoint."""
+    return f"checkpoint:{checkpoint}"
 
 
 @dataclass(frozen=True, slots=True)
 class NewAnswer:
-    """An engine's answer to keep, and the job that it was given to."""
+    """An engine's answer to keep, and the job that it was given to.
+
+    One with a namespace may answer for other payloads; without `answer`, its comparable form, it is never served so.
+    """
 
     key: bytes
     seq: int
@@ -24,73 +34,138 @@ class NewAnswer:
     status_code: int
     prompt_tokens: int
     completion_tokens: int
+    ttl_s: float
+    namespace_id: int | None = None
+    payload: str | None = None
+    answer: str | None = None
+    vector: bytes | None = None
+    sources: tuple[str, ...] = ()
 
 
-def epoch_of(session: Session, tenant: str) -> int:
-    """The tenant's epoch; answers of an earlier one are never found again."""
-    found = session.scalar(
-        text("SELECT epoch FROM cache_epochs WHERE tenant = :tenant AND scope = 'tenant'"), {"tenant": tenant}
+def epochs_of(session: Session, tenant: str, scopes: Sequence[str]) -> tuple[int, ...]:
+    """The epochs of these scopes; answers of an earlier one are never found again."""
+    rows = session.execute(
+        text("SELECT scope, epoch FROM cache_epochs WHERE tenant = :tenant AND scope = ANY(CAST(:scopes AS text[]))"),
+        {"tenant": tenant, "scopes": list(scopes)},
     )
-    return int(found or 0)
+    found = {scope: epoch for scope, epoch in rows}
+    return tuple(found.get(scope, 0) for scope in scopes)
 
 
-def raise_epoch(session: Session, tenant: str) -> int:
-    """Make all of the tenant's answers old: how many there were. Their rows go too."""
+def raise_epoch(session: Session, tenant: str, scope: str) -> None:
+    """Make all answers of a scope old."""
     session.execute(
         text("""
-        INSERT INTO cache_epochs (tenant, scope, epoch) VALUES (:tenant, 'tenant', 1)
+        INSERT INTO cache_epochs (tenant, scope, epoch) VALUES (:tenant, :scope, 1)
         ON CONFLICT (tenant, scope) DO UPDATE SET epoch = cache_epochs.epoch + 1"""),
-        {"tenant": tenant},
+        {"tenant": tenant, "scope": scope},
     )
-    return len(
-        session.scalars(text("DELETE FROM cache_entries WHERE tenant = :tenant RETURNING 1"), {"tenant": tenant}).all()
-    )
+
+
+_FOUND = """id, response, status_code, prompt_tokens, completion_tokens,
+    CAST(extract(epoch FROM expires_at) AS float8) AS expires_at"""
 
 
 def find_answers(session: Session, tenant: str, keys: Sequence[bytes]) -> dict[bytes, CachedAnswer]:
     """The answers that there are for these keys and that have not expired."""
     rows = session.execute(
-        text("""
-        SELECT key, id, response, status_code, prompt_tokens, completion_tokens FROM cache_entries
+        text(f"""
+        SELECT key, {_FOUND} FROM cache_entries
         WHERE tenant = :tenant AND key = ANY(CAST(:keys AS bytea[])) AND expires_at > clock_timestamp()"""),
         {"tenant": tenant, "keys": list(keys)},
     )
     return {bytes(key): CachedAnswer(*rest) for key, *rest in rows}
 
 
+def answers_of(session: Session, entries: Sequence[int]) -> dict[int, CachedAnswer]:
+    """The answers of these entries, by entry; those that are gone or have expired are missing."""
+    rows = session.execute(
+        text(f"""
+        SELECT {_FOUND} FROM cache_entries
+        WHERE id = ANY(CAST(:ids AS int8[])) AND expires_at > clock_timestamp()"""),
+        {"ids": list(entries)},
+    )
+    return {row[0]: CachedAnswer(*row) for row in rows}
+
+
+_KEEP: TextClause = text(f"""
+    INSERT INTO cache_entries (tenant, batch_id, key, seq, response, status_code, prompt_tokens, completion_tokens,
+        expires_at, namespace_id, payload, answer, vector)
+    SELECT :tenant, :batch_id, u.key, u.seq, u.response, u.status_code, u.prompt_tokens, u.completion_tokens,
+        clock_timestamp() + make_interval(secs => u.ttl_s), u.namespace_id, u.payload, u.answer, u.vector
+    FROM unnest(CAST(:keys AS bytea[]), CAST(:seqs AS int4[]), CAST(:responses AS text[]),
+        CAST(:status_codes AS int2[]), CAST(:prompt_tokens AS int4[]), CAST(:completion_tokens AS int4[]),
+        CAST(:ttls AS float8[]), CAST(:namespaces AS int8[]), CAST(:payloads AS text[]), CAST(:answers AS text[]),
+        CAST(:vectors AS bytea[]))
+        AS u (key, seq, response, status_code, prompt_tokens, completion_tokens, ttl_s, namespace_id, payload, answer,
+            vector)
+    ORDER BY u.key
+    ON CONFLICT (tenant, key) DO UPDATE SET response = excluded.response, status_code = excluded.status_code,
+        prompt_tokens = excluded.prompt_tokens, completion_tokens = excluded.completion_tokens,
+        batch_id = excluded.batch_id, seq = excluded.seq, created_at = clock_timestamp(),
+        expires_at = excluded.expires_at, namespace_id = excluded.namespace_id, payload = excluded.payload,
+        answer = excluded.answer, vector = excluded.vector
+    WHERE cache_entries.expires_at <= clock_timestamp()
+    RETURNING key, {_FOUND}""")
+
+
 def keep_answers(
-    session: Session, tenant: str, batch_id: UUID, answers: Sequence[NewAnswer], *, ttl_s: float
-) -> Mapping[bytes, CachedAnswer]:
+    session: Session, tenant: str, batch_id: UUID, answers: Sequence[NewAnswer]
+) -> dict[bytes, CachedAnswer]:
     """Keep answers under their keys, unless one is there that has not expired: those that were kept."""
     rows = session.execute(
-        text("""
-        INSERT INTO cache_entries (tenant, key, response, status_code, prompt_tokens, completion_tokens, batch_id, seq,
-            expires_at)
-        SELECT :tenant, u.key, u.response, u.status_code, u.prompt_tokens, u.completion_tokens, :batch_id, u.seq,
-            clock_timestamp() + make_interval(secs => :ttl_s)
-        FROM unnest(CAST(:keys AS bytea[]), CAST(:seqs AS int4[]), CAST(:responses AS text[]),
-            CAST(:status_codes AS int2[]), CAST(:prompt_tokens AS int4[]), CAST(:completion_tokens AS int4[]))
-            AS u (key, seq, response, status_code, prompt_tokens, completion_tokens)
-        ORDER BY u.key
-        ON CONFLICT (tenant, key) DO UPDATE SET response = excluded.response, status_code = excluded.status_code,
-            prompt_tokens = excluded.prompt_tokens, completion_tokens = excluded.completion_tokens,
-            batch_id = excluded.batch_id, seq = excluded.seq, created_at = clock_timestamp(),
-            expires_at = excluded.expires_at
-        WHERE cache_entries.expires_at <= clock_timestamp()
-        RETURNING key, id, response, status_code, prompt_tokens, completion_tokens"""),
+        _KEEP,
         {
             "tenant": tenant,
             "batch_id": batch_id,
-            "ttl_s": ttl_s,
             "keys": [answer.key for answer in answers],
             "seqs": [answer.seq for answer in answers],
             "responses": [answer.response for answer in answers],
             "status_codes": [answer.status_code for answer in answers],
             "prompt_tokens": [answer.prompt_tokens for answer in answers],
             "completion_tokens": [answer.completion_tokens for answer in answers],
+            "ttls": [answer.ttl_s for answer in answers],
+            "namespaces": [answer.namespace_id for answer in answers],
+            "payloads": [answer.payload for answer in answers],
+            "answers": [answer.answer for answer in answers],
+            "vectors": [answer.vector for answer in answers],
         },
     )
-    return {bytes(key): CachedAnswer(*rest) for key, *rest in rows}
+    kept = {bytes(key): CachedAnswer(*rest) for key, *rest in rows}
+    pairs = [
+        {"tenant": tenant, "source": source, "entry": kept[answer.key].entry}
+        for answer in answers
+        if answer.key in kept
+        for source in answer.sources
+    ]
+    if pairs:
+        session.execute(
+            text("""
+            INSERT INTO cache_sources (tenant, source, entry_id) VALUES (:tenant, :source, :entry)
+            ON CONFLICT DO NOTHING"""),
+            pairs,
+        )
+    return kept
+
+
+def forget_all(session: Session, tenant: str) -> int:
+    """Delete all of a tenant's answers and namespaces: how many answers. Raise its epoch in the same transaction."""
+    session.execute(text("DELETE FROM cache_namespaces WHERE tenant = :tenant"), {"tenant": tenant})
+    return len(
+        session.scalars(text("DELETE FROM cache_entries WHERE tenant = :tenant RETURNING 1"), {"tenant": tenant}).all()
+    )
+
+
+def forget_sources(session: Session, tenant: str, sources: Sequence[str]) -> list[bytes]:
+    """Delete the answers whose prompts were made from one of these sources: their keys, to be taken from Redis too."""
+    rows = session.scalars(
+        text("""
+        DELETE FROM cache_entries WHERE id IN (
+            SELECT entry_id FROM cache_sources WHERE tenant = :tenant AND source = ANY(CAST(:sources AS text[])))
+        RETURNING key"""),
+        {"tenant": tenant, "sources": list(sources)},
+    )
+    return [bytes(key) for key in rows]
 
 
 def delete_expired(session: Session) -> bool:
@@ -107,12 +182,14 @@ def delete_expired(session: Session) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class CacheTotals:
-    """A tenant's cache over the batches that are not deleted."""
+    """A tenant's cache over the batches that are not deleted. Jobs by where their results came from."""
 
     entries: int
     jobs: int
     served: int
+    duplicates: int
     saved_tokens: int
+    unlooked: int
 
 
 def cache_totals(session: Session, tenant: str) -> CacheTotals:
@@ -123,8 +200,9 @@ def cache_totals(session: Session, tenant: str) -> CacheTotals:
     )
     sums = session.execute(
         text("""
-        SELECT CAST(coalesce(sum(s.done), 0) AS int8), CAST(coalesce(sum(s.served), 0) AS int8),
-            CAST(coalesce(sum(s.saved_tokens), 0) AS int8)
+        SELECT CAST(coalesce(sum(s.done + s.followers), 0) AS int8), CAST(coalesce(sum(s.served), 0) AS int8),
+            CAST(coalesce(sum(s.followers), 0) AS int8), CAST(coalesce(sum(s.saved_tokens), 0) AS int8),
+            CAST(coalesce(sum(s.unlooked), 0) AS int8)
         FROM shards s JOIN batches b ON b.id = s.batch_id WHERE b.tenant = :tenant AND b.deleted_at IS NULL"""),
         {"tenant": tenant},
     ).one()
