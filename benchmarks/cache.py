@@ -29,8 +29,9 @@ from numpy.typing import NDArray
 from cache.certificate import coin
 from cache.embedder import OnnxEmbedder
 from cache.guards import Signature, signature
-from cache.namespace import Decided, Found, Namespace, Query
-from cache.policy import Limits, pilot_size
+from cache.model import Model
+from cache.namespace import Decided, Found, Judged, Query, adopt, decide, fit, is_fit_due, judge
+from cache.policy import Limits, Policy, pilot_size
 from cache.score import NEIGHBOURS, Vectors, overlap, words
 
 RESULT = Path(__file__).parent / "results" / "cache.json"
@@ -127,7 +128,9 @@ def with_pilot(order: Order, *, seed: int) -> Order:
 def run(queries: Queries, order: Order, *, seed: int, limits: Limits, drift_at: int | None = None) -> Outcome:
     """The stream through a namespace; from `drift_at` lookups on, the engine answers half of the labels otherwise."""
     labels = list(queries.labels)
-    namespace, stream = Namespace(limits), Stream(queries, labels)
+    policy, stream = Policy.begin(1, limits), Stream(queries, labels)
+    model: Model | None = None
+    samples: list[Judged] = []
     secret = seed.to_bytes(8)
     served = np.zeros(len(order), bool)
     wrong = np.zeros(len(order), bool)
@@ -142,24 +145,45 @@ def run(queries: Queries, order: Order, *, seed: int, limits: Limits, drift_at: 
             Query(coin(secret, str(line).encode()), queries.vectors[line], one)
             for line, one in zip(shard, found, strict=True)
         ]
-        ran: list[tuple[int, Decided]] = []
-        for at, decided in enumerate(namespace.decide(lookups)):
+        ran: list[int] = []
+        rows: list[Judged] = []
+        policy, decisions = decide(policy, model, lookups)
+        for at, decided in enumerate(decisions):
             line = shard[at]
-            if decided.decision.is_served:
+            if decided.served:
                 served[start + at] = True
                 wrong[start + at] = decided.answer != labels[line]
-            else:
-                ran.append((line, decided))
+                continue
+            ran.append(line)
+            if decided.features:
+                rows.append(_judged(decided, lookups[at].coin, labels[line]))
         wrong_so_far += int(wrong[start : start + len(shard)].sum())
-        for line, decided in ran:
-            audited += decided.decision.audited
-            namespace.judge(decided, labels[line])
-        stream.add([line for line, _ in ran])
-        ever_false |= wrong_so_far > namespace.policy.audit.bound()
-        over_limit |= wrong_so_far > limits.error * namespace.policy.lookups
-        if namespace.is_fit_due:
-            namespace.fit(stream.vectors(), [labels[line] for line in stream.lines])
-    return _outcome(served, wrong, audited, namespace.policy.bounds()[0], ever_false=ever_false, over_limit=over_limit)
+        audited += sum(one.audited for one in rows)
+        version = policy.version
+        policy = judge(policy, rows)
+        samples = samples + rows if policy.version == version else []
+        stream.add(ran)
+        if policy.version == version:
+            ever_false |= wrong_so_far > policy.audit.bound()
+            over_limit |= wrong_so_far > limits.error * policy.lookups
+        if policy.version != version:
+            wrong_so_far = 0
+        if is_fit_due(policy):
+            model = fit(policy, samples, stream.vectors(), [labels[line] for line in stream.lines])
+            policy = adopt(policy, model)
+    return _outcome(served, wrong, audited, policy.bounds()[0], ever_false=ever_false, over_limit=over_limit)
+
+
+def _judged(decided: Decided, coin: float, label: str) -> Judged:
+    return Judged(
+        features=decided.features,
+        agreed=decided.answer == label,
+        wished=decided.wished,
+        audited=decided.audited,
+        in_shadow=decided.in_shadow,
+        coin=coin,
+        rate=decided.rate,
+    )
 
 
 def run_cosine(queries: Queries, order: Order, *, least: float) -> Outcome:

@@ -1,26 +1,34 @@
 """One namespace at work: payloads that may answer for each other, and what is known of how well they do.
 
-It keeps no entries and asks no index: its owner finds the neighbours, runs the engine, and brings the answers back.
+Pure functions over a state that the owner keeps: it finds the neighbours, runs the engine, keeps judged lookups and
+entries, stores what is returned here, and lets one process at a time change the policy. Only `fit` is slow; it may
+run apart, on a policy that has moved on meanwhile.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.policy import FIT_SAMPLES, Decision, Limits, Policy, Samples, decide
-from cache.score import Floats, Neighbours, Scorer, Vectors, candidate, learn_answers
+from cache.control import rethought
+from cache.model import FIT_SAMPLES, Model, Samples, learned
+from cache.policy import Policy
+from cache.score import Floats, Neighbours, Vectors, candidate
 
-RETHINK_LOOKUPS = 256  # how often the threshold is chosen anew between fits
+_REFIT_GROWTH: Final = 1.25
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The nearest entries of a lookup, nearest first; `allowed` are those that the guards let answer for it."""
+    """The nearest entries of a lookup, nearest first; `allowed` are those that may answer for it.
+
+    Not allowed are those whose payload a guard keeps apart, and those whose answer is free text.
+    """
 
     entries: NDArray[np.int64]
     answers: Sequence[str]
@@ -41,113 +49,158 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Decided:
-    """What was decided of a lookup, and what judging it later takes. `entry` is what would be or is served."""
+    """What becomes of one lookup: served with `answer` of `entry`, or run; what judging it later takes.
 
-    decision: Decision
+    `wished`: score and guards would serve it. Without neighbours there is no candidate: `answer` is None and
+    `features` empty.
+    """
+
+    wished: bool
+    served: bool
+    audited: bool
+    in_shadow: bool
     answer: str | None
     entry: int | None
+    similarity: float | None
     features: tuple[float, ...]
     rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A lookup that had a candidate and was run; `agreed`: the candidate is the engine's answer."""
+
+    features: tuple[float, ...]
+    agreed: bool
+    wished: bool
+    audited: bool
     in_shadow: bool
-    fold: bool
+    coin: float
+    rate: float
 
 
-class Namespace:
-    """The policy of one namespace with its score and its judged lookups."""
-
-    def __init__(self, limits: Limits, *, version: int = 1) -> None:
-        self.policy = Policy.begin(version, limits)
-        self._scorer: Scorer | None = None
-        self._scores: Floats | None = None
-        self._fitted: Samples | None = None
-        self._likely: Floats | None = None
-        self._answers: dict[str, int] = {}
-        self._learned = 0
-        self._samples: deque[tuple[tuple[float, ...], bool, float, bool]] = deque(maxlen=FIT_SAMPLES)
-        self._rethink_at = 0
-
-    def decide(self, queries: Sequence[Query]) -> list[Decided]:
-        """One decision a lookup, all under one state; the owner serves, or runs and brings back to `judge`."""
-        self._rethink()
-        candidates = [self._candidate(query) for query in queries]
-        scores = np.full(len(queries), -np.inf)
-        known = [at for at, found in enumerate(candidates) if found is not None]
-        if self._scorer is not None and known:
-            scores[known] = self._scorer.score([found[2] for found in candidates if found is not None])
-        servable = [found is not None and found[1] is not None for found in candidates]
-        coins = np.array([query.coin for query in queries])
-        policy, rate = self.policy, self.policy.rate
-        decisions = decide(policy, scores, coins, servable)
-        self.policy = policy.after_lookups(
-            len(queries),
-            decided=sum(one.is_wished for one in decisions),
-            served=sum(one.is_served for one in decisions),
-        )
-        return [
+def decide(policy: Policy, model: Model | None, queries: Sequence[Query]) -> tuple[Policy, list[Decided]]:
+    """One decision a lookup, all under one state. They belong to the version of the policy that is returned."""
+    model = model if model is not None and model.version == policy.version else None
+    if model is not None and policy.lookups >= policy.rethink_at:
+        policy = rethought(policy, model)
+    numbers = {} if model is None else {answer: number for number, answer in enumerate(model.answers)}
+    values = _values(model, queries)
+    candidates = [_candidate(query, numbers, row) for query, row in zip(queries, values, strict=True)]
+    wished = _wished(policy, model, candidates)
+    is_serving, rate = policy.is_serving, policy.rate
+    decisions = []
+    for query, found, wish in zip(queries, candidates, wished, strict=True):
+        audited = wish and is_serving and query.coin < rate
+        decisions.append(
             Decided(
-                decision=decision,
-                answer=None if found is None else found[0],
-                entry=None if found is None else found[1],
-                features=() if found is None else found[2],
+                wished=wish,
+                served=wish and is_serving and not audited,
+                audited=audited,
+                in_shadow=not is_serving,
+                answer=found.answer,
+                entry=found.entry,
+                similarity=found.similarity,
+                features=found.features,
                 rate=rate,
-                in_shadow=not policy.is_serving,
-                fold=bool(int(query.coin * 2**40) & 1),
             )
-            for query, decision, found in zip(queries, decisions, candidates, strict=True)
-        ]
-
-    def judge(self, decided: Decided, answer: str) -> None:
-        """The engine's answer to a lookup that was not served."""
-        if decided.answer is None:
-            return
-        agreed = decided.answer == answer
-        decision = decided.decision
-        if decision.is_wished and decided.in_shadow:
-            self.policy = self.policy.after_shadow(agreed=agreed)
-        if decision.audited:
-            self.policy = self.policy.after_audit(agreed=agreed, rate=decided.rate)
-            if not agreed:
-                self._rethink_at = 0
-        weight = 1 / decided.rate if decision.audited else 1.0
-        self._samples.append((decided.features, agreed, weight, decided.fold))
-
-    @property
-    def is_fit_due(self) -> bool:
-        """Whether `fit` should be called with all entries."""
-        return self.policy.lookups >= self.policy.next_fit and len(self._samples) > 0
-
-    def fit(self, vectors: Vectors, answers: Sequence[str]) -> None:
-        """Learn from the entries (a vector and an answer each) and the judged lookups; chooses the threshold anew."""
-        numbers = np.array([self._answers.setdefault(answer, len(self._answers)) for answer in answers])
-        self._likely = learn_answers(vectors, numbers, len(self._answers))
-        self._learned = len(self._answers)
-        features, agreed, weights, folds = zip(*self._samples, strict=True)
-        self._fitted = Samples(np.array(features), np.array(agreed), np.array(weights), np.array(folds))
-        self.policy, self._scorer, self._scores = self.policy.fitted(self._fitted)
-        self._rethink_at = self.policy.lookups + RETHINK_LOOKUPS
-
-    def _rethink(self) -> None:
-        if self._fitted is not None and self._scores is not None and self.policy.lookups >= self._rethink_at:
-            self.policy = self.policy.with_threshold(self._fitted, self._scores)
-            self._rethink_at = self.policy.lookups + RETHINK_LOOKUPS
-
-    def _candidate(self, query: Query) -> tuple[str, int | None, tuple[float, ...]] | None:
-        """(The neighbours' answer, the nearest allowed entry that has it, features)."""
-        found = query.found
-        if found is None:
-            return None
-        numbers = np.array([self._answers.setdefault(answer, len(self._answers)) for answer in found.answers])
-        answer, features = candidate(
-            Neighbours(found.cosines, numbers, found.overlaps, found.word_count), self._values(query.vector)
         )
-        same = np.flatnonzero((numbers == answer) & found.allowed)
-        text = found.answers[int(np.flatnonzero(numbers == answer)[0])]
-        return text, int(found.entries[same[0]]) if len(same) else None, tuple(features)
+    served = sum(one.served for one in decisions)
+    return policy.after_lookups(len(queries), decided=sum(wished), served=served), decisions
 
-    def _values(self, vector: Vectors) -> Floats | None:
-        """A value for each answer seen; those that came after the last fit have none yet."""
-        if self._likely is None:
-            return None
-        values = np.zeros(max(len(self._answers), self._learned))
-        values[: self._learned] = vector.astype(np.float64) @ self._likely
-        return values
+
+def judge(policy: Policy, judged: Sequence[Judged]) -> Policy:
+    """The engine has answered these lookups, which were decided under this version; in any order.
+
+    An audited lookup that the engine gave no comparable answer is not `agreed`: to leave it out would hide an error.
+    An alarm ends the version.
+    """
+    audits = [one for one in judged if one.audited]
+    errors = sorted(one.rate for one in audits if not one.agreed)
+    audit = policy.audit
+    for rate in errors:
+        audit = audit.with_error(rate)
+    after = replace(
+        policy,
+        audit=audit,
+        judged=policy.judged + len(judged),
+        shadow_errors=policy.shadow_errors + sum(one.wished and one.in_shadow and not one.agreed for one in judged),
+        alarm_audits=policy.alarm_audits + len(audits),
+        alarm_errors=policy.alarm_errors + len(errors),
+        rethink_at=0 if errors else policy.rethink_at,
+    )
+    return after.next_version() if after.is_alarmed else after
+
+
+def is_fit_due(policy: Policy) -> bool:
+    """Whether `fit` should be called with this version's newest judged lookups and all entries."""
+    return policy.lookups >= policy.next_fit and policy.judged > 0
+
+
+def fit(policy: Policy, samples: Sequence[Judged], vectors: Vectors, answers: Sequence[str]) -> Model:
+    """Learn from this version's judged lookups, oldest first, and the entries: a vector and an answer each.
+
+    A served lookup is never judged, an audited one with probability `rate`: it stands for 1 / rate.
+    """
+    kept = [one for one in samples if one.features][-FIT_SAMPLES:]
+    rows = Samples(
+        features=np.array([one.features for one in kept], dtype=np.float64),
+        agreed=np.array([one.agreed for one in kept], dtype=np.bool_),
+        weights=np.array([1 / one.rate if one.audited else 1.0 for one in kept], dtype=np.float64),
+        folds=np.array([int(one.coin * 2**40) & 1 for one in kept], dtype=np.bool_),
+    )
+    return learned(policy.version, rows, vectors, answers)
+
+
+def adopt(policy: Policy, model: Model) -> Policy:
+    """The policy with the threshold that the model gives it now; unchanged if the model is of another version."""
+    if model.version != policy.version:
+        return policy
+    next_fit = math.ceil(policy.lookups * _REFIT_GROWTH)
+    fitted = replace(policy, fits=policy.fits + 1, next_fit=next_fit, alarm_audits=0, alarm_errors=0)
+    return rethought(fitted, model)
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    answer: str | None = None
+    entry: int | None = None
+    similarity: float | None = None
+    features: tuple[float, ...] = ()
+
+
+def _candidate(query: Query, numbers: dict[str, int], values: Floats | None) -> _Candidate:
+    """The answer that the neighbours vote for, and the nearest allowed entry that has it."""
+    found = query.found
+    if found is None:
+        return _Candidate()
+    own = dict(numbers) if any(answer not in numbers for answer in found.answers) else numbers
+    answers = np.array([own.setdefault(answer, len(own)) for answer in found.answers])
+    if values is not None:
+        values = np.concatenate((values, np.zeros(len(own) - len(values))))
+    answer, features = candidate(Neighbours(found.cosines, answers, found.overlaps, found.word_count), values)
+    same = np.flatnonzero(answers == answer)
+    text = found.answers[int(same[0])]
+    allowed = same[found.allowed[same]]
+    if not len(allowed):
+        return _Candidate(text, features=tuple(features))
+    nearest = int(allowed[0])
+    return _Candidate(text, int(found.entries[nearest]), float(found.cosines[nearest]), tuple(features))
+
+
+def _values(model: Model | None, queries: Sequence[Query]) -> list[Floats] | list[None]:
+    """For each query a value for each answer that the model knows."""
+    if model is None or model.likely is None or not queries:
+        return [None] * len(queries)
+    return list(np.stack([query.vector for query in queries]).astype(np.float64) @ model.likely)
+
+
+def _wished(policy: Policy, model: Model | None, candidates: Sequence[_Candidate]) -> list[bool]:
+    if model is None or policy.threshold is None:
+        return [False] * len(candidates)
+    able = [at for at, found in enumerate(candidates) if found.entry is not None]
+    wished = [False] * len(candidates)
+    scores = model.scorer.score([candidates[at].features for at in able])
+    for at, score in zip(able, scores.tolist(), strict=True):
+        wished[at] = score >= policy.threshold
+    return wished

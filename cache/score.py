@@ -102,7 +102,7 @@ class Scorer:
         return np.asarray(self.weights[0] + rows @ self.weights[1:], dtype=np.float64)
 
 
-def fit(features: Floats, agreed: NDArray[np.bool_], weights: Floats) -> Scorer:
+def fit_scorer(features: Floats, agreed: NDArray[np.bool_], weights: Floats) -> Scorer:
     """Logistic regression by Newton's method; `weights` are 1 / (probability that the row came to be seen)."""
     mean, scale = features.mean(axis=0), features.std(axis=0) + 1e-9
     rows = np.column_stack((np.ones(len(features)), (features - mean) / scale))
@@ -122,5 +122,5 @@ def cross_fitted(features: Floats, agreed: NDArray[np.bool_], weights: Floats, f
     for fold in (False, True):
         mine = folds == fold
         if mine.any() and (~mine).any():
-            scores[mine] = fit(features[~mine], agreed[~mine], weights[~mine]).score(features[mine])
+            scores[mine] = fit_scorer(features[~mine], agreed[~mine], weights[~mine]).score(features[mine])
     return scores
