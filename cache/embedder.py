@@ -1,4 +1,4 @@
-"""Texts as vectors: all-MiniLM-L6-v2 in int8 on the CPU, or whatever an /v1/embeddings endpoint has.
+"""Texts as vectors: all-MiniLM-L6-v2 in int8 on the CPU.
 
 It must not fetch anything: `make embedder` does.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import onnxruntime
@@ -19,16 +19,6 @@ from runtime.errors import BadInput
 
 MOST_TOKENS: Final = 256  # what MiniLM was trained on; a longer text is cut
 TEXTS_AT_ONCE: Final = 32
-
-
-class Embedder(Protocol):
-    """`id` names model and weights: vectors of different ids are never compared."""
-
-    @property
-    def id(self) -> str: ...
-
-    def embed(self, texts: Sequence[str]) -> Vectors:
-        """One vector of length 1 for each text, in order: float32, (texts, dimensions)."""
 
 
 class OnnxEmbedder:
@@ -54,7 +44,9 @@ class OnnxEmbedder:
         return self._id
 
     def embed(self, texts: Sequence[str]) -> Vectors:
-        """As Embedder. Texts of like length are computed together: 40 to 50 a second unsorted, 67 to 84 sorted."""
+        """One vector of length 1 for each text, in order: float32, (texts, dimensions).
+
+        Texts of like length are computed together: 40 to 50 a second unsorted, 67 to 84 sorted."""
         encoded = self._tokenizer.encode_batch(list(texts))
         order = sorted(range(len(texts)), key=lambda at: len(encoded[at].ids))
         parts = [order[at : at + TEXTS_AT_ONCE] for at in range(0, len(order), TEXTS_AT_ONCE)]

@@ -49,7 +49,7 @@ class Scope:
     tenant: str
     endpoint: str
     checkpoint: str
-    epoch: int
+    epochs: tuple[int, ...]
 
 
 def read_body(body: str | bytes) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def namespace_key(
 
 
 def _scope(scope: Scope) -> list[Any]:
-    return [scope.tenant, scope.endpoint, scope.checkpoint, scope.epoch]
+    return [scope.tenant, scope.endpoint, scope.checkpoint, *scope.epochs]
 
 
 def _digest(value: Any) -> bytes:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from models.jobs import Affixes as Affixes
 from runtime.errors import BadInput
 
 SLOT: Final = re.compile(r"\{([A-Za-z_]\w*)\}")
@@ -26,14 +27,6 @@ class Split:
 
     template: str
     payload: str
-
-
-@dataclass(frozen=True, slots=True)
-class Affixes:
-    """What the prompts of a batch begin and end with."""
-
-    prefix: str = ""
-    suffix: str = ""
 
 
 def prompt_of(fields: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -68,10 +61,14 @@ def declared(prompt: str, *, template: str, variables: Mapping[str, str]) -> Spl
         raise BadInput(f"stoker.variables: {wrong}; give each slot of stoker.template one value")
     if SLOT.sub(lambda slot: variables[slot.group(1)], template) != prompt:
         raise BadInput("stoker.template: does not give the text of the request with these variables; make them agree")
-    ordered = list(dict.fromkeys(slots))
-    return Split(
-        SLOT.sub(lambda slot: BLANK + slot.group(1) + BLANK, template), BETWEEN.join(variables[s] for s in ordered)
-    )
+    return split_declared(template, variables)
+
+
+def split_declared(template: str, variables: Mapping[str, str]) -> Split:
+    """The template with each slot blanked, and the slots' values in the order of their first use."""
+    ordered = dict.fromkeys(SLOT.findall(template))
+    blanked = SLOT.sub(lambda slot: BLANK + slot.group(1) + BLANK, template)
+    return Split(blanked, BETWEEN.join(variables[slot] for slot in ordered))
 
 
 def shared_affixes(prompts: Sequence[str]) -> Affixes:

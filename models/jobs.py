@@ -65,6 +65,14 @@ class CachedAnswer:
     expires_at: float
 
 
+@dataclass(frozen=True, slots=True)
+class Affixes:
+    """What the prompts of a batch begin and end with."""
+
+    prefix: str = ""
+    suffix: str = ""
+
+
 def failed(seq: int, *, code: str, message: str, source: Source = Source.NONE) -> JobResult:
     """The result of a job that never got a response."""
     return JobResult(seq=seq, outcome=Outcome.FAILED, source=source, error_code=code, error_message=message)

@@ -296,7 +296,8 @@ class CacheNamespace(Base):
     alias: Mapped[str]  # what jobs call the checkpoint
     checkpoint: Mapped[str]
     embedder: Mapped[str]
-    template: Mapped[str]
+    template: Mapped[str]  # to be read; `scope` tells templates apart
+    scope: Mapped[str]
     ttl_s: Mapped[float | None]  # of its entries; null: the setting's
     secret: Mapped[bytes]  # of the audit coins
     policy: Mapped[str]
@@ -305,6 +306,10 @@ class CacheNamespace(Base):
     fitting_until: Mapped[datetime | None]
     asked_twice: Mapped[int] = mapped_column(server_default="0")
     differed: Mapped[int] = mapped_column(server_default="0")  # of those: the engine gave two answers
+    # Of all versions of the policy together.
+    lookups: Mapped[int] = mapped_column(BIGINT, server_default="0")
+    served: Mapped[int] = mapped_column(BIGINT, server_default="0")
+    audits: Mapped[int] = mapped_column(BIGINT, server_default="0")
     saved_tokens: Mapped[int] = mapped_column(BIGINT, server_default="0")
     audit_tokens: Mapped[int] = mapped_column(BIGINT, server_default="0")  # spent on what would have been served
     created_at: Mapped[datetime] = mapped_column(server_default=text("clock_timestamp()"))

@@ -11,6 +11,7 @@ from datetime import datetime
 
 from inference.embeddings import Pack
 from models.jobs import Job, JobResult
+from pipeline.cached import Looked
 from store.shards import Claim, LoadedJobs, Retry
 
 # A write transaction costs one fsync whatever its size. Measured: 10.8x the rows/s of single rows at 64 a
@@ -36,10 +37,11 @@ class Attempt:
     """The state of one run of a shard. Lives in the asyncio loop's thread."""
 
     def __init__(
-        self, claim: Claim, loaded: LoadedJobs, units: Iterable[Unit], *, keys: dict[int, bytes] | None = None
+        self, claim: Claim, loaded: LoadedJobs, units: Iterable[Unit], *, looked: Looked | None = None
     ) -> None:
         self.claim = claim
-        self.keys = keys or {}  # of its jobs' exact cache entries, by seq
+        self.looked = looked or Looked()
+        self.repeated: dict[int, bool] = {}  # of jobs that were asked twice: whether the answers were the same
         self.waiting: deque[Unit] = deque(units)
         self.in_flight: set[asyncio.Task[None]] = set()
         self.is_lost = False

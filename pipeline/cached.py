@@ -1,36 +1,102 @@
-"""The exact cache as a worker child uses it: one call for a whole shard before it runs, one beside each write."""
+"""The exact cache as a worker child uses it: one call for a whole shard before it runs, one beside each write.
+
+Before: answers that one checkpoint gave to one request of one tenant, and which jobs run elsewhere at this moment.
+After: what the engine answered is kept, and what the semantic cache asked of it is judged (pipeline/semantic.py).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
-from cache.answers import answer_text
+import msgspec
+
+from cache.answers import answer_text, comparable, comparison
 from cache.keys import EMBEDDINGS, Scope, asks_for_one, exact_key, is_deterministic, read_body
+from cache.payload import Affixes, Split, prompt_of, split, split_declared
 from models.jobs import CachedAnswer, Job, JobResult
+from models.names import request_name
 from models.states import CacheMode, Outcome, Source
 from runtime.settings import CacheSettings
-from store.answers import NewAnswer, epoch_of, find_answers, keep_answers
+from store.answers import (
+    TENANT_SCOPE,
+    NewAnswer,
+    checkpoint_scope,
+    epochs_of,
+    find_answers,
+    keep_answers,
+    template_scope,
+)
 from store.database import Session
 from store.engines import checkpoint_of
+from store.namespaces import OpenNamespace, Verdict, judge_lookups
 from store.recent import RecentAnswers
 from store.shards import Claim
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A job's request as the caches read it; `split` is its payload in its template, if it may be served semantically.
+
+    `sources` are the documents that its line says its prompt was made from.
+    """
+
+    fields: Mapping[str, Any]
+    scope: Scope
+    key: bytes
+    split: Split | None
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a job's answer goes in the semantic cache: its payload and that one's vector, float32."""
+
+    namespace: OpenNamespace
+    payload: str
+    vector: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Looked:
-    """What looking a shard up gave: results for some jobs, the jobs that are to run, the keys of all that have one."""
+    """What looking a shard up gave: results for some jobs, the jobs that are to run, and what is known of these.
+
+    `awaited` jobs equal one that runs at this moment. `twice` are asked twice. All by seq.
+    """
 
     results: list[JobResult] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
-    keys: dict[int, bytes] = field(default_factory=dict)
+    requests: dict[int, Request] = field(default_factory=dict)
+    places: dict[int, Place] = field(default_factory=dict)
+    awaited: frozenset[int] = frozenset()
+    twice: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a transaction kept, to be told after its commit."""
+
+    answers: dict[bytes, CachedAnswer]
+    ended: list[bytes]
+    entries: list[tuple[Place, int]]
+
+
+class Semantic(Protocol):
+    """The semantic cache as feeding sees it; pipeline/semantic.py needs libraries that a worker may lack."""
+
+    async def look_up(self, claim: Claim, looked: Looked) -> Looked: ...
+
+    def add(self, entries: Sequence[tuple[Place, int]]) -> None: ...
+
+    @property
+    def has_chores(self) -> bool: ...
+
+    def do_chores(self) -> None: ...
 
 
 class ExactCache:
-    """Answers that one checkpoint gave to one request of one tenant.
-
-    Redis is asked first and may be gone; Postgres is the truth. It finds nothing before the engine is known.
-    """
+    """Redis is asked first and may be gone; Postgres is the truth. It finds nothing before the engine is known."""
 
     def __init__(self, recent: RecentAnswers, settings: CacheSettings, *, engine_id: Callable[[], int | None]) -> None:
         self._recent = recent
@@ -39,81 +105,201 @@ class ExactCache:
         self._checkpoints: dict[int, str] = {}
 
     def look_up(self, session: Session, claim: Claim, jobs: Sequence[Job]) -> Looked:
-        """Find answers for the jobs of a claimed shard; in the claim's transaction, which it does not change."""
-        scope = self._scope(session, claim)
-        if claim.cache is CacheMode.OFF or not claim.runnable or scope is None:
-            return Looked(jobs=list(jobs))
-        keys = {job.seq: key for job in jobs if (key := self._key(job, scope)) is not None}
-        wanted = list(dict.fromkeys(keys.values()))
+        """Find answers for the jobs of a claimed shard; in the claim's transaction, which it does not change.
+
+        Jobs that run elsewhere go last: by their turn there may be an answer.
+        """
+        requests = self._requests(session, claim, jobs)
+        wanted = list(dict.fromkeys(request.key for request in requests.values()))
         found = self._recent.find(wanted)
         if missing := [key for key in wanted if key not in found]:
             stored = find_answers(session, claim.tenant, missing)
             self._recent.keep(stored)
             found |= stored
-        looked = Looked(keys=keys)
+        results, left = [], []
         for job in jobs:
-            answer = found.get(keys.get(job.seq, b""))
+            request = requests.get(job.seq)
+            answer = None if request is None else found.get(request.key)
             if answer is None:
-                looked.jobs.append(job)
+                left.append(job)
             else:
-                looked.results.append(_served(job.seq, answer))
-        return looked
+                results.append(served(job.seq, answer, Source.EXACT))
+        awaited = self._awaited(claim, left, requests)
+        left.sort(key=lambda job: job.seq in awaited)
+        return Looked(results, left, requests, awaited=awaited)
+
+    def ask_again(self, session: Session, claim: Claim, job: Job, request: Request) -> JobResult | None:
+        """The answer that a job has waited for, if it has come."""
+        answer = self._recent.find([request.key]).get(request.key)
+        if answer is None:
+            answer = find_answers(session, claim.tenant, [request.key]).get(request.key)
+        return None if answer is None else served(job.seq, answer, Source.EXACT)
+
+    def is_awaited(self, claim: Claim, job: Job, request: Request) -> bool:
+        """Whether an equal job still runs elsewhere; if not, this one is the one that runs now."""
+        return bool(self._recent.begin({request.key: request_name(claim.batch_id, job.seq)}))
 
     def keep(
-        self, session: Session, claim: Claim, keys: dict[int, bytes], results: Sequence[JobResult]
-    ) -> dict[bytes, CachedAnswer]:
-        """Keep what the engine answered, in the transaction of its results; give `published` what this returns."""
-        new = {
-            keys[result.seq]: NewAnswer(
-                key=keys[result.seq],
+        self, session: Session, claim: Claim, looked: Looked, results: Sequence[JobResult], repeated: Mapping[int, bool]
+    ) -> Kept:
+        """Keep what the engine answered, in the transaction of its results; give `publish` what this returns."""
+        ended = [looked.requests[result.seq].key for result in results if result.seq in looked.requests]
+        if not ended:
+            return Kept({}, [], [])
+        answered = {r.seq: r for r in results if r.seq in looked.requests and _may_be_kept(r, endpoint=claim.endpoint)}
+        compared = {seq: comparison(result.response or "") for seq, result in answered.items() if seq in looked.places}
+        verdicts = [
+            Verdict(
                 seq=result.seq,
-                response=result.response or "",
-                status_code=result.status_code or 200,
-                prompt_tokens=result.usage.prompt_tokens,
-                completion_tokens=result.usage.completion_tokens,
+                answer=compared.get(result.seq),
+                repeated=repeated.get(result.seq),
+                tokens=result.usage.prompt_tokens + result.usage.completion_tokens,
             )
             for result in results
-            if result.seq in keys and _may_be_kept(result, endpoint=claim.endpoint)
-        }
-        if not new:
-            return {}
-        return dict(keep_answers(session, claim.tenant, claim.batch_id, list(new.values()), ttl_s=self._settings.ttl_s))
+            if result.seq in looked.places
+        ]
+        if verdicts:
+            judge_lookups(session, claim.batch_id, verdicts)
+        new = {}
+        for seq, result in answered.items():
+            request = looked.requests[seq]
+            new[request.key] = self._new(result, request, looked.places.get(seq), compared.get(seq))
+        kept = keep_answers(session, claim.tenant, claim.batch_id, list(new.values())) if new else {}
+        entries = [
+            (looked.places[one.seq], kept[key].entry)
+            for key, one in new.items()
+            if key in kept and one.answer is not None and one.seq in looked.places
+        ]
+        return Kept(kept, ended, entries)
 
-    def publish(self, answers: dict[bytes, CachedAnswer]) -> None:
-        """Let other workers find them quickly; after the commit."""
-        self._recent.keep(answers)
+    def publish(self, kept: Kept) -> None:
+        """Let other workers find answers quickly, and those that wait go on; after the commit."""
+        self._recent.keep(kept.answers)
+        self._recent.end(kept.ended)
 
     def close(self) -> None:
         """Close the connections."""
         self._recent.close()
 
-    def _scope(self, session: Session, claim: Claim) -> Scope | None:
+    def _new(self, result: JobResult, request: Request, place: Place | None, compared: str | None) -> NewAnswer:
+        own_ttl = None if place is None else place.namespace.ttl_s
+        return NewAnswer(
+            key=request.key,
+            seq=result.seq,
+            response=result.response or "",
+            status_code=result.status_code or 200,
+            prompt_tokens=result.usage.prompt_tokens,
+            completion_tokens=result.usage.completion_tokens,
+            ttl_s=own_ttl or self._settings.ttl_s,
+            namespace_id=None if place is None else place.namespace.id,
+            payload=None if place is None else place.payload,
+            answer=compared,
+            vector=None if place is None or compared is None else place.vector,
+            sources=request.sources,
+        )
+
+    def _awaited(self, claim: Claim, jobs: Sequence[Job], requests: Mapping[int, Request]) -> frozenset[int]:
+        """Jobs that equal one which runs elsewhere, or one before them in this shard."""
+        if claim.runs_alone or claim.endpoint == EMBEDDINGS:
+            return frozenset()
+        first: dict[bytes, int] = {}
+        for job in jobs:
+            if job.seq in requests:
+                first.setdefault(requests[job.seq].key, job.seq)
+        elsewhere = self._recent.begin({key: request_name(claim.batch_id, seq) for key, seq in first.items()})
+        return frozenset(
+            job.seq
+            for job in jobs
+            if job.seq in requests and (requests[job.seq].key in elsewhere or first[requests[job.seq].key] != job.seq)
+        )
+
+    def _requests(self, session: Session, claim: Claim, jobs: Sequence[Job]) -> dict[int, Request]:
         engine_id = self._engine_id()
-        if engine_id is None:
-            return None
+        if engine_id is None or not claim.runnable:
+            return {}
         if engine_id not in self._checkpoints:
             self._checkpoints[engine_id] = checkpoint_of(session, engine_id)
-        epoch = epoch_of(session, claim.tenant)
-        return Scope(claim.tenant, claim.endpoint, self._checkpoints[engine_id], epoch)
+        checkpoint = self._checkpoints[engine_id]
+        read = [one for job in jobs if (one := self._read(claim, job)) is not None]
+        templates = sorted({template_scope(one.split.template) for one in read if one.split is not None})
+        scopes = [TENANT_SCOPE, checkpoint_scope(checkpoint), *templates]
+        epochs = dict(zip(scopes, epochs_of(session, claim.tenant, scopes), strict=True)) if read else {}
+        made = {}
+        for one in read:
+            raised = tuple(epochs[scope] for scope in scopes[:2])
+            if one.split is not None and (epoch := epochs[template_scope(one.split.template)]):
+                raised = (*raised, epoch)
+            scope = Scope(claim.tenant, claim.endpoint, checkpoint, raised)
+            made[one.seq] = Request(one.fields, scope, exact_key(one.fields, scope), one.split, one.sources)
+        return made
 
-    def _key(self, job: Job, scope: Scope) -> bytes | None:
+    def _read(self, claim: Claim, job: Job) -> _Read | None:
+        line = _LINE.decode(job.stoker) if job.stoker else _NO_LINE
+        mode = line.cache or claim.cache
+        if mode is CacheMode.OFF:
+            return None
         try:
             fields = read_body(job.body)
         except ValueError:  # msgspec refuses what Python's json wrote, such as a lone surrogate: then it is not cached
             return None
-        fits = is_deterministic(fields, endpoint=scope.endpoint) or self._settings.sampled
-        return exact_key(fields, scope) if fits and asks_for_one(fields) else None
+        fits = is_deterministic(fields, endpoint=claim.endpoint) or self._settings.sampled
+        if not (fits and asks_for_one(fields)):
+            return None
+        place = _split(fields, line, claim.affixes) if mode is CacheMode.SEMANTIC else None
+        return _Read(job.seq, fields, place, tuple(line.sources))
 
 
-def _served(seq: int, answer: CachedAnswer) -> JobResult:
+@dataclass(frozen=True, slots=True)
+class _Read:
+    seq: int
+    fields: Mapping[str, Any]
+    split: Split | None
+    sources: tuple[str, ...]
+
+
+class _Line(msgspec.Struct):
+    """A line's own settings, as submit has checked them."""
+
+    cache: CacheMode | None = None
+    template: str | None = None
+    variables: dict[str, str] = {}
+    sources: list[str] = []
+
+
+_LINE = msgspec.json.Decoder(_Line)
+_NO_LINE = _Line()
+
+
+def served(
+    seq: int, answer: CachedAnswer, source: Source, *, namespace: int | None = None, similarity: float | None = None
+) -> JobResult:
+    """The result of a job that an earlier answer serves: no tokens are spent."""
     return JobResult(
         seq=seq,
         outcome=Outcome.SUCCEEDED,
-        source=Source.EXACT,
+        source=source,
         status_code=answer.status_code,
         response=answer.response,
         entry=answer.entry,
+        namespace=namespace,
+        similarity=similarity,
     )
+
+
+def says_the_same(one: JobResult, other: JobResult) -> bool:
+    """Whether two results of one request hold the same answer, as answers are compared; free text by its letters."""
+    texts = [answer_text(result.response or "") for result in (one, other)]
+    return texts[0] is not None and texts[1] is not None and comparable(texts[0]) == comparable(texts[1])
+
+
+def _split(fields: Mapping[str, Any], line: _Line, affixes: Affixes) -> Split | None:
+    """The request's payload in its template: the line's own, or else what stands between the batch's affixes."""
+    prompt = prompt_of(fields)
+    if prompt is None:
+        return None
+    before, text = prompt
+    found = split(text, affixes) if line.template is None else split_declared(line.template, line.variables)
+    return None if found is None else replace(found, template=before + found.template)
 
 
 def _may_be_kept(result: JobResult, *, endpoint: str) -> bool:

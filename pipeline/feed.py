@@ -11,25 +11,24 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from inference.embeddings import PATH as EMBEDDINGS
 from inference.embeddings import Pack, pack
-from inference.endpoint import Endpoint, EndpointDown, ServerFault
-from inference.replies import result_of
+from inference.endpoint import EndpointDown, ServerFault
 from models.jobs import Job, JobResult, failed
-from models.names import request_name
 from models.states import Source
+from pipeline.asking import ask
 from pipeline.attempt import Attempt, Unit, Unwritten
-from pipeline.cached import ExactCache, Looked
-from pipeline.heartbeat import Heartbeat
+from pipeline.cached import Looked, Semantic
+from pipeline.context import FeedContext as FeedContext
 from pipeline.quarantine import DEATHS_TO_QUARANTINE, isolate
 from pipeline.retry import after_engine_death, after_failure
 from runtime.clock import utc_now
 from runtime.errors import LostFence, Permanent, ServiceUnreachable, Transient, Unstorable
 from runtime.logs import get_logger
-from runtime.settings import Settings
-from store.database import Database, Session
+from store.database import Session
 from store.shards import (
     Claim,
     LoadedJobs,
@@ -46,32 +45,9 @@ from store.shards import (
 
 log = get_logger(__name__)
 
-EMBEDDINGS_PATH = "/v1/embeddings"
 TICK_S = 0.2  # how soon a drain, a due write or a newly dispatched shard is noticed while nothing else happens
 DOWN_PATIENCE_S = 60.0
 DOWN_WAIT_S = 2.0  # how long a shard stays away from workers after its endpoint refused connections
-
-
-@dataclass(frozen=True, slots=True)
-class FeedContext:
-    """What a worker child has for all its tasks."""
-
-    database: Database
-    heartbeat: Heartbeat
-    generation: Endpoint
-    embeddings: Endpoint
-    settings: Settings
-    holder: str
-    engine: str
-    """What its worker's engine is called in Postgres: equal names are one engine."""
-    worker: str
-    """What its worker is called in Postgres: the processes that die together."""
-    in_flight: int
-    draining: Callable[[], bool]
-    engine_id: Callable[[], int | None]
-    refused: set[Endpoint] = field(default_factory=set)
-    """Endpoints that refused a connection and have not been seen healthy since."""
-    cache: ExactCache | None = None
 
 
 @dataclass(slots=True)
@@ -103,6 +79,7 @@ class _Feeder:
         self._yield_at = time.monotonic() + context.settings.worker.yield_s
         self._grace_until: float | None = None
         self._next_claim_at = 0.0
+        self._chores: asyncio.Task[None] | None = None
 
     async def run(self) -> FeedReport:
         if await self._is_served():
@@ -117,6 +94,8 @@ class _Feeder:
             for attempt in self._attempts.values():  # after a defect only: their leases end and are recovered
                 self._context.heartbeat.remove(attempt.claim)
                 attempt.lose()
+            if self._chores is not None:
+                await self._chores
         return self._report
 
     async def _is_served(self) -> bool:
@@ -224,7 +203,7 @@ class _Feeder:
         error = await self._outcome(attempt, unit)
         if error is None:
             return
-        self._context.refused.add(self._endpoint(attempt.claim.endpoint))
+        self._context.refused.add(self._context.endpoint(attempt.claim.endpoint))
         attempt.endpoint_is_down = True
         attempt.stop()
         if isinstance(error, EndpointDown) and not error.was_sent:
@@ -241,11 +220,11 @@ class _Feeder:
         """
         jobs = unit.jobs if isinstance(unit, Pack) else (unit,)
         try:
-            for result in await self._ask(attempt, unit):
+            for result in await ask(self._context, attempt, unit):
                 attempt.record(result)
         except (EndpointDown, ServerFault) as error:
             is_absent = isinstance(error, EndpointDown) and not error.was_sent
-            if is_absent or not await self._endpoint(attempt.claim.endpoint).is_healthy():
+            if is_absent or not await self._context.endpoint(attempt.claim.endpoint).is_healthy():
                 return error
             self._retry(attempt, jobs, error)
         except Transient as error:
@@ -261,7 +240,7 @@ class _Feeder:
 
     async def _run_alone(self, attempt: Attempt, suspects: list[Job]) -> None:
         """Run suspects once no other shard is on their engine, or in their worker."""
-        endpoint = self._endpoint(attempt.claim.endpoint)
+        endpoint = self._context.endpoint(attempt.claim.endpoint)
 
         async def engine_is_up() -> bool:
             while not attempt.is_stopped:
@@ -288,24 +267,6 @@ class _Feeder:
 
         await isolate(suspects, survives=survives, engine_is_up=engine_is_up, convict=convict)
 
-    async def _ask(self, attempt: Attempt, unit: Unit) -> list[JobResult]:
-        path = attempt.claim.endpoint
-        if isinstance(unit, Job):
-            reply = await self._endpoint(path).post(
-                path, unit.body.encode(), request_id=request_name(attempt.claim.batch_id, unit.seq)
-            )
-            return [result_of(unit.seq, path, reply)]
-        reply = await self._endpoint(path).post(
-            path, unit.body, request_id=request_name(attempt.claim.batch_id, unit.jobs[0].seq)
-        )
-        if 400 <= reply.status_code < 500 and len(unit.jobs) > 1:
-            attempt.ask_again(unit.singles())
-            return []
-        return unit.split(reply)
-
-    def _endpoint(self, path: str) -> Endpoint:
-        return self._context.embeddings if path == EMBEDDINGS_PATH else self._context.generation
-
     def _retry(self, attempt: Attempt, jobs: tuple[Job, ...], error: Transient) -> None:
         max_tries = self._context.settings.limits.max_tries
         for job in jobs:
@@ -313,27 +274,8 @@ class _Feeder:
 
     async def _claim(self) -> bool:
         """Claim the shard that is to go first and take its jobs in; false if there was none."""
-        context = self._context
-
-        def take() -> tuple[Claim, LoadedJobs, Looked] | None:
-            with context.database.transaction() as session:
-                claimed = claim_next(
-                    session,
-                    holder=context.holder,
-                    lease_s=context.settings.worker.lease_s,
-                    engine=context.engine,
-                    worker=context.worker,
-                )
-                if claimed is None:
-                    return None
-                loaded = load_jobs(session, claimed)
-                looked = (
-                    context.cache.look_up(session, claimed, loaded.jobs) if context.cache else Looked([], loaded.jobs)
-                )
-                return claimed, replace(loaded, jobs=looked.jobs), looked
-
         try:
-            taken = await asyncio.to_thread(take)
+            taken = await asyncio.to_thread(self._take)
         except ServiceUnreachable as error:
             log.warning("claim_failed", error=str(error))
             return False
@@ -341,7 +283,10 @@ class _Feeder:
             return False
         claimed, loaded, looked = taken
         is_plain = claimed.runnable and not claimed.runs_alone
-        attempt = Attempt(claimed, loaded, self._units(claimed, loaded) if is_plain else (), keys=looked.keys)
+        if is_plain:
+            looked = await self._look_further(claimed, looked)
+        loaded = replace(loaded, jobs=looked.jobs)
+        attempt = Attempt(claimed, loaded, self._units(claimed, loaded) if is_plain else (), looked=looked)
         for result in looked.results:
             attempt.record(result)
         if claimed.runnable and claimed.runs_alone:
@@ -358,8 +303,48 @@ class _Feeder:
         self._write_wanted.set()
         return True
 
+    def _take(self) -> tuple[Claim, LoadedJobs, Looked] | None:
+        context = self._context
+        with context.database.transaction() as session:
+            claimed = claim_next(
+                session,
+                holder=context.holder,
+                lease_s=context.settings.worker.lease_s,
+                engine=context.engine,
+                worker=context.worker,
+            )
+            if claimed is None:
+                return None
+            loaded = load_jobs(session, claimed)
+            if context.cache is None:
+                return claimed, loaded, Looked(jobs=loaded.jobs)
+            return claimed, loaded, context.cache.look_up(session, claimed, loaded.jobs)
+
+    async def _look_further(self, claimed: Claim, looked: Looked) -> Looked:
+        """Ask the semantic cache, which may answer nothing but never stops a job; its slow work goes on beside."""
+        semantic = self._context.semantic
+        if semantic is None:
+            return looked
+        try:
+            looked = await semantic.look_up(claimed, looked)
+        except (ServiceUnreachable, LostFence) as error:  # the next write finds out which jobs are still ours
+            log.warning("cache_lookup_failed", error=str(error))
+        except Exception:  # a defect of the cache must not become one of the batch
+            log.exception("cache_defect", batch_id=str(claimed.batch_id))
+        if semantic.has_chores and (self._chores is None or self._chores.done()):
+            self._chores = self._loop.create_task(self._do_chores(semantic))
+        return looked
+
+    async def _do_chores(self, semantic: Semantic) -> None:
+        try:
+            await asyncio.to_thread(semantic.do_chores)
+        except ServiceUnreachable as error:
+            log.warning("cache_chores_failed", error=str(error))
+        except Exception:  # as above
+            log.exception("cache_defect")
+
     def _units(self, claimed: Claim, loaded: LoadedJobs) -> Iterator[Unit]:
-        if claimed.endpoint != EMBEDDINGS_PATH:
+        if claimed.endpoint != EMBEDDINGS:
             yield from loaded.jobs
             return
         limits = self._context.settings.embeddings
@@ -427,14 +412,16 @@ class _Feeder:
 
         Raises LostFence if another attempt owns the shard; nothing was written then.
         """
-        cache, kept = self._context.cache, {}
+        cache, semantic, kept = self._context.cache, self._context.semantic, None
         with self._context.database.transaction() as session:
             if not self._write_under_fence(session, attempt, unwritten, is_over=is_over):
                 raise LostFence
             if cache is not None:
-                kept = cache.keep(session, attempt.claim, attempt.keys, unwritten.results)
-        if cache is not None and kept:
+                kept = cache.keep(session, attempt.claim, attempt.looked, unwritten.results, attempt.repeated)
+        if cache is not None and kept is not None:
             cache.publish(kept)
+        if semantic is not None and kept is not None and kept.entries:
+            semantic.add(kept.entries)
 
     def _write_under_fence(self, session: Session, attempt: Attempt, unwritten: Unwritten, *, is_over: bool) -> bool:
         held, lease_s = attempt.claim, self._context.settings.worker.lease_s

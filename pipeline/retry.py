@@ -12,6 +12,7 @@ from store.shards import Retry
 
 BASE_S = 1.0
 CAP_S = 60.0
+WAIT_FOR_EQUAL_S = 2.0
 RETRY_AFTER_CAP_S = 900.0  # a longer wish is a mistake, such as an epoch
 
 
@@ -42,4 +43,15 @@ def after_engine_death(job: Job, error: Transient, *, now: datetime) -> Retry:
         job.engine_deaths + 1,
         not_before=now + timedelta(seconds=BASE_S),
         error=f"the engine died under it: {error}"[:500],
+    )
+
+
+def waiting(job: Job, *, now: datetime) -> Retry:
+    """A look later at whether an equal job, which runs elsewhere, has its answer; no try is counted."""
+    return Retry(
+        job.seq,
+        job.tries,
+        job.engine_deaths,
+        not_before=now + timedelta(seconds=WAIT_FOR_EQUAL_S),
+        error="waits for an equal job that runs elsewhere",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -19,6 +20,11 @@ TENANT_SCOPE: Final = "tenant"
 def checkpoint_scope(checkpoint: str) -> str:
     """The scope of all answers of a checkpoint."""
     return f"checkpoint:{checkpoint}"
+
+
+def template_scope(template: str) -> str:
+    """The scope of all answers to one template."""
+    return f"template:{hashlib.sha256(template.encode()).hexdigest()[:16]}"
 
 
 @dataclass(frozen=True, slots=True)

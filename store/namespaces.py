@@ -25,6 +25,7 @@ class NewNamespace:
     checkpoint: str
     embedder: str
     template: str
+    scope: str
     secret: bytes
     policy: str
 
@@ -106,8 +107,10 @@ def open_namespaces(session: Session, tenant: str, wanted: Sequence[NewNamespace
     """The namespaces with these keys, made if they are new; safe in several processes at once."""
     session.execute(
         text("""
-        INSERT INTO cache_namespaces (tenant, key, endpoint, alias, checkpoint, embedder, template, secret, policy)
-        VALUES (:tenant, :key, :endpoint, :alias, :checkpoint, :embedder, :template, :secret, :policy)
+        INSERT INTO cache_namespaces (tenant, key, endpoint, alias, checkpoint, embedder, template, scope,
+            secret, policy)
+        VALUES (:tenant, :key, :endpoint, :alias, :checkpoint, :embedder, :template, :scope, :secret,
+            :policy)
         ON CONFLICT (tenant, key) DO NOTHING"""),
         [
             {
@@ -118,6 +121,7 @@ def open_namespaces(session: Session, tenant: str, wanted: Sequence[NewNamespace
                 "checkpoint": new.checkpoint,
                 "embedder": new.embedder,
                 "template": new.template,
+                "scope": new.scope,
                 "secret": new.secret,
                 "policy": new.policy,
             }
@@ -189,20 +193,34 @@ def take_news(session: Session, namespace_id: int) -> list[JudgedLookup]:
     return [JudgedLookup(*row) for row in rows]
 
 
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one shard's lookups add to a namespace's counters."""
+
+    lookups: int
+    served: int
+    audits: int
+    saved_tokens: int
+
+
 def store_policy(
-    session: Session, namespace_id: int, policy: str, *, saved_tokens: int, news: Sequence[JudgedLookup]
+    session: Session, namespace_id: int, policy: str, *, made: Round, news: Sequence[JudgedLookup]
 ) -> None:
-    """Keep the policy of a held namespace, and count what its hits saved and what its judged lookups cost."""
+    """Keep the policy of a held namespace; count a round, and what the lookups judged since have cost."""
     repeated = [one.repeated for one in news if one.repeated is not None]
     session.execute(
         text("""
-        UPDATE cache_namespaces SET policy = :policy, saved_tokens = saved_tokens + :saved,
-            audit_tokens = audit_tokens + :spent, asked_twice = asked_twice + :asked, differed = differed + :differed
+        UPDATE cache_namespaces SET policy = :policy, lookups = lookups + :lookups, served = served + :served,
+            audits = audits + :audits, saved_tokens = saved_tokens + :saved, audit_tokens = audit_tokens + :spent,
+            asked_twice = asked_twice + :asked, differed = differed + :differed
         WHERE id = :id"""),
         {
             "id": namespace_id,
             "policy": policy,
-            "saved": saved_tokens,
+            "lookups": made.lookups,
+            "served": made.served,
+            "audits": made.audits,
+            "saved": made.saved_tokens,
             "spent": sum(one.tokens for one in news if one.audited or one.repeated is not None),
             "asked": len(repeated),
             "differed": repeated.count(False),

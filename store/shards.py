@@ -15,7 +15,7 @@ from uuid import UUID
 from sqlalchemy import Row, TextClause, text
 from sqlalchemy.orm import Session
 
-from models.jobs import Job, JobResult
+from models.jobs import Affixes, Job, JobResult
 from models.states import CacheMode
 from store.notifications import wake_dispatch
 
@@ -52,6 +52,7 @@ class Claim:
     crashes: int
     tenant: str
     cache: CacheMode
+    affixes: Affixes
 
     @property
     def runs_alone(self) -> bool:
@@ -90,7 +91,7 @@ def _claim_where(condition: str) -> TextClause:
             lease_until = clock_timestamp() + make_interval(secs => :lease_s)
         FROM batches b WHERE b.id = s.batch_id AND {condition}
         RETURNING s.id AS shard_id, s.fence, s.batch_id, s.seqs, b.endpoint, ({_RUNNABLE}) AS runnable, s.quarantined,
-            s.crashes, b.tenant, coalesce(b.options ->> 'cache', 'off') AS cache""")
+            s.crashes, b.tenant, coalesce(b.options ->> 'cache', 'off') AS cache, b.options -> 'affixes' AS affixes""")
 
 
 _CLAIM = _claim_where("s.id = :shard_id AND s.state = ANY(:states)")
@@ -426,4 +427,5 @@ def _claimed(session: Session, row: Row[Any] | None) -> Claim | None:
         return None
     wake_dispatch(session)
     fields = row._asdict()
-    return Claim(**{**fields, "seqs": tuple(fields["seqs"]), "cache": CacheMode(fields["cache"])})
+    affixes = Affixes(**(fields.pop("affixes") or {}))
+    return Claim(**{**fields, "seqs": tuple(fields["seqs"]), "cache": CacheMode(fields["cache"]), "affixes": affixes})

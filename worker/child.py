@@ -6,18 +6,23 @@ import asyncio
 import math
 import os
 import socket
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 import uvloop
 
 from inference.endpoint import Endpoint
-from pipeline.cached import ExactCache
+from pipeline.cached import ExactCache, Semantic
 from pipeline.feed import FeedContext
 from pipeline.heartbeat import Heartbeat
 from runtime.children import die_with_parent
+from runtime.errors import BadInput
+from runtime.settings import Settings
 from store.database import Database
 from store.recent import RecentAnswers
 from worker.steps import WorkerParts
+
+EMBEDDER_TIMEOUT_S = 10.0
 
 
 class Child:
@@ -50,10 +55,14 @@ class Child:
         )
         self._endpoints = {generation, embeddings}
         self._cache = ExactCache(
-            RecentAnswers(settings.require_redis(), ttl_s=settings.cache.ttl_s),
+            RecentAnswers(settings.require_redis()),
             settings.cache,
             engine_id=parts.shared.engine_id,
         )
+        semantic = None
+        if settings.cache.chroma_url is not None:
+            semantic, embedder_endpoint = _semantic_cache(self._database, settings, parts.shared.engine_id)
+            self._endpoints |= embedder_endpoint
         self.runner.run(self._open())
         self._heartbeat.__enter__()
         self.context = FeedContext(
@@ -69,6 +78,7 @@ class Child:
             draining=parts.shared.is_draining,
             engine_id=parts.shared.engine_id,
             cache=self._cache,
+            semantic=semantic,
         )
 
     async def _open(self) -> None:
@@ -86,6 +96,37 @@ class Child:
         self.runner.close()
         self._cache.close()
         self._database.close()
+
+
+def _semantic_cache(
+    database: Database, settings: Settings, engine_id: Callable[[], int | None]
+) -> tuple[Semantic, set[Endpoint]]:
+    """The semantic cache, and the endpoint of its embedder if that is one. Raises BadInput if it cannot be had."""
+    try:
+        from cache.index import Index  # noqa: PLC0415  # with onnxruntime 0.6 s and 150 MB that others need not
+        from pipeline.embedders import EndpointEmbedder, LocalEmbedder  # noqa: PLC0415
+        from pipeline.semantic import Embedder, SemanticCache  # noqa: PLC0415
+    except ImportError as error:
+        raise BadInput(f"the semantic cache lacks {error.name}: pip install 'stoker[cache]'") from error
+    cache, endpoints = settings.cache, set[Endpoint]()
+    embed: Embedder
+    if cache.embedder_url is None:
+        embed = LocalEmbedder(cache)
+    else:
+        endpoint = Endpoint(
+            cache.embedder_url, api_key=cache.embedder_api_key, timeout_s=EMBEDDER_TIMEOUT_S, connections=4
+        )
+        embed = EndpointEmbedder(endpoint, model=cache.embedder_model)
+        endpoints.add(endpoint)
+    semantic = SemanticCache(
+        database,
+        Index(cache.chroma_url or ""),
+        embed,
+        settings=cache,
+        engine_id=engine_id,
+        lease_s=settings.worker.lease_s,
+    )
+    return semantic, endpoints
 
 
 def _engine_name(url: str) -> str:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cache.keys import KEY_BYTES, Scope, asks_for_one, exact_key, is_deterministic, namespace_key, read_body
 
 CHAT = "/v1/chat/completions"
-SCOPE = Scope("acme", CHAT, "smollm2@1234", 0)
+SCOPE = Scope("acme", CHAT, "smollm2@1234", (0, 0))
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-1000, 1000) | st.floats(-10, 10) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -106,7 +106,8 @@ def test_true_is_not_one_and_a_text_is_not_a_number() -> None:
     [
         replace(SCOPE, tenant="other"),
         replace(SCOPE, checkpoint="smollm2@5678"),
-        replace(SCOPE, epoch=1),
+        replace(SCOPE, epochs=(1, 0)),
+        replace(SCOPE, epochs=(0, 1)),
         replace(SCOPE, endpoint="/v1/completions"),
     ],
 )

@@ -18,7 +18,7 @@ from pipeline.export import line
 from pipeline.feed import FeedContext, FeedReport, feed
 from pipeline.heartbeat import Heartbeat
 from runtime.settings import CacheSettings, Settings
-from store.answers import delete_expired, raise_epoch
+from store.answers import TENANT_SCOPE, delete_expired, raise_epoch
 from store.batches import batch_progress
 from store.database import Database
 from store.engines import register_engine
@@ -52,7 +52,7 @@ def fed(
 
     async def run() -> FeedReport:
         connections = Endpoint(url, api_key=None, timeout_s=10.0, connections=8)
-        recent = RecentAnswers(redis_url, ttl_s=settings.ttl_s)
+        recent = RecentAnswers(redis_url)
         exact = ExactCache(recent, settings, engine_id=lambda: engine_id)
         try:
             async with asyncio.timeout(20), connections as server:
@@ -186,7 +186,7 @@ def test_an_epoch_makes_all_answers_old(
     run(database, tmp_path, asked())
     fed(database, endpoint.url, redis_url)
     with database.transaction() as session:
-        assert raise_epoch(session, "local") == 10
+        raise_epoch(session, "local", TENANT_SCOPE)
     run(database, tmp_path, asked())
     fed(database, endpoint.url, redis_url)
     assert endpoint.calls().count == 20
