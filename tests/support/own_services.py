@@ -1,4 +1,4 @@
-"""Postgres, Redis and RabbitMQ that belong to one run alone, to be killed, or put under pressure, in its middle.
+"""Postgres, Redis, RabbitMQ and Chroma of one run alone, to be killed, or put under pressure, in its middle.
 
 Each has its own port on loopback and its own folder; the shared ones, which may run beside them, are never touched.
 They die with the thread that started them (runtime/children.py): start them in the main thread.
@@ -12,8 +12,10 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
+import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -175,6 +177,32 @@ class OwnRedis(OwnServer):
     def command(self) -> list[str]:
         options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", str(self.folder)]
         return [shutil.which("redis-server") or _valkey(), *options]
+
+
+class OwnChroma(OwnServer):
+    """A Chroma server; it keeps what it has in its folder, `empty` takes that away."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def command(self) -> list[str]:
+        program = str(Path(sys.executable).with_name("chroma"))
+        return [program, "run", "--path", str(self.folder), "--host", "127.0.0.1", "--port", str(self.port)]
+
+    def answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/api/v2/heartbeat", timeout=2) as response:
+                return bool(response.status == 200)
+        except OSError:
+            return False
+
+    def empty(self) -> None:
+        """Forget everything, as a lost disk does; it is stopped."""
+        self.kill()
+        shutil.rmtree(self.folder)
+        self.folder.mkdir()
 
 
 class OwnRabbitMQ(OwnServer):

@@ -26,10 +26,11 @@ def completion(body: dict[str, Any], path: str, prompts: list[str], orders: list
     is_chat = path == "/v1/chat/completions"
     thoughts = THOUGHTS if "reasoning" in orders else None
     reasoning_tokens = len(THOUGHTS.split()) if thoughts else 0
+    said = [order.removeprefix("answer ") for order in orders if order.startswith("answer ")]
     choices = []
     completion_tokens = 0
     for index, prompt in enumerate(prompts * (body.get("n") or 1)):
-        words = [] if "empty" in orders else f"echo: {prompt}".split(" ")
+        words = [] if "empty" in orders else (said[-1] if said else f"echo: {prompt}").split(" ")
         kept = words[: max(0, limit - reasoning_tokens)]
         text = " ".join(kept)
         completion_tokens += len(kept) + reasoning_tokens
