@@ -115,6 +115,11 @@ def namespace_key(
     return _digest([_scope(scope), "namespace", *shape])
 
 
+def collection_name(secret: bytes) -> str:
+    """What Chroma calls the collection of a namespace: its own also in a server that several installations share."""
+    return f"stoker-{hashlib.sha256(secret).hexdigest()[:32]}"
+
+
 def _scope(scope: Scope) -> list[Any]:
     return [scope.tenant, scope.endpoint, scope.checkpoint, *scope.epochs]
 

@@ -189,6 +189,7 @@ class Shard(Base):
     cached_tokens: Mapped[int] = mapped_column(BIGINT, server_default="0")
     reasoning_tokens: Mapped[int] = mapped_column(BIGINT, server_default="0")
     served: Mapped[int] = mapped_column(server_default="0")  # from the cache
+    semantic: Mapped[int] = mapped_column(server_default="0")  # of these, by what means the same
     saved_tokens: Mapped[int] = mapped_column(BIGINT, server_default="0")  # what they took when the engine answered
     followers: Mapped[int] = mapped_column(server_default="0")  # results of followers, written with their leaders'
     unlooked: Mapped[int] = mapped_column(server_default="0")  # lookups that a cache could not answer, being down

@@ -7,7 +7,6 @@ its answer is given or its request sent, and its second attempt finds that. What
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 from cache.certificate import coin
 from cache.guards import Signature, signature
 from cache.index import Emptied, Index, Near
-from cache.keys import namespace_key
+from cache.keys import collection_name, namespace_key
 from cache.model import FIT_SAMPLES, Model
 from cache.namespace import Decided, Found, Judged, Query, adopt, decide, fit, is_fit_due, judge
 from cache.payload import BLANK, Split
@@ -43,6 +42,7 @@ from store.namespaces import (
     begin_fit,
     count_unlooked,
     end_fit,
+    entry_count,
     find_facts,
     find_namespaces,
     fit_entries,
@@ -64,6 +64,8 @@ log = get_logger(__name__)
 
 ASKED_TWICE: Final = 200  # audited jobs by which a namespace's self-disagreement is known
 FIT_ENTRIES: Final = 20_000  # the newest; 30 MB of vectors
+FILL_ENTRIES: Final = 2_000  # of a page
+INDEX_SLACK: Final = 0.2  # how far index and Postgres may be apart
 FIT_LEASE_S: Final = 300.0
 FACTS_KEPT: Final = 50_000  # entries whose payloads a child remembers, some 30 MB
 LONGEST_TEMPLATE: Final = 2_000  # characters of it that are kept to be read
@@ -148,7 +150,7 @@ class SemanticCache:
         for namespace, group in _grouped((place.namespace, (place, entry)) for place, entry in entries):
             vectors = np.stack([np.frombuffer(place.vector, np.float32) for place, _ in group])
             try:
-                self._index.add(_collection(namespace), [entry for _, entry in group], vectors)
+                self._index.add(collection_name(namespace.secret), [entry for _, entry in group], vectors)
             except ServiceUnreachable as error:
                 log.warning("cache_index_unreachable", error=str(error))
 
@@ -216,7 +218,7 @@ class SemanticCache:
     def _near(self, namespace: OpenNamespace, places: Sequence[Place]) -> list[Near]:
         vectors = np.stack([np.frombuffer(place.vector, np.float32) for place in places])
         try:
-            return self._index.nearest(_collection(namespace), vectors, count=NEIGHBOURS)
+            return self._index.nearest(collection_name(namespace.secret), vectors, count=NEIGHBOURS)
         except Emptied:
             self._to_refill[namespace.id] = namespace
             return [Near(np.empty(0, np.int64), np.empty(0))] * len(places)
@@ -323,20 +325,34 @@ class SemanticCache:
         self._refill(namespace)
 
     def _refill(self, namespace: OpenNamespace) -> None:
-        """Give the index the entries that it lacks: it was emptied, or was away when they were made."""
+        """Make the index hold what Postgres does, if they are apart: it was emptied or away, or entries have expired."""
+        name = collection_name(namespace.secret)
         with self._database.transaction() as session:
-            entries = fit_entries(session, namespace.id, limit=FIT_ENTRIES)
-        name = _collection(namespace)
+            count = entry_count(session, namespace.id)
         try:
             try:
-                if self._index.size(name) >= len(entries):
-                    return
+                size = self._index.size(name)
             except Emptied:
-                log.info("cache_index_filled", namespace=namespace.id, entries=len(entries))
-            vectors = [np.frombuffer(vector, np.float32) for _, _, vector in entries]
-            self._index.add(name, [entry for entry, _, _ in entries], np.stack(vectors) if vectors else _NO_VECTORS)
+                size = 0
+            if size > count * (1 + INDEX_SLACK) + NEIGHBOURS:
+                self._index.drop(name)
+                size = 0
+            if size < count * (1 - INDEX_SLACK) or not size:
+                self._fill(namespace)
         except ServiceUnreachable as error:
             log.warning("cache_index_unreachable", error=str(error))
+
+    def _fill(self, namespace: OpenNamespace) -> None:
+        name, below = collection_name(namespace.secret), None
+        self._index.add(name, [], _NO_VECTORS)
+        while True:
+            with self._database.transaction() as session:
+                entries = fit_entries(session, namespace.id, limit=FILL_ENTRIES, below=below)
+            if not entries:
+                return
+            vectors = np.stack([np.frombuffer(vector, np.float32) for _, _, vector in entries])
+            self._index.add(name, [entry for entry, _, _ in entries], vectors)
+            below = entries[-1][0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,8 +417,3 @@ def _grouped(pairs: Iterable[tuple[OpenNamespace, _M]]) -> list[tuple[OpenNamesp
     for group, member in pairs:
         groups.setdefault(group, []).append(member)
     return list(groups.items())
-
-
-def _collection(namespace: OpenNamespace) -> str:
-    """Its own name in any Chroma server, also one that several installations share."""
-    return f"stoker-{hashlib.sha256(namespace.secret).hexdigest()[:32]}"

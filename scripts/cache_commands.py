@@ -1,45 +1,174 @@
-"""Commands about the cache: stats, clear."""
+"""Commands about the cache: stats, certify, clear, ttl."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import click
 
+from cache.keys import collection_name
+from pipeline.certify import Certified, certified
+from runtime.errors import NotFound, ServiceUnreachable
 from runtime.settings import Settings
 from scripts.local import connected
 from scripts.lookup import TENANT, opened_database
-from scripts.terminal import emit_json, emit_table, say
-from store.answers import cache_totals, raise_epoch
+from scripts.submit_commands import Window
+from scripts.terminal import emit, emit_json, emit_table, say
+from store.cache_reports import (
+    Cleared,
+    NamespaceReport,
+    cache_totals,
+    clear_all,
+    clear_checkpoint,
+    clear_sources,
+    clear_template,
+    namespace_reports,
+    set_ttl,
+)
+from store.database import Session
+from store.recent import RecentAnswers
+
+TEMPLATE_CHARACTERS = 48
 
 
 @click.group()
 def cache() -> None:
-    """Answers that were given before: what they save, and making them old."""
+    """Answers that were given before: what they save, how wrong they are at most, and making them old."""
 
 
 @cache.command()
 @click.option("--json", "as_json", is_flag=True)
 @click.pass_obj
 def stats(settings: Settings, as_json: bool) -> None:
-    """Answers kept, and what the batches that are still there took from them."""
+    """What the batches that are still there took from the cache, by tier; the semantic cache by namespace."""
     with opened_database(connected(settings)) as database, database.transaction() as session:
         totals = cache_totals(session, TENANT)
+        reports = namespace_reports(session, TENANT)
+    served = totals.exact + totals.duplicate + totals.semantic
     figures = {
         "entries": totals.entries,
         "jobs": totals.jobs,
-        "from_cache": totals.served,
-        "share": round(totals.served / totals.jobs, 4) if totals.jobs else 0.0,
+        "exact": totals.exact,
+        "duplicate": totals.duplicate,
+        "semantic": totals.semantic,
+        "share": round(served / totals.jobs, 4) if totals.jobs else 0.0,
         "tokens_saved": totals.saved_tokens,
+        "audits": sum(report.audits for report in reports),
+        "audit_tokens": sum(report.audit_tokens for report in reports),
+        "lookups_lost_to_outages": totals.unlooked,
     }
+    namespaces = [_namespace(report, certified(report)) for report in reports]
     if as_json:
-        emit_json(figures)
-    else:
-        emit_table("cache", ("figure", "value"), list(figures.items()))
+        emit_json(figures | {"namespaces": namespaces})
+        return
+    emit_table("cache", ("figure", "value"), list(figures.items()))
+    if namespaces:
+        emit_table("namespaces", tuple(namespaces[0]), [tuple(row.values()) for row in namespaces])
 
 
 @cache.command()
+@click.argument("namespace", type=int, required=False)
+@click.option("--json", "as_json", is_flag=True)
 @click.pass_obj
-def clear(settings: Settings) -> None:
-    """Make every answer of before old: equal requests run again. Results stay."""
+def certify(settings: Settings, namespace: int | None, as_json: bool) -> None:
+    """What can be said of wrong answers, for each namespace or for NAMESPACE: the sentence, its figures, and why."""
     with opened_database(connected(settings)) as database, database.transaction() as session:
-        gone = raise_epoch(session, TENANT)
-    say(f"{gone:,} answers are forgotten; batches go on without them")
+        found = [certified(report) for report in namespace_reports(session, TENANT) if namespace in (None, report.id)]
+    if namespace is not None and not found:
+        raise NotFound(f"no namespace {namespace}; `stoker cache stats` lists them")
+    if as_json:
+        emit_json([one.figures() for one in found])
+        return
+    if not found:
+        say("no namespace yet: nothing was looked up semantically (`--cache semantic`)")
+    for one in found:
+        emit(_statement(one))
+
+
+@cache.command()
+@click.option("--checkpoint", metavar="DIGEST", help="Only answers of this checkpoint.")
+@click.option("--template", metavar="NAMESPACE", type=int, help="Only answers to the template of this namespace.")
+@click.option("--source", "sources", multiple=True, help="Only answers whose lines name this source. Repeatable.")
+@click.pass_obj
+def clear(settings: Settings, checkpoint: str | None, template: int | None, sources: tuple[str, ...]) -> None:
+    """Make answers of before old: equal requests run again. Results stay. Without an option: all of them."""
+    if sum((checkpoint is not None, template is not None, bool(sources))) > 1:
+        raise click.UsageError("name one of --checkpoint, --template and --source, or none to clear all")
+
+    def step(session: Session) -> Cleared:
+        if checkpoint is not None:
+            return clear_checkpoint(session, TENANT, checkpoint)
+        if template is not None:
+            return clear_template(session, TENANT, template)
+        return clear_sources(session, TENANT, sources) if sources else clear_all(session, TENANT)
+
+    gone = _carry_out(connected(settings), step)
+    say(f"{len(gone.keys):,} answers are forgotten; batches go on without them")
+
+
+@cache.command()
+@click.argument("namespace", type=int)
+@click.argument("time", type=Window())
+@click.pass_obj
+def ttl(settings: Settings, namespace: int, time: float) -> None:
+    """Let the answers of NAMESPACE serve for TIME (such as 12h or 7d) after they were given."""
+    changed = _carry_out(connected(settings), lambda session: set_ttl(session, TENANT, namespace, ttl_s=time))
+    say(f"{len(changed.keys):,} answers, and those to come, serve for {time:,.0f} s")
+
+
+def _carry_out(served: Settings, step: Callable[[Session], Cleared]) -> Cleared:
+    """One transaction, then what it took away is taken from Redis and Chroma too."""
+    with opened_database(served) as database, database.transaction() as session:
+        gone = step(session)
+    recent = RecentAnswers(served.require_redis())
+    try:
+        recent.forget(gone.keys)
+    finally:
+        recent.close()
+    if gone.secrets and served.cache.chroma_url is not None:
+        _drop_collections(served.cache.chroma_url, gone.secrets)
+    return gone
+
+
+def _drop_collections(url: str, secrets: list[bytes]) -> None:
+    from cache.index import Index  # noqa: PLC0415  # 0.7 s that no other command needs
+
+    index = Index(url)
+    try:
+        for secret in secrets:
+            index.drop(collection_name(secret))
+    except ServiceUnreachable as error:
+        say(f"{error}; the collections there stay as they are, nothing finds them any more")
+
+
+def _namespace(report: NamespaceReport, found: Certified) -> dict[str, object]:
+    template = " ".join(report.template.split())
+    return {
+        "namespace": report.id,
+        "model": report.alias,
+        "template": template if len(template) <= TEMPLATE_CHARACTERS else template[: TEMPLATE_CHARACTERS - 1] + "…",
+        "state": found.state,
+        "lookups": report.lookups,
+        "hits": report.served,
+        "share": f"{report.served / report.lookups:.1%}" if report.lookups else "",
+        "wrong, at most": f"{found.error_bound:.2%}",
+        "tokens saved": report.saved_tokens,
+        "audits": report.audits,
+        "audit tokens": report.audit_tokens,
+        "entries": report.entries,
+    }
+
+
+def _statement(one: Certified) -> str:
+    threshold = "none" if one.threshold is None else f"{one.threshold:.2f} log odds"
+    known = one.self_disagreement
+    lines = [
+        f"namespace {one.namespace}  {one.alias}  {' '.join(one.template.split())[:TEMPLATE_CHARACTERS]}",
+        f"  state       {one.state}: {'; '.join(one.why)}",
+        f"  statement   {one.sentence}",
+        f"  threshold   {threshold}; audits {one.audit_rate:.0%} of lookups; {one.lookups - one.settled:,} not settled yet",
+        f"  engine      disagrees with itself in {known:.1%} of {one.asked_twice:,} jobs asked twice"
+        if known is not None
+        else f"  engine      asked twice {one.asked_twice:,} times so far",
+    ]
+    return "\n".join(lines)

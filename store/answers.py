@@ -154,26 +154,6 @@ def keep_answers(
     return kept
 
 
-def forget_all(session: Session, tenant: str) -> int:
-    """Delete all of a tenant's answers and namespaces: how many answers. Raise its epoch in the same transaction."""
-    session.execute(text("DELETE FROM cache_namespaces WHERE tenant = :tenant"), {"tenant": tenant})
-    return len(
-        session.scalars(text("DELETE FROM cache_entries WHERE tenant = :tenant RETURNING 1"), {"tenant": tenant}).all()
-    )
-
-
-def forget_sources(session: Session, tenant: str, sources: Sequence[str]) -> list[bytes]:
-    """Delete the answers whose prompts were made from one of these sources: their keys, to be taken from Redis too."""
-    rows = session.scalars(
-        text("""
-        DELETE FROM cache_entries WHERE id IN (
-            SELECT entry_id FROM cache_sources WHERE tenant = :tenant AND source = ANY(CAST(:sources AS text[])))
-        RETURNING key"""),
-        {"tenant": tenant, "sources": list(sources)},
-    )
-    return [bytes(key) for key in rows]
-
-
 def delete_expired(session: Session) -> bool:
     """Delete some expired answers; whether there may be more."""
     gone = session.scalars(
@@ -184,32 +164,3 @@ def delete_expired(session: Session) -> bool:
         {"limit": EXPIRED_AT_ONCE},
     ).all()
     return len(gone) == EXPIRED_AT_ONCE
-
-
-@dataclass(frozen=True, slots=True)
-class CacheTotals:
-    """A tenant's cache over the batches that are not deleted. Jobs by where their results came from."""
-
-    entries: int
-    jobs: int
-    served: int
-    duplicates: int
-    saved_tokens: int
-    unlooked: int
-
-
-def cache_totals(session: Session, tenant: str) -> CacheTotals:
-    """How many answers are kept, and what the tenant's jobs took from them."""
-    entries = session.scalar(
-        text("SELECT count(*) FROM cache_entries WHERE tenant = :tenant AND expires_at > clock_timestamp()"),
-        {"tenant": tenant},
-    )
-    sums = session.execute(
-        text("""
-        SELECT CAST(coalesce(sum(s.done + s.followers), 0) AS int8), CAST(coalesce(sum(s.served), 0) AS int8),
-            CAST(coalesce(sum(s.followers), 0) AS int8), CAST(coalesce(sum(s.saved_tokens), 0) AS int8),
-            CAST(coalesce(sum(s.unlooked), 0) AS int8)
-        FROM shards s JOIN batches b ON b.id = s.batch_id WHERE b.tenant = :tenant AND b.deleted_at IS NULL"""),
-        {"tenant": tenant},
-    ).one()
-    return CacheTotals(int(entries or 0), *sums)

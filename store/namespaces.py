@@ -341,16 +341,31 @@ def fit_samples(session: Session, namespace_id: int, *, version: int, limit: int
     return [JudgedLookup(*row) for row in rows]
 
 
-def fit_entries(session: Session, namespace_id: int, *, limit: int) -> list[tuple[int, str, bytes]]:
-    """The newest entries that may answer: (id, answer, vector)."""
+def fit_entries(
+    session: Session, namespace_id: int, *, limit: int, below: int | None = None
+) -> list[tuple[int, str, bytes]]:
+    """The newest entries that may answer, with ids below `below`: (id, answer, vector)."""
     rows = session.execute(
         text("""
         SELECT id, answer, vector FROM cache_entries
         WHERE namespace_id = :id AND vector IS NOT NULL AND expires_at > clock_timestamp()
+            AND id < coalesce(CAST(:below AS int8), 9223372036854775807)
         ORDER BY id DESC LIMIT :limit"""),
-        {"id": namespace_id, "limit": limit},
+        {"id": namespace_id, "limit": limit, "below": below},
     )
     return [(identifier, answer, bytes(vector)) for identifier, answer, vector in rows]
+
+
+def entry_count(session: Session, namespace_id: int) -> int:
+    """How many entries of a namespace may answer."""
+    return int(
+        session.execute(
+            text("""
+        SELECT count(*) FROM cache_entries
+        WHERE namespace_id = :id AND vector IS NOT NULL AND expires_at > clock_timestamp()"""),
+            {"id": namespace_id},
+        ).scalar_one()
+    )
 
 
 def store_fit(session: Session, namespace_id: int, *, policy: str, model: bytes) -> None:

@@ -209,14 +209,14 @@ WITH f AS (
         CAST(:reasoning_tokens AS int4[]), CAST(:durations AS int4[]), CAST(:entries AS int8[]),
         CAST(:namespaces AS int8[]), CAST(:similarities AS float4[])) AS u
     ON CONFLICT (batch_id, seq) DO NOTHING
-    RETURNING outcome, prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, cache_entry_id
+    RETURNING outcome, prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, cache_entry_id, namespace_id
 ), c AS (
     SELECT count(*) AS done, count(*) FILTER (WHERE outcome = 'failed') AS failed,
         count(*) FILTER (WHERE outcome = 'truncated') AS truncated,
         count(*) FILTER (WHERE outcome = 'empty') AS empty,
         coalesce(sum(prompt_tokens), 0) AS prompt_tokens, coalesce(sum(completion_tokens), 0) AS completion_tokens,
         coalesce(sum(cached_tokens), 0) AS cached_tokens, coalesce(sum(reasoning_tokens), 0) AS reasoning_tokens,
-        count(cache_entry_id) AS served, coalesce((
+        count(cache_entry_id) AS served, count(namespace_id) AS semantic, coalesce((
             SELECT sum(e.prompt_tokens + e.completion_tokens) FROM i JOIN cache_entries e ON e.id = i.cache_entry_id
         ), 0) AS saved_tokens
     FROM i
@@ -225,7 +225,8 @@ UPDATE shards s SET done = s.done + c.done, failed = s.failed + c.failed, trunca
     empty = s.empty + c.empty, prompt_tokens = s.prompt_tokens + c.prompt_tokens,
     completion_tokens = s.completion_tokens + c.completion_tokens,
     cached_tokens = s.cached_tokens + c.cached_tokens, reasoning_tokens = s.reasoning_tokens + c.reasoning_tokens,
-    served = s.served + c.served, saved_tokens = s.saved_tokens + c.saved_tokens,
+    served = s.served + c.served, semantic = s.semantic + c.semantic,
+    saved_tokens = s.saved_tokens + c.saved_tokens,
     lease_until = clock_timestamp() + make_interval(secs => :lease_s)
 FROM f, c WHERE s.id = f.id RETURNING s.done
 """)

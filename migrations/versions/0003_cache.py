@@ -111,6 +111,7 @@ def upgrade() -> None:
     op.add_column('results', sa.Column('cache_entry_id', sa.BIGINT(), nullable=True))
     op.add_column('results', sa.Column('similarity', sa.REAL(), nullable=True))
     op.add_column('shards', sa.Column('served', sa.Integer(), server_default='0', nullable=False))
+    op.add_column('shards', sa.Column('semantic', sa.Integer(), server_default='0', nullable=False))
     op.add_column('shards', sa.Column('saved_tokens', sa.BIGINT(), server_default='0', nullable=False))
     op.add_column('shards', sa.Column('followers', sa.Integer(), server_default='0', nullable=False))
     op.add_column('shards', sa.Column('unlooked', sa.Integer(), server_default='0', nullable=False))

@@ -1,0 +1,99 @@
+"""What a namespace's certificate says, in words and figures."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from cache.policy import Policy
+from store.cache_reports import NamespaceReport
+
+LEAST_TWICE = 50  # jobs asked twice below which nothing is said of them
+MOSTLY = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Certified:
+    """A namespace's state and why; shares are between 0 and 1, None while nothing is known of them.
+
+    `error_bound` and `served_bound` hold with 95% at all moments at once; `worst_window` is an estimate.
+    """
+
+    namespace: int
+    alias: str
+    template: str
+    state: str
+    why: list[str]
+    sentence: str
+    version: int
+    lookups: int
+    settled: int
+    served: int
+    error_bound: float
+    served_bound: float
+    worst_window: float
+    threshold: float | None
+    audit_rate: float
+    asked_twice: int
+    self_disagreement: float | None
+
+    def figures(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def certified(report: NamespaceReport) -> Certified:
+    """The certificate over the lookups whose audits have come back: those before the first that has not."""
+    policy = Policy.decode(report.policy)
+    settled = policy.lookups if report.settled is None else min(report.settled, policy.lookups)
+    state, why = policy.state()
+    bounds = replace(policy, lookups=settled).bounds() if settled else (0.0, 0.0)
+    disagreement = report.differed / report.asked_twice if report.asked_twice >= LEAST_TWICE else None
+    return Certified(
+        namespace=report.id,
+        alias=report.alias,
+        template=report.template,
+        state=state,
+        why=[why, *_reasons(report, policy, disagreement)],
+        sentence=_sentence(report, policy, settled, bounds),
+        version=policy.version,
+        lookups=policy.lookups,
+        settled=settled,
+        served=policy.served,
+        error_bound=bounds[0],
+        served_bound=bounds[1],
+        worst_window=report.worst_window,
+        threshold=policy.threshold,
+        audit_rate=policy.rate,
+        asked_twice=report.asked_twice,
+        self_disagreement=disagreement,
+    )
+
+
+def _sentence(report: NamespaceReport, policy: Policy, settled: int, bounds: tuple[float, float]) -> str:
+    since = f"Since version {policy.version} of this policy began" + (
+        f" ({report.began_at:%Y-%m-%d})" if policy.version == 1 else ""
+    )
+    if not policy.served:
+        return f"{since}, none of {policy.lookups:,} lookups was served from the cache."
+    return (
+        f"{since}, at most {bounds[0]:.2%} of {settled:,} lookups (limit {policy.limits.error:.1%}) and at most "
+        f"{bounds[1]:.2%} of {policy.served:,} served ones (limit {policy.limits.served_error:.1%}) were answered "
+        "otherwise than the engine would have, with 95% confidence at all moments at once. That is the cumulative "
+        f"share, not every window: in the worst 1,000 lookups it was {report.worst_window:.2%}, as their audits suggest."
+    )
+
+
+def _reasons(report: NamespaceReport, policy: Policy, disagreement: float | None) -> list[str]:
+    found = []
+    if disagreement is not None and disagreement > policy.limits.error / 2:
+        found.append(
+            f"the engine disagrees with itself: asked twice, {report.differed} of {report.asked_twice} answers differed "
+            f"({disagreement:.1%}, over half of the limit of {policy.limits.error:.1%}); no cache can be nearer to it"
+        )
+    if report.answers and report.free_answers > MOSTLY * report.answers:
+        found.append(
+            f"{report.free_answers:,} of {report.answers:,} answers are free text, which stays in the shadow; "
+            "ask for a label, a number or JSON, or use --cache exact"
+        )
+    return found
