@@ -58,6 +58,11 @@ class Index:
         self._collections: dict[str, Any] = {}
         self._rests_until = 0.0
 
+    def probe(self) -> None:
+        """Nothing, if the server answers."""
+        with self._reached():
+            self._connected().heartbeat()
+
     def nearest(self, name: str, vectors: Vectors, *, count: int) -> list[Near]:
         """The `count` nearest entries of each vector, fewer if there are fewer. Raises Emptied."""
         with self._reached(name):
@@ -103,7 +108,7 @@ class Index:
         return self._collections[name]
 
     @contextmanager
-    def _reached(self, name: str) -> Iterator[None]:
+    def _reached(self, name: str = "") -> Iterator[None]:
         if time.monotonic() < self._rests_until:
             raise ServiceUnreachable(f"Chroma at {self._url} did not answer a moment ago")
         try:

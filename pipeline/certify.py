@@ -80,7 +80,7 @@ def _sentence(report: NamespaceReport, policy: Policy, settled: int, bounds: tup
         f"{since}, at most {bounds[0]:.2%} of {settled:,} lookups (limit {policy.limits.error:.1%}) and at most "
         f"{bounds[1]:.2%} of {policy.served:,} served ones (limit {policy.limits.served_error:.1%}) were answered "
         "otherwise than the engine would have, with 95% confidence at all moments at once. That is the cumulative "
-        f"share, not every window: in the worst 1,000 lookups it was {report.worst_window:.2%}, as their audits suggest."
+        f"share, not every window: of the worst 1,000 lookups {report.worst_window:.2%} were, as their audits suggest."
     )
 
 
@@ -88,8 +88,8 @@ def _reasons(report: NamespaceReport, policy: Policy, disagreement: float | None
     found = []
     if disagreement is not None and disagreement > policy.limits.error / 2:
         found.append(
-            f"the engine disagrees with itself: asked twice, {report.differed} of {report.asked_twice} answers differed "
-            f"({disagreement:.1%}, over half of the limit of {policy.limits.error:.1%}); no cache can be nearer to it"
+            f"the engine disagrees with itself: asked twice, {report.differed} of {report.asked_twice} answers "
+            f"differed ({disagreement:.1%}, over half of the limit of {policy.limits.error:.1%}); no cache can be nearer to it"
         )
     if report.answers and report.free_answers > MOSTLY * report.answers:
         found.append(

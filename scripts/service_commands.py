@@ -12,7 +12,15 @@ import click
 
 from runtime.logs import configure_logs
 from runtime.settings import Settings, environment_of
-from scripts.local import LocalWorker, connected, home_of, local_services, local_worker, prepare_schema
+from scripts.local import (
+    LocalWorker,
+    connected,
+    has_semantic_parts,
+    home_of,
+    local_services,
+    local_worker,
+    prepare_schema,
+)
 from scripts.terminal import bar, emit_json, emit_table, say
 from worker.dispatcher import run_dispatcher
 from worker.doctor import examine
@@ -44,9 +52,9 @@ def dispatch(settings: Settings) -> None:
 def up(settings: Settings) -> None:
     """Run everything on this machine until Ctrl-C: Postgres, Valkey, a worker with its engine, dispatch.
 
-    Other commands in other terminals find them by themselves.
+    Chroma too, if the semantic cache can work here. Other commands in other terminals find them by themselves.
     """
-    with local_services(settings) as served:
+    with local_services(settings, with_chroma=settings.is_embedded and has_semantic_parts(settings)) as served:
         prepare_schema(served)
         with bar("starting the engine", total=None) as show:
             running = local_worker(served, on_wait=show)

@@ -145,7 +145,9 @@ def run(
     worker if none is live. Always makes a new batch.
     """
     check_writable(output, beside=file)
-    with local_services(settings) as served, ExitStack() as stack:
+    options = _options(settings, sets, model, max_output_tokens, cache)
+    needs_chroma = options.cache is CacheMode.SEMANTIC
+    with local_services(settings, with_chroma=needs_chroma) as served, ExitStack() as stack:
         prepare_schema(served)
         started = _ensure_worker(served, stack)
         database = stack.enter_context(opened_database(served))
@@ -153,7 +155,7 @@ def run(
             served,
             database,
             file,
-            options=_options(settings, sets, model, max_output_tokens, cache),
+            options=options,
             window_s=window,
             wishes=_wishes(priority, weight),
             reuse=False,

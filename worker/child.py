@@ -6,23 +6,19 @@ import asyncio
 import math
 import os
 import socket
-from collections.abc import Callable
 from urllib.parse import urlsplit
 
 import uvloop
 
 from inference.endpoint import Endpoint
-from pipeline.cached import ExactCache, Semantic
+from pipeline.cached import ExactCache
 from pipeline.feed import FeedContext
 from pipeline.heartbeat import Heartbeat
 from runtime.children import die_with_parent
-from runtime.errors import BadInput
-from runtime.settings import Settings
 from store.database import Database
 from store.recent import RecentAnswers
+from worker.semantic import semantic_cache
 from worker.steps import WorkerParts
-
-EMBEDDER_TIMEOUT_S = 10.0
 
 
 class Child:
@@ -59,10 +55,8 @@ class Child:
             settings.cache,
             engine_id=parts.shared.engine_id,
         )
-        semantic = None
-        if settings.cache.chroma_url is not None:
-            semantic, embedder_endpoint = _semantic_cache(self._database, settings, parts.shared.engine_id)
-            self._endpoints |= embedder_endpoint
+        semantic, embedder_endpoints = semantic_cache(self._database, settings, engine_id=parts.shared.engine_id)
+        self._endpoints |= embedder_endpoints
         self.runner.run(self._open())
         self._heartbeat.__enter__()
         self.context = FeedContext(
@@ -96,37 +90,6 @@ class Child:
         self.runner.close()
         self._cache.close()
         self._database.close()
-
-
-def _semantic_cache(
-    database: Database, settings: Settings, engine_id: Callable[[], int | None]
-) -> tuple[Semantic, set[Endpoint]]:
-    """The semantic cache, and the endpoint of its embedder if that is one. Raises BadInput if it cannot be had."""
-    try:
-        from cache.index import Index  # noqa: PLC0415  # with onnxruntime 0.6 s and 150 MB that others need not
-        from pipeline.embedders import EndpointEmbedder, LocalEmbedder  # noqa: PLC0415
-        from pipeline.semantic import Embedder, SemanticCache  # noqa: PLC0415
-    except ImportError as error:
-        raise BadInput(f"the semantic cache lacks {error.name}: pip install 'stoker[cache]'") from error
-    cache, endpoints = settings.cache, set[Endpoint]()
-    embed: Embedder
-    if cache.embedder_url is None:
-        embed = LocalEmbedder(cache)
-    else:
-        endpoint = Endpoint(
-            cache.embedder_url, api_key=cache.embedder_api_key, timeout_s=EMBEDDER_TIMEOUT_S, connections=4
-        )
-        embed = EndpointEmbedder(endpoint, model=cache.embedder_model)
-        endpoints.add(endpoint)
-    semantic = SemanticCache(
-        database,
-        Index(cache.chroma_url or ""),
-        embed,
-        settings=cache,
-        engine_id=engine_id,
-        lease_s=settings.worker.lease_s,
-    )
-    return semantic, endpoints
 
 
 def _engine_name(url: str) -> str:

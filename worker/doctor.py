@@ -17,6 +17,7 @@ from store.presence import PresenceBoard
 from store.schema import schema_revisions
 from worker.celery_app import make_app
 from worker.queues import HintPublisher
+from worker.semantic import embedder_of, index_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ def examine(settings: Settings) -> list[Finding]:
         ("broker", _broker),
         ("redis and workers", _workers),
         ("engine", _engine),
+        ("semantic cache", _semantic_cache),
     )
     findings: list[Finding] = []
     for what, check in checks:
@@ -134,3 +136,15 @@ def _engine(settings: Settings) -> list[Finding]:
         return [Finding("engine on this machine", "none is wanted")]
     checkpoint = f"{plan.kind} with {plan.description['checkpoint']} ({plan.description['quantization']})"
     return [Finding("engine on this machine", checkpoint, plan.warning or "")]
+
+
+def _semantic_cache(settings: Settings) -> list[Finding]:
+    """Nothing if none is wanted."""
+    cache = settings.cache
+    if cache.chroma_url is None:
+        remedy = "" if cache.mode != "semantic" else "set STOKER_CACHE__CHROMA_URL; semantic lookups are misses"
+        return [Finding("semantic cache", "no Chroma is set", remedy)] if remedy else []
+    embed, endpoints = embedder_of(cache)
+    index_of(cache).probe()
+    found = "an endpoint" if endpoints else str(cache.embedder)
+    return [Finding("semantic cache", f"Chroma answers at {cache.chroma_url}; embedder {embed.id} ({found})")]
