@@ -166,7 +166,7 @@ def _statement(one: Certified) -> str:
         f"namespace {one.namespace}  {one.alias}  {' '.join(one.template.split())[:TEMPLATE_CHARACTERS]}",
         f"  state       {one.state}: {'; '.join(one.why)}",
         f"  statement   {one.sentence}",
-        f"  threshold   {threshold}; {one.audit_rate:.0%} audited; {one.lookups - one.settled:,} lookups not settled yet",
+        f"  threshold   {threshold}; {one.audit_rate:.0%} audited; {one.lookups - one.settled:,} lookups not settled",
         f"  engine      disagrees with itself in {known:.1%} of {one.asked_twice:,} jobs asked twice"
         if known is not None
         else f"  engine      asked twice {one.asked_twice:,} times so far",
