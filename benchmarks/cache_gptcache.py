@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 from gptcache import Cache, Config
 from gptcache.adapter.api import get, init_similar_cache, put
-from numpy.typing import NDArray
 
 from benchmarks.banking77 import EMBEDDER, read_lines
 from cache.embedder import OnnxEmbedder
@@ -53,9 +52,9 @@ class Vectored:
 
     def __init__(self, texts: list[str], vectors: Vectors) -> None:
         self.dimension = vectors.shape[1]
-        self._vectors = dict(zip(texts, vectors, strict=True))
+        self._vectors: dict[str, Vectors] = dict(zip(texts, vectors, strict=True))
 
-    def to_embeddings(self, text: str, **_: object) -> NDArray[np.float32]:
+    def to_embeddings(self, text: str, **_: object) -> Vectors:
         """The vector of a text; GPTCache passes more than that."""
         return self._vectors[text]
 
