@@ -100,6 +100,7 @@ def main() -> None:
     options = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     os.environ["PATH"] = os.devnull  # it runs `pip install` for what it misses: it shall find no pip, and fail
+    os.environ["OMP_NUM_THREADS"] = "1"  # faiss's threads wait for each other longer than they work on 1,000 vectors
     os.environ["IS_CI"] = "1"  # at exit it writes each index once more, to a folder that is gone: let it not say so
     texts, labels = read_lines(options.folder)
     embedder = Vectored(texts, OnnxEmbedder(EMBEDDER).embed(texts))
