@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def write_file(path: Path, texts: Sequence[str]) -> Path:
-    """One deterministic chat a text, with the template and the slot that the semantic cache compares."""
+    """One deterministic chat a text; submit finds the prefix and suffix that they share."""
     with path.open("w") as opened:
         for number, text in enumerate(texts):
             body = {
