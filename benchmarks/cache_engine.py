@@ -34,7 +34,7 @@ from scripts.local import local_services, local_worker, prepare_schema
 
 RESULT: Final = Path(__file__).parent / "results" / "cache_engine.json"
 CHECKPOINT: Final = Path(".checkpoints") / "smollm2-135m-w8a8"
-# Of eleven prompts the one to which the 135M model gives the most even answers (1.8 bits on 60 lines; the others 0 to
+# Of fifteen prompts the one to which the 135M model gives the most even answers (1.85 bits on 300 lines; others 0 to
 # 1.7): what it says is seldom true, but it is an engine's answer, and that is what the cache has to repeat.
 LABELS: Final = ("Card", "Cash", "Transfer", "Exchange", "Account", "Identity")
 PROMPT: Final = 'Sort the message.\nMessage: "{}"\nChoose one: ' + ", ".join(LABELS)

@@ -141,8 +141,8 @@ def _exact_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     cold, warm, ratio = found["rows"]["cold"], found["rows"]["warm"], found["ratio_to_off"]
     return [
         (
-            f"{found['lines']:,} lines, {found['different']:,} of them different, exact cache: calls of the engine cold "
-            "and when submitted again; speed ÷ without the cache, with an engine that answers at once",
+            f"{found['lines']:,} lines, {found['different']:,} of them different, exact cache: calls of the engine "
+            "cold and when submitted again; speed ÷ without the cache, with an engine that answers at once",
             f"**{cold['calls']:,} and {warm['calls']:,}**; {ratio['cold']:.2f} and {ratio['warm']:.2f}",
         )
     ]
