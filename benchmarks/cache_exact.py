@@ -3,8 +3,9 @@
     python -m benchmarks.cache_exact [--lines 100000] [--duplicates 0.3]
 
 The services that the settings name or embedded ones, one real worker, a scripted engine that answers at once and counts
-its calls. The same lines run three times: without the cache, with it empty, and once more. A duplicate stands anywhere
-in the file. Every answer is compared with what the engine says to its own line.
+its calls. The same lines run four times: without the cache, with it empty, once more, and again without it, because the
+machine is shared. A duplicate stands anywhere in the file. Every answer is compared with what the engine says
+to its own line.
 Writes benchmarks/results/cache_exact.json.
 """
 
@@ -35,6 +36,12 @@ from tests.support.scripted_endpoint import ScriptedEndpoint
 
 RESULT: Final = Path(__file__).parent / "results" / "cache_exact.json"
 TENANT: Final = "local"
+LEGS: Final = {
+    "off": CacheMode.OFF,
+    "cold": CacheMode.EXACT,
+    "warm": CacheMode.EXACT,
+    "off again": CacheMode.OFF,
+}
 POLL_S: Final = 0.25
 
 
@@ -55,15 +62,16 @@ def main() -> None:
         served = settings.model_copy(update={"engine": settings.engine.model_copy(update={"url": endpoint.url})})
         file = write_file(Path(folder) / "lines.jsonl", prompts)
         with local_worker(served):
-            for name, mode in (("off", CacheMode.OFF), ("cold", CacheMode.EXACT), ("warm", CacheMode.EXACT)):
+            for name, mode in LEGS.items():
                 rows[name] = run(served, endpoint, file, prompts, mode=mode)
                 print(name, json.dumps(rows[name]), flush=True)
+    off_s = (rows["off"]["s"] + rows["off again"]["s"]) / 2
     report = {
         "made_with": machine(),
         "lines": len(prompts),
         "different": len(set(prompts)),
         "rows": rows,
-        "ratio_to_off": {name: round(rows["off"]["s"] / rows[name]["s"], 2) for name in ("cold", "warm")},
+        "ratio_to_off": {name: round(off_s / rows[name]["s"], 2) for name in ("cold", "warm")},
     }
     RESULT.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report["ratio_to_off"]))
