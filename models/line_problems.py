@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import msgspec
 
+from models.line_settings import LineSettings
 from runtime.errors import Problem
 
 # What msgspec and UTF-8 decoding raise for bytes that are no good line.
@@ -35,6 +36,12 @@ _BODY_RULES = {
     "max_tokens": _LIMIT_RULE,
     "max_completion_tokens": _LIMIT_RULE,
     "top_logprobs": "must be a whole number from 0 to 20",
+}
+_SETTINGS_RULES = {
+    "cache": 'must be "off", "exact" or "semantic"',
+    "template": 'must be a string with slots, such as "Sort this message: {text}"',
+    "variables": 'must be an object of strings, one for each slot of the template, such as {"text": "…"}',
+    "sources": "must be a list of non-empty strings: the names of the documents that the prompt was made from",
 }
 _MESSAGE_RULE = 'must be as in {"role": "user", "content": …}, with a string for the role'
 _UNSHOWN = frozenset({"messages", "prompt", "input"})  # what a problem shows may end in a log
@@ -87,6 +94,25 @@ def explain_body(body: bytes, number: int, *, error: Exception, replaced: Contai
     origin = "; the submit's own options set it" if name in replaced else ""
     rule = _MESSAGE_RULE if path.startswith(".messages[") else _BODY_RULES[name]
     return Problem(number, "invalid_request", field, f"{given} {rule}{origin}".lstrip())
+
+
+def settings_problem(settings: LineSettings, number: int) -> Problem | None:
+    """What is wrong with a `stoker` object of which every field is well formed."""
+    if settings.template is None and settings.variables is not None:
+        fault = "template", "is missing, but stoker.variables is there; write the template that they fill"
+    elif settings.variables is None and settings.template is not None:
+        fault = "variables", "is missing, but stoker.template is there; give each of its slots a value"
+    elif name := next((name for name in _SETTINGS_RULES if _holds_nul(getattr(settings, name))), None):
+        fault = name, r"holds \u0000, which Postgres cannot store; leave it out"
+    else:
+        return None
+    return Problem(number, "invalid_request", f"stoker.{fault[0]}", fault[1])
+
+
+def _holds_nul(value: object) -> bool:
+    if isinstance(value, dict):
+        return any("\0" in name or "\0" in text for name, text in value.items())
+    return isinstance(value, str | list) and any("\0" in text for text in ([value] if isinstance(value, str) else value))
 
 
 def _encoding_problem(raw: bytes, number: int) -> Problem | None:
@@ -165,12 +191,34 @@ def _member_problem(raw: bytes, number: int) -> Problem:
         )
     if line.get("method") != "POST":
         return Problem(number, "invalid_request", "method", 'is missing or another; write "POST"')
+    if fault := _settings_fault(line.get("stoker")):
+        return Problem(number, "invalid_request", *fault)
     return Problem(
         number,
         "invalid_request",
         "body",
         ("is missing or cannot be read; write the endpoint's request as a JSON object"),
     )
+
+
+def _settings_fault(stoker: object) -> tuple[str, str] | None:
+    """(Field, what is wrong) of a `stoker` object that cannot be read."""
+    if stoker is None:
+        return None
+    known = ", ".join(_SETTINGS_RULES)
+    if not isinstance(stoker, dict):
+        return "stoker", f"is {_kind(stoker)}; write an object with any of {known}"
+    unknown = next((name for name in stoker if name not in _SETTINGS_RULES), None)
+    if unknown is not None:
+        return f"stoker.{unknown[:SHOWN_CHARACTERS]}", f"is unknown; known are {known}"
+    for name, rule in _SETTINGS_RULES.items():
+        try:
+            msgspec.convert({name: stoker.get(name)}, LineSettings)
+        except msgspec.ValidationError:
+            value = stoker[name]
+            given = _shown(value) if name == "cache" and isinstance(value, str) else _kind(value)
+            return f"stoker.{name}", f"is {given if value else 'empty'}; it {rule}"
+    return None
 
 
 def _custom_id_fault(custom_id: object) -> str | None:

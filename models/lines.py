@@ -15,7 +15,15 @@ import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.line_problems import CUSTOM_ID_CHARACTERS, LINE_REFUSALS, explain_body, explain_line, explain_url
+from models.line_problems import (
+    CUSTOM_ID_CHARACTERS,
+    LINE_REFUSALS,
+    explain_body,
+    explain_line,
+    explain_url,
+    settings_problem,
+)
+from models.line_settings import LineSettings
 from models.states import CacheMode
 from runtime.errors import BadInput, Problem
 
@@ -44,10 +52,19 @@ class SubmitOptions(BaseModel):
 
 @dataclass(frozen=True)
 class LineRules:
-    """What every line of one file is held to: the options, and the most bytes that a line may have."""
+    """What every line of one file is held to: the options, and the most bytes that a line may have.
+
+    `sampled`: requests that sample may share an answer too.
+    """
 
     options: SubmitOptions
     line_bytes: int
+    sampled: bool = False
+
+    @cached_property
+    def cache(self) -> CacheMode:
+        """The mode of a line that states none."""
+        return self.options.cache
 
     @cached_property
     def replaced(self) -> dict[str, Raw]:
@@ -65,7 +82,8 @@ class ParsedLine(Struct, frozen=True, gc=False):
     """A good line, ready to be stored. A Struct: made once a line, in a tenth of a frozen dataclass's time.
 
     `prompt_tokens` is an estimate from the body's length; `output_tokens` is the most that all completions
-    of the line may generate together.
+    of the line may generate together. `stoker` is its own settings as JSON; `cache` the mode that holds for it.
+    `may_share`: that mode is not off, one answer is asked for, and the engine would give the same one again.
     """
 
     custom_id: str
@@ -74,6 +92,9 @@ class ParsedLine(Struct, frozen=True, gc=False):
     body: bytes
     prompt_tokens: int
     output_tokens: int
+    stoker: bytes | None
+    cache: CacheMode
+    may_share: bool
 
 
 class _Line(Struct, gc=False):
@@ -81,6 +102,7 @@ class _Line(Struct, gc=False):
     method: Literal["POST"]
     url: str
     body: Raw
+    stoker: LineSettings | None = None
 
 
 class _Message(Struct, gc=False):
@@ -98,6 +120,9 @@ class _Sampled(Struct, gc=False, kw_only=True):
     presence_penalty: Penalty = None
     frequency_penalty: Penalty = None
     max_tokens: Tokens = UNSET
+    seed: Raw | UnsetType = UNSET
+    tools: Raw | UnsetType = UNSET
+    functions: Raw | UnsetType = UNSET
 
 
 class ChatBody(_Sampled, gc=False, kw_only=True):
@@ -130,6 +155,7 @@ _BODIES: Mapping[str, msgspec.json.Decoder[Any]] = {
     "/v1/embeddings": msgspec.json.Decoder(EmbeddingsBody),
 }
 ENDPOINTS = tuple(_BODIES)
+_NOTHING = frozenset({b"null", b"[]", b"{}", b'""', b"false", b"0"})
 
 
 def parse_line(raw: bytes, number: int, *, rules: LineRules, endpoint: str | None) -> ParsedLine | Problem:
@@ -148,6 +174,8 @@ def parse_line(raw: bytes, number: int, *, rules: LineRules, endpoint: str | Non
         return explain_line(raw, number, line_bytes=rules.line_bytes)
     if line.url != endpoint and (endpoint is not None or line.url not in _BODIES):
         return explain_url(line.url, number, endpoint=endpoint, endpoints=ENDPOINTS)
+    if line.stoker is not None and (problem := settings_problem(line.stoker, number)):
+        return problem
     try:
         body = bytes(line.body)
         if rules.replaced:
@@ -184,13 +212,43 @@ def _is_text(value: str) -> bool:
 def _checked(line: _Line, body: bytes, rules: LineRules) -> ParsedLine:
     """Raises msgspec's errors when the body breaks the rules of its endpoint."""
     fields = _BODIES[line.url].decode(body)
-    output_tokens = 0
+    output_tokens, has_one_answer = 0, True
     if type(fields) is not EmbeddingsBody:
         body, output_tokens = _limited(body, fields, rules)
         if type(fields) is CompletionBody:
             output_tokens *= _prompts_in(fields.prompt)
         output_tokens *= fields.n or 1
-    return ParsedLine(line.custom_id, line.url, fields.model, body, len(body) // BYTES_PER_TOKEN, output_tokens)
+        has_one_answer = _has_one_answer(fields, sampled=rules.sampled)
+    stoker, cache = None, rules.cache
+    if line.stoker is not None:
+        stoker, cache = msgspec.json.encode(line.stoker), line.stoker.cache or cache
+    return ParsedLine(
+        line.custom_id,
+        line.url,
+        fields.model,
+        body,
+        len(body) // BYTES_PER_TOKEN,
+        output_tokens,
+        stoker,
+        cache,
+        has_one_answer and cache is not CacheMode.OFF,
+    )
+
+
+def _has_one_answer(fields: _Sampled, *, sampled: bool) -> bool:
+    """Whether the engine would give the same single answer again: cache/keys.py's rules, in what is cheap to read.
+
+    They agree but for an empty value of `tools` or `functions` with a space in it, which counts as one here.
+    """
+    if fields.temperature != 0 and not sampled and (fields.seed is UNSET or bytes(fields.seed) == b"null"):
+        return False
+    if fields.tools is UNSET and fields.functions is UNSET:
+        return fields.n is None or fields.n == 1
+    return (fields.n or 1) == 1 and not (_is_given(fields.tools) or _is_given(fields.functions))
+
+
+def _is_given(value: Raw | UnsetType) -> bool:
+    return value is not UNSET and bytes(value) not in _NOTHING
 
 
 def _limited(body: bytes, fields: _Sampled, rules: LineRules) -> tuple[bytes, int]:

@@ -128,8 +128,10 @@ class Follower(Base):
     __tablename__ = "followers"
 
     batch_id: Mapped[UUID] = mapped_column(primary_key=True)
-    leader: Mapped[int] = mapped_column(INTEGER, primary_key=True, autoincrement=False)
     seq: Mapped[int] = mapped_column(INTEGER, primary_key=True, autoincrement=False)
+    leader: Mapped[int] = mapped_column(INTEGER)
+
+    __table_args__ = (Index(None, "batch_id", "leader"),)
 
 
 class Result(Base):

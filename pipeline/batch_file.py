@@ -16,6 +16,7 @@ from stat import S_ISREG
 from models.line_problems import SHOWN_CHARACTERS
 from models.lines import LineRules, ParsedLine, parse_line
 from pipeline.duplicates import DigestBuckets, duplicates
+from pipeline.semantic_lines import template_problem
 from runtime.errors import BadInput, InvalidFile, Problem
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -71,6 +72,8 @@ class BatchFile:
             add, rules, served = digests.add, self._rules, self._served_models
             for number, raw in self._raw_lines():
                 line = parse_line(raw, number, rules=rules, endpoint=self.endpoint)
+                if not isinstance(line, Problem) and line.stoker is not None:
+                    line = template_problem(line, number) or line
                 if isinstance(line, Problem):
                     self._refuse(line)
                     continue
@@ -98,7 +101,7 @@ class BatchFile:
     def _ids(self) -> Iterator[tuple[int, str]]:
         for number, raw in self._raw_lines():
             line = parse_line(raw, number, rules=self._rules, endpoint=self.endpoint)
-            if isinstance(line, ParsedLine):
+            if isinstance(line, ParsedLine) and template_problem(line, number) is None:
                 yield number, line.custom_id
 
     def _refuse(self, problem: Problem, *, count: int = 1) -> None:
@@ -209,7 +212,9 @@ class SkippingBatchFile(BatchFile):
         for number, raw in lines:
             line = parse_line(raw, number, rules=self._rules, endpoint=self.endpoint)
             if isinstance(line, ParsedLine):
-                if served is not None and line.model not in served:
+                if problem := template_problem(line, number):
+                    line = problem
+                elif served is not None and line.model not in served:
                     line = self._not_served(line.model, number, lines=1)
                 elif self.endpoint is None:
                     self.endpoint = line.url

@@ -67,10 +67,11 @@ def upgrade() -> None:
     )
     op.create_table('followers',
     sa.Column('batch_id', sa.Uuid(), nullable=False),
-    sa.Column('leader', sa.INTEGER(), autoincrement=False, nullable=False),
     sa.Column('seq', sa.INTEGER(), autoincrement=False, nullable=False),
-    sa.PrimaryKeyConstraint('batch_id', 'leader', 'seq', name=op.f('pk_followers'))
+    sa.Column('leader', sa.INTEGER(), nullable=False),
+    sa.PrimaryKeyConstraint('batch_id', 'seq', name=op.f('pk_followers'))
     )
+    op.create_index(op.f('ix_followers_batch_id_leader'), 'followers', ['batch_id', 'leader'], unique=False)
     op.create_table('cache_lookups',
     sa.Column('batch_id', sa.Uuid(), nullable=False),
     sa.Column('seq', sa.INTEGER(), autoincrement=False, nullable=False),
