@@ -59,7 +59,12 @@ def explain_line(raw: bytes, number: int, *, line_bytes: int) -> Problem:
             None,
             (f"the line has more than {line_bytes:,} bytes; shorten it, or raise STOKER_LIMITS__LINE_BYTES"),
         )
-    return _encoding_problem(raw, number) or _json_problem(raw, number) or _member_problem(raw, number)
+    return (
+        _encoding_problem(raw, number)
+        or _json_problem(raw, number)
+        or _settings_shape_problem(raw, number)
+        or _member_problem(raw, number)
+    )
 
 
 def explain_url(url: str, number: int, *, endpoint: str | None, endpoints: Collection[str]) -> Problem:
@@ -112,7 +117,9 @@ def settings_problem(settings: LineSettings, number: int) -> Problem | None:
 def _holds_nul(value: object) -> bool:
     if isinstance(value, dict):
         return any("\0" in name or "\0" in text for name, text in value.items())
-    return isinstance(value, str | list) and any("\0" in text for text in ([value] if isinstance(value, str) else value))
+    return isinstance(value, str | list) and any(
+        "\0" in text for text in ([value] if isinstance(value, str) else value)
+    )
 
 
 def _encoding_problem(raw: bytes, number: int) -> Problem | None:
@@ -191,8 +198,6 @@ def _member_problem(raw: bytes, number: int) -> Problem:
         )
     if line.get("method") != "POST":
         return Problem(number, "invalid_request", "method", 'is missing or another; write "POST"')
-    if fault := _settings_fault(line.get("stoker")):
-        return Problem(number, "invalid_request", *fault)
     return Problem(
         number,
         "invalid_request",
@@ -201,23 +206,26 @@ def _member_problem(raw: bytes, number: int) -> Problem:
     )
 
 
-def _settings_fault(stoker: object) -> tuple[str, str] | None:
-    """(Field, what is wrong) of a `stoker` object that cannot be read."""
+def _settings_shape_problem(raw: bytes, number: int) -> Problem | None:
+    """The problem of a `stoker` object that cannot be read."""
+    line = msgspec.json.decode(raw)
+    stoker = line.get("stoker") if isinstance(line, dict) else None
     if stoker is None:
         return None
     known = ", ".join(_SETTINGS_RULES)
     if not isinstance(stoker, dict):
-        return "stoker", f"is {_kind(stoker)}; write an object with any of {known}"
-    unknown = next((name for name in stoker if name not in _SETTINGS_RULES), None)
-    if unknown is not None:
-        return f"stoker.{unknown[:SHOWN_CHARACTERS]}", f"is unknown; known are {known}"
-    for name, rule in _SETTINGS_RULES.items():
+        return Problem(number, "invalid_request", "stoker", f"is {_kind(stoker)}; write an object with any of {known}")
+    for name in stoker:
+        if name not in _SETTINGS_RULES:
+            field = f"stoker.{name[:SHOWN_CHARACTERS]}"
+            return Problem(number, "invalid_request", field, f"is unknown; known are {known}")
+    for name, value in stoker.items():
         try:
-            msgspec.convert({name: stoker.get(name)}, LineSettings)
+            msgspec.convert({name: value}, LineSettings)
         except msgspec.ValidationError:
-            value = stoker[name]
             given = _shown(value) if name == "cache" and isinstance(value, str) else _kind(value)
-            return f"stoker.{name}", f"is {given if value else 'empty'}; it {rule}"
+            fault = f"is {given if value else 'empty'}; it {_SETTINGS_RULES[name]}"
+            return Problem(number, "invalid_request", f"stoker.{name}", fault)
     return None
 
 

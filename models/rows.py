@@ -339,9 +339,7 @@ class CacheLookup(Base):
     folded: Mapped[bool] = mapped_column(server_default=text("false"))
 
     __table_args__ = (
-        Index(
-            "ix_cache_lookups_news", "namespace_id", postgresql_where=text("judged_at IS NOT NULL AND NOT folded")
-        ),
+        Index("ix_cache_lookups_news", "namespace_id", postgresql_where=text("judged_at IS NOT NULL AND NOT folded")),
         Index("ix_cache_lookups_judged", "namespace_id", "judged_at", postgresql_where=text("judged_at IS NOT NULL")),
     )
 

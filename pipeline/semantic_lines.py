@@ -12,7 +12,6 @@ from cache.keys import read_body
 from cache.payload import LONGEST_BARE, Affixes, SharedAffixes, declared, prompt_of
 from models.line_settings import read_settings
 from models.lines import ParsedLine
-from models.states import CacheMode
 from runtime.errors import BadInput, Problem
 
 # Fewer lookups bring too few audits for a bound of 1%: benchmarks/results/cache.json.
@@ -27,9 +26,7 @@ class SemanticLines:
         self._shared = SharedAffixes()
 
     def add(self, line: ParsedLine) -> None:
-        """Hear of a stored line, of any mode."""
-        if line.cache is not CacheMode.SEMANTIC:
-            return
+        """Hear of a line whose mode is semantic."""
         self._lines += 1
         self._servable += line.may_share
         if line.stoker is not None and read_settings(line.stoker).template is not None:
@@ -39,8 +36,7 @@ class SemanticLines:
             self._shared.add(texts[1])
             self._long += len(texts[1]) > LONGEST_BARE
 
-    @property
-    def any(self) -> bool:
+    def __bool__(self) -> bool:
         """Whether there was one."""
         return self._lines > 0
 
@@ -51,10 +47,10 @@ class SemanticLines:
         return {"affixes": asdict(affixes)} if affixes != Affixes() else {}
 
     @property
-    def notices(self) -> list[str]:
+    def notices(self) -> tuple[str, ...]:
         """Why lines of this batch may not be served, with the remedy."""
         found = []
-        if self.any and self._servable < LEAST_TO_CERTIFY:
+        if self._lines and self._servable < LEAST_TO_CERTIFY:
             found.append(
                 f"{self._servable:,} of {self._lines:,} semantic lines may be served (temperature 0 or a seed, one "
                 f"answer, no tools): fewer than {LEAST_TO_CERTIFY:,} are too few to certify by themselves, so only a "
@@ -65,7 +61,7 @@ class SemanticLines:
                 f"{self._long:,} lines have prompts of more than {LONGEST_BARE:,} characters that share no template: "
                 "these are never served semantically; state stoker.template and stoker.variables in the lines"
             )
-        return found
+        return tuple(found)
 
     def _affixes(self) -> Affixes:
         """Without NUL, which jsonb cannot store: such an affix is none."""
