@@ -13,7 +13,8 @@ from uuid import UUID
 from cache.pilot import draw_pilot
 from pipeline.begin import LEASE
 from pipeline.cutting import ShardCutter
-from pipeline.equal_lines import EqualLines
+from pipeline.duplicates import DigestBuckets
+from pipeline.equal_lines import suspects
 from runtime.settings import ShardSettings
 from store.again import take_results
 from store.database import Database, Session
@@ -30,7 +31,7 @@ def arrange(
     database: Database,
     batch: NewBatch,
     filled: Filled,
-    equal: EqualLines,
+    digests: DigestBuckets,
     *,
     results_of: UUID | None,
     pilot: bool,
@@ -40,8 +41,8 @@ def arrange(
 
     One transaction: whoever dies leaves a validating batch as it was before, or after.
     """
-    suspects = equal.suspects()
-    first = next(suspects, None)
+    equal = suspects(digests)
+    first = next(equal, None)
     if first is None and results_of is None and not pilot:
         return filled
     taken = followers = 0
@@ -51,7 +52,7 @@ def arrange(
         if results_of is not None:
             taken = take_results(session, results_of, batch_id=batch.id)
         if first is not None:
-            followers = insert_followers(session, chain([first], suspects), batch_id=batch.id)
+            followers = insert_followers(session, chain([first], equal), batch_id=batch.id)
         if not (taken or followers or pilot):
             return filled
         places = draw_pilot(filled.total - taken - followers, seed=batch.id.bytes) if pilot else NOBODY

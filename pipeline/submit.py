@@ -27,7 +27,7 @@ from pipeline.batch_file import BatchFile, Progress, SkippingBatchFile, opened
 from pipeline.begin import CHUNK_JOBS, LEASE, TENANT, begin_batch, same_submit
 from pipeline.begin import Submitted as Submitted
 from pipeline.cutting import ShardCutter
-from pipeline.equal_lines import EqualLines
+from pipeline.duplicates import LOW_BITS, DigestBuckets
 from pipeline.semantic_lines import SemanticLines
 from runtime.clock import uuid7
 from runtime.errors import Problem
@@ -113,14 +113,14 @@ def submit_file(
 
         def fill() -> Filled:
             semantic = SemanticLines()
-            with EqualLines() as equal:
-                stored = _Stored(chain([first], lines), equal, semantic)
+            with DigestBuckets("qi") as digests:
+                stored = _Stored(chain([first], lines), digests, semantic)
                 filled = _fill(database, batch, stored, source, bounds=settings.shard)
                 return arrange(
                     database,
                     batch,
                     filled,
-                    equal,
+                    digests,
                     results_of=wishes.results_of,
                     pilot=bool(semantic),
                     bounds=settings.shard,
@@ -188,24 +188,24 @@ class _Stored:
     """The lines on their way into Postgres, and what is learned of them in passing."""
 
     lines: Iterator[ParsedLine]
-    equal: EqualLines
+    digests: DigestBuckets
     semantic: SemanticLines
 
 
 def _fill(database: Database, batch: NewBatch, stored: _Stored, source: BatchFile, *, bounds: ShardSettings) -> Filled:
     """Store all lines, a chunk a transaction."""
     total = shards = 0
-    for first in stored.lines:
+    lines, semantic = stored.lines, stored.semantic
+    for first in lines:
         cutter = ShardCutter(bounds, first=total)
         with database.transaction() as session:
             extend_lease(session, batch.id, lease=LEASE)
-            chunk = _chunk(replace(stored, lines=chain([first], stored.lines)), cutter, first_seq=total)
+            chunk = _chunk(replace(stored, lines=chain([first], lines)), cutter, first_seq=total)
             total += copy_jobs(session, chunk, batch_id=batch.id, first_seq=total)
             spans = cutter.spans()
             insert_shards(session, spans, batch_id=batch.id)
-        stored.equal.settle()
+        stored.digests.settle()
         shards += len(spans)
-    semantic = stored.semantic
     return Filled(
         total=total,
         open_shards=shards,
@@ -216,17 +216,22 @@ def _fill(database: Database, batch: NewBatch, stored: _Stored, source: BatchFil
 
 
 def _chunk(stored: _Stored, cutter: ShardCutter, *, first_seq: int) -> Iterator[ParsedLine]:
-    """The lines of one transaction, each counted by the cutter."""
-    chunk_bytes = 0
-    remember = stored.equal.add
+    """The lines of one transaction, each counted by the cutter, and remembered if it may share its answer."""
+    last_seq, chunk_bytes = first_seq + CHUNK_JOBS - 1, 0
+    count_in, (keep_digest, keep_seq), similar = cutter.add, stored.digests.appends, CacheMode.SEMANTIC
     for seq, line in enumerate(stored.lines, first_seq):
-        size = len(line.body)
-        cutter.add(line.prompt_tokens + line.output_tokens, size)
+        body = line.body
+        size = len(body)
+        count_in(line.prompt_tokens + line.output_tokens, size)
+        is_similar = line.cache is similar
         if line.may_share:
-            remember(line, seq)
-        if line.cache is CacheMode.SEMANTIC:
+            digest = ~hash(body) if is_similar else hash(body)
+            bucket = digest & LOW_BITS
+            keep_digest[bucket](digest)
+            keep_seq[bucket](seq)
+        if is_similar:
             stored.semantic.add(line)
         yield line
         chunk_bytes += size
-        if seq - first_seq >= CHUNK_JOBS - 1 or chunk_bytes >= CHUNK_BYTES:
+        if seq == last_seq or chunk_bytes >= CHUNK_BYTES:
             break
