@@ -292,9 +292,8 @@ def _requeue_missing(session: Session, batch_id: UUID) -> int:
             completion_tokens = kept.completion_tokens, cached_tokens = kept.cached_tokens,
             reasoning_tokens = kept.reasoning_tokens, served = kept.served
         FROM (
-            SELECT h.id,
-                coalesce(array_agg(r.seq ORDER BY r.seq) FILTER (WHERE r.seq = ANY(h.seqs)), '{}') AS seqs,
-                count(*) FILTER (WHERE r.seq <> ALL(h.seqs)) AS followers,
+            SELECT h.id, coalesce(array_agg(r.seq ORDER BY r.seq) FILTER (WHERE r.leads), '{}') AS seqs,
+                count(*) FILTER (WHERE NOT r.leads) AS followers,
                 count(*) FILTER (WHERE r.outcome = 'failed') AS failed,
                 count(*) FILTER (WHERE r.outcome = 'truncated') AS truncated,
                 count(*) FILTER (WHERE r.outcome = 'empty') AS empty,
@@ -304,11 +303,16 @@ def _requeue_missing(session: Session, batch_id: UUID) -> int:
                 coalesce(sum(r.reasoning_tokens), 0) AS reasoning_tokens,
                 count(*) FILTER (WHERE r.cache_entry_id IS NOT NULL
                     OR r.source = 'duplicate' AND r.outcome <> 'failed') AS served
-            FROM shards h LEFT JOIN results r ON r.batch_id = h.batch_id AND (r.seq = ANY(h.seqs) OR EXISTS (
-                SELECT FROM followers x WHERE x.batch_id = h.batch_id AND x.seq = r.seq AND x.leader = ANY(h.seqs)))
-            WHERE h.batch_id = :id AND h.seqs && CAST(:missing AS int4[]) GROUP BY h.id) AS kept
+            FROM shards h LEFT JOIN LATERAL (
+                SELECT true AS leads, r.* FROM unnest(h.seqs) AS u (seq)
+                JOIN results r ON r.batch_id = :id AND r.seq = u.seq
+                UNION ALL
+                SELECT false AS leads, r.* FROM unnest(h.seqs) AS u (seq)
+                JOIN followers x ON x.batch_id = :id AND x.leader = u.seq
+                JOIN results r ON r.batch_id = :id AND r.seq = x.seq) AS r ON true
+            WHERE h.batch_id = :id GROUP BY h.id) AS kept
         WHERE s.id = kept.id"""),
-        {"id": batch_id, "missing": missing},
+        {"id": batch_id},
     )
     parts = [missing[start : start + 64] for start in range(0, len(missing), 64)]
     session.execute(
