@@ -112,19 +112,7 @@ def submit_file(
         )
 
         def fill() -> Filled:
-            semantic = SemanticLines()
-            with DigestBuckets("qi") as digests:
-                stored = _Stored(chain([first], lines), digests, semantic)
-                filled = _fill(database, batch, stored, source, bounds=settings.shard)
-                return arrange(
-                    database,
-                    batch,
-                    filled,
-                    digests,
-                    results_of=wishes.results_of,
-                    pilot=bool(semantic),
-                    bounds=settings.shard,
-                )
+            return _store(database, batch, chain([first], lines), source, wishes=wishes, bounds=settings.shard)
 
         return begin_batch(database, batch, fill, window=window, reuse=reuse)
 
@@ -190,6 +178,24 @@ class _Stored:
     lines: Iterator[ParsedLine]
     digests: DigestBuckets
     semantic: SemanticLines
+
+
+def _store(
+    database: Database,
+    batch: NewBatch,
+    lines: Iterator[ParsedLine],
+    source: BatchFile,
+    *,
+    wishes: Wishes,
+    bounds: ShardSettings,
+) -> Filled:
+    """Store all lines, then settle which of them run, and in what order."""
+    semantic = SemanticLines()
+    with DigestBuckets("qi") as digests:
+        filled = _fill(database, batch, _Stored(lines, digests, semantic), source, bounds=bounds)
+        return arrange(
+            database, batch, filled, digests, results_of=wishes.results_of, pilot=bool(semantic), bounds=bounds
+        )
 
 
 def _fill(database: Database, batch: NewBatch, stored: _Stored, source: BatchFile, *, bounds: ShardSettings) -> Filled:
