@@ -81,6 +81,38 @@ def shared_affixes(prompts: Sequence[str]) -> Affixes:
     return Affixes(*(affix if len(affix) >= LEAST_AFFIX else "" for affix in (prefix, suffix)))
 
 
+class SharedAffixes:
+    """`shared_affixes` of prompts that come one by one, in the memory of the longest shared part."""
+
+    def __init__(self) -> None:
+        self._prefix: str | None = None
+        self._suffix = ""
+        self._shortest = 0
+        self._differ = False
+
+    def add(self, prompt: str) -> None:
+        """Hear of one more prompt."""
+        if self._prefix is None:
+            self._prefix = self._suffix = prompt
+            self._shortest = len(prompt)
+            return
+        self._differ = self._differ or prompt != self._prefix
+        self._shortest = min(self._shortest, len(prompt))
+        if not prompt.startswith(self._prefix):
+            self._prefix = _common_prefix([self._prefix, prompt])
+        if not prompt.endswith(self._suffix):
+            self._suffix = _common_prefix([self._suffix[::-1], prompt[::-1]])[::-1]
+
+    def affixes(self) -> Affixes:
+        """What all prompts so far share."""
+        if self._prefix is None or not self._differ:
+            return Affixes()
+        prefix = _to_word(self._prefix)
+        most = self._shortest - len(prefix)  # the suffix begins where the shortest prompt's prefix has ended
+        suffix = _to_word(self._suffix[::-1][:most])[::-1]
+        return Affixes(*(affix if len(affix) >= LEAST_AFFIX else "" for affix in (prefix, suffix)))
+
+
 def split(prompt: str, affixes: Affixes) -> Split | None:
     """The prompt between its batch's prefix and suffix; None if it does not fit, or is too long to be a payload."""
     end = len(prompt) - len(affixes.suffix)

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import msgspec
 
+from models.line_settings import LineSettings
 from runtime.errors import Problem
 
 # What msgspec and UTF-8 decoding raise for bytes that are no good line.
@@ -36,6 +37,12 @@ _BODY_RULES = {
     "max_completion_tokens": _LIMIT_RULE,
     "top_logprobs": "must be a whole number from 0 to 20",
 }
+_SETTINGS_RULES = {
+    "cache": 'must be "off", "exact" or "semantic"',
+    "template": 'must be a string with slots, such as "Sort this message: {text}"',
+    "variables": 'must be an object of strings, one for each slot of the template, such as {"text": "…"}',
+    "sources": "must be a list of non-empty strings: the names of the documents that the prompt was made from",
+}
 _MESSAGE_RULE = 'must be as in {"role": "user", "content": …}, with a string for the role'
 _UNSHOWN = frozenset({"messages", "prompt", "input"})  # what a problem shows may end in a log
 _LONE_SURROGATE = re.compile(
@@ -52,7 +59,12 @@ def explain_line(raw: bytes, number: int, *, line_bytes: int) -> Problem:
             None,
             (f"the line has more than {line_bytes:,} bytes; shorten it, or raise STOKER_LIMITS__LINE_BYTES"),
         )
-    return _encoding_problem(raw, number) or _json_problem(raw, number) or _member_problem(raw, number)
+    return (
+        _encoding_problem(raw, number)
+        or _json_problem(raw, number)
+        or _settings_shape_problem(raw, number)
+        or _member_problem(raw, number)
+    )
 
 
 def explain_url(url: str, number: int, *, endpoint: str | None, endpoints: Collection[str]) -> Problem:
@@ -87,6 +99,27 @@ def explain_body(body: bytes, number: int, *, error: Exception, replaced: Contai
     origin = "; the submit's own options set it" if name in replaced else ""
     rule = _MESSAGE_RULE if path.startswith(".messages[") else _BODY_RULES[name]
     return Problem(number, "invalid_request", field, f"{given} {rule}{origin}".lstrip())
+
+
+def settings_problem(settings: LineSettings, number: int) -> Problem | None:
+    """What is wrong with a `stoker` object of which every field is well formed."""
+    if settings.template is None and settings.variables is not None:
+        fault = "template", "is missing, but stoker.variables is there; write the template that they fill"
+    elif settings.variables is None and settings.template is not None:
+        fault = "variables", "is missing, but stoker.template is there; give each of its slots a value"
+    elif name := next((name for name in _SETTINGS_RULES if _holds_nul(getattr(settings, name))), None):
+        fault = name, r"holds \u0000, which Postgres cannot store; leave it out"
+    else:
+        return None
+    return Problem(number, "invalid_request", f"stoker.{fault[0]}", fault[1])
+
+
+def _holds_nul(value: object) -> bool:
+    if isinstance(value, dict):
+        return any("\0" in name or "\0" in text for name, text in value.items())
+    return isinstance(value, str | list) and any(
+        "\0" in text for text in ([value] if isinstance(value, str) else value)
+    )
 
 
 def _encoding_problem(raw: bytes, number: int) -> Problem | None:
@@ -171,6 +204,29 @@ def _member_problem(raw: bytes, number: int) -> Problem:
         "body",
         ("is missing or cannot be read; write the endpoint's request as a JSON object"),
     )
+
+
+def _settings_shape_problem(raw: bytes, number: int) -> Problem | None:
+    """The problem of a `stoker` object that cannot be read."""
+    line = msgspec.json.decode(raw)
+    stoker = line.get("stoker") if isinstance(line, dict) else None
+    if stoker is None:
+        return None
+    known = ", ".join(_SETTINGS_RULES)
+    if not isinstance(stoker, dict):
+        return Problem(number, "invalid_request", "stoker", f"is {_kind(stoker)}; write an object with any of {known}")
+    for name in stoker:
+        if name not in _SETTINGS_RULES:
+            field = f"stoker.{name[:SHOWN_CHARACTERS]}"
+            return Problem(number, "invalid_request", field, f"is unknown; known are {known}")
+    for name, value in stoker.items():
+        try:
+            msgspec.convert({name: value}, LineSettings)
+        except msgspec.ValidationError:
+            given = _shown(value) if name == "cache" and isinstance(value, str) else _kind(value)
+            fault = f"is {given if value else 'empty'}; it {_SETTINGS_RULES[name]}"
+            return Problem(number, "invalid_request", f"stoker.{name}", fault)
+    return None
 
 
 def _custom_id_fault(custom_id: object) -> str | None:

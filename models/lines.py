@@ -6,7 +6,7 @@ endpoint untouched, and a body that needs no change keeps its bytes. It must not
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -15,7 +15,15 @@ import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.line_problems import CUSTOM_ID_CHARACTERS, LINE_REFUSALS, explain_body, explain_line, explain_url
+from models.line_problems import (
+    CUSTOM_ID_CHARACTERS,
+    LINE_REFUSALS,
+    explain_body,
+    explain_line,
+    explain_url,
+    settings_problem,
+)
+from models.line_settings import LineSettings
 from models.states import CacheMode
 from runtime.errors import BadInput, Problem
 
@@ -44,10 +52,24 @@ class SubmitOptions(BaseModel):
 
 @dataclass(frozen=True)
 class LineRules:
-    """What every line of one file is held to: the options, and the most bytes that a line may have."""
+    """What every line of one file is held to: the options, and the most bytes that a line may have.
+
+    `sampled`: requests that sample may share an answer too.
+    """
 
     options: SubmitOptions
     line_bytes: int
+    sampled: bool = False
+
+    @cached_property
+    def cache(self) -> CacheMode:
+        """The mode of a line that states none."""
+        return self.options.cache
+
+    @cached_property
+    def most_tokens(self) -> int:
+        """The most that one completion may generate."""
+        return self.options.max_output_tokens
 
     @cached_property
     def replaced(self) -> dict[str, Raw]:
@@ -65,7 +87,8 @@ class ParsedLine(Struct, frozen=True, gc=False):
     """A good line, ready to be stored. A Struct: made once a line, in a tenth of a frozen dataclass's time.
 
     `prompt_tokens` is an estimate from the body's length; `output_tokens` is the most that all completions
-    of the line may generate together.
+    of the line may generate together. `stoker` is its own settings as JSON; `cache` the mode that holds for it.
+    `may_share`: that mode is not off, one answer is asked for, and the engine would give the same one again.
     """
 
     custom_id: str
@@ -74,6 +97,9 @@ class ParsedLine(Struct, frozen=True, gc=False):
     body: bytes
     prompt_tokens: int
     output_tokens: int
+    stoker: bytes | None
+    cache: CacheMode
+    may_share: bool
 
 
 class _Line(Struct, gc=False):
@@ -81,6 +107,7 @@ class _Line(Struct, gc=False):
     method: Literal["POST"]
     url: str
     body: Raw
+    stoker: LineSettings | None = None
 
 
 class _Message(Struct, gc=False):
@@ -98,6 +125,9 @@ class _Sampled(Struct, gc=False, kw_only=True):
     presence_penalty: Penalty = None
     frequency_penalty: Penalty = None
     max_tokens: Tokens = UNSET
+    seed: Raw | UnsetType = UNSET
+    tools: Raw | UnsetType = UNSET
+    functions: Raw | UnsetType = UNSET
 
 
 class ChatBody(_Sampled, gc=False, kw_only=True):
@@ -122,14 +152,16 @@ class EmbeddingsBody(Struct, gc=False, kw_only=True):
     stream: Literal[False] | None = None
 
 
-_LINE = msgspec.json.Decoder(_Line)
+_decode_line = msgspec.json.Decoder(_Line).decode
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
-_BODIES: Mapping[str, msgspec.json.Decoder[Any]] = {
-    "/v1/chat/completions": msgspec.json.Decoder(ChatBody),
-    "/v1/completions": msgspec.json.Decoder(CompletionBody),
-    "/v1/embeddings": msgspec.json.Decoder(EmbeddingsBody),
+_decode_body: Mapping[str, Callable[[bytes], Any]] = {
+    "/v1/chat/completions": msgspec.json.Decoder(ChatBody).decode,
+    "/v1/completions": msgspec.json.Decoder(CompletionBody).decode,
+    "/v1/embeddings": msgspec.json.Decoder(EmbeddingsBody).decode,
 }
-ENDPOINTS = tuple(_BODIES)
+ENDPOINTS = tuple(_decode_body)
+_OFF = CacheMode.OFF  # an enum's member is slow to look up, and this is asked of every line
+_NOTHING = frozenset({b"null", b"[]", b"{}", b'""', b"false", b"0"})
 
 
 def parse_line(raw: bytes, number: int, *, rules: LineRules, endpoint: str | None) -> ParsedLine | Problem:
@@ -139,15 +171,17 @@ def parse_line(raw: bytes, number: int, *, rules: LineRules, endpoint: str | Non
     latest; `number` counts from 1; `endpoint`, one of ENDPOINTS, is the batch's once a line has stated it.
     """
     try:
-        line = _LINE.decode(raw)
+        line = _decode_line(raw)
         if not raw.isascii():
             raw.decode()  # msgspec does not look into the strings that it skips
         if "\0" in line.custom_id or (len(raw) > rules.line_bytes and len(raw.rstrip(b"\r\n")) > rules.line_bytes):
             return explain_line(raw, number, line_bytes=rules.line_bytes)
     except LINE_REFUSALS:
         return explain_line(raw, number, line_bytes=rules.line_bytes)
-    if line.url != endpoint and (endpoint is not None or line.url not in _BODIES):
+    if line.url != endpoint and (endpoint is not None or line.url not in _decode_body):
         return explain_url(line.url, number, endpoint=endpoint, endpoints=ENDPOINTS)
+    if line.stoker is not None and (problem := settings_problem(line.stoker, number)):
+        return problem
     try:
         body = bytes(line.body)
         if rules.replaced:
@@ -183,14 +217,62 @@ def _is_text(value: str) -> bool:
 
 def _checked(line: _Line, body: bytes, rules: LineRules) -> ParsedLine:
     """Raises msgspec's errors when the body breaks the rules of its endpoint."""
-    fields = _BODIES[line.url].decode(body)
-    output_tokens = 0
-    if type(fields) is not EmbeddingsBody:
-        body, output_tokens = _limited(body, fields, rules)
-        if type(fields) is CompletionBody:
+    fields = _decode_body[line.url](body)
+    cache = rules.cache
+    output_tokens, may_share = 0, cache is not _OFF
+    kind = type(fields)
+    if kind is not EmbeddingsBody:
+        wish = fields.max_tokens
+        if (
+            type(wish) is int
+            and wish <= rules.most_tokens
+            and kind is ChatBody
+            and fields.max_completion_tokens is UNSET
+        ):
+            output_tokens = wish  # most lines of most files
+        else:
+            body, output_tokens = _limited(body, fields, rules)
+        if kind is CompletionBody:
             output_tokens *= _prompts_in(fields.prompt)
         output_tokens *= fields.n or 1
-    return ParsedLine(line.custom_id, line.url, fields.model, body, len(body) // BYTES_PER_TOKEN, output_tokens)
+        if fields.temperature == 0 and fields.tools is UNSET and fields.functions is UNSET:
+            may_share = may_share and (fields.n is None or fields.n == 1)  # the usual case of _has_one_answer
+        else:
+            may_share = may_share and _has_one_answer(fields, sampled=rules.sampled)
+    if line.stoker is None:
+        size = len(body) // BYTES_PER_TOKEN
+        return ParsedLine(line.custom_id, line.url, fields.model, body, size, output_tokens, None, cache, may_share)
+    return _with_settings(line, fields, body, output_tokens, rules)
+
+
+def _with_settings(line: _Line, fields: Any, body: bytes, output_tokens: int, rules: LineRules) -> ParsedLine:
+    """A line that states some of its own."""
+    cache = rules.cache if line.stoker is None or line.stoker.cache is None else line.stoker.cache
+    return ParsedLine(
+        line.custom_id,
+        line.url,
+        fields.model,
+        body,
+        len(body) // BYTES_PER_TOKEN,
+        output_tokens,
+        msgspec.json.encode(line.stoker),
+        cache,
+        cache is not _OFF and (type(fields) is EmbeddingsBody or _has_one_answer(fields, sampled=rules.sampled)),
+    )
+
+
+def _has_one_answer(fields: _Sampled, *, sampled: bool) -> bool:
+    """Whether the engine would give the same single answer again: cache/keys.py's rules, in what is cheap to read.
+
+    They agree but for an empty value of `tools` or `functions` with a space in it, which counts as one here.
+    """
+    if fields.temperature != 0 and not sampled and (fields.seed is UNSET or bytes(fields.seed) == b"null"):
+        return False
+    return (fields.n or 1) == 1 and not (_is_given(fields.tools) or _is_given(fields.functions))
+
+
+def _is_given(value: Raw | UnsetType) -> bool:
+    return value is not UNSET and bytes(value) not in _NOTHING
 
 
 def _limited(body: bytes, fields: _Sampled, rules: LineRules) -> tuple[bytes, int]:
@@ -208,7 +290,7 @@ def _limited(body: bytes, fields: _Sampled, rules: LineRules) -> tuple[bytes, in
 
 
 def _clamp(body: bytes, name: str, wish: int | UnsetType | None, rules: LineRules) -> tuple[bytes, int]:
-    most = rules.options.max_output_tokens
+    most = rules.most_tokens
     if wish is UNSET:
         return rules.limited_start + body[1:], most
     if type(wish) is int and wish <= most:

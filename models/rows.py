@@ -128,8 +128,10 @@ class Follower(Base):
     __tablename__ = "followers"
 
     batch_id: Mapped[UUID] = mapped_column(primary_key=True)
-    leader: Mapped[int] = mapped_column(INTEGER, primary_key=True, autoincrement=False)
     seq: Mapped[int] = mapped_column(INTEGER, primary_key=True, autoincrement=False)
+    leader: Mapped[int] = mapped_column(INTEGER)
+
+    __table_args__ = (Index(None, "batch_id", "leader"),)
 
 
 class Result(Base):
@@ -189,7 +191,8 @@ class Shard(Base):
     cached_tokens: Mapped[int] = mapped_column(BIGINT, server_default="0")
     reasoning_tokens: Mapped[int] = mapped_column(BIGINT, server_default="0")
     served: Mapped[int] = mapped_column(server_default="0")  # from the cache
-    semantic: Mapped[int] = mapped_column(server_default="0")  # of these, by what means the same
+    exact: Mapped[int] = mapped_column(server_default="0")  # of these, by the answer to an equal request
+    semantic: Mapped[int] = mapped_column(server_default="0")  # by that to one that means the same; the rest followed
     saved_tokens: Mapped[int] = mapped_column(BIGINT, server_default="0")  # what they took when the engine answered
     followers: Mapped[int] = mapped_column(server_default="0")  # results of followers, written with their leaders'
     unlooked: Mapped[int] = mapped_column(server_default="0")  # lookups that a cache could not answer, being down

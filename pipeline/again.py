@@ -11,22 +11,16 @@ from uuid import UUID
 
 from models.names import batch_name
 from models.states import TERMINAL, Priority
+from pipeline.arrange import cut_again
 from pipeline.begin import CHUNK_JOBS, LEASE, TENANT, Submitted, begin_batch, same_submit
 from pipeline.cutting import ShardCutter
 from runtime.clock import uuid7
 from runtime.errors import BadInput
 from runtime.settings import Settings, ShardSettings
-from store.again import (
-    CutJob,
-    EarlierBatch,
-    copy_failed_jobs,
-    hold_ended,
-    insert_cut_shards,
-    jobs_to_run,
-    read_earlier,
-    take_results,
-)
-from store.database import Database, Session
+from store.again import EarlierBatch, copy_failed_jobs, hold_ended, read_earlier
+from store.database import Database
+from store.followers import copy_followers
+from store.open_shards import CutJob, newest_shard
 from store.submissions import Filled, NewBatch, extend_lease, insert_shards
 
 
@@ -85,22 +79,6 @@ def check_reusable(database: Database, batch_id: UUID, *, endpoint: str, tenant:
         )
 
 
-def reuse_results(
-    database: Database, batch: NewBatch, filled: Filled, earlier_id: UUID, *, bounds: ShardSettings
-) -> Filled:
-    """Give the stored jobs of a validating batch the results of equal jobs; shards are cut for the others.
-
-    One transaction: whoever dies leaves a validating batch as it was before, or after.
-    """
-    with database.transaction() as session:
-        extend_lease(session, batch.id, lease=LEASE)
-        taken = take_results(session, earlier_id, batch_id=batch.id)
-        if not taken:
-            return filled
-        open_shards = _cut_the_rest(session, batch.id, bounds=bounds)
-    return Filled(total=filled.total, open_shards=open_shards, skipped=filled.skipped, taken=taken)
-
-
 def _check_retryable(earlier: EarlierBatch) -> None:
     name = batch_name(earlier.id)[:18]
     if earlier.state not in TERMINAL:
@@ -115,7 +93,7 @@ def _check_retryable(earlier: EarlierBatch) -> None:
 def _copy_failed(
     database: Database, earlier: EarlierBatch, batch: NewBatch, *, bounds: ShardSettings, chunk_jobs: int
 ) -> Filled:
-    """Copy all failed jobs, a chunk a transaction, and cut shards of them."""
+    """Copy all failed jobs, a chunk a transaction, and cut shards of them; at last who followed whom."""
     total = shards = 0
     after_seq = -1
     while True:
@@ -126,23 +104,18 @@ def _copy_failed(
                 session, earlier.id, batch_id=batch.id, after_seq=after_seq, first_seq=total, limit=chunk_jobs
             )
             if not jobs:
-                return Filled(total=total, open_shards=shards)
+                break
             spans = _cut(jobs, bounds=bounds, first=total)
             insert_shards(session, spans, batch_id=batch.id)
         total += len(jobs)
         shards += len(spans)
-
-
-def _cut_the_rest(session: Session, batch_id: UUID, *, bounds: ShardSettings) -> int:
-    """Cut shards of the jobs that have no result: how many shards."""
-    shards, after_seq = 0, -1
-    while jobs := jobs_to_run(session, batch_id, after_seq=after_seq, limit=CHUNK_JOBS):
-        spans = _cut(jobs, bounds=bounds, first=0)
-        cut = [([job.seq for job in jobs[first : last + 1]], tokens) for first, last, tokens in spans]
-        insert_cut_shards(session, cut, batch_id=batch_id)
-        shards += len(cut)
-        after_seq = jobs[-1].seq
-    return shards
+    with database.transaction() as session:
+        extend_lease(session, batch.id, lease=LEASE)
+        hold_ended(session, earlier.id)
+        followers = copy_followers(session, earlier.id, batch_id=batch.id)
+        if followers:
+            shards = cut_again(session, batch.id, upto=newest_shard(session, batch.id), bounds=bounds)
+    return Filled(total=total, open_shards=shards, followers=followers)
 
 
 def _cut(jobs: list[CutJob], *, bounds: ShardSettings, first: int) -> list[tuple[int, int, int]]:

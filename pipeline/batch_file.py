@@ -9,13 +9,15 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import BufferedReader, FileIO
 from pathlib import Path
 from stat import S_ISREG
 
 from models.line_problems import SHOWN_CHARACTERS
 from models.lines import LineRules, ParsedLine, parse_line
-from pipeline.duplicates import DigestBuckets, duplicates
+from pipeline.duplicates import LOW_BITS, SETTLE_LINES, DigestBuckets, duplicates
+from pipeline.semantic_lines import template_problem
 from runtime.errors import BadInput, InvalidFile, Problem
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -68,17 +70,23 @@ class BatchFile:
 
     def __iter__(self) -> Iterator[ParsedLine]:
         with DigestBuckets() as digests:
-            add, rules, served = digests.add, self._rules, self._served_models
+            [keep], rules, served = digests.appends, self._rules, self._served_models
             for number, raw in self._raw_lines():
                 line = parse_line(raw, number, rules=rules, endpoint=self.endpoint)
                 if isinstance(line, Problem):
                     self._refuse(line)
                     continue
+                if line.stoker is not None and (problem := template_problem(line, number)):
+                    self._refuse(problem)
+                    continue
                 if self.endpoint is None:
                     self.endpoint = line.url
                 if served is not None and line.model not in served:
                     self._miss_model(line.model, number)
-                add(line.custom_id)
+                digest = hash(line.custom_id)
+                keep[digest & LOW_BITS](digest)
+                if number % SETTLE_LINES == 0:
+                    digests.settle()
                 if not self._total_problems:
                     yield line
             self._find_duplicates(digests)
@@ -98,7 +106,7 @@ class BatchFile:
     def _ids(self) -> Iterator[tuple[int, str]]:
         for number, raw in self._raw_lines():
             line = parse_line(raw, number, rules=self._rules, endpoint=self.endpoint)
-            if isinstance(line, ParsedLine):
+            if isinstance(line, ParsedLine) and template_problem(line, number) is None:
                 yield number, line.custom_id
 
     def _refuse(self, problem: Problem, *, count: int = 1) -> None:
@@ -192,9 +200,13 @@ class SkippingBatchFile(BatchFile):
         """The digests of ids that come twice. Raises BadInput when they are too many to hold."""
         with DigestBuckets() as digests:
             self._file.seek(0)
-            for _, line in self._parsed_lines(read_lines(self._file, line_bytes=self._rules.line_bytes)):
+            [keep] = digests.appends
+            for number, line in self._parsed_lines(read_lines(self._file, line_bytes=self._rules.line_bytes)):
                 if isinstance(line, ParsedLine):
-                    digests.add(line.custom_id)
+                    digest = hash(line.custom_id)
+                    keep[digest & LOW_BITS](digest)
+                if number % SETTLE_LINES == 0:
+                    digests.settle()
             suspects = digests.suspects(most=SKIPPED_SUSPECTS)
         if suspects.unchecked:
             raise BadInput(
@@ -209,7 +221,9 @@ class SkippingBatchFile(BatchFile):
         for number, raw in lines:
             line = parse_line(raw, number, rules=self._rules, endpoint=self.endpoint)
             if isinstance(line, ParsedLine):
-                if served is not None and line.model not in served:
+                if problem := template_problem(line, number):
+                    line = problem
+                elif served is not None and line.model not in served:
                     line = self._not_served(line.model, number, lines=1)
                 elif self.endpoint is None:
                     self.endpoint = line.url
@@ -243,7 +257,7 @@ def read_lines(file: BufferedReader, *, line_bytes: int) -> Iterator[tuple[int, 
     Of a line of more than `line_bytes` only the first two more are given; the rest is skipped piece by piece.
     """
     most = line_bytes + 2  # a line of the full length and CR LF
-    for number, raw in enumerate(iter(lambda: file.readline(most), b""), 1):
+    for number, raw in enumerate(iter(partial(file.readline, most), b""), 1):
         if len(raw) == most and not raw.endswith(b"\n"):
             _skip_line(file)
         line = raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw

@@ -34,7 +34,8 @@ REUSE_FOR = timedelta(hours=1)
 class Submitted:
     """The batch that runs the jobs. `reused`: it is an earlier one, nothing new was stored.
 
-    `skipped` counts bad lines that were left out, `taken` jobs whose results came from another batch.
+    `skipped` counts bad lines that were left out, `taken` jobs whose results came from another batch, `followers` those
+    that take an equal one's. `notices` are what the submitter should know before it runs.
     """
 
     batch_id: UUID
@@ -42,6 +43,8 @@ class Submitted:
     reused: bool
     skipped: int = 0
     taken: int = 0
+    followers: int = 0
+    notices: tuple[str, ...] = ()
 
 
 def same_submit(database: Database, *, tenant: str, submit_digest: str) -> Submitted | None:
@@ -80,13 +83,23 @@ def _set_going(database: Database, batch: NewBatch, filled: Filled, *, window: t
         if earlier is None:
             set_going(session, batch.id, filled, window=window)
     if earlier is None:
-        return Submitted(batch.id, filled.total, reused=False, skipped=filled.skipped, taken=filled.taken)
+        return Submitted(
+            batch.id,
+            filled.total,
+            reused=False,
+            skipped=filled.skipped,
+            taken=filled.taken,
+            followers=filled.followers,
+            notices=filled.notices,
+        )
     _delete(database, batch.id)
     return _earlier(earlier)
 
 
 def _earlier(found: SameSubmit) -> Submitted:
-    return Submitted(found.id, found.total, reused=True, skipped=found.skipped, taken=found.taken)
+    return Submitted(
+        found.id, found.total, reused=True, skipped=found.skipped, taken=found.taken, followers=found.followers
+    )
 
 
 def _delete(database: Database, batch_id: UUID) -> None:

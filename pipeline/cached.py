@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import msgspec
-
 from cache.answers import answer_text, comparable, comparison
 from cache.keys import EMBEDDINGS, Scope, asks_for_one, exact_key, is_deterministic, read_body
 from cache.payload import Affixes, Split, prompt_of, split, split_declared
 from models.jobs import CachedAnswer, Job, JobResult
+from models.line_settings import LineSettings, read_settings
 from models.names import request_name
 from models.states import CacheMode, Outcome, Source
 from runtime.settings import CacheSettings
@@ -33,6 +32,8 @@ from store.engines import checkpoint_of
 from store.namespaces import OpenNamespace, Verdict, judge_lookups
 from store.recent import RecentAnswers
 from store.shards import Claim
+
+_NO_SETTINGS = LineSettings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +235,7 @@ class ExactCache:
         return made
 
     def _read(self, claim: Claim, job: Job) -> _Read | None:
-        line = _LINE.decode(job.stoker) if job.stoker else _NO_LINE
+        line = read_settings(job.stoker) if job.stoker else _NO_SETTINGS
         mode = line.cache or claim.cache
         if mode is CacheMode.OFF:
             return None
@@ -246,7 +247,7 @@ class ExactCache:
         if not (fits and asks_for_one(fields)):
             return None
         place = _split(fields, line, claim.affixes) if mode is CacheMode.SEMANTIC else None
-        return _Read(job.seq, fields, place, tuple(line.sources))
+        return _Read(job.seq, fields, place, tuple(line.sources or ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,19 +256,6 @@ class _Read:
     fields: Mapping[str, Any]
     split: Split | None
     sources: tuple[str, ...]
-
-
-class _Line(msgspec.Struct):
-    """A line's own settings, as submit has checked them."""
-
-    cache: CacheMode | None = None
-    template: str | None = None
-    variables: dict[str, str] = {}
-    sources: list[str] = []
-
-
-_LINE = msgspec.json.Decoder(_Line)
-_NO_LINE = _Line()
 
 
 def served(
@@ -292,13 +280,13 @@ def says_the_same(one: JobResult, other: JobResult) -> bool:
     return texts[0] is not None and texts[1] is not None and comparable(texts[0]) == comparable(texts[1])
 
 
-def _split(fields: Mapping[str, Any], line: _Line, affixes: Affixes) -> Split | None:
+def _split(fields: Mapping[str, Any], line: LineSettings, affixes: Affixes) -> Split | None:
     """The request's payload in its template: the line's own, or else what stands between the batch's affixes."""
     prompt = prompt_of(fields)
     if prompt is None:
         return None
     before, text = prompt
-    found = split(text, affixes) if line.template is None else split_declared(line.template, line.variables)
+    found = split(text, affixes) if line.template is None else split_declared(line.template, line.variables or {})
     return None if found is None else replace(found, template=before + found.template)
 
 

@@ -89,7 +89,7 @@ def _reasons(report: NamespaceReport, policy: Policy, disagreement: float | None
     if disagreement is not None and disagreement > policy.limits.error / 2:
         found.append(
             f"the engine disagrees with itself: asked twice, {report.differed} of {report.asked_twice} answers "
-            f"differed ({disagreement:.1%}, over half of the limit of {policy.limits.error:.1%}); no cache can agree more"
+            f"differed ({disagreement:.1%}, over half of the limit, {policy.limits.error:.1%}); no cache can do better"
         )
     if report.answers and report.free_answers > MOSTLY * report.answers:
         found.append(

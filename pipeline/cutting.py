@@ -15,22 +15,28 @@ class ShardCutter:
     """
 
     def __init__(self, bounds: ShardSettings, *, first: int) -> None:
-        self._bounds = bounds
+        self._max_jobs, self._max_tokens, self._max_bytes = bounds.max_jobs, bounds.max_tokens, bounds.max_bytes
         self._spans: list[tuple[int, int, int]] = []
-        self._start = self._next = first
-        self._tokens = self._bytes = 0
+        self._start = first
+        self._jobs = self._tokens = self._bytes = 0  # of the shard that is not yet cut
 
     def add(self, tokens: int, size_bytes: int) -> None:
         """Count the next job: its estimated tokens, prompt and most output, and the bytes of its body."""
-        bounds, jobs = self._bounds, self._next - self._start
-        total_tokens, total_bytes = self._tokens + tokens, self._bytes + size_bytes
-        if jobs and (jobs >= bounds.max_jobs or total_tokens > bounds.max_tokens or total_bytes > bounds.max_bytes):
-            self._spans.append((self._start, self._next - 1, self._tokens))
-            self._start, total_tokens, total_bytes = self._next, tokens, size_bytes
-        self._tokens, self._bytes = total_tokens, total_bytes
-        self._next += 1
+        self._jobs = jobs = self._jobs + 1
+        self._tokens = all_tokens = self._tokens + tokens
+        self._bytes = all_bytes = self._bytes + size_bytes
+        if jobs > self._max_jobs or all_tokens > self._max_tokens or all_bytes > self._max_bytes:
+            self._cut_before(tokens, size_bytes)
 
     def spans(self) -> list[tuple[int, int, int]]:
         """(first, last, tokens) of every shard, the last one ended here; places count from `first`."""
-        rest = [(self._start, self._next - 1, self._tokens)] if self._next > self._start else []
+        rest = [(self._start, self._start + self._jobs - 1, self._tokens)] if self._jobs else []
         return [*self._spans, *rest]
+
+    def _cut_before(self, tokens: int, size_bytes: int) -> None:
+        """End the shard before its newest job, unless that is its only one."""
+        others = self._jobs - 1
+        if others:
+            self._spans.append((self._start, self._start + others - 1, self._tokens - tokens))
+            self._start += others
+            self._jobs, self._tokens, self._bytes = 1, tokens, size_bytes

@@ -88,6 +88,7 @@ def manifest(database: Database, progress: BatchProgress) -> dict[str, Any]:
             "failed": progress.failed,
             "truncated": progress.truncated,
             "empty": progress.empty,
+            "followers": progress.followers,
         },
         "tokens": {
             "prompt": progress.prompt_tokens,
@@ -117,10 +118,10 @@ def _gapless(database: Database, batch_id: UUID, *, next_seq: int) -> Iterator[R
 
 
 def _origin(row: ResultRow) -> str:
-    """Which entry of the cache an answer came from."""
-    if row.entry is None:
-        return ""
-    return f',"entry":{row.entry}' + ("" if row.similarity is None else f',"similarity":{row.similarity:.4f}')
+    """Whose result it took, and which entry of the cache an answer came from."""
+    leader = "" if row.leader is None else f',"leader":{_json(row.leader)}'
+    entry = "" if row.entry is None else f',"entry":{row.entry}'
+    return leader + entry + ("" if row.similarity is None else f',"similarity":{row.similarity:.4f}')
 
 
 def _one_line(text: str) -> str:

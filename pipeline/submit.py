@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from io import BufferedReader
@@ -20,12 +20,15 @@ from uuid import UUID
 import msgspec
 
 from models.lines import LineRules, ParsedLine, SubmitOptions
-from models.states import Priority
-from pipeline.again import check_reusable, reuse_results
+from models.states import CacheMode, Priority
+from pipeline.again import check_reusable
+from pipeline.arrange import arrange
 from pipeline.batch_file import BatchFile, Progress, SkippingBatchFile, opened
 from pipeline.begin import CHUNK_JOBS, LEASE, TENANT, begin_batch, same_submit
 from pipeline.begin import Submitted as Submitted
 from pipeline.cutting import ShardCutter
+from pipeline.duplicates import LOW_BITS, DigestBuckets
+from pipeline.semantic_lines import SemanticLines
 from runtime.clock import uuid7
 from runtime.errors import Problem
 from runtime.settings import Settings, ShardSettings
@@ -57,6 +60,7 @@ class FileEstimate:
     models: dict[str, int]
     endpoint: str
     skipped: int = 0
+    notices: tuple[str, ...] = ()
 
 
 def submit_file(
@@ -108,10 +112,7 @@ def submit_file(
         )
 
         def fill() -> Filled:
-            filled = _fill(database, batch, chain([first], lines), source, bounds=settings.shard)
-            if wishes.results_of is None:
-                return filled
-            return reuse_results(database, batch, filled, wishes.results_of, bounds=settings.shard)
+            return _store(database, batch, chain([first], lines), source, wishes=wishes, bounds=settings.shard)
 
         return begin_batch(database, batch, fill, window=window, reuse=reuse)
 
@@ -130,8 +131,11 @@ def dry_run(
         source = _source(file, options, settings, served_models, on_progress, on_skipped)
         prompt_tokens = output_tokens = 0
         models: Counter[str] = Counter()
+        semantic = SemanticLines()
         for line in source:
             models[line.model] += 1
+            if line.cache is CacheMode.SEMANTIC:
+                semantic.add(line)
             prompt_tokens += line.prompt_tokens
             output_tokens += line.output_tokens
         return FileEstimate(
@@ -141,6 +145,7 @@ def dry_run(
             models=dict(models),
             endpoint=source.endpoint or "",
             skipped=source.skipped,
+            notices=semantic.notices,
         )
 
 
@@ -152,7 +157,7 @@ def _source(
     on_progress: Progress | None,
     on_skipped: Callable[[Problem], None] | None,
 ) -> BatchFile:
-    rules = LineRules(options=options, line_bytes=settings.limits.line_bytes)
+    rules = LineRules(options=options, line_bytes=settings.limits.line_bytes, sampled=settings.cache.sampled)
     read = BatchFile if on_skipped is None else partial(SkippingBatchFile, on_skipped=on_skipped)
     return read(file, rules=rules, served_models=served_models, on_progress=on_progress)
 
@@ -166,30 +171,73 @@ def _submit_digest(
     return hashlib.sha256(input_digest.encode() + b"\n" + canonical).hexdigest()
 
 
-def _fill(
-    database: Database, batch: NewBatch, lines: Iterator[ParsedLine], source: BatchFile, *, bounds: ShardSettings
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """The lines on their way into Postgres, and what is learned of them in passing."""
+
+    lines: Iterator[ParsedLine]
+    digests: DigestBuckets
+    semantic: SemanticLines
+
+
+def _store(
+    database: Database,
+    batch: NewBatch,
+    lines: Iterator[ParsedLine],
+    source: BatchFile,
+    *,
+    wishes: Wishes,
+    bounds: ShardSettings,
 ) -> Filled:
+    """Store all lines, then settle which of them run, and in what order."""
+    semantic = SemanticLines()
+    with DigestBuckets("qi") as digests:
+        filled = _fill(database, batch, _Stored(lines, digests, semantic), source, bounds=bounds)
+        return arrange(
+            database, batch, filled, digests, results_of=wishes.results_of, pilot=bool(semantic), bounds=bounds
+        )
+
+
+def _fill(database: Database, batch: NewBatch, stored: _Stored, source: BatchFile, *, bounds: ShardSettings) -> Filled:
     """Store all lines, a chunk a transaction."""
     total = shards = 0
+    lines, semantic = stored.lines, stored.semantic
     for first in lines:
         cutter = ShardCutter(bounds, first=total)
         with database.transaction() as session:
             extend_lease(session, batch.id, lease=LEASE)
-            chunk = _chunk(chain([first], lines), cutter)
+            chunk = _chunk(replace(stored, lines=chain([first], lines)), cutter, first_seq=total)
             total += copy_jobs(session, chunk, batch_id=batch.id, first_seq=total)
             spans = cutter.spans()
             insert_shards(session, spans, batch_id=batch.id)
+        stored.digests.settle()
         shards += len(spans)
-    return Filled(total=total, open_shards=shards, skipped=source.skipped)
+    return Filled(
+        total=total,
+        open_shards=shards,
+        skipped=source.skipped,
+        options=semantic.options,
+        notices=semantic.notices,
+    )
 
 
-def _chunk(lines: Iterator[ParsedLine], cutter: ShardCutter) -> Iterator[ParsedLine]:
-    """The lines of one transaction, each counted by the cutter."""
-    chunk_bytes = 0
-    for count, line in enumerate(lines, 1):
-        size = len(line.body)
-        cutter.add(line.prompt_tokens + line.output_tokens, size)
+def _chunk(stored: _Stored, cutter: ShardCutter, *, first_seq: int) -> Iterator[ParsedLine]:
+    """The lines of one transaction, each counted by the cutter, and remembered if it may share its answer."""
+    last_seq, chunk_bytes = first_seq + CHUNK_JOBS - 1, 0
+    count_in, (keep_digest, keep_seq), similar = cutter.add, stored.digests.appends, CacheMode.SEMANTIC
+    for seq, line in enumerate(stored.lines, first_seq):
+        body = line.body
+        size = len(body)
+        count_in(line.prompt_tokens + line.output_tokens, size)
+        is_similar = line.cache is similar
+        if line.may_share:
+            digest = ~hash(body) if is_similar else hash(body)
+            bucket = digest & LOW_BITS
+            keep_digest[bucket](digest)
+            keep_seq[bucket](seq)
+        if is_similar:
+            stored.semantic.add(line)
         yield line
         chunk_bytes += size
-        if count >= CHUNK_JOBS or chunk_bytes >= CHUNK_BYTES:
+        if seq == last_seq or chunk_bytes >= CHUNK_BYTES:
             break

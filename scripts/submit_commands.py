@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,8 @@ _submit_options = (
     click.option(
         "--cache",
         type=click.Choice([mode.value for mode in CacheMode]),
-        help="exact: an equal request that was answered before is not run again.",
+        help="exact: an equal request that was answered before is not run again. semantic: nor is one that means the "
+        "same, within a certified error. A line's own stoker.cache overrides it.",
     ),
     _window_option,
     _priority_option,
@@ -160,7 +161,8 @@ def run(
             wishes=_wishes(priority, weight),
             reuse=False,
         )
-        say(f"{batch_name(submitted.batch_id)}: {submitted.total:,} jobs stored")
+        say(f"{batch_name(submitted.batch_id)}: {submitted.total:,} jobs stored{_following(submitted)}")
+        _say_all(submitted.notices)
         progress = watch_batch(
             database, submitted.batch_id, tenant=TENANT, check=started.expect_alive if started else None
         )
@@ -280,7 +282,17 @@ def retry(
 
 def _say_stored(submitted: Submitted, more: str) -> None:
     name = batch_name(submitted.batch_id)[:18]
-    say(f"{submitted.total:,} jobs stored{more}; follow them with `stoker watch {name}`")
+    say(f"{submitted.total:,} jobs stored{more}{_following(submitted)}; follow them with `stoker watch {name}`")
+    _say_all(submitted.notices)
+
+
+def _following(submitted: Submitted) -> str:
+    return f", {submitted.followers:,} of them equal to another, which runs for them" if submitted.followers else ""
+
+
+def _say_all(notices: Sequence[str]) -> None:
+    for notice in notices:
+        say(f"note: {notice}")
 
 
 def _emit_batch(submitted: Submitted, *, as_json: bool) -> None:
@@ -289,7 +301,9 @@ def _emit_batch(submitted: Submitted, *, as_json: bool) -> None:
         emit(name)
         return
     figures = {"batch": name, "jobs": submitted.total, "reused": submitted.reused}
-    emit_json(figures | {"skipped": submitted.skipped, "results_reused": submitted.taken})
+    emit_json(
+        figures | {"skipped": submitted.skipped, "results_reused": submitted.taken, "followers": submitted.followers}
+    )
 
 
 def _wishes(priority: str | None, weight: float | None, *, results_of: UUID | None = None) -> Wishes:
@@ -355,6 +369,7 @@ def _estimate(
             on_skipped=report,
             on_progress=lambda done_bytes, _: show(done_bytes),
         )
+    _say_all(found.notices)
     figures = {
         "lines": found.lines,
         "endpoint": found.endpoint,

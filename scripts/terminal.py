@@ -151,6 +151,7 @@ def summary(progress: BatchProgress) -> dict[str, Any]:
         "retry_of": batch_name(progress.retry_of) if progress.retry_of else None,
         "skipped": progress.skipped,
         "reused": progress.options.get("reused", 0),
+        "followers": progress.followers,
         "paused": progress.paused_reason,
         "jobs": progress.total,
         "done": progress.done,

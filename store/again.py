@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import delete, text
+from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from models.rows import Shard
 from models.states import BatchState, Priority
 from runtime.errors import NotFound
+from store.open_shards import CutJob
 
 TAKEN_SHARD_JOBS = 10_000  # as many as a shard may have; nobody runs these
 
@@ -48,15 +48,6 @@ class EarlierBatch:
     max_output_tokens: int | None
     weight: float
     failed: int
-
-
-@dataclass(frozen=True, slots=True)
-class CutJob:
-    """What cutting shards asks of a job; `tokens` is an estimate, prompt and most output."""
-
-    seq: int
-    tokens: int
-    size_bytes: int
 
 
 def read_earlier(session: Session, batch_id: UUID, *, tenant: str) -> EarlierBatch:
@@ -101,8 +92,8 @@ def copy_failed_jobs(
         ), f AS (
             SELECT seq, CAST(row_number() OVER (ORDER BY seq) AS int4) + :first - 1 AS new_seq FROM page
         ), i AS (
-            INSERT INTO jobs (batch_id, seq, custom_id, body)
-            SELECT :batch, f.new_seq, o.custom_id, o.body
+            INSERT INTO jobs (batch_id, seq, custom_id, body, stoker)
+            SELECT :batch, f.new_seq, o.custom_id, o.body, o.stoker
             FROM f JOIN jobs o ON o.batch_id = :earlier AND o.seq = f.seq
             RETURNING batch_id, seq, body
         )
@@ -114,10 +105,10 @@ def copy_failed_jobs(
 
 
 def take_results(session: Session, earlier_id: UUID, *, batch_id: UUID) -> int:
-    """Give jobs of the new batch the succeeded results of equal jobs of the earlier one: how many.
+    """Give jobs of the new batch the succeeded results of equal jobs of the earlier one, in done shards: how many.
 
-    Equal: the same custom_id and the same bytes of body. No tokens are counted, nothing was spent. If there
-    are any, the new batch's shards are replaced by done ones of these jobs; those for the rest are to be cut.
+    Equal: the same custom_id and the same bytes of body; a line that states `"cache": "off"` itself is to run, and
+    takes none. No tokens are counted, nothing was spent. The jobs stay in their open shards as well: cut these again.
     """
     session.execute(text("CREATE TEMP TABLE taken (seq int4, earlier_seq int4) ON COMMIT DROP"))
     # Postgres knows nothing of rows that were just copied; a nested loop over two batches would never end.
@@ -129,7 +120,8 @@ def take_results(session: Session, earlier_id: UUID, *, batch_id: UUID) -> int:
             FROM jobs j JOIN results r ON r.batch_id = j.batch_id AND r.seq = j.seq
             WHERE j.batch_id = :earlier AND r.batch_id = :earlier AND r.outcome = 'succeeded'
         ), new AS MATERIALIZED (
-            SELECT seq, custom_id, sha256(convert_to(body, 'UTF8')) AS digest FROM jobs WHERE batch_id = :batch
+            SELECT seq, custom_id, sha256(convert_to(body, 'UTF8')) AS digest FROM jobs
+            WHERE batch_id = :batch AND coalesce(CAST(stoker AS json) ->> 'cache', '') <> 'off'
         )
         INSERT INTO taken SELECT new.seq, old.seq FROM new JOIN old USING (custom_id, digest)"""),
         {"earlier": earlier_id, "batch": batch_id},
@@ -142,30 +134,8 @@ def take_results(session: Session, earlier_id: UUID, *, batch_id: UUID) -> int:
     return count
 
 
-def jobs_to_run(session: Session, batch_id: UUID, *, after_seq: int, limit: int) -> list[CutJob]:
-    """The next jobs after `after_seq` that have no result."""
-    rows = session.execute(
-        text(f"""
-        SELECT j.seq, CAST({_TOKENS} AS int8), octet_length(j.body)
-        FROM jobs j JOIN batches b ON b.id = j.batch_id
-        WHERE j.batch_id = :batch AND j.seq > :after
-          AND NOT EXISTS (SELECT FROM results r WHERE r.batch_id = :batch AND r.seq = j.seq)
-        ORDER BY j.seq LIMIT :limit"""),
-        {"batch": batch_id, "after": after_seq, "limit": limit},
-    )
-    return [CutJob(*row) for row in rows]
-
-
-def insert_cut_shards(session: Session, shards: list[tuple[list[int], int]], *, batch_id: UUID) -> None:
-    """Store shards of any seqs, (seqs, tokens) each, with ids in their order."""
-    session.execute(
-        text("INSERT INTO shards (batch_id, seqs, tokens) VALUES (:batch, CAST(:seqs AS int4[]), :tokens)"),
-        [{"batch": batch_id, "seqs": seqs, "tokens": tokens} for seqs, tokens in shards],
-    )
-
-
 def _insert_taken(session: Session, earlier_id: UUID, *, batch_id: UUID) -> int:
-    """Copy the results and replace the shards by done ones: how many results there were."""
+    """Copy the results and count them in done shards: how many results there were."""
     count: int = session.execute(
         text("""
         WITH i AS (
@@ -179,7 +149,6 @@ def _insert_taken(session: Session, earlier_id: UUID, *, batch_id: UUID) -> int:
         SELECT count(*) FROM i"""),
         {"batch": batch_id, "earlier": earlier_id},
     ).scalar_one()
-    session.execute(delete(Shard).where(Shard.batch_id == batch_id))
     session.execute(
         text("""
         INSERT INTO shards (batch_id, seqs, state, done)

@@ -13,6 +13,8 @@ from sqlalchemy.orm import Session
 from models.rows import Batch
 from models.states import TERMINAL, BatchState, Ending, Priority
 from runtime.errors import NotFound
+from store.followers import FOLLOWERS_OF_ENDED, release
+from store.namespaces import give_up_lookups
 from store.notifications import wake_dispatch
 
 SCREENED_JOBS = 200
@@ -21,7 +23,10 @@ SCREENED_FAILURES = 60  # over 30% of the first 200
 
 @dataclass(frozen=True, slots=True)
 class BatchProgress:
-    """A batch and the sums of its shards' counters; tokens are as the endpoints counted them."""
+    """A batch and the sums of its shards' counters; tokens are as the endpoints counted them.
+
+    `followers` are those of the jobs that take the results of equal ones; they count as done when these do.
+    """
 
     id: UUID
     state: BatchState
@@ -51,6 +56,7 @@ class BatchProgress:
     weight: float
     skipped: int
     retry_of: UUID | None
+    followers: int
 
     @property
     def succeeded(self) -> int:
@@ -65,7 +71,6 @@ class BatchProgress:
 
 _VISIBLE = "state <> 'validating' AND deleted_at IS NULL"  # not before it is whole, nor past its retention
 _COUNTERS = (
-    "done",
     "failed",
     "truncated",
     "empty",
@@ -79,8 +84,9 @@ _COUNTERS = (
 _PROGRESS = f"""
 SELECT b.id, b.state, b.ending, b.priority, b.paused_reason, b.endpoint, b.input_name, b.options, b.max_output_tokens,
     b.created_at, b.in_progress_at, b.expires_at, b.ended_at, b.total,
+    CAST(coalesce(sum(s.done + s.followers), 0) AS int8),
     {", ".join(f"CAST(coalesce(sum(s.{name}), 0) AS int8)" for name in _COUNTERS)},
-    count(*) FILTER (WHERE s.state = 'running'), b.weight, b.skipped, b.retry_of
+    count(*) FILTER (WHERE s.state = 'running'), b.weight, b.skipped, b.retry_of, b.followers
 FROM batches b LEFT JOIN shards s ON s.batch_id = b.id
 WHERE b.tenant = :tenant AND b.deleted_at IS NULL AND {{condition}}
 GROUP BY b.id ORDER BY b.id DESC LIMIT :limit
@@ -177,10 +183,13 @@ def shards_to_wind_down(session: Session, *, limit: int) -> list[tuple[int, Endi
 
 
 def end_unfinished(session: Session, *, shard_id: int, fence: int, code: str, message: str) -> int:
-    """Give every unfinished job of a claimed shard an error result, under the fence: how many it was."""
+    """Give every unfinished job of a claimed shard, and its followers, an error result, under the fence: how many.
+
+    One statement, as a write is: a leader that ends and its followers end together, or nothing of it happened.
+    """
     return (
         session.execute(
-            text("""
+            text(f"""
         WITH f AS (
             SELECT id, batch_id, seqs FROM shards WHERE id = :shard_id AND fence = :fence AND state = 'running'
             FOR NO KEY UPDATE
@@ -188,10 +197,10 @@ def end_unfinished(session: Session, *, shard_id: int, fence: int, code: str, me
             INSERT INTO results (batch_id, seq, outcome, source, error_code, error_message,
                 prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, duration_ms)
             SELECT f.batch_id, unnest(f.seqs), 'failed', 'none', :code, :message, 0, 0, 0, 0, 0 FROM f
-            ON CONFLICT (batch_id, seq) DO NOTHING RETURNING 1
-        ), c AS (SELECT count(*) AS n FROM i)
-        UPDATE shards s SET done = s.done + c.n, failed = s.failed + c.n FROM f, c WHERE s.id = f.id
-        RETURNING c.n"""),
+            ON CONFLICT (batch_id, seq) DO NOTHING RETURNING batch_id, seq
+        ), c AS (SELECT count(*) AS n FROM i){FOLLOWERS_OF_ENDED}
+        UPDATE shards s SET done = s.done + c.n, failed = s.failed + c.n + k.n, followers = s.followers + k.n
+        FROM f, c, k WHERE s.id = f.id RETURNING c.n + k.n"""),
             {"shard_id": shard_id, "fence": fence, "code": code, "message": message},
         ).scalar_one_or_none()
         or 0
@@ -202,13 +211,13 @@ def screen(session: Session) -> list[tuple[UUID, str]]:
     """Pause batches of which over 30% of the first 200 finished jobs failed: (id, reason) of each.
 
     A batch that has passed is not looked at again. An engine that refuses everything is found out
-    before it has refused a million jobs.
+    before it has refused a million jobs. A leader and its followers are one job here.
     """
     paused = []
     live = session.execute(
         text("""
         SELECT b.id, b.total FROM batches b WHERE b.state = 'in_progress' AND NOT b.screened
-          AND b.ending IS NULL AND b.paused_reason IS NULL AND b.total >= :jobs"""),
+          AND b.ending IS NULL AND b.paused_reason IS NULL AND b.total - b.followers >= :jobs"""),
         {"jobs": SCREENED_JOBS},
     ).all()
     for batch_id, _ in live:
@@ -218,7 +227,7 @@ def screen(session: Session) -> list[tuple[UUID, str]]:
                 mode() WITHIN GROUP (
                     ORDER BY coalesce(error_code, '') || ': ' || left(coalesce(error_message, ''), 200))
                     FILTER (WHERE outcome = 'failed')
-            FROM (SELECT * FROM results WHERE batch_id = :id LIMIT :jobs) AS first"""),
+            FROM (SELECT * FROM results WHERE batch_id = :id AND source <> 'duplicate' LIMIT :jobs) AS first"""),
             {"id": batch_id, "jobs": SCREENED_JOBS},
         ).one()
         if failures > SCREENED_FAILURES:
@@ -254,6 +263,7 @@ def finish(session: Session, batch_id: UUID) -> int:
     if results != locked:
         return _requeue_missing(session, batch_id)
     session.execute(text("DELETE FROM job_tries WHERE batch_id = :id"), {"id": batch_id})
+    give_up_lookups(session, batch_id)
     session.execute(
         text("""
         UPDATE batches SET state = coalesce(ending, 'completed'), ending = coalesce(ending, 'completed'),
@@ -264,11 +274,14 @@ def finish(session: Session, batch_id: UUID) -> int:
 
 
 def _requeue_missing(session: Session, batch_id: UUID) -> int:
+    """A follower is brought by its leader if that is missing too; else it runs by itself."""
+    release(session, batch_id)
     missing = list(
         session.scalars(
             text("""
-        SELECT j.seq FROM jobs j WHERE j.batch_id = :id AND NOT EXISTS (
-            SELECT FROM results r WHERE r.batch_id = j.batch_id AND r.seq = j.seq)
+        SELECT j.seq FROM jobs j WHERE j.batch_id = :id
+          AND NOT EXISTS (SELECT FROM results r WHERE r.batch_id = j.batch_id AND r.seq = j.seq)
+          AND NOT EXISTS (SELECT FROM followers x WHERE x.batch_id = j.batch_id AND x.seq = j.seq)
         ORDER BY j.seq"""),
             {"id": batch_id},
         )
@@ -276,12 +289,13 @@ def _requeue_missing(session: Session, batch_id: UUID) -> int:
     # The old shards give up what they lack and are counted anew, so that progress counts each job once.
     session.execute(
         text("""
-        UPDATE shards s SET seqs = kept.seqs, done = cardinality(kept.seqs), failed = kept.failed,
-            truncated = kept.truncated, empty = kept.empty, prompt_tokens = kept.prompt_tokens,
+        UPDATE shards s SET seqs = kept.seqs, done = cardinality(kept.seqs), followers = kept.followers,
+            failed = kept.failed, truncated = kept.truncated, empty = kept.empty, prompt_tokens = kept.prompt_tokens,
             completion_tokens = kept.completion_tokens, cached_tokens = kept.cached_tokens,
-            reasoning_tokens = kept.reasoning_tokens, served = kept.served
+            reasoning_tokens = kept.reasoning_tokens, served = kept.served, exact = kept.exact, semantic = kept.semantic
         FROM (
-            SELECT h.id, coalesce(array_agg(r.seq ORDER BY r.seq) FILTER (WHERE r.seq IS NOT NULL), '{}') AS seqs,
+            SELECT h.id, coalesce(array_agg(r.seq ORDER BY r.seq) FILTER (WHERE r.leads), '{}') AS seqs,
+                count(*) FILTER (WHERE NOT r.leads) AS followers,
                 count(*) FILTER (WHERE r.outcome = 'failed') AS failed,
                 count(*) FILTER (WHERE r.outcome = 'truncated') AS truncated,
                 count(*) FILTER (WHERE r.outcome = 'empty') AS empty,
@@ -289,11 +303,20 @@ def _requeue_missing(session: Session, batch_id: UUID) -> int:
                 coalesce(sum(r.completion_tokens), 0) AS completion_tokens,
                 coalesce(sum(r.cached_tokens), 0) AS cached_tokens,
                 coalesce(sum(r.reasoning_tokens), 0) AS reasoning_tokens,
-                count(r.cache_entry_id) AS served
-            FROM shards h LEFT JOIN results r ON r.batch_id = h.batch_id AND r.seq = ANY(h.seqs)
-            WHERE h.batch_id = :id AND h.seqs && CAST(:missing AS int4[]) GROUP BY h.id) AS kept
+                count(*) FILTER (WHERE r.cache_entry_id IS NOT NULL
+                    OR r.source = 'duplicate' AND r.outcome <> 'failed') AS served,
+                count(*) FILTER (WHERE r.source = 'exact') AS exact,
+                count(*) FILTER (WHERE r.source = 'semantic') AS semantic
+            FROM shards h LEFT JOIN LATERAL (
+                SELECT true AS leads, r.* FROM unnest(h.seqs) AS u (seq)
+                JOIN results r ON r.batch_id = :id AND r.seq = u.seq
+                UNION ALL
+                SELECT false AS leads, r.* FROM unnest(h.seqs) AS u (seq)
+                JOIN followers x ON x.batch_id = :id AND x.leader = u.seq
+                JOIN results r ON r.batch_id = :id AND r.seq = x.seq) AS r ON true
+            WHERE h.batch_id = :id GROUP BY h.id) AS kept
         WHERE s.id = kept.id"""),
-        {"id": batch_id, "missing": missing},
+        {"id": batch_id},
     )
     parts = [missing[start : start + 64] for start in range(0, len(missing), 64)]
     session.execute(

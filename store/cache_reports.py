@@ -76,15 +76,16 @@ def cache_totals(session: Session, tenant: str) -> CacheTotals:
         text("SELECT count(*) FROM cache_entries WHERE tenant = :tenant AND expires_at > clock_timestamp()"),
         {"tenant": tenant},
     )
-    jobs, served, semantic, followers, saved, unlooked = session.execute(
+    jobs, exact, duplicate, semantic, saved, unlooked = session.execute(
         text("""
-        SELECT CAST(coalesce(sum(s.done + s.followers), 0) AS int8), CAST(coalesce(sum(s.served), 0) AS int8),
-            CAST(coalesce(sum(s.semantic), 0) AS int8), CAST(coalesce(sum(s.followers), 0) AS int8),
-            CAST(coalesce(sum(s.saved_tokens), 0) AS int8), CAST(coalesce(sum(s.unlooked), 0) AS int8)
+        SELECT CAST(coalesce(sum(s.done + s.followers), 0) AS int8), CAST(coalesce(sum(s.exact), 0) AS int8),
+            CAST(coalesce(sum(s.served - s.exact - s.semantic), 0) AS int8),
+            CAST(coalesce(sum(s.semantic), 0) AS int8), CAST(coalesce(sum(s.saved_tokens), 0) AS int8),
+            CAST(coalesce(sum(s.unlooked), 0) AS int8)
         FROM shards s JOIN batches b ON b.id = s.batch_id WHERE b.tenant = :tenant AND b.deleted_at IS NULL"""),
         {"tenant": tenant},
     ).one()
-    return CacheTotals(int(entries or 0), jobs, served - semantic, followers, semantic, saved, unlooked)
+    return CacheTotals(int(entries or 0), jobs, exact, duplicate, semantic, saved, unlooked)
 
 
 def namespace_reports(session: Session, tenant: str) -> list[NamespaceReport]:

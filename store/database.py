@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 from sqlalchemy import URL, create_engine, make_url
@@ -128,6 +128,11 @@ class Database:
         return ServiceUnreachable(
             f"Postgres at {self.address} does not answer: {cause}; check STOKER_POSTGRES__URL and that the server runs"
         )
+
+
+def copy_cursor(session: Session) -> psycopg.Cursor[Any]:
+    """A psycopg cursor in the session's own transaction: SQLAlchemy has no COPY."""
+    return cast(psycopg.Connection, session.connection().connection.driver_connection).cursor()
 
 
 def _read_url(url: str) -> URL:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -11,7 +11,7 @@ from uuid import UUID
 from sqlalchemy import Uuid, bindparam, text
 from sqlalchemy.orm import Session
 
-from models.states import Outcome
+from models.states import Outcome, Source
 from store.database import Database
 
 PAGE_ROWS = 2_000
@@ -19,7 +19,7 @@ PAGE_ROWS = 2_000
 
 @dataclass(frozen=True, slots=True)
 class ResultRow:
-    """One finished job as the result file shows it; `response` is JSON text."""
+    """One finished job as the result file shows it; `response` is JSON text, `leader` the custom_id that it follows."""
 
     seq: int
     custom_id: str
@@ -31,6 +31,7 @@ class ResultRow:
     error_message: str | None
     entry: int | None = None
     similarity: float | None = None
+    leader: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,4 +124,19 @@ def _page(session: Session, batch_id: UUID, *, after_seq: int) -> list[ResultRow
         WHERE r.batch_id = :id AND r.seq > :after ORDER BY r.seq LIMIT :limit"""),
         {"id": batch_id, "after": after_seq, "limit": PAGE_ROWS},
     )
-    return [ResultRow(seq, custom_id, Outcome(outcome), *rest) for seq, custom_id, outcome, *rest in rows]
+    page = [ResultRow(seq, custom_id, Outcome(outcome), *rest) for seq, custom_id, outcome, *rest in rows]
+    if followers := [row.seq for row in page if row.source == Source.DUPLICATE]:
+        leaders = _leaders(session, batch_id, followers)
+        page = [replace(row, leader=leaders.get(row.seq)) for row in page]
+    return page
+
+
+def _leaders(session: Session, batch_id: UUID, seqs: list[int]) -> dict[int, str]:
+    """The custom_ids of those whom these jobs follow."""
+    rows = session.execute(
+        text("""
+        SELECT x.seq, j.custom_id FROM followers x JOIN jobs j ON j.batch_id = x.batch_id AND j.seq = x.leader
+        WHERE x.batch_id = :id AND x.seq = ANY(CAST(:seqs AS int4[]))"""),
+        {"id": batch_id, "seqs": seqs},
+    )
+    return {seq: custom_id for seq, custom_id in rows}

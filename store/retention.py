@@ -29,7 +29,14 @@ SLICE_S = 0.25  # deleting in one call, so that dispatch never waits long
 UNSEEN_S = 1800.0
 # The lock on a partitioned table stops everybody who comes after it; far below deadlock_timeout, so no deadlock.
 DROP_LOCK_TIMEOUT = "100ms"
-_PARTS = (("results", "seq"), ("jobs", "seq"), ("job_tries", "seq"), ("shards", "id"))
+_PARTS = (
+    ("results", "seq"),
+    ("jobs", "seq"),
+    ("followers", "seq"),
+    ("cache_lookups", "seq"),
+    ("job_tries", "seq"),
+    ("shards", "id"),
+)
 
 
 def delete_past_retention(database: Database, *, retention_s: float) -> bool:

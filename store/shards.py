@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from models.jobs import Affixes, Job, JobResult
 from models.states import CacheMode
+from store.followers import FOLLOWERS_OF_WRITTEN
 from store.notifications import wake_dispatch
 
 CRASHES_TO_HALVE = 3  # in a row without a committed result; simulated: halving at the first blamed the innocent
@@ -39,7 +40,7 @@ class Claim:
     """A claimed shard. `runnable` is false when its batch was cancelled, paused or has expired meanwhile.
 
     A `quarantined` one holds suspects, which run with nothing else on their engine. `crashes` are its attempts in a
-    row that died with their worker.
+    row that died with their worker. `followers`: jobs of its batch take the results of others, which a write must know.
     """
 
     shard_id: int
@@ -53,6 +54,7 @@ class Claim:
     tenant: str
     cache: CacheMode
     affixes: Affixes
+    followers: bool
 
     @property
     def runs_alone(self) -> bool:
@@ -91,7 +93,8 @@ def _claim_where(condition: str) -> TextClause:
             lease_until = clock_timestamp() + make_interval(secs => :lease_s)
         FROM batches b WHERE b.id = s.batch_id AND {condition}
         RETURNING s.id AS shard_id, s.fence, s.batch_id, s.seqs, b.endpoint, ({_RUNNABLE}) AS runnable, s.quarantined,
-            s.crashes, b.tenant, coalesce(b.options ->> 'cache', 'off') AS cache, b.options -> 'affixes' AS affixes""")
+            s.crashes, b.tenant, coalesce(b.options ->> 'cache', 'off') AS cache, b.options -> 'affixes' AS affixes,
+            b.followers > 0 AS followers""")
 
 
 _CLAIM = _claim_where("s.id = :shard_id AND s.state = ANY(:states)")
@@ -194,7 +197,9 @@ def extend_leases(session: Session, fences: Mapping[int, int], *, lease_s: float
     return {shard_id: runnable for shard_id, runnable in rows}
 
 
-WRITE = text("""
+def _write_of(returned: str, *, followers: str = "", total: str = "c") -> TextClause:
+    """The write: what it says of the inserted rows, `i`, what is done for their followers, and where all is counted."""
+    return text(f"""
 WITH f AS (
     SELECT id, batch_id FROM shards WHERE id = :shard_id AND fence = :fence AND state = 'running'
     FOR NO KEY UPDATE
@@ -209,27 +214,33 @@ WITH f AS (
         CAST(:reasoning_tokens AS int4[]), CAST(:durations AS int4[]), CAST(:entries AS int8[]),
         CAST(:namespaces AS int8[]), CAST(:similarities AS float4[])) AS u
     ON CONFLICT (batch_id, seq) DO NOTHING
-    RETURNING outcome, prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, cache_entry_id, namespace_id
+    RETURNING {returned}
 ), c AS (
     SELECT count(*) AS done, count(*) FILTER (WHERE outcome = 'failed') AS failed,
         count(*) FILTER (WHERE outcome = 'truncated') AS truncated,
         count(*) FILTER (WHERE outcome = 'empty') AS empty,
         coalesce(sum(prompt_tokens), 0) AS prompt_tokens, coalesce(sum(completion_tokens), 0) AS completion_tokens,
         coalesce(sum(cached_tokens), 0) AS cached_tokens, coalesce(sum(reasoning_tokens), 0) AS reasoning_tokens,
-        count(cache_entry_id) AS served, count(namespace_id) AS semantic, coalesce((
+        0 AS followers, count(cache_entry_id) AS served,
+        count(cache_entry_id) - count(namespace_id) AS exact, count(namespace_id) AS semantic, coalesce((
             SELECT sum(e.prompt_tokens + e.completion_tokens) FROM i JOIN cache_entries e ON e.id = i.cache_entry_id
         ), 0) AS saved_tokens
     FROM i
-)
-UPDATE shards s SET done = s.done + c.done, failed = s.failed + c.failed, truncated = s.truncated + c.truncated,
-    empty = s.empty + c.empty, prompt_tokens = s.prompt_tokens + c.prompt_tokens,
-    completion_tokens = s.completion_tokens + c.completion_tokens,
-    cached_tokens = s.cached_tokens + c.cached_tokens, reasoning_tokens = s.reasoning_tokens + c.reasoning_tokens,
-    served = s.served + c.served, semantic = s.semantic + c.semantic,
-    saved_tokens = s.saved_tokens + c.saved_tokens,
+){followers}
+UPDATE shards s SET done = s.done + t.done, failed = s.failed + t.failed, truncated = s.truncated + t.truncated,
+    empty = s.empty + t.empty, prompt_tokens = s.prompt_tokens + t.prompt_tokens,
+    completion_tokens = s.completion_tokens + t.completion_tokens,
+    cached_tokens = s.cached_tokens + t.cached_tokens, reasoning_tokens = s.reasoning_tokens + t.reasoning_tokens,
+    followers = s.followers + t.followers, served = s.served + t.served, exact = s.exact + t.exact,
+    semantic = s.semantic + t.semantic, saved_tokens = s.saved_tokens + t.saved_tokens,
     lease_until = clock_timestamp() + make_interval(secs => :lease_s)
-FROM f, c WHERE s.id = f.id RETURNING s.done
-""")
+FROM f, {total} t WHERE s.id = f.id RETURNING s.done""")
+
+
+_COUNTED = "outcome, prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, cache_entry_id, namespace_id"
+_COPIED = "batch_id, seq, status_code, response, error_code, error_message, similarity, engine_id"
+WRITE = _write_of(_COUNTED)
+WRITE_WITH_FOLLOWERS = _write_of(f"{_COUNTED}, {_COPIED}", followers=FOLLOWERS_OF_WRITTEN, total="with_followers")
 
 
 def write_results(
@@ -237,11 +248,13 @@ def write_results(
 ) -> int | None:
     """Insert results under the fence and count them: the shard's finished jobs, or None if the fence is lost.
 
+    The results of their followers come with them, in the same statement, so whoever dies leaves both or neither.
     Repeating the call, after an ambiguous COMMIT say, inserts and counts nothing twice.
     """
     return session.execute(
-        WRITE,
+        WRITE_WITH_FOLLOWERS if claim.followers else WRITE,
         {
+            **({"batch_id": claim.batch_id} if claim.followers else {}),
             "shard_id": claim.shard_id,
             "fence": claim.fence,
             "engine_id": engine_id,

@@ -5,33 +5,35 @@ A validating batch belongs to the process that fills it while its lease holds; n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from struct import Struct
-from typing import Any, cast
+from typing import Any
 from uuid import UUID
 
-import psycopg
 from sqlalchemy import ARRAY, BigInteger, Integer, bindparam, delete, insert, text
 from sqlalchemy.orm import Session
 
 from models.lines import ParsedLine
-from models.rows import Batch, Job
+from models.rows import Batch, Follower, Job
 from models.states import BatchState, Priority
 from runtime.errors import LostFence
+from store.database import copy_cursor
 from store.notifications import wake_dispatch
 
 # One COPY block. Binary blocks were measured at 0.7 µs of client CPU a row (386-byte bodies), text blocks at
 # 1.2, write_row at 1.7; with Postgres's own work 260,000 rows/s against 146,000 and 104,000.
 BLOCK_BYTES = 256 * 1024
 
-_COPY_JOBS = "COPY jobs (batch_id, seq, custom_id, body) FROM STDIN (FORMAT BINARY)"
+_COPY_JOBS = "COPY jobs (batch_id, seq, custom_id, body, stoker) FROM STDIN (FORMAT BINARY)"
 _COPY_START = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 _COPY_END = b"\xff\xff"
-_ROW_START = Struct(">hi16s")  # four fields; the first has 16 bytes, the batch's id
+_ROW_START = Struct(">hi16s")  # five fields; the first has 16 bytes, the batch's id
 _SEQ_AND_LENGTH = Struct(">iii")
 _LENGTH = Struct(">i")
+_NULL = b"\xff\xff\xff\xff"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +57,18 @@ class NewBatch:
 class Filled:
     """What a validating batch holds: its jobs, and the shards that are not done.
 
-    `skipped` counts bad lines that were left out, `taken` jobs whose results came from another batch.
+    `skipped` counts bad lines that were left out, `taken` jobs whose results came from another batch, `followers` those
+    that wait for an equal job's result. `options` is what was found out for the batch's own, `notices` for its
+    submitter.
     """
 
     total: int
     open_shards: int
     skipped: int = 0
     taken: int = 0
+    followers: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +79,7 @@ class SameSubmit:
     total: int
     skipped: int
     taken: int
+    followers: int
 
 
 def find_same_submit(
@@ -80,7 +88,7 @@ def find_same_submit(
     """The newest batch of this submit that runs or was completed; one that ends otherwise does not count."""
     row = session.execute(
         text(
-            "SELECT id, total, skipped, coalesce(CAST(options ->> 'reused' AS int4), 0) AS taken "
+            "SELECT id, total, skipped, coalesce(CAST(options ->> 'reused' AS int4), 0) AS taken, followers "
             "FROM batches WHERE tenant = :tenant AND submit_digest = :digest AND deleted_at IS NULL "
             "AND state IN ('in_progress', 'finalizing', 'completed') "
             "AND coalesce(ending, 'completed') = 'completed' "
@@ -88,7 +96,7 @@ def find_same_submit(
         ),
         {"tenant": tenant, "digest": submit_digest, "age": younger_than},
     ).one_or_none()
-    return None if row is None else SameSubmit(row.id, row.total, row.skipped, row.taken)
+    return None if row is None else SameSubmit(*row)
 
 
 def lock_submit(session: Session, *, tenant: str, submit_digest: str) -> None:
@@ -138,14 +146,15 @@ def extend_lease(session: Session, batch_id: UUID, *, lease: timedelta) -> None:
 
 def copy_jobs(session: Session, lines: Iterable[ParsedLine], *, batch_id: UUID, first_seq: int) -> int:
     """Store the lines as jobs, numbered from `first_seq`; return how many. An error in `lines` ends it."""
-    row_start = _ROW_START.pack(4, 16, batch_id.bytes)
+    row_start = _ROW_START.pack(5, 16, batch_id.bytes)
     pack_seq, pack_length = _SEQ_AND_LENGTH.pack, _LENGTH.pack
     seq = first_seq
-    with _cursor(session).copy(_COPY_JOBS) as copy:
+    with copy_cursor(session).copy(_COPY_JOBS) as copy:
         parts, size = [_COPY_START], 0
         for line in lines:
-            custom_id, body = line.custom_id.encode(), line.body
-            parts += (row_start, pack_seq(4, seq, len(custom_id)), custom_id, pack_length(len(body)), body)
+            custom_id, body, stoker = line.custom_id.encode(), line.body, line.stoker
+            end = _NULL if stoker is None else pack_length(len(stoker)) + stoker
+            parts += (row_start, pack_seq(4, seq, len(custom_id)), custom_id, pack_length(len(body)), body, end)
             seq += 1
             size += len(body)
             if size >= BLOCK_BYTES:
@@ -155,12 +164,17 @@ def copy_jobs(session: Session, lines: Iterable[ParsedLine], *, batch_id: UUID, 
     return seq - first_seq
 
 
-def insert_shards(session: Session, spans: Sequence[tuple[int, int, int]], *, batch_id: UUID) -> None:
-    """Cut shards of consecutive seqs, one for each (first, last, tokens) span, with ids in their order."""
+def insert_shards(
+    session: Session, spans: Sequence[tuple[int, int, int]], *, batch_id: UUID, seqs: Sequence[int] | None = None
+) -> None:
+    """Cut shards, one for each (first, last, tokens) span, with ids in their order.
+
+    Spans are of places in `seqs`, from 0; without it they are seqs themselves.
+    """
+    span = "generate_series(first, last)" if seqs is None else "unnest((CAST(:seqs AS int4[]))[first + 1 : last + 1])"
     session.execute(
         text(
-            "INSERT INTO shards (batch_id, seqs, tokens) "
-            "SELECT :batch, ARRAY(SELECT generate_series(first, last)), tokens "
+            f"INSERT INTO shards (batch_id, seqs, tokens) SELECT :batch, ARRAY(SELECT {span}), tokens "
             "FROM unnest(:firsts, :lasts, :tokens) WITH ORDINALITY AS span (first, last, tokens, place) ORDER BY place"
         ).bindparams(
             bindparam("firsts", type_=ARRAY(Integer)),
@@ -172,6 +186,7 @@ def insert_shards(session: Session, spans: Sequence[tuple[int, int, int]], *, ba
             "firsts": [first for first, _, _ in spans],
             "lasts": [last for _, last, _ in spans],
             "tokens": [tokens for _, _, tokens in spans],
+            **({} if seqs is None else {"seqs": list(seqs)}),
         },
     )
 
@@ -187,8 +202,7 @@ def set_going(session: Session, batch_id: UUID, filled: Filled, *, window: timed
                 "UPDATE batches SET total = :total, shards_left = :shards, skipped = :skipped, "
                 "state = CASE WHEN :shards = 0 THEN 'finalizing' ELSE 'in_progress' END, "
                 "finalizing_at = CASE WHEN :shards = 0 THEN clock_timestamp() END, "
-                "options = CASE WHEN :taken = 0 THEN options ELSE "
-                "jsonb_set(options, '{reused}', to_jsonb(CAST(:taken AS int4))) END, "
+                "options = options || CAST(:options AS jsonb), "
                 "lease_until = NULL, in_progress_at = clock_timestamp(), expires_at = clock_timestamp() + :window "
                 "WHERE id = :batch AND state = 'validating' RETURNING 1"
             ),
@@ -197,7 +211,7 @@ def set_going(session: Session, batch_id: UUID, filled: Filled, *, window: timed
                 "total": filled.total,
                 "shards": filled.open_shards,
                 "skipped": filled.skipped,
-                "taken": filled.taken,
+                "options": json.dumps({**({"reused": filled.taken} if filled.taken else {}), **filled.options}),
                 "window": window,
             },
         ),
@@ -213,6 +227,7 @@ def delete_validating(session: Session, batch_id: UUID) -> bool:
     )
     if gone is not None:
         session.execute(delete(Job).where(Job.batch_id == gone))
+        session.execute(delete(Follower).where(Follower.batch_id == gone))
     return gone is not None
 
 
@@ -229,11 +244,6 @@ def delete_abandoned_batches(session: Session) -> list[UUID]:
         )
     ).all()
     return [batch_id for batch_id in abandoned if delete_validating(session, batch_id)]
-
-
-def _cursor(session: Session) -> psycopg.Cursor[Any]:
-    """A psycopg cursor in the session's own transaction: SQLAlchemy has no COPY."""
-    return cast(psycopg.Connection, session.connection().connection.driver_connection).cursor()
 
 
 def _expect_ours(found: object, batch_id: UUID) -> None:

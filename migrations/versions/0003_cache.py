@@ -71,10 +71,11 @@ def upgrade() -> None:
     )
     op.create_table('followers',
     sa.Column('batch_id', sa.Uuid(), nullable=False),
-    sa.Column('leader', sa.INTEGER(), autoincrement=False, nullable=False),
     sa.Column('seq', sa.INTEGER(), autoincrement=False, nullable=False),
-    sa.PrimaryKeyConstraint('batch_id', 'leader', 'seq', name=op.f('pk_followers'))
+    sa.Column('leader', sa.INTEGER(), nullable=False),
+    sa.PrimaryKeyConstraint('batch_id', 'seq', name=op.f('pk_followers'))
     )
+    op.create_index(op.f('ix_followers_batch_id_leader'), 'followers', ['batch_id', 'leader'], unique=False)
     op.create_table('cache_lookups',
     sa.Column('batch_id', sa.Uuid(), nullable=False),
     sa.Column('seq', sa.INTEGER(), autoincrement=False, nullable=False),
@@ -111,6 +112,7 @@ def upgrade() -> None:
     op.add_column('results', sa.Column('cache_entry_id', sa.BIGINT(), nullable=True))
     op.add_column('results', sa.Column('similarity', sa.REAL(), nullable=True))
     op.add_column('shards', sa.Column('served', sa.Integer(), server_default='0', nullable=False))
+    op.add_column('shards', sa.Column('exact', sa.Integer(), server_default='0', nullable=False))
     op.add_column('shards', sa.Column('semantic', sa.Integer(), server_default='0', nullable=False))
     op.add_column('shards', sa.Column('saved_tokens', sa.BIGINT(), server_default='0', nullable=False))
     op.add_column('shards', sa.Column('followers', sa.Integer(), server_default='0', nullable=False))

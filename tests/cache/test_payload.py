@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache.answers import Kind, answer_text, comparable
-from cache.payload import BLANK, Affixes, declared, prompt_of, shared_affixes, split
+from cache.payload import BLANK, Affixes, SharedAffixes, declared, prompt_of, shared_affixes, split
 from runtime.errors import BadInput
 
 
@@ -118,3 +118,20 @@ def test_only_one_whole_plain_answer_has_a_text() -> None:
         "no json",
     ):
         assert answer_text(other) is None
+
+
+@given(
+    st.text("ab _.", max_size=40),
+    st.text("ab _.", max_size=40),
+    st.lists(st.text("ab _.", max_size=6), max_size=6),
+    st.lists(st.text("ab _.", max_size=60), max_size=1),
+)
+def test_affixes_found_one_by_one_are_those_of_the_whole_list(
+    prefix: str, suffix: str, payloads: list[str], others: list[str]
+) -> None:
+    prompts = [*(prefix + payload + suffix for payload in payloads), *others]
+    shared = SharedAffixes()
+    for seen, prompt in enumerate(prompts, 1):
+        shared.add(prompt)
+        assert shared.affixes() == shared_affixes(prompts[:seen])
+    assert shared.affixes() == shared_affixes(prompts)

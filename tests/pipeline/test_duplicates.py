@@ -10,13 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.duplicates import MAX_SUSPECTS, DigestBuckets, Duplicate, Suspects, duplicates
+from pipeline.duplicates import LOW_BITS, MAX_SUSPECTS, DigestBuckets, Duplicate, Suspects, duplicates
 
 
 def suspects_of(ids: list[str], *, spill_at: int, most: int = MAX_SUSPECTS) -> Suspects:
     with DigestBuckets(spill_at=spill_at) as digests:
         for custom_id in ids:
-            digests.add(custom_id)
+            digest = hash(custom_id)
+            digests.appends[0][digest & LOW_BITS](digest)
+            digests.settle()
         return digests.suspects(most=most)
 
 
@@ -53,7 +55,8 @@ def test_the_spilled_files_are_removed_also_after_an_error(tmp_path: Path, monke
 
     def break_off() -> None:
         with DigestBuckets(spill_at=1) as digests:
-            digests.add("a")
+            digests.appends[0][0](1)
+            digests.settle()
             assert list(tmp_path.iterdir())
             raise KeyboardInterrupt
 

@@ -18,6 +18,7 @@ from store.schema import make_partitions, partition_name
 from tests.support.batches import batch_row, chats, execute, store_batch
 
 DAY_S = 86_400.0
+TABLES = ("batches", "shards", "job_tries", "jobs", "results", "followers", "cache_lookups")
 RETENTION_S = 30 * DAY_S
 OLD = utc_now() - timedelta(weeks=10)
 OLD_PARTITIONS = {partition_name(table, week_start(OLD)) for table in ("jobs", "results")}
@@ -31,7 +32,7 @@ def count(database: Database, table: str, batch_id: UUID) -> int:
 
 
 def left_of(database: Database, batch_id: UUID) -> dict[str, int]:
-    return {table: count(database, table, batch_id) for table in ("batches", "shards", "job_tries", "jobs", "results")}
+    return {table: count(database, table, batch_id) for table in TABLES}
 
 
 def partitions(database: Database) -> set[str]:
@@ -51,6 +52,15 @@ def end(database: Database, batch_id: UUID, *, days_ago: float) -> None:
     execute(
         database,
         "INSERT INTO job_tries (batch_id, seq, tries, not_before, last_error) VALUES (:id, 0, 1, now(), 'busy')",
+        id=batch_id,
+    )
+    execute(database, "INSERT INTO followers (batch_id, seq, leader) VALUES (:id, 1, 0)", id=batch_id)
+    execute(
+        database,
+        "WITH n AS (INSERT INTO cache_namespaces (tenant, key, endpoint, alias, checkpoint, embedder, template, "
+        "secret, policy) VALUES ('local', uuid_send(:id), '', '', '', '', '', '', '') RETURNING id) "
+        "INSERT INTO cache_lookups (batch_id, seq, namespace_id, version, coin, rate, wished, in_shadow, audited) "
+        "SELECT :id, 0, id, 1, 0.5, 0.2, true, true, false FROM n",
         id=batch_id,
     )
     execute(
@@ -101,8 +111,8 @@ def old_pair(database: Database, tmp_path: Path) -> tuple[UUID, UUID]:
     return grow_old(database, first, number=1), grow_old(database, second, number=2)
 
 
-NOTHING = {"batches": 0, "shards": 0, "job_tries": 0, "jobs": 0, "results": 0}
-ALL = {"batches": 1, "shards": 5, "job_tries": 1, "jobs": 10, "results": 10}
+NOTHING = dict.fromkeys(TABLES, 0)
+ALL = {"batches": 1, "shards": 5, "job_tries": 1, "jobs": 10, "results": 10, "followers": 1, "cache_lookups": 1}
 
 
 def test_a_batch_past_retention_is_out_of_sight_before_any_row_of_it_goes(database: Database, recent: UUID) -> None:
@@ -128,7 +138,7 @@ def test_a_batch_within_retention_and_a_running_one_are_not_touched(
         let_readers_end(database)
     assert left_of(database, recent) == ALL
     for batch_id in (running, cancelling):
-        assert left_of(database, batch_id) == {**ALL, "job_tries": 0, "results": 0}
+        assert left_of(database, batch_id) == {**ALL, "job_tries": 0, "results": 0, "followers": 0, "cache_lookups": 0}
         assert batch_row(database, batch_id)["deleted_at"] is None
     assert partitions(database) >= OLD_PARTITIONS
 

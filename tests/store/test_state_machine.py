@@ -68,7 +68,7 @@ class Protocol(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        execute(self.database, "TRUNCATE batches, shards, jobs, results, job_tries, history")
+        execute(self.database, "TRUNCATE batches, shards, jobs, results, job_tries, followers, history")
         self.claims: list[Claim] = []
         self.states: dict[UUID, str] = {}
         self.results: dict[tuple[UUID, int], tuple[Any, ...]] = {}
@@ -82,18 +82,28 @@ class Protocol(RuleBasedStateMachine):
         self.leader = Dispatcher(self.database, SilentBroker(), self.board, settings)
 
     @precondition(lambda self: len(self.states) < 3)
-    @rule(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3), tenant=st.sampled_from("ab"))
-    def submit(self, sizes: list[int], tenant: str) -> None:
-        batch_id, total = uuid7(), sum(sizes)
+    @rule(
+        sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+        led=st.lists(HELD, max_size=3),
+        tenant=st.sampled_from("ab"),
+    )
+    def submit(self, sizes: list[int], led: list[int], tenant: str) -> None:
+        batch_id, leaders = uuid7(), sum(sizes)
+        total = leaders + len(led)
         with self.database.transaction() as session:
             session.execute(
                 text("""
                 INSERT INTO batches (id, tenant, state, endpoint, input_name, input_digest, submit_digest, options,
-                    total, shards_left, expires_at)
-                VALUES (:id, :tenant, 'in_progress', '/v1/chat/completions', '', '', '', '{}', :total, :shards,
-                    clock_timestamp() + interval '1 day')"""),
-                {"id": batch_id, "tenant": tenant, "total": total, "shards": len(sizes)},
+                    total, followers, shards_left, expires_at)
+                VALUES (:id, :tenant, 'in_progress', '/v1/chat/completions', '', '', '', '{}', :total, :followers,
+                    :shards, clock_timestamp() + interval '1 day')"""),
+                {"id": batch_id, "tenant": tenant, "total": total, "followers": len(led), "shards": len(sizes)},
             )
+            for seq, leader in enumerate(led, leaders):
+                session.execute(
+                    text("INSERT INTO followers (batch_id, seq, leader) VALUES (:id, :seq, :leader)"),
+                    {"id": batch_id, "seq": seq, "leader": leader % leaders},
+                )
             for seq in range(total):
                 session.execute(
                     text("INSERT INTO jobs (batch_id, seq, custom_id, body) VALUES (:id, :seq, :name, '{}')"),
@@ -158,6 +168,7 @@ class Protocol(RuleBasedStateMachine):
     def fail_transiently(self, held: int) -> None:
         taken = self.claims[held % len(self.claims)]
         retries = [Retry(seq, 1, 1, not_before=utc_now(), error="later") for seq in self._seqs(taken)]
+        assume(retries)
         self._as_owner(taken, lambda session: write_retries(session, taken, retries))
 
     @precondition(lambda self: self.claims)
@@ -311,14 +322,22 @@ class Protocol(RuleBasedStateMachine):
 
 _DISAGREEMENTS = """
 SELECT s.id, 'counters' FROM shards s WHERE
-    ROW(CAST(s.done AS int8), CAST(s.failed AS int8), s.completion_tokens) IS DISTINCT FROM (
-        SELECT ROW(count(*), count(*) FILTER (WHERE r.outcome = 'failed'),
-            CAST(coalesce(sum(r.completion_tokens), 0) AS int8))
-        FROM results r WHERE r.batch_id = s.batch_id AND r.seq = ANY(s.seqs))
+    ROW(CAST(s.done AS int8), CAST(s.followers AS int8), CAST(s.failed AS int8), s.completion_tokens)
+    IS DISTINCT FROM (
+        SELECT ROW(count(*) FILTER (WHERE r.seq = ANY(s.seqs)), count(*) FILTER (WHERE r.seq <> ALL(s.seqs)),
+            count(*) FILTER (WHERE r.outcome = 'failed'), CAST(coalesce(sum(r.completion_tokens), 0) AS int8))
+        FROM results r WHERE r.batch_id = s.batch_id AND (r.seq = ANY(s.seqs) OR EXISTS (
+            SELECT FROM followers x WHERE x.batch_id = s.batch_id AND x.seq = r.seq AND x.leader = ANY(s.seqs))))
 UNION ALL
-SELECT b.total, 'jobs are not in exactly one shard' FROM batches b WHERE
-    (SELECT array_agg(u ORDER BY u) FROM shards s, unnest(s.seqs) u WHERE s.batch_id = b.id)
+SELECT b.total, 'jobs are not in exactly one shard, or followers' FROM batches b WHERE
+    (SELECT array_agg(u ORDER BY u) FROM (
+        SELECT unnest(s.seqs) AS u FROM shards s WHERE s.batch_id = b.id
+        UNION ALL SELECT x.seq FROM followers x WHERE x.batch_id = b.id) AS kept)
     IS DISTINCT FROM (SELECT array_agg(g) FROM generate_series(0, b.total - 1) g)
+UNION ALL
+SELECT x.seq, 'a follower without its leader, or the other way round' FROM followers x
+WHERE EXISTS (SELECT FROM results r WHERE r.batch_id = x.batch_id AND r.seq = x.seq)
+    <> EXISTS (SELECT FROM results r WHERE r.batch_id = x.batch_id AND r.seq = x.leader)
 UNION ALL
 SELECT b.shards_left, 'shards_left' FROM batches b
 WHERE b.shards_left <> (SELECT count(*) FROM shards s WHERE s.batch_id = b.id AND s.state <> 'done')
