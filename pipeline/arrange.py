@@ -19,7 +19,7 @@ from runtime.settings import ShardSettings
 from store.again import take_results
 from store.database import Database, Session
 from store.followers import insert_followers
-from store.open_shards import CutJob, delete_open_shards, jobs_to_run, newest_shard, shards_page
+from store.open_shards import CutJob, delete_open_shards, jobs_to_run, newest_shard, open_shards
 from store.submissions import Filled, NewBatch, extend_lease, insert_shards
 
 PAGE_SHARDS = 800  # some 50,000 jobs in memory
@@ -56,8 +56,8 @@ def arrange(
         if not (taken or followers or pilot):
             return filled
         places = draw_pilot(filled.total - taken - followers, seed=batch.id.bytes) if pilot else NOBODY
-        open_shards = cut_again(session, batch.id, upto=upto, pilot=places, bounds=bounds)
-    return replace(filled, open_shards=open_shards, taken=taken, followers=followers)
+        cut = cut_again(session, batch.id, upto=upto, pilot=places, bounds=bounds)
+    return replace(filled, open_shards=cut, taken=taken, followers=followers)
 
 
 def cut_again(
@@ -85,9 +85,9 @@ def _pages(
 ) -> Iterator[list[CutJob]]:
     """The jobs to run that are in the pilot, or those that are not."""
     after = place = 0
-    while (last := shards_page(session, batch_id, after=after, upto=upto, shards=PAGE_SHARDS)) is not None:
-        page = jobs_to_run(session, batch_id, after=after, upto=last)
-        chosen = [job for at, job in enumerate(page, place) if (at in pilot) == drawn]
+    while page := open_shards(session, batch_id, after=after, upto=upto, limit=PAGE_SHARDS):
+        jobs = jobs_to_run(session, batch_id, page)
+        chosen = [job for at, job in enumerate(jobs, place) if (at in pilot) == drawn]
         if chosen:
             yield chosen
-        after, place = last, place + len(page)
+        after, place = page[-1].id, place + len(jobs)

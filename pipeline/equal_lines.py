@@ -3,9 +3,9 @@
 The caller keeps the digests, `hash` of a body, in buckets of columns "qi", with the line's seq beside each, and
 `~hash` of a semantic line's body: what only an equal request may serve must not follow what a similar one may.
 
-What this gives are suspects; whoever stores them compares the bodies. Equal are equal bytes of one mode: lines that
-differ in the order of their fields or in a default that is given have one key in the exact cache, which finds them
-when they run.
+What this gives are suspects; whoever stores them compares the bodies by SHA-256. Equal are equal bytes of one mode:
+lines that differ in the order of their fields or in a default that is given have one key in the exact cache, which
+finds them when they run.
 """
 
 from __future__ import annotations

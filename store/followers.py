@@ -57,31 +57,32 @@ FOLLOWERS_OF_ENDED = """
 
 
 def insert_followers(session: Session, suspects: Iterable[tuple[int, int]], *, batch_id: UUID) -> int:
-    """Let jobs of a validating batch follow: those of the suspects, (leader, seq), whose body is their leader's.
+    """Let jobs of a validating batch follow: of each group of suspects, (group, seq), those whose bodies are equal.
 
-    How many there are. A leader's own row is among the suspects; a job that has a result already neither leads nor
-    follows. The first of what is left leads.
+    How many there are. The first leads the others. A job that has a result already neither leads nor follows.
     """
-    session.execute(text("CREATE TEMP TABLE suspects (leader int4, seq int4) ON COMMIT DROP"))
-    with copy_cursor(session).copy("COPY suspects (leader, seq) FROM STDIN (FORMAT BINARY)") as copy:
+    session.execute(text("CREATE TEMP TABLE suspects (first int4, seq int4) ON COMMIT DROP"))
+    with copy_cursor(session).copy("COPY suspects (first, seq) FROM STDIN (FORMAT BINARY)") as copy:
         copy.set_types(["int4", "int4"])
         for pair in suspects:
             copy.write_row(pair)
     session.execute(text("ANALYZE suspects"))
+    # Postgres knows nothing of rows that were just copied: by its estimates it would look through all for each.
+    session.execute(text("SET LOCAL enable_nestloop = off"))
     count: int = session.execute(
         text("""
-        WITH same AS (
-            SELECT p.leader, p.seq FROM suspects p
-            JOIN jobs a ON a.batch_id = :batch AND a.seq = p.leader
-            JOIN jobs b ON b.batch_id = :batch AND b.seq = p.seq
-            WHERE a.body = b.body AND NOT EXISTS (SELECT FROM results r WHERE r.batch_id = :batch AND r.seq = p.seq)
-        ), led AS (SELECT seq, min(seq) OVER (PARTITION BY leader) AS leader FROM same
+        WITH known AS MATERIALIZED (
+            SELECT p.first, p.seq, sha256(convert_to(j.body, 'UTF8')) AS digest
+            FROM suspects p JOIN jobs j ON j.batch_id = :batch AND j.seq = p.seq
+            WHERE NOT EXISTS (SELECT FROM results r WHERE r.batch_id = :batch AND r.seq = p.seq)
+        ), led AS (SELECT seq, min(seq) OVER (PARTITION BY first, digest) AS leader FROM known
         ), i AS (
             INSERT INTO followers (batch_id, seq, leader)
             SELECT :batch, seq, leader FROM led WHERE seq <> leader RETURNING 1)
         UPDATE batches SET followers = (SELECT count(*) FROM i) WHERE id = :batch RETURNING followers"""),
         {"batch": batch_id},
     ).scalar_one()
+    session.execute(text("SET LOCAL enable_nestloop = on"))
     return count
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
 from sqlalchemy import text
 from sqlalchemy.orm import Session
+
+from models.lines import BYTES_PER_TOKEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +21,15 @@ class CutJob:
     size_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class OpenShard:
+    """A shard that is to be cut again."""
+
+    id: int
+    seqs: list[int]
+    tokens: int
+
+
 def newest_shard(session: Session, batch_id: UUID) -> int:
     """The highest id of the batch's shards, 0 if it has none."""
     found: int = session.execute(
@@ -26,37 +38,41 @@ def newest_shard(session: Session, batch_id: UUID) -> int:
     return found
 
 
-def shards_page(session: Session, batch_id: UUID, *, after: int, upto: int, shards: int) -> int | None:
-    """The last of the next shards after `after`, none beyond `upto`; None if there is none left."""
-    last: int | None = session.execute(
-        text("""
-        SELECT max(id) FROM (SELECT id FROM shards WHERE batch_id = :batch AND id > :after AND id <= :upto
-            AND state = 'pending' ORDER BY batch_id, id LIMIT :shards) AS page"""),
-        {"batch": batch_id, "after": after, "upto": upto, "shards": shards},
-    ).scalar_one()
-    return last
-
-
-def jobs_to_run(session: Session, batch_id: UUID, *, after: int, upto: int) -> list[CutJob]:
-    """The jobs of the open shards (after, upto] that have no result and do not follow, in their order.
-
-    Their output tokens are their shard's, shared evenly: what each line wished for is not read again.
-    """
+def open_shards(session: Session, batch_id: UUID, *, after: int, upto: int, limit: int) -> list[OpenShard]:
+    """The next open shards with ids in (after, upto], in their order."""
     rows = session.execute(
         text("""
-        SELECT seq, CAST(size / 4 + outputs / jobs AS int8), size FROM (
-            SELECT s.id, u.seq, u.place, octet_length(j.body) AS size, count(*) OVER shard AS jobs,
-                s.tokens - sum(octet_length(j.body) / 4) OVER shard AS outputs
-            FROM shards s CROSS JOIN LATERAL unnest(s.seqs) WITH ORDINALITY AS u (seq, place)
-            JOIN jobs j ON j.batch_id = :batch AND j.seq = u.seq
-            WHERE s.batch_id = :batch AND s.id > :after AND s.id <= :upto AND s.state = 'pending'
-            WINDOW shard AS (PARTITION BY s.id)) AS all_jobs
-        WHERE NOT EXISTS (SELECT FROM results r WHERE r.batch_id = :batch AND r.seq = all_jobs.seq)
-          AND NOT EXISTS (SELECT FROM followers x WHERE x.batch_id = :batch AND x.seq = all_jobs.seq)
-        ORDER BY id, place"""),
-        {"batch": batch_id, "after": after, "upto": upto},
+        SELECT id, seqs, tokens FROM shards WHERE batch_id = :batch AND id > :after AND id <= :upto
+          AND state = 'pending' ORDER BY batch_id, id LIMIT :limit"""),
+        {"batch": batch_id, "after": after, "upto": upto, "limit": limit},
     )
-    return [CutJob(*row) for row in rows]
+    return [OpenShard(*row) for row in rows]
+
+
+def jobs_to_run(session: Session, batch_id: UUID, shards: Sequence[OpenShard]) -> list[CutJob]:
+    """The jobs of these shards that have no result and do not follow, in their order.
+
+    Their output tokens are their shard's, shared evenly: what each line wished for is not read again. Read by ranges
+    and joined here: Postgres knows nothing of rows that were just copied, and joins them badly.
+    """
+    bounds = {
+        "batch": batch_id,
+        "low": min(min(shard.seqs) for shard in shards),
+        "high": max(max(shard.seqs) for shard in shards),
+    }
+    within = "batch_id = :batch AND seq BETWEEN :low AND :high"
+    rows = session.execute(text(f"SELECT seq, octet_length(body) FROM jobs WHERE {within}"), bounds)
+    sizes: dict[int, int] = {seq: size for seq, size in rows}
+    ended = set(session.scalars(text(f"SELECT seq FROM results WHERE {within}"), bounds))
+    ended.update(session.scalars(text(f"SELECT seq FROM followers WHERE {within}"), bounds))
+    jobs = []
+    for shard in shards:
+        prompts = sum(sizes[seq] // BYTES_PER_TOKEN for seq in shard.seqs)
+        outputs = (shard.tokens - prompts) // len(shard.seqs)
+        jobs += [
+            CutJob(seq, sizes[seq] // BYTES_PER_TOKEN + outputs, sizes[seq]) for seq in shard.seqs if seq not in ended
+        ]
+    return jobs
 
 
 def delete_open_shards(session: Session, batch_id: UUID, *, upto: int) -> None:

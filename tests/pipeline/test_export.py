@@ -166,7 +166,8 @@ def test_the_manifest_says_what_made_the_results(database: Database, tmp_path: P
         "/v1/chat/completions",
     )
     assert said["engines"] == [described], "only those that gave results"
-    assert said["jobs"] == {"total": 4, "done": 4, "succeeded": 1, "failed": 1, "truncated": 1, "empty": 1}
+    counts = {"total": 4, "done": 4, "succeeded": 1, "failed": 1, "truncated": 1, "empty": 1, "followers": 0}
+    assert said["jobs"] == counts
     assert said["tokens"] == {"prompt": 12, "completion": 8, "cached": 4, "reasoning": 4}
     [file] = tmp_path.glob("*.jsonl")
     assert said["input"]["file_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
