@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.score import Floats, Scorer, Vectors, cross_fitted, fit_scorer, learn_answers
+from cache.score import AnswerMap, Floats, Scorer, Vectors, cross_fitted, fit_scorer, learn_answers
 
 FIT_SAMPLES: Final = 6_000  # the newest; older ones had fewer entries to look at
 
@@ -33,7 +33,7 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """`answers` number the columns of `likely`, the map from a vector to a value for each (None: not learned).
+    """`answers` number the values of `likely`, a map from a vector to a value for each (None: not learned).
 
     `scores`, `agreed` and `weights` are of the samples it was fitted to, cross-fitted: thresholds are chosen by them.
     `version` is that of the policy whose samples these were.
@@ -41,7 +41,7 @@ class Model:
 
     version: int
     answers: tuple[str, ...]
-    likely: Floats | None
+    likely: AnswerMap | None
     scorer: Scorer
     scores: Floats
     agreed: NDArray[np.bool_]
@@ -58,7 +58,7 @@ class Model:
             "weights": self.weights,
         }
         if self.likely is not None:
-            arrays["likely"] = self.likely
+            arrays |= {"directions": self.likely.directions, "coefficients": self.likely.coefficients}
         return msgspec.msgpack.encode(_Stored(self.version, self.answers, {n: _packed(a) for n, a in arrays.items()}))
 
     @classmethod
@@ -70,7 +70,7 @@ class Model:
         return cls(
             version=stored.version,
             answers=stored.answers,
-            likely=found.get("likely"),
+            likely=AnswerMap(found["directions"], found["coefficients"]) if "directions" in found else None,
             scorer=scorer,
             scores=found["scores"],
             agreed=found["agreed"],

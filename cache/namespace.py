@@ -20,7 +20,7 @@ from cache.model import FIT_SAMPLES, Model, Samples, learned
 from cache.policy import Policy
 from cache.score import Floats, Neighbours, Vectors, candidate
 
-_REFIT_GROWTH: Final = 1.25
+_REFIT_GROWTH: Final = 1.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ def judge(policy: Policy, judged: Sequence[Judged]) -> Policy:
     errors = sorted(one.rate for one in audits if not one.agreed)
     audit = policy.audit
     for rate in errors:
-        audit = audit.with_error(rate)
+        audit = audit.with_errors(1, rate)
     after = replace(
         policy,
         audit=audit,
@@ -192,7 +192,7 @@ def _values(model: Model | None, queries: Sequence[Query]) -> list[Floats] | lis
     """For each query a value for each answer that the model knows."""
     if model is None or model.likely is None or not queries:
         return [None] * len(queries)
-    return list(np.stack([query.vector for query in queries]).astype(np.float64) @ model.likely)
+    return list(model.likely.values(np.stack([query.vector for query in queries])))
 
 
 def _wished(policy: Policy, model: Model | None, candidates: Sequence[_Candidate]) -> list[bool]:
