@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cache.score import AnswerMap, Floats, Scorer, Vectors, cross_fitted, fit_scorer, learn_answers
 
+_KINDS: Final[dict[type, str]] = {np.bool_: "?", np.float32: "<f4", np.float64: "<f8"}
 FIT_SAMPLES: Final = 6_000  # the newest; older ones had fewer entries to look at
 
 
@@ -107,12 +108,12 @@ class _Stored(msgspec.Struct, frozen=True):
 
 
 def _packed(array: NDArray[Any]) -> _Array:
-    kind = "?" if array.dtype == np.bool_ else "<f4" if array.ndim == 2 else "<f8"
+    kind = _KINDS[array.dtype.type]
     return _Array(kind, array.shape, np.ascontiguousarray(array, dtype=kind).tobytes())
 
 
 def _unpacked(array: _Array) -> NDArray[Any]:
-    if array.kind not in ("?", "<f4", "<f8"):
+    if array.kind not in _KINDS.values():
         raise ValueError(f"a model has no arrays of kind {array.kind!r}")
     found = np.frombuffer(array.content, dtype=array.kind).reshape(array.shape)
-    return found if array.kind == "?" else found.astype(np.float64)
+    return found.astype(found.dtype.newbyteorder("="))

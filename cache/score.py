@@ -88,8 +88,8 @@ class AnswerMap:
     (dimensions, _DIRECTIONS) and (2 * _DIRECTIONS, answers).
     """
 
-    directions: Floats
-    coefficients: Floats
+    directions: Vectors
+    coefficients: Vectors
 
     def values(self, vectors: Vectors) -> Floats:
         """For each vector a value for each answer, some 1 for the right one."""
@@ -106,19 +106,21 @@ def learn_answers(vectors: Vectors, answers: NDArray[np.int64], count: int) -> A
         return None
     apart = 1 - float((vectors.mean(axis=0, dtype=np.float64) ** 2).sum())  # mean of 1 - cosine over all pairs
     drawn = np.random.RandomState(0).standard_normal((vectors.shape[1], _DIRECTIONS))
-    directions = np.asarray(drawn * np.sqrt(_SHARPNESS / max(apart, 0.01)), dtype=np.float32).astype(np.float64)
+    directions = np.asarray(drawn * np.sqrt(_SHARPNESS / max(apart, 0.01)), dtype=np.float32)
     square = _RIDGE * np.eye(2 * _DIRECTIONS)
     sums = np.zeros((count, 2 * _DIRECTIONS))
     for start in range(0, len(vectors), _ROWS_AT_ONCE):
         waves = _waves(vectors[start : start + _ROWS_AT_ONCE], directions)
         square += waves.T @ waves
-        np.add.at(sums, answers[start : start + _ROWS_AT_ONCE], waves)
-    return AnswerMap(directions, np.asarray(np.linalg.solve(square, sums.T), dtype=np.float64))
+        ordered = np.argsort(answers[start : start + _ROWS_AT_ONCE], kind="stable")
+        present, begins = np.unique(answers[start : start + _ROWS_AT_ONCE][ordered], return_index=True)
+        sums[present] += np.add.reduceat(waves[ordered], begins, axis=0)
+    return AnswerMap(directions, np.asarray(np.linalg.solve(square, sums.T), dtype=np.float32))
 
 
-def _waves(vectors: Vectors, directions: Floats) -> Floats:
-    turned = vectors.astype(np.float64) @ directions
-    return np.asarray(np.concatenate((np.cos(turned), np.sin(turned)), axis=1) / np.sqrt(_DIRECTIONS))
+def _waves(vectors: Vectors, directions: Vectors) -> Vectors:
+    turned = vectors @ directions
+    return np.concatenate((np.cos(turned), np.sin(turned)), axis=1) * np.float32(1 / np.sqrt(_DIRECTIONS))
 
 
 @dataclass(frozen=True, slots=True)
