@@ -107,6 +107,10 @@ class Audit:
         """At most so many wrong answers were served, with probability 1 - alpha at all moments at once."""
         return math.floor(self.least_excluded())
 
+    def expected(self) -> float:
+        """The wrong answers that were served, as the audits let expect: no bound."""
+        return sum(at.errors * (1 - at.rate) / at.rate for at in self.rates)
+
     def least_excluded(self) -> float:
         """The number of served errors at which the mixture would reach 1 / alpha; all served if it cannot."""
         rates, served, errors = (np.array(column) for column in zip(*map(_row, self.rates), strict=True))

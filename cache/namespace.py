@@ -196,11 +196,11 @@ def _values(model: Model | None, queries: Sequence[Query]) -> list[Floats] | lis
 
 
 def _wished(policy: Policy, model: Model | None, candidates: Sequence[_Candidate]) -> list[bool]:
+    """Which pass the threshold; of too many those with the highest scores."""
     if model is None or policy.threshold is None:
         return [False] * len(candidates)
     able = [at for at, found in enumerate(candidates) if found.entry is not None]
-    wished = [False] * len(candidates)
     scores = model.scorer.score([candidates[at].features for at in able])
-    for at, score in zip(able, scores.tolist(), strict=True):
-        wished[at] = score >= policy.threshold
-    return wished
+    chosen = [at for at in np.argsort(-scores, kind="stable").tolist() if scores[at] >= policy.threshold]
+    best = {able[at] for at in chosen[: policy.most_wished(len(candidates))]}
+    return [at in best for at in range(len(candidates))]

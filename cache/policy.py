@@ -19,6 +19,7 @@ from cache.certificate import Audit
 PILOT_LOOKUPS: Final = 600
 PILOT_SHARE: Final = 0.05
 LEAST_SHARE: Final = 0.75
+DRIFT_SHARE: Final = 2 / 3  # at 1 the first thousands of lookups lose half of their hits
 _ALARM_ODDS: Final = 1000.0
 _ALARM_TIMES: Final = 6.0  # the error rate among decisions, in times of the fitted one, that the alarm listens for
 
@@ -109,6 +110,15 @@ class Policy:
         """
         of_lookups = self.limits.error * lookups
         return min(of_lookups, max(self.limits.served_error * served, LEAST_SHARE * of_lookups))
+
+    def most_wished(self, lookups: int) -> int:
+        """Of the next so many lookups, decided before any of them is judged, at most so many may be served.
+
+        Were as many as DRIFT_SHARE of them wrong, after a sudden drift that no audit has shown yet, the expected errors
+        would still be within the limits.
+        """
+        room = self.allowed(self.lookups + lookups, self.served) - self.audit.expected()
+        return max(0, math.floor(room / (1 - self.rate) / DRIFT_SHARE))
 
     def state(self) -> tuple[str, str]:
         """("pilot", "shadow", "serving" or "suspended", one sentence that says why)."""
