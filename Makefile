@@ -54,7 +54,7 @@ bench-refill: .venv/.dev ## starvation of a scripted engine with 2,048 slots
 	@python -m benchmarks.refill
 
 bench-cache: .venv/.dev embedder ## the semantic cache on BANKING77: hits, errors, the certificate under drift: FOLDER=banking77
-	@python -m benchmarks.cache --folder $(FOLDER)
+	@OPENBLAS_NUM_THREADS=1 python -m benchmarks.cache --folder $(FOLDER)
 
 bench-end-to-end: .venv/.dev engine-vllm checkpoint ## the whole system beside the bare engine: CSV=queries.csv
 	@python -m benchmarks.end_to_end --csv $(CSV)

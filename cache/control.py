@@ -97,7 +97,6 @@ def _holds(policy: Policy, choice: _Choice, rate: float, horizon: float) -> bool
     more = (horizon - 1) * begin
     served = more * choice.wished * (1 - rate)
     seen = more * choice.wrong * rate
-    audit = (
-        policy.audit.at_rate(rate).with_served(served).with_errors(seen + _SPREAD * math.sqrt(seen + _HALF_A_ROW), rate)
-    )
+    seen += _SPREAD * math.sqrt(seen + _HALF_A_ROW)
+    audit = policy.audit.at_rate(rate).with_served(served).with_errors(seen, rate)
     return audit.least_excluded() <= policy.allowed(begin + more, policy.served + served)
