@@ -88,8 +88,8 @@ def learned(version: int, samples: Samples, vectors: Vectors, answers: Sequence[
         version=version,
         answers=known,
         likely=likely,
-        scorer=fit_scorer(samples.features, samples.agreed, samples.weights),
-        scores=cross_fitted(samples.features, samples.agreed, samples.weights, samples.folds),
+        scorer=fit_scorer(samples.features, samples.agreed),
+        scores=cross_fitted(samples.features, samples.agreed, samples.folds),
         agreed=samples.agreed,
         weights=samples.weights,
     )

@@ -80,7 +80,10 @@ class Judged:
 
 
 def decide(policy: Policy, model: Model | None, queries: Sequence[Query]) -> tuple[Policy, list[Decided]]:
-    """One decision a lookup, all under one state. They belong to the version of the policy that is returned."""
+    """One decision a lookup, all under one state. They belong to the version of the policy that is returned.
+
+    A job is decided once: its coin is the same at every try, so a second decision would count one coin twice.
+    """
     model = model if model is not None and model.version == policy.version else None
     if model is not None and policy.lookups >= policy.rethink_at:
         policy = rethought(policy, model)
@@ -110,10 +113,10 @@ def decide(policy: Policy, model: Model | None, queries: Sequence[Query]) -> tup
 
 
 def judge(policy: Policy, judged: Sequence[Judged]) -> Policy:
-    """The engine has answered these lookups, which were decided under this version; in any order.
+    """The engine has answered these lookups, which were decided under this version; in any order, in any parts.
 
-    An audited lookup that the engine gave no comparable answer is not `agreed`: to leave it out would hide an error.
-    An alarm ends the version.
+    Only the moment of an alarm, which ends the version, may depend on the parts. An audited lookup that the engine
+    gave no comparable answer is not `agreed`: to leave it out would hide an error.
     """
     audits = [one for one in judged if one.audited]
     errors = sorted(one.rate for one in audits if not one.agreed)

@@ -137,8 +137,11 @@ class Scorer:
         return np.asarray(_terms(rows, self.mean, self.scale) @ self.weights, dtype=np.float64)
 
 
-def fit_scorer(features: Floats, agreed: NDArray[np.bool_], weights: Floats) -> Scorer:
-    """Logistic regression by Newton's method; `weights` are 1 / (probability that the row came to be seen)."""
+def fit_scorer(features: Floats, agreed: NDArray[np.bool_]) -> Scorer:
+    """Logistic regression by Newton's method.
+
+    Rows have no weights: whether one came to be seen hangs on its features and its coin, not on whether it agreed.
+    """
     mean, scale = features.mean(axis=0), features.std(axis=0)
     scale = np.where(scale > _LEAST_SCALE, scale, np.inf)  # what never varied says nothing
     rows = _terms(features, mean, scale)
@@ -147,8 +150,8 @@ def fit_scorer(features: Floats, agreed: NDArray[np.bool_], weights: Floats) -> 
     found = np.zeros(rows.shape[1])
     for _ in range(_STEPS):
         likely = 1 / (1 + np.exp(-np.clip(rows @ found, -30, 30)))
-        curvature = (rows * (weights * likely * (1 - likely))[:, None]).T @ rows + shrink
-        found = found + np.linalg.solve(curvature, rows.T @ (weights * (agreed - likely)) - shrink @ found)
+        curvature = (rows * (likely * (1 - likely))[:, None]).T @ rows + shrink
+        found = found + np.linalg.solve(curvature, rows.T @ (agreed - likely) - shrink @ found)
     return Scorer(mean, scale, found)
 
 
@@ -157,11 +160,11 @@ def _terms(features: Floats, mean: Floats, scale: Floats) -> Floats:
     return np.column_stack((np.ones(len(features)), scaled, scaled**2))
 
 
-def cross_fitted(features: Floats, agreed: NDArray[np.bool_], weights: Floats, folds: NDArray[np.bool_]) -> Floats:
+def cross_fitted(features: Floats, agreed: NDArray[np.bool_], folds: NDArray[np.bool_]) -> Floats:
     """Scores of all rows, each by a fit to the other fold: what a threshold is chosen by was not fitted to itself."""
     scores = np.zeros(len(features))
     for fold in (False, True):
         mine = folds == fold
         if mine.any() and (~mine).any():
-            scores[mine] = fit_scorer(features[~mine], agreed[~mine], weights[~mine]).score(features[mine])
+            scores[mine] = fit_scorer(features[~mine], agreed[~mine]).score(features[mine])
     return scores
