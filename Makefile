@@ -54,7 +54,7 @@ bench-refill: .venv/.dev ## starvation of a scripted engine with 2,048 slots
 	@python -m benchmarks.refill
 
 bench-cache: .venv/.dev embedder gptcache engine-vllm checkpoint ## the cache: hits, errors, GPTCache, lookups, duplicates, a real engine: FOLDER=banking77
-	@python -m benchmarks.cache --folder $(FOLDER)
+	@OPENBLAS_NUM_THREADS=1 python -m benchmarks.cache --folder $(FOLDER)
 	@$(VENV_GPTCACHE)/bin/python -m benchmarks.cache_gptcache --folder $(FOLDER)
 	@python -m benchmarks.cache_lookup --folder $(FOLDER)
 	@python -m benchmarks.cache_exact

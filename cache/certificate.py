@@ -1,50 +1,57 @@
 """The certificate: how many answers served from the cache may have been other than the engine's, at every moment.
 
-Each lookup draws a coin before it is scored. A lookup that would be served and whose coin says "audit" is run by the
-engine instead, so that its error, if it is one, is seen and not served. Errors are arbitrary: nothing is assumed of
-the order of lookups, of their likeness, or of the policy, which may change at any time. Only the coins are random.
+Each lookup draws a coin before it is scored. A lookup that would be served and whose coin is below the audit rate is
+run by the engine instead, so that its error, if it is one, is seen and not served. Errors are arbitrary: nothing is
+assumed of the order of lookups, of their likeness, or of the policy, which may change at any time. Only coins are
+random.
 
-For each error of a decision to serve, audited with probability p, and any g < p, the factor
+The argument. Number the errors of decisions to serve in the order of the decisions. Error i is audited with
+probability p(i), and p(i) and a bet b(i) < p(i) were fixed by what was known before its coin was looked at. The factor
 
-    (1 - [audited] g / p) / (1 - g)
+    (1 - b / p) / (1 - b) if it is audited,    1 / (1 - b) if it is served
 
-has expectation 1 given the past, so the product over all errors is a martingale, and so is a mixture of products for
-several g. By Ville's inequality (1939) it stays below 1 / alpha for ever with probability 1 - alpha: with more errors
-than `bound` says it would have passed that. This is a betting confidence sequence (Waudby-Smith and Ramdas, arXiv
-2010.09686) for a total under Bernoulli audits (Ottoboni et al. 2019), whose bets are on unseen errors.
+has expectation (p - b + 1 - p) / (1 - b) = 1 given all that went before, so the product over the errors is a
+martingale that begins at 1, whoever chose the errors and knowing whichever earlier coins; and so is a mixture, with
+fixed weights, of products for several bets. By Ville's inequality (1939) it reaches 1 / alpha at any moment with
+probability alpha at most. How many errors were audited, at which rates, is known. How many were served, and at which
+rates, is not: so the product is taken at the least that it can be for a total of u served errors. The factor of a
+served error grows with the rate it was served at (bets are min(g, share of p)), for every bet alike; the least
+product therefore has as many errors as answers were served at the lowest rate, then at the next one, and so on. It
+grows with u, and the least u at which it reaches 1 / alpha was reached with probability alpha at most. This is a
+betting confidence sequence (Waudby-Smith and Ramdas, arXiv 2010.09686) for a total under Bernoulli audits.
+
+A moment is one at which the audits of all decisions that are counted have been judged. Between a shard's decisions
+and its judgements there is none.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 ALPHA: Final = 0.05
-# Audit rates: all evidence is the coin's, so a rate p needs some 3 / p lookups per percent before it allows a hit.
-FIRST_RATE: Final = 0.4
-STEADY_RATE: Final = 0.2
-LEAST_RATE: Final = 0.02
-FALLS_UNTIL: Final = 4_000  # from FIRST_RATE to STEADY_RATE
-FALLS_AGAIN: Final = 13_000  # from STEADY_RATE on as 1 / lookups
-# The mixture: g, and its weight before normalising. Large g pays while no error was seen, small g when many were.
-_BETS: Final = (0.39, 0.3, 0.199, 0.15, 0.1, 0.07, 0.05, 0.03, 0.019, 0.01, 0.005)
-_WEIGHTS: Final = (0.02, 0.02, 0.35, 0.15, 0.12, 0.1, 0.1, 0.08, 0.05, 0.05, 0.05)
-_LARGEST_SHARE: Final = 0.995  # of the audit rate that a bet may be
+# Audit rates. Few, so that answers served are counted by rate; each is a tenth below the one before. With no error seen
+# a rate p leaves ln(1 / alpha) / -ln(1 - p) errors possible: 5 at the first, 150 at the last.
+RATES: Final = tuple(round(0.5 * 0.9**step, 4) for step in range(32))
+FIRST_RATE: Final = RATES[0]
+LEAST_RATE: Final = RATES[-1]
+# The mixture: each bet is g, or a share of the audit rate where that is less; weights before normalising. Large ones
+# pay while few errors were seen, small ones when many were.
+_SHARES_OF_RATE: Final = {0.97: 0.5, 0.65: 0.5}
+_LARGEST: Final = 0.5 * 0.75 ** np.arange(16)
+_BETS: Final = np.repeat(_LARGEST, len(_SHARES_OF_RATE))
+_SHARES: Final = np.tile(list(_SHARES_OF_RATE), len(_LARGEST))
+_WEIGHTS: Final = np.outer(_LARGEST, list(_SHARES_OF_RATE.values())).ravel()
 
 
 def coin(secret: bytes, job: bytes) -> float:
     """The audit coin of a job, uniform in [0, 1): audited when below the rate. The same at every try of the job."""
     return int.from_bytes(blake2b(job, key=secret, digest_size=7).digest()) / 2**56
-
-
-def audit_rate(lookups: int) -> float:
-    """The rate that the coin is compared with after so many lookups of a version; never rises."""
-    falling = FIRST_RATE * (FALLS_UNTIL * STEADY_RATE / FIRST_RATE) / max(lookups, 1)
-    early = min(FIRST_RATE, max(STEADY_RATE, falling))
-    return max(LEAST_RATE, min(early, STEADY_RATE * FALLS_AGAIN / max(lookups, 1)))
 
 
 def alpha_of(version: int) -> float:
@@ -53,63 +60,90 @@ def alpha_of(version: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Audit:
-    """What the audits of one version have shown. `rate` is the smallest at which a lookup was audited.
+class AtRate:
+    """What was served and what audits found wrong, of the decisions at one audit rate."""
 
-    `log_wealth` has an entry for each bet: its weight and the factors of the audited errors.
-    """
+    rate: float
+    served: float = 0
+    errors: float = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What the audits of one version have shown. `rates` has every audit rate so far, falling."""
 
     alpha: float
-    rate: float
-    log_wealth: tuple[float, ...]
-    errors: int = 0
+    rates: tuple[AtRate, ...]
 
     @classmethod
-    def begin(cls, version: int, *, rate: float = FIRST_RATE) -> Audit:
+    def begin(cls, version: int) -> Audit:
         """No audit yet."""
-        whole = sum(_WEIGHTS)
-        return cls(alpha_of(version), rate, tuple(math.log(weight / whole) for weight in _WEIGHTS))
+        return cls(alpha_of(version), (AtRate(FIRST_RATE),))
+
+    @property
+    def rate(self) -> float:
+        """What the coins of the next lookups are compared with."""
+        return self.rates[-1].rate
 
     def at_rate(self, rate: float) -> Audit:
-        """The next lookups are audited at this rate; a higher one than before is not allowed for in the bound."""
-        return replace(self, rate=min(self.rate, rate))
+        """The next lookups are audited at this rate; a higher one than now is not taken."""
+        return replace(self, rates=(*self.rates, AtRate(rate))) if rate < self.rate else self
 
-    def with_error(self, rate: float) -> Audit:
-        """One more decision to serve that an audit, at the rate it was drawn with, found to be wrong."""
-        return replace(self, errors=self.errors + 1, log_wealth=self._after(1.0, rate, at=self.rate))
+    def with_served(self, served: float) -> Audit:
+        """So many more answers were served at the present rate."""
+        last = self.rates[-1]
+        return replace(self, rates=(*self.rates[:-1], replace(last, served=last.served + served)))
 
-    def bound(self) -> float:
-        """At most so many wrong answers were served, with probability 1 - alpha at all moments at once.
+    def with_errors(self, errors: float, rate: float) -> Audit:
+        """So many more decisions to serve, made at this rate, were found to be wrong by their audits.
 
-        Each bet's weight of an error is the least that it had, that of the present rate.
+        One of a rate that this version never had counts for most, at the lowest.
         """
-        return self._errors_below(self.log_wealth, self.rate) - self.errors
+        rate = rate if any(at.rate == rate for at in self.rates) else self.rate
+        counted = [replace(at, errors=at.errors + errors) if at.rate == rate else at for at in self.rates]
+        return replace(self, rates=tuple(counted))
 
-    def forecast(self, errors: float, *, rate: float, spread: float) -> float:
-        """The bound after that many further errors, audited at `rate`, plus `spread` standard deviations of theirs."""
-        expected = errors * rate
-        seen = expected + spread * math.sqrt(expected)
-        after = self._errors_below(self._after(seen, rate, at=min(rate, self.rate)), min(rate, self.rate))
-        return after - self.errors - expected
+    def bound(self) -> int:
+        """At most so many wrong answers were served, with probability 1 - alpha at all moments at once."""
+        return math.floor(self.least_excluded())
 
-    def _after(self, seen: float, rate: float, *, at: float) -> tuple[float, ...]:
-        return tuple(
-            wealth + seen * math.log1p(-g / rate) for wealth, g in zip(self.log_wealth, _bets(at), strict=True)
-        )
+    def expected(self) -> float:
+        """The wrong answers that were served, as the audits let expect: no bound."""
+        return sum(at.errors * (1 - at.rate) / at.rate for at in self.rates)
 
-    def _errors_below(self, log_wealth: Sequence[float], rate: float) -> float:
-        """The least total of errors at which the mixture reaches 1 / alpha."""
-        growth = [-math.log1p(-g) for g in _bets(rate)]
+    def least_excluded(self) -> float:
+        """The number of served errors at which the mixture would reach 1 / alpha; all served if it cannot."""
+        rates, served, errors = (np.array(column) for column in zip(*map(_row, self.rates), strict=True))
+        bets = np.minimum(_BETS[:, None], _SHARES[:, None] * rates)
+        growth = -np.log1p(-bets)
+        wealth = np.log(_WEIGHTS / _WEIGHTS.sum()) + ((np.log1p(-bets / rates) + growth) * errors).sum(axis=1)
+        # Lowest rate first: the mixture's logarithm after all answers served at it, and at the next, were wrong.
+        growth, served = growth[:, ::-1], served[::-1]
+        filled = wealth[:, None] + np.cumsum(growth * served, axis=1)
         target = -math.log(self.alpha)
-        low, high = 0.0, min((target - wealth) / rise for wealth, rise in zip(log_wealth, growth, strict=True))
-        for _ in range(40):
-            middle = (low + high) / 2
-            terms = [wealth + rise * middle for wealth, rise in zip(log_wealth, growth, strict=True)]
-            most = max(terms)
-            reached = most + math.log(sum(math.exp(term - most) for term in terms)) >= target
-            low, high = (low, middle) if reached else (middle, high)
-        return high
+        reached = np.flatnonzero(np.logaddexp.reduce(filled, axis=0) >= target)
+        if not len(reached):
+            return float(served.sum())
+        at = int(reached[0])
+        before = filled[:, at - 1] if at else wealth
+        return float(served[:at].sum()) + _steps_to(target, before, growth[:, at])
 
 
-def _bets(rate: float) -> list[float]:
-    return [min(g, _LARGEST_SHARE * rate) for g in _BETS]
+def _row(at: AtRate) -> tuple[float, float, float]:
+    return at.rate, at.served, at.errors
+
+
+def _steps_to(target: float, wealth: NDArray[np.float64], growth: NDArray[np.float64]) -> float:
+    """How often `growth` must be added until the sum of the exponentials reaches the target's.
+
+    Newton's method from above: the logarithm of the sum is convex in the steps, so it stays above.
+    """
+    steps = float(((target - wealth) / growth).min())
+    for _ in range(30):
+        logs = wealth + growth * steps
+        terms = np.exp(logs - logs.max())
+        excess = float(logs.max() + np.log(terms.sum()) - target)
+        if excess < 1e-6:
+            break
+        steps -= excess * float(terms.sum() / (terms * growth).sum())
+    return max(steps, 0.0)

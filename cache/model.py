@@ -13,8 +13,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.score import Floats, Scorer, Vectors, cross_fitted, fit_scorer, learn_answers
+from cache.score import AnswerMap, Floats, Scorer, Vectors, cross_fitted, fit_scorer, learn_answers
 
+_KINDS: Final[dict[type, str]] = {np.bool_: "?", np.float32: "<f4", np.float64: "<f8"}
 FIT_SAMPLES: Final = 6_000  # the newest; older ones had fewer entries to look at
 
 
@@ -33,7 +34,7 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """`answers` number the columns of `likely`, the map from a vector to a value for each (None: not learned).
+    """`answers` number the values of `likely`, a map from a vector to a value for each (None: not learned).
 
     `scores`, `agreed` and `weights` are of the samples it was fitted to, cross-fitted: thresholds are chosen by them.
     `version` is that of the policy whose samples these were.
@@ -41,7 +42,7 @@ class Model:
 
     version: int
     answers: tuple[str, ...]
-    likely: Floats | None
+    likely: AnswerMap | None
     scorer: Scorer
     scores: Floats
     agreed: NDArray[np.bool_]
@@ -58,7 +59,7 @@ class Model:
             "weights": self.weights,
         }
         if self.likely is not None:
-            arrays["likely"] = self.likely
+            arrays |= {"directions": self.likely.directions, "coefficients": self.likely.coefficients}
         return msgspec.msgpack.encode(_Stored(self.version, self.answers, {n: _packed(a) for n, a in arrays.items()}))
 
     @classmethod
@@ -70,7 +71,7 @@ class Model:
         return cls(
             version=stored.version,
             answers=stored.answers,
-            likely=found.get("likely"),
+            likely=AnswerMap(found["directions"], found["coefficients"]) if "directions" in found else None,
             scorer=scorer,
             scores=found["scores"],
             agreed=found["agreed"],
@@ -87,8 +88,8 @@ def learned(version: int, samples: Samples, vectors: Vectors, answers: Sequence[
         version=version,
         answers=known,
         likely=likely,
-        scorer=fit_scorer(samples.features, samples.agreed, samples.weights),
-        scores=cross_fitted(samples.features, samples.agreed, samples.weights, samples.folds),
+        scorer=fit_scorer(samples.features, samples.agreed),
+        scores=cross_fitted(samples.features, samples.agreed, samples.folds),
         agreed=samples.agreed,
         weights=samples.weights,
     )
@@ -107,12 +108,12 @@ class _Stored(msgspec.Struct, frozen=True):
 
 
 def _packed(array: NDArray[Any]) -> _Array:
-    kind = "?" if array.dtype == np.bool_ else "<f4" if array.ndim == 2 else "<f8"
+    kind = _KINDS[array.dtype.type]
     return _Array(kind, array.shape, np.ascontiguousarray(array, dtype=kind).tobytes())
 
 
 def _unpacked(array: _Array) -> NDArray[Any]:
-    if array.kind not in ("?", "<f4", "<f8"):
+    if array.kind not in _KINDS.values():
         raise ValueError(f"a model has no arrays of kind {array.kind!r}")
     found = np.frombuffer(array.content, dtype=array.kind).reshape(array.shape)
-    return found if array.kind == "?" else found.astype(np.float64)
+    return found.astype(found.dtype.newbyteorder("="))

@@ -20,7 +20,7 @@ from cache.model import FIT_SAMPLES, Model, Samples, learned
 from cache.policy import Policy
 from cache.score import Floats, Neighbours, Vectors, candidate
 
-_REFIT_GROWTH: Final = 1.25
+_REFIT_GROWTH: Final = 1.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,10 @@ class Judged:
 
 
 def decide(policy: Policy, model: Model | None, queries: Sequence[Query]) -> tuple[Policy, list[Decided]]:
-    """One decision a lookup, all under one state. They belong to the version of the policy that is returned."""
+    """One decision a lookup, all under one state. They belong to the version of the policy that is returned.
+
+    A job is decided once: its coin is the same at every try, so a second decision would count one coin twice.
+    """
     model = model if model is not None and model.version == policy.version else None
     if model is not None and policy.lookups >= policy.rethink_at:
         policy = rethought(policy, model)
@@ -110,16 +113,16 @@ def decide(policy: Policy, model: Model | None, queries: Sequence[Query]) -> tup
 
 
 def judge(policy: Policy, judged: Sequence[Judged]) -> Policy:
-    """The engine has answered these lookups, which were decided under this version; in any order.
+    """The engine has answered these lookups, which were decided under this version; in any order, in any parts.
 
-    An audited lookup that the engine gave no comparable answer is not `agreed`: to leave it out would hide an error.
-    An alarm ends the version.
+    Only the moment of an alarm, which ends the version, may depend on the parts. An audited lookup that the engine
+    gave no comparable answer is not `agreed`: to leave it out would hide an error.
     """
     audits = [one for one in judged if one.audited]
     errors = sorted(one.rate for one in audits if not one.agreed)
     audit = policy.audit
     for rate in errors:
-        audit = audit.with_error(rate)
+        audit = audit.with_errors(1, rate)
     after = replace(
         policy,
         audit=audit,
@@ -192,15 +195,15 @@ def _values(model: Model | None, queries: Sequence[Query]) -> list[Floats] | lis
     """For each query a value for each answer that the model knows."""
     if model is None or model.likely is None or not queries:
         return [None] * len(queries)
-    return list(np.stack([query.vector for query in queries]).astype(np.float64) @ model.likely)
+    return list(model.likely.values(np.stack([query.vector for query in queries])))
 
 
 def _wished(policy: Policy, model: Model | None, candidates: Sequence[_Candidate]) -> list[bool]:
+    """Which pass the threshold; of too many those with the highest scores."""
     if model is None or policy.threshold is None:
         return [False] * len(candidates)
     able = [at for at, found in enumerate(candidates) if found.entry is not None]
-    wished = [False] * len(candidates)
     scores = model.scorer.score([candidates[at].features for at in able])
-    for at, score in zip(able, scores.tolist(), strict=True):
-        wished[at] = score >= policy.threshold
-    return wished
+    chosen = [at for at in np.argsort(-scores, kind="stable").tolist() if scores[at] >= policy.threshold]
+    best = {able[at] for at in chosen[: policy.most_wished(len(candidates))]}
+    return [at in best for at in range(len(candidates))]

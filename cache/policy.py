@@ -14,11 +14,13 @@ from typing import Final
 
 import msgspec
 
-from cache.certificate import Audit, audit_rate
+from cache.certificate import Audit
 
 PILOT_LOOKUPS: Final = 600
 PILOT_SHARE: Final = 0.05
-_ALARM_ODDS: Final = 1000.0
+LEAST_SHARE: Final = 0.75  # of the first limit that the second leaves; at 0.5 streams begin 500 lookups later
+DRIFT_SHARE: Final = 2 / 3  # at 1 the first thousands of lookups lose half of their hits
+_ALARM_ODDS: Final = 1000.0  # were the fit right, the chance of an alarm before the next one would be 1 in this
 _ALARM_TIMES: Final = 6.0  # the error rate among decisions, in times of the fitted one, that the alarm listens for
 
 
@@ -80,7 +82,7 @@ class Policy:
     @property
     def rate(self) -> float:
         """What the coins of the next lookups are compared with."""
-        return min(self.audit.rate, audit_rate(self.lookups))
+        return self.audit.rate
 
     @property
     def is_alarmed(self) -> bool:
@@ -97,8 +99,26 @@ class Policy:
 
     def bounds(self) -> tuple[float, float]:
         """(Wrong answers by lookups, by served ones), at most, with this version's alpha at all moments at once."""
-        bound = min(self.audit.bound(), float(self.served))
+        bound = self.audit.bound()
         return bound / max(1, self.lookups), bound / max(1, self.served)
+
+    def allowed(self, lookups: float, served: float) -> float:
+        """The wrong answers that both limits allow among so many lookups and served answers.
+
+        The second limit gives way to LEAST_SHARE of the first: a suspended version serves no more, so a limit of
+        served answers alone would never let it come back.
+        """
+        of_lookups = self.limits.error * lookups
+        return min(of_lookups, max(self.limits.served_error * served, LEAST_SHARE * of_lookups))
+
+    def most_wished(self, lookups: int) -> int:
+        """Of the next so many lookups, decided before any of them is judged, at most so many may be served.
+
+        Were as many as DRIFT_SHARE of them wrong, after a sudden drift that no audit has shown yet, the expected errors
+        would still be within the limits.
+        """
+        room = self.allowed(self.lookups + lookups, self.served) - self.audit.expected()
+        return max(0, math.floor(room / (1 - self.rate) / DRIFT_SHARE))
 
     def state(self) -> tuple[str, str]:
         """("pilot", "shadow", "serving" or "suspended", one sentence that says why)."""
@@ -123,15 +143,12 @@ class Policy:
         """So many lookups were decided under this state, at `rate`."""
         return replace(
             self,
-            audit=self.audit.at_rate(self.rate),
+            audit=self.audit.with_served(served),
             lookups=self.lookups + lookups,
             decided=self.decided + decided,
             served=self.served + served,
         )
 
     def _is_within_limits(self) -> bool:
-        bound = self.audit.at_rate(self.rate).bound()
-        return (
-            bound <= self.limits.error * self.lookups
-            and self.shadow_errors + bound <= self.limits.served_error * self.decided
-        )
+        bound = self.audit.bound()
+        return bound <= self.allowed(self.lookups, self.served)

@@ -21,9 +21,14 @@ NEIGHBOURS: Final = 24
 FEATURES: Final = 14
 MOST_ANSWERS: Final = 500  # different answers of a namespace up to which they are learned from the vectors
 _CLOSENESS: Final = 0.05  # a neighbour's vote falls by e for each such step of cosine below the nearest
-_RIDGE: Final = 0.3
+_DIRECTIONS: Final = 700  # 500 lose one to two points of hits, 1,000 take twice as long
+_SHARPNESS: Final = 2.0  # of the kernel, in 1 / (mean distance of entries); 3 is no better
+_RIDGE: Final = 0.2
+_ROWS_AT_ONCE: Final = 2048
 _SHRINKAGE: Final = 1.0
 _STEPS: Final = 12
+_LEAST_SCALE: Final = 1e-6
+_FARTHEST: Final = 4.0  # standard deviations of a feature beyond which it counts no further
 _WORDS = re.compile(r"\w+")
 
 
@@ -76,16 +81,46 @@ def _learned(answer: int, likely: Floats | None) -> list[float]:
     return [float(likely[answer]), margin, float(margin >= 0)]
 
 
-def learn_answers(vectors: Vectors, answers: NDArray[np.int64], count: int) -> Floats | None:
-    """A linear map from a vector to a value for each of `count` answers (ridge regression); None: too many answers."""
+@dataclass(frozen=True, slots=True)
+class AnswerMap:
+    """Values of answers by kernel ridge regression: `directions` draw the kernel's random features.
+
+    (dimensions, _DIRECTIONS) and (2 * _DIRECTIONS, answers).
+    """
+
+    directions: Vectors
+    coefficients: Vectors
+
+    def values(self, vectors: Vectors) -> Floats:
+        """For each vector a value for each answer, some 1 for the right one."""
+        return np.asarray(_waves(vectors, self.directions) @ self.coefficients, dtype=np.float64)
+
+
+def learn_answers(vectors: Vectors, answers: NDArray[np.int64], count: int) -> AnswerMap | None:
+    """The map of `count` answers, learned from entries; None: there are too many answers.
+
+    A Gaussian kernel by random Fourier features (Rahimi and Recht 2007), as wide as the entries lie apart: beside a
+    linear map it halves the errors of BANKING77's labels.
+    """
     if not 1 < count <= MOST_ANSWERS:
         return None
-    targets = np.zeros((len(answers), count))
-    targets[np.arange(len(answers)), answers] = 1.0
-    entries = vectors.astype(np.float64)
-    return np.asarray(
-        np.linalg.solve(entries.T @ entries + _RIDGE * np.eye(entries.shape[1]), entries.T @ targets), dtype=np.float64
-    )
+    apart = 1 - float((vectors.mean(axis=0, dtype=np.float64) ** 2).sum())  # mean of 1 - cosine over all pairs
+    drawn = np.random.RandomState(0).standard_normal((vectors.shape[1], _DIRECTIONS))
+    directions = np.asarray(drawn * np.sqrt(_SHARPNESS / max(apart, 0.01)), dtype=np.float32)
+    square = _RIDGE * np.eye(2 * _DIRECTIONS)
+    sums = np.zeros((count, 2 * _DIRECTIONS))
+    for start in range(0, len(vectors), _ROWS_AT_ONCE):
+        waves = _waves(vectors[start : start + _ROWS_AT_ONCE], directions)
+        square += waves.T @ waves
+        ordered = np.argsort(answers[start : start + _ROWS_AT_ONCE], kind="stable")
+        present, begins = np.unique(answers[start : start + _ROWS_AT_ONCE][ordered], return_index=True)
+        sums[present] += np.add.reduceat(waves[ordered], begins, axis=0)
+    return AnswerMap(directions, np.asarray(np.linalg.solve(square, sums.T), dtype=np.float32))
+
+
+def _waves(vectors: Vectors, directions: Vectors) -> Vectors:
+    turned = vectors @ directions
+    return np.concatenate((np.cos(turned), np.sin(turned)), axis=1) * np.float32(1 / np.sqrt(_DIRECTIONS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,33 +129,42 @@ class Scorer:
 
     mean: Floats
     scale: Floats
-    weights: Floats  # the first is the constant
+    weights: Floats  # of 1, the features and their squares
 
     def score(self, features: Sequence[Sequence[float]] | Floats) -> Floats:
         """One log odds for each row of features."""
-        rows = (np.asarray(features, dtype=np.float64).reshape(-1, FEATURES) - self.mean) / self.scale
-        return np.asarray(self.weights[0] + rows @ self.weights[1:], dtype=np.float64)
+        rows = np.asarray(features, dtype=np.float64).reshape(-1, FEATURES)
+        return np.asarray(_terms(rows, self.mean, self.scale) @ self.weights, dtype=np.float64)
 
 
-def fit_scorer(features: Floats, agreed: NDArray[np.bool_], weights: Floats) -> Scorer:
-    """Logistic regression by Newton's method; `weights` are 1 / (probability that the row came to be seen)."""
-    mean, scale = features.mean(axis=0), features.std(axis=0) + 1e-9
-    rows = np.column_stack((np.ones(len(features)), (features - mean) / scale))
+def fit_scorer(features: Floats, agreed: NDArray[np.bool_]) -> Scorer:
+    """Logistic regression by Newton's method.
+
+    Rows have no weights: whether one came to be seen hangs on its features and its coin, not on whether it agreed.
+    """
+    mean, scale = features.mean(axis=0), features.std(axis=0)
+    scale = np.where(scale > _LEAST_SCALE, scale, np.inf)  # what never varied says nothing
+    rows = _terms(features, mean, scale)
     shrink = _SHRINKAGE * np.eye(rows.shape[1])
     shrink[0, 0] = 1e-6
     found = np.zeros(rows.shape[1])
     for _ in range(_STEPS):
         likely = 1 / (1 + np.exp(-np.clip(rows @ found, -30, 30)))
-        curvature = (rows * (weights * likely * (1 - likely))[:, None]).T @ rows + shrink
-        found = found + np.linalg.solve(curvature, rows.T @ (weights * (agreed - likely)) - shrink @ found)
+        curvature = (rows * (likely * (1 - likely))[:, None]).T @ rows + shrink
+        found = found + np.linalg.solve(curvature, rows.T @ (agreed - likely) - shrink @ found)
     return Scorer(mean, scale, found)
 
 
-def cross_fitted(features: Floats, agreed: NDArray[np.bool_], weights: Floats, folds: NDArray[np.bool_]) -> Floats:
+def _terms(features: Floats, mean: Floats, scale: Floats) -> Floats:
+    scaled = np.clip((features - mean) / scale, -_FARTHEST, _FARTHEST)
+    return np.column_stack((np.ones(len(features)), scaled, scaled**2))
+
+
+def cross_fitted(features: Floats, agreed: NDArray[np.bool_], folds: NDArray[np.bool_]) -> Floats:
     """Scores of all rows, each by a fit to the other fold: what a threshold is chosen by was not fitted to itself."""
     scores = np.zeros(len(features))
     for fold in (False, True):
         mine = folds == fold
         if mine.any() and (~mine).any():
-            scores[mine] = fit_scorer(features[~mine], agreed[~mine], weights[~mine]).score(features[mine])
+            scores[mine] = fit_scorer(features[~mine], agreed[~mine]).score(features[mine])
     return scores

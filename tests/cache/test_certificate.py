@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from cache.certificate import ALPHA, FIRST_RATE, LEAST_RATE, Audit, alpha_of, audit_rate, coin
-from cache.policy import Limits, Policy
+from cache.certificate import ALPHA, FIRST_RATE, LEAST_RATE, RATES, Audit, alpha_of, coin
 
-STREAMS = 1500
+STREAMS = 1000
+SERVED_BETWEEN = 10  # right answers between two errors
+
+# What is known before a decision, (number of the error, caught, served), gives (place in RATES, whether it errs).
+Adversary = Callable[[int, int, int], tuple[int, bool]]
 
 
 def test_versions_share_alpha() -> None:
@@ -26,79 +30,70 @@ def test_the_coin_is_uniform_keyed_and_the_same_for_the_same_job() -> None:
     assert coin(b"key", b"1") == coin(b"key", b"1") != coin(b"other", b"1")
 
 
-def test_the_rate_never_rises_and_keeps_its_ends() -> None:
-    rates = [audit_rate(lookups) for lookups in range(0, 500_000, 100)]
-    assert rates == sorted(rates, reverse=True)
-    assert (rates[0], rates[-1]) == (FIRST_RATE, LEAST_RATE)
+def test_the_rates_fall_from_a_half_to_two_percent() -> None:
+    assert list(RATES) == sorted(set(RATES), reverse=True)
+    assert FIRST_RATE == 0.5
+    assert 0.015 < LEAST_RATE < 0.025
 
 
-def test_more_errors_and_lower_rates_raise_the_bound() -> None:
-    none = Audit.begin(1, rate=0.2)
-    one = none.with_error(0.2)
-    assert 14 < none.bound() < 20
-    assert none.bound() < one.bound() < one.with_error(0.2).bound()
-    assert none.at_rate(0.1).bound() > none.bound()
-    assert one.at_rate(0.4).bound() == one.bound()
+def test_without_an_error_the_bound_is_near_the_least_that_the_coins_allow() -> None:
+    for rate, most in ((0.5, 8), (RATES[9], 20)):
+        audit = Audit.begin(1).at_rate(rate).with_served(10_000)
+        assert math.log(1 / ALPHA) / -math.log(1 - rate) < audit.bound() <= most
+
+
+def test_no_more_wrong_answers_are_possible_than_answers_were_served() -> None:
+    assert Audit.begin(1).bound() == 0
+    assert Audit.begin(1).with_served(3).bound() == 3
+    fallen = Audit.begin(1).with_served(1_000).at_rate(RATES[10])
+    assert fallen.bound() == Audit.begin(1).with_served(1_000).bound()
+    assert fallen.bound() < fallen.with_served(5).bound() < fallen.with_served(1_000).bound()
+
+
+def test_more_errors_raise_the_bound_and_those_seen_at_a_low_rate_raise_it_more() -> None:
+    none = Audit.begin(1).with_served(1_000).at_rate(RATES[8]).with_served(1_000)
+    early, late = none.with_errors(1, FIRST_RATE), none.with_errors(1, RATES[8])
+    assert none.bound() < early.bound() < late.bound() < late.with_errors(1, RATES[8]).bound()
+
+
+def test_a_rate_never_rises_and_an_error_of_an_unknown_rate_counts_at_the_lowest() -> None:
+    audit = Audit.begin(1).at_rate(RATES[5]).with_served(1_000)
+    assert audit.at_rate(RATES[2]) == audit
+    assert audit.with_errors(1, 0.123) == audit.with_errors(1, RATES[5])
 
 
 @pytest.mark.parametrize(
-    ("name", "chance"),
+    "adversary",
     [
-        ("rare from the start", lambda n: 0.004),
-        ("none, then many: drift", lambda n: 0.0 if n < 3000 else 0.2),
-        ("many, then none", lambda n: 0.1 if n < 500 else 0.0),
-        ("in bursts", lambda n: 0.5 if n % 1000 < 20 else 0.0),
+        pytest.param(lambda at, caught, served: (0, True), id="errs at one rate"),
+        pytest.param(lambda at, caught, served: (at // 5, True), id="errs while the rate falls"),
+        pytest.param(lambda at, caught, served: (min(at // 2, 20), at >= 60), id="errs late, at a low rate"),
+        pytest.param(lambda at, caught, served: (8, caught == 0), id="errs until it is caught"),
+        pytest.param(lambda at, caught, served: (12, served > 4 * caught), id="errs while it is ahead"),
+        pytest.param(lambda at, caught, served: (12, served < 8 or caught < 3), id="errs until the bound is tight"),
+        pytest.param(lambda at, caught, served: (min(served // 2, 15), True), id="lowers the rate after its luck"),
+        pytest.param(lambda at, caught, served: (min(5 * caught, 20), True), id="lowers the rate when caught"),
+        pytest.param(lambda at, caught, served: (at // 30 * 6, at % 30 < 4), id="errs in bursts after each fall"),
     ],
 )
-def test_the_true_number_of_served_errors_passes_the_bound_in_at_most_alpha_of_streams(
-    name: str, chance: object
-) -> None:
-    """Every lookup is decided to be served; the adversary fixes the errors, the coins are drawn apart."""
+def test_served_errors_pass_the_bound_in_at_most_alpha_of_streams(adversary: Adversary) -> None:
     random = np.random.default_rng(7)
-    lookups = 6000
-    errors = np.flatnonzero([random.random() < chance(n) for n in range(lookups)])  # type: ignore[operator]
-    rates = np.array([audit_rate(int(n)) for n in errors])
-    broken = 0
-    for _ in range(STREAMS // 5):
-        audited = random.random(len(errors)) < rates
-        broken += _is_ever_false(audited, rates)
-    assert broken / (STREAMS // 5) <= ALPHA + 0.02, name
-
-
-def test_an_adversary_that_sees_the_coins_of_the_past_gains_nothing() -> None:
-    """It errs on until an audit catches it, then is honest for ever: the worst that optional stopping can do."""
-    random = np.random.default_rng(11)
-    broken = 0
-    for _ in range(STREAMS):
-        audited = random.random(200) < 0.2
-        caught = int(np.argmax(audited)) + 1 if audited.any() else 200
-        broken += _is_ever_false(audited[:caught], np.full(caught, 0.2))
+    broken = sum(_is_ever_false(random.random(90).tolist(), adversary) for _ in range(STREAMS))
     assert broken / STREAMS <= ALPHA
 
 
-def test_a_version_serves_nothing_without_a_threshold_or_evidence() -> None:
-
-    policy = Policy.begin(1, Limits())
-    assert not policy.is_serving
-    assert policy.bounds()[0] == 0.0
-
-
-def _is_ever_false(
-    audited: np.ndarray[tuple[int], np.dtype[np.bool_]], rates: np.ndarray[tuple[int], np.dtype[np.float64]]
-) -> bool:
-    audit = Audit.begin(1)
-    served_errors = 0
-    bound = None
-    for seen, rate in zip(audited.tolist(), rates.tolist(), strict=True):
-        lowered = audit.at_rate(rate)
-        if lowered.rate != audit.rate or bound is None:
-            audit, bound = lowered, None
-        if seen:
-            audit, bound = audit.with_error(rate), None
+def _is_ever_false(coins: list[float], adversary: Adversary) -> bool:
+    audit, caught, served, bound = Audit.begin(1), 0, 0, 0
+    for at, drawn in enumerate(coins):
+        place, errs = adversary(at, caught, served)
+        audit = audit.at_rate(RATES[place]).with_served(SERVED_BETWEEN)
+        if not errs:
+            continue
+        if drawn < audit.rate:
+            audit, caught = audit.with_errors(1, audit.rate), caught + 1
         else:
-            served_errors += 1
-        if bound is None:
-            bound = audit.bound()
-        if served_errors > bound:
-            return True
+            audit, served = audit.with_served(1), served + 1
+            bound = bound if served <= bound else audit.bound()  # it never falls
+            if served > bound:
+                return True
     return False
