@@ -281,11 +281,16 @@ def says_the_same(one: JobResult, other: JobResult) -> bool:
 
 
 def _split(fields: Mapping[str, Any], line: LineSettings, affixes: Affixes) -> Split | None:
-    """The request's payload in its template: the line's own, or else what stands between the batch's affixes."""
+    """The request's payload in its template: the line's own, or else what stands between the batch's affixes.
+
+    None too for what Postgres would not store, a NUL or a lone surrogate.
+    """
     prompt = prompt_of(fields)
     if prompt is None:
         return None
     before, text = prompt
+    if "\0" in text or text.encode(errors="ignore").decode() != text:
+        return None
     found = split(text, affixes) if line.template is None else split_declared(line.template, line.variables or {})
     return None if found is None else replace(found, template=before + found.template)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from cache.keys import collection_name
-from pipeline.certify import Certified, certified
-from runtime.errors import NotFound, ServiceUnreachable
+from runtime.errors import BadInput, NotFound, ServiceUnreachable
 from runtime.settings import Settings
 from scripts.local import connected
 from scripts.lookup import TENANT, opened_database
@@ -27,6 +27,9 @@ from store.cache_reports import (
 )
 from store.database import Session
 from store.recent import RecentAnswers
+
+if TYPE_CHECKING:
+    from pipeline.certify import Certified
 
 TEMPLATE_CHARACTERS = 48
 
@@ -57,7 +60,7 @@ def stats(settings: Settings, as_json: bool) -> None:
         "audit_tokens": sum(report.audit_tokens for report in reports),
         "lookups_lost_to_outages": totals.unlooked,
     }
-    namespaces = [_namespace(report, certified(report)) for report in reports]
+    namespaces = [_namespace(report, one) for report, one in zip(reports, _certified(reports), strict=True)]
     if as_json:
         emit_json(figures | {"namespaces": namespaces})
         return
@@ -73,7 +76,8 @@ def stats(settings: Settings, as_json: bool) -> None:
 def certify(settings: Settings, namespace: int | None, as_json: bool) -> None:
     """What can be said of wrong answers, for each namespace or for NAMESPACE: the sentence, its figures, and why."""
     with opened_database(connected(settings)) as database, database.transaction() as session:
-        found = [certified(report) for report in namespace_reports(session, TENANT) if namespace in (None, report.id)]
+        reports = [report for report in namespace_reports(session, TENANT) if namespace in (None, report.id)]
+    found = _certified(reports)
     if namespace is not None and not found:
         raise NotFound(f"no namespace {namespace}; `stoker cache stats` lists them")
     if as_json:
@@ -114,6 +118,17 @@ def ttl(settings: Settings, namespace: int, time: float) -> None:
     """Let the answers of NAMESPACE serve for TIME (such as 12h or 7d) after they were given."""
     changed = _carry_out(connected(settings), lambda session: set_ttl(session, TENANT, namespace, ttl_s=time))
     say(f"{len(changed.keys):,} answers, and those to come, serve for {time:,.0f} s")
+
+
+def _certified(reports: Sequence[NamespaceReport]) -> list[Certified]:
+    """The certificates; only who has namespaces needs the libraries of the semantic cache."""
+    if not reports:
+        return []
+    try:
+        from pipeline.certify import certified  # noqa: PLC0415
+    except ImportError as error:
+        raise BadInput(f"to read certificates {error.name} is needed: pip install 'stoker[cache]'") from error
+    return [certified(report) for report in reports]
 
 
 def _carry_out(served: Settings, step: Callable[[Session], Cleared]) -> Cleared:
