@@ -48,12 +48,13 @@ class Index:
     Every method raises ServiceUnreachable while the server does not answer, for REST_S without asking it.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, timeout_s: float = TIMEOUT_S) -> None:
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise BadInput("STOKER_CACHE__CHROMA_URL: write http://host:port")
         self._url = f"{parts.scheme}://{parts.hostname}:{parts.port or 8000}"
         self._place = {"host": parts.hostname, "port": parts.port or 8000, "ssl": parts.scheme == "https"}
+        self._timeout_s = timeout_s
         self._client: Any = None
         self._collections: dict[str, Any] = {}
         self._rests_until = 0.0
@@ -97,8 +98,11 @@ class Index:
 
     def _connected(self) -> Any:
         if self._client is None:
+            # chromadb sets no timeout and has no setting for one: its first requests, at once, are sent only to a server
+            # that has just answered, and the rest have ours.
+            httpx.get(f"{self._url}/api/v2/heartbeat", timeout=self._timeout_s).raise_for_status()
             client = chromadb.HttpClient(**self._place, settings=ChromaSettings(anonymized_telemetry=False))
-            client._server._session.timeout = httpx.Timeout(TIMEOUT_S)  # chromadb sets none and has no setting for it
+            client._server._session.timeout = httpx.Timeout(self._timeout_s)
             self._client = client
         return self._client
 

@@ -121,7 +121,8 @@ def _origin(row: ResultRow) -> str:
     """Whose result it took, and which entry of the cache an answer came from."""
     leader = "" if row.leader is None else f',"leader":{_json(row.leader)}'
     entry = "" if row.entry is None else f',"entry":{row.entry}'
-    return leader + entry + ("" if row.similarity is None else f',"similarity":{row.similarity:.4f}')
+    namespace = "" if row.namespace is None else f',"namespace":{row.namespace}'
+    return leader + entry + namespace + ("" if row.similarity is None else f',"similarity":{row.similarity:.4f}')
 
 
 def _one_line(text: str) -> str:

@@ -31,6 +31,7 @@ class ResultRow:
     error_message: str | None
     entry: int | None = None
     similarity: float | None = None
+    namespace: int | None = None
     leader: str | None = None
 
 
@@ -119,7 +120,7 @@ def _page(session: Session, batch_id: UUID, *, after_seq: int) -> list[ResultRow
     rows = session.execute(
         text("""
         SELECT r.seq, j.custom_id, r.outcome, r.source, r.status_code, r.response, r.error_code, r.error_message,
-            r.cache_entry_id, r.similarity
+            r.cache_entry_id, r.similarity, r.namespace_id
         FROM results r JOIN jobs j ON j.batch_id = r.batch_id AND j.seq = r.seq
         WHERE r.batch_id = :id AND r.seq > :after ORDER BY r.seq LIMIT :limit"""),
         {"id": batch_id, "after": after_seq, "limit": PAGE_ROWS},

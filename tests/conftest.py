@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
@@ -56,6 +57,13 @@ def postgres_template() -> Iterator[str]:
 @pytest.fixture
 def postgres_url(postgres_template: str) -> Iterator[str]:
     """The URL of a migrated and empty database for this test alone."""
+    with empty_database(postgres_template) as url:
+        yield url
+
+
+@contextmanager
+def empty_database(postgres_template: str) -> Iterator[str]:
+    """The URL of a migrated and empty database, gone after the block."""
     name = f"{RUN}_{uuid4().hex[:8]}"
     with _administrator() as admin:
         admin.execute(

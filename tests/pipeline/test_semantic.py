@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-import asyncio
+import itertools
 import json
-from collections import Counter
+import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from uuid import UUID
 
 import pytest
 from sqlalchemy import text
 
 from cache.index import Index
-from cache.policy import Policy
-from inference.endpoint import Endpoint
-from pipeline.cached import ExactCache
-from pipeline.feed import FeedContext, feed
-from pipeline.heartbeat import Heartbeat
-from pipeline.semantic import SemanticCache
-from runtime.settings import CacheSettings, Settings
-from store.batches import batch_progress
+from cache.keys import collection_name
+from models.states import CacheMode
+from pipeline.certify import Certified, certified
+from pipeline.export import line
+from store.answers import delete_expired
+from store.batches import batch_progress, finish
+from store.cache_reports import cache_totals, clear_checkpoint, clear_template, namespace_reports, set_ttl
 from store.database import Database
 from store.engines import register_engine
-from store.recent import RecentAnswers
-from tests.support.batches import chat, dispatch_all, execute, results_of, store_batch
+from store.results import result_pages
+from tests.conftest import empty_database
+from tests.support.batches import dispatch_all, execute, results_of
 from tests.support.own_services import OwnChroma, server_folder
-from tests.support.queries import TOPICS, TopicEmbedder, queries
+from tests.support.queries import queries
 from tests.support.scripted_endpoint import ScriptedEndpoint
+from tests.support.semantic_child import Child, answer_topics, namespaces, policy_of, sources
 
-PREFIX = "Say in one word what this is about.\n\nMessage: "
-SUFFIX = "\n\nOne word of refund, card, transfer, login:"
 ENOUGH = 2_400  # lookups by which these easy queries are certified
+_fresh = itertools.count(1)
 
 
 @pytest.fixture(scope="module")
@@ -42,130 +40,278 @@ def chroma() -> Iterator[OwnChroma]:
 
 
 @pytest.fixture
-def endpoint() -> Iterator[ScriptedEndpoint]:
-    """An engine that says the topic of a query."""
-    with ScriptedEndpoint() as server:
-        for topic in TOPICS:
-            server.script(f"[[answer {topic}]]", match=f" {topic}\n\nOne")
+def own_chroma() -> Iterator[OwnChroma]:
+    """A server of this test alone, to be killed."""
+    with server_folder() as folder, OwnChroma(folder / "chroma") as server:
         yield server
 
 
-class Child:
-    """A worker child whose parts a test may take away."""
+@pytest.fixture(scope="module")
+def topics() -> Iterator[ScriptedEndpoint]:
+    """An engine that says the topic of a query, always."""
+    with ScriptedEndpoint() as server:
+        answer_topics(server)
+        yield server
 
-    def __init__(self, database: Database, engine_url: str, redis_url: str, chroma_url: str) -> None:
-        self.database = database
-        self.engine_url = engine_url
-        self.redis_url = redis_url
-        self.settings = CacheSettings(chroma_url=chroma_url)
-        self.embedder = TopicEmbedder()
-        with database.transaction() as session:
-            self.engine_id = register_engine(session, {"checkpoint_digest": "1234"})
-        self.semantic = self._semantic()
 
-    def restart(self) -> None:
-        """As a new process: it remembers nothing."""
-        self.semantic = self._semantic()
-
-    def feed(self) -> None:
-        """Run all that is dispatched."""
-        asyncio.run(self._feed())
-
-    def _semantic(self) -> SemanticCache:
-        return SemanticCache(
-            self.database,
-            Index(self.settings.chroma_url or ""),
-            self.embedder,
-            settings=self.settings,
-            engine_id=lambda: self.engine_id,
-            lease_s=30.0,
-        )
-
-    async def _feed(self) -> None:
-        exact = ExactCache(RecentAnswers(self.redis_url), self.settings, engine_id=lambda: self.engine_id)
-        connections = Endpoint(self.engine_url, api_key=None, timeout_s=10.0, connections=64)
-        with Heartbeat(self.database, lease_s=30.0, interval_s=5.0) as heartbeat:
-            async with asyncio.timeout(120), connections as server:
-                context = FeedContext(
-                    database=self.database,
-                    heartbeat=heartbeat,
-                    generation=server,
-                    embeddings=server,
-                    settings=Settings.model_construct(cache=self.settings),
-                    holder="test",
-                    engine="engine",
-                    worker="worker",
-                    in_flight=64,
-                    draining=lambda: False,
-                    engine_id=lambda: self.engine_id,
-                    cache=exact,
-                    semantic=self.semantic,
-                )
-                await feed(context)
-        exact.close()
+@pytest.fixture
+def endpoint() -> Iterator[ScriptedEndpoint]:
+    """An engine that says the topic of a query until it is told otherwise."""
+    with ScriptedEndpoint() as server:
+        answer_topics(server)
+        yield server
 
 
 @pytest.fixture
 def child(database: Database, endpoint: ScriptedEndpoint, redis_url: str, chroma: OwnChroma) -> Child:
-    return Child(database, endpoint.url, redis_url, chroma.url)
+    """A child whose cache is cold."""
+    return Child(database, engine_url=endpoint.url, redis_url=redis_url, chroma_url=chroma.url)
 
 
-def run(
-    child: Child, folder: Path, asked: list[str], *, mode: str = "semantic", tenant: str = "local", **fields: Any
-) -> UUID:
-    bodies = [chat(f"{PREFIX}{one}{SUFFIX}", **{"temperature": 0, "max_tokens": 8, **fields}) for one in asked]
-    batch_id = store_batch(child.database, folder, bodies, tenant=tenant)
-    options = {"cache": mode, "affixes": {"prefix": PREFIX, "suffix": SUFFIX}}
-    execute(
-        child.database,
-        "UPDATE batches SET options = options || CAST(:new AS jsonb) WHERE id = :id",
-        new=json.dumps(options),
-        id=batch_id,
-    )
-    dispatch_all(child.database)
-    child.feed()
-    return batch_id
+@pytest.fixture(scope="module")
+def certified_child(
+    postgres_template: str,
+    topics: ScriptedEndpoint,
+    _redis_database: str,
+    chroma: OwnChroma,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Child]:
+    """A child whose namespace is certified; tests may add to it and must leave it certified."""
+    with empty_database(postgres_template) as url:
+        database = Database(url, pool_size=20)
+        made = Child(database, engine_url=topics.url, redis_url=_redis_database, chroma_url=chroma.url)
+        made.run(tmp_path_factory.mktemp("certified"), queries(ENOUGH))
+        yield made
+        database.close()
 
 
-def sources(database: Database, batch_id: UUID) -> Counter[str]:
+def fresh(count: int) -> list[str]:
+    """Queries that no other test has asked."""
+    return queries(count, seed=next(_fresh))
+
+
+def certificate(database: Database) -> Certified:
     with database.transaction() as session:
-        return Counter(session.scalars(text("SELECT source FROM results WHERE batch_id = :id"), {"id": batch_id}))
+        return certified(namespace_reports(session, "local")[0])
 
 
-def namespace(database: Database) -> dict[str, Any]:
-    with database.transaction() as session:
-        return dict(session.execute(text("SELECT * FROM cache_namespaces")).mappings().one())
-
-
-def policy(database: Database) -> Policy:
-    return Policy.decode(namespace(database)["policy"])
-
-
-def test_a_certified_namespace_serves_right_answers_and_says_from_where(
-    child: Child, tmp_path: Path, database: Database, endpoint: ScriptedEndpoint
-) -> None:
-    asked = queries(ENOUGH + 400)
-    first = run(child, tmp_path, asked[:ENOUGH])
-    second = run(child, tmp_path, asked[ENOUGH:])
-    assert policy(database).is_serving, policy(database).state()
-    counts = sources(database, second)
+def test_a_certified_namespace_serves_right_answers_and_says_from_where(certified_child: Child, tmp_path: Path) -> None:
+    database, asked = certified_child.database, fresh(400)
+    assert policy_of(database).is_serving, policy_of(database).state()
+    before = namespaces(database)[0]
+    batch_id = certified_child.run(tmp_path, asked)
+    counts = sources(database, batch_id)
     assert counts["semantic"] > 200
     assert counts["semantic"] + counts["engine"] == 400
-    for one, query in zip(results_of(database, second), asked[ENOUGH:], strict=True):
+    for one, query in zip(results_of(database, batch_id), asked, strict=True):
         assert query.split()[-1] in (one.response or "")
     with database.transaction() as session:
-        progress = batch_progress(session, second, tenant="local")
-        rows = session.execute(
-            text("""
-            SELECT r.similarity, r.namespace_id, e.namespace_id FROM results r JOIN cache_entries e
-            ON e.id = r.cache_entry_id WHERE r.batch_id = :id AND r.source = 'semantic'"""),
-            {"id": second},
-        ).all()
+        progress = batch_progress(session, batch_id, tenant="local")
+        totals = cache_totals(session, "local")
     assert progress.served == counts["semantic"]
     assert progress.saved_tokens > 0
-    assert all(similarity > 0.5 and mine == its for similarity, mine, its in rows)
-    known = namespace(database)
-    assert known["served"] == counts["semantic"] + sources(database, first)["semantic"]
-    assert known["lookups"] == ENOUGH + 400
-    assert known["asked_twice"] >= 200
-    assert known["differed"] == 0
+    assert totals.semantic >= counts["semantic"]
+    lines = [json.loads(line(batch_id, row))["stoker"] for page in result_pages(database, batch_id) for row in page]
+    served = [one for one in lines if one["source"] == "semantic"]
+    assert all(one["similarity"] > 0.5 and one["entry"] and one["namespace"] == before["id"] for one in served)
+    after = namespaces(database)[0]
+    assert after["served"] - before["served"] == counts["semantic"]
+    assert after["lookups"] - before["lookups"] == 400
+    assert after["asked_twice"] >= 200
+    assert after["differed"] == 0
+    said = certificate(database)
+    assert said.state == "serving"
+    assert said.error_bound <= 0.01
+    assert f"{said.settled:,} lookups" in said.sentence
+
+
+def test_nothing_is_served_across_tenants_checkpoints_or_sampling(certified_child: Child, tmp_path: Path) -> None:
+    database = certified_child.database
+    other_tenant = certified_child.run(tmp_path, fresh(64), tenant="other")
+    other_sampling = [
+        certified_child.run(tmp_path, fresh(64), seed=3),
+        certified_child.run(tmp_path, fresh(64), top_k=5),
+    ]
+    asked = fresh(64)
+    certified_child.engine_id, own = _engine(database, "5678"), certified_child.engine_id
+    other_checkpoint = certified_child.run(tmp_path, asked)
+    certified_child.engine_id = own
+    for batch_id in (other_tenant, *other_sampling, other_checkpoint):
+        assert sources(database, batch_id) == {"engine": 64}
+
+
+def _engine(database: Database, digest: str) -> int:
+    with database.transaction() as session:
+        return register_engine(session, {"checkpoint_digest": digest})
+
+
+def test_lines_and_batches_that_do_not_ask_for_it_are_not_served(certified_child: Child, tmp_path: Path) -> None:
+    database = certified_child.database
+    before = namespaces(database)[0]["lookups"]
+    exact = certified_child.run(tmp_path, fresh(64), mode=CacheMode.EXACT)
+    off = certified_child.run(tmp_path, fresh(64), stoker={"cache": "off"})
+    sampled = certified_child.run(tmp_path, fresh(64), temperature=0.8)
+    assert [sources(database, one) for one in (exact, off, sampled)] == [{"engine": 64}] * 3
+    assert namespaces(database)[0]["lookups"] == before
+    line_wise = certified_child.run(tmp_path, fresh(128), mode=CacheMode.EXACT, stoker={"cache": "semantic"})
+    assert sources(database, line_wise)["semantic"] > 30
+
+
+def test_numbers_ids_dates_negations_and_quotes_are_not_overlooked(certified_child: Child, tmp_path: Path) -> None:
+    """Each differs from all entries in what a guard compares; the topic, and so the vector, is an entry's."""
+    changed = ["3 of", "not", "order A-17", "on monday", '"gold"', "12%", "never"]
+    asked = [f"{changed[place % len(changed)]} {query}" for place, query in enumerate(fresh(112))]
+    assert sources(certified_child.database, certified_child.run(tmp_path, asked)) == {"engine": 112}
+
+
+def test_a_job_is_looked_up_once_however_often_it_is_tried(
+    child: Child, tmp_path: Path, endpoint: ScriptedEndpoint
+) -> None:
+    database, asked = child.database, fresh(64)
+    endpoint.script("[[fail 1 times]]", match=PREFIX_START)
+    batch_id = child.submit(tmp_path, asked)
+    while finish_count(database, batch_id) < 64:
+        execute(database, "UPDATE job_tries SET not_before = now()")
+        execute(database, "UPDATE shards SET not_before = now() WHERE state = 'pending'")
+        dispatch_all(database)
+        child.restart()
+        child.feed()
+    assert endpoint.calls().count >= 128
+    assert namespaces(database)[0]["lookups"] == 64
+    with database.transaction() as session:
+        assert session.execute(text("SELECT count(*), count(judged_at) FROM cache_lookups")).one() == (64, 64)
+
+
+PREFIX_START = "Say in one word"
+
+
+def finish_count(database: Database, batch_id: object) -> int:
+    with database.transaction() as session:
+        return int(
+            session.execute(text("SELECT count(*) FROM results WHERE batch_id = :id"), {"id": batch_id}).scalar_one()
+        )
+
+
+def test_a_chroma_that_is_down_hangs_or_is_emptied_costs_hits_and_no_job(
+    tmp_path: Path, own_chroma: OwnChroma, database: Database, topics: ScriptedEndpoint, redis_url: str
+) -> None:
+    child = Child(database, engine_url=topics.url, redis_url=redis_url, chroma_url=own_chroma.url)
+    first = fresh(128)
+    assert sources(database, child.run(tmp_path, first)) == {"engine": 128}
+    own_chroma.kill()
+    child.restart()
+    assert sources(database, child.run(tmp_path, fresh(128))) == {"engine": 128}
+    with database.transaction() as session:
+        assert cache_totals(session, "local").unlooked == 128
+    own_chroma.start()
+    own_chroma.signal(signal.SIGSTOP)
+    child.restart()
+    try:
+        assert sources(database, child.run(tmp_path, fresh(64))) == {"engine": 64}
+    finally:
+        own_chroma.signal(signal.SIGCONT)
+    own_chroma.empty()
+    own_chroma.start()
+    child.restart()
+    child.run(tmp_path, fresh(64))  # finds nothing, and fills the index from Postgres beside
+    [known] = namespaces(database)
+    assert Index(own_chroma.url).size(collection_name(known["secret"])) == 128 + 128 + 64 + 64
+
+
+def test_free_text_is_never_served_and_certify_says_so(
+    child: Child, tmp_path: Path, endpoint: ScriptedEndpoint
+) -> None:
+    answer_topics(endpoint, prefix="a long answer that goes on and on about many things and at last names ")
+    batch_id = child.run(tmp_path, fresh(700), max_tokens=64)
+    assert sources(child.database, batch_id) == {"engine": 700}
+    [why] = [one for one in certificate(child.database).why if "free text" in one]
+    assert "700 of 700 answers are free text" in why
+
+
+def test_an_engine_that_disagrees_with_itself_is_named_as_the_reason(
+    child: Child, tmp_path: Path, endpoint: ScriptedEndpoint
+) -> None:
+    endpoint.script("[[later answer maybe]]", match=" refund\n")
+    child.run(tmp_path, fresh(640))
+    said = certificate(child.database)
+    assert said.asked_twice >= 200
+    assert 0.1 < (said.self_disagreement or 0) < 0.4
+    assert any("the engine disagrees with itself" in one for one in said.why)
+
+
+def test_a_drift_suspends_serving_before_the_statement_is_false(
+    child: Child, tmp_path: Path, endpoint: ScriptedEndpoint
+) -> None:
+    database = child.database
+    child.run(tmp_path, fresh(ENOUGH))
+    assert policy_of(database).is_serving
+    answer_topics(endpoint, prefix="new_")
+    asked = fresh(1_000)
+    batch_id = child.run(tmp_path, asked)
+    wrong = sum("new_" not in (one.response or "") for one in results_of(database, batch_id))
+    assert wrong <= 0.01 * (ENOUGH + 1_000)
+    assert not policy_of(database).is_serving
+
+
+def test_what_a_batch_leaves_unjudged_counts_against_the_cache(certified_child: Child, tmp_path: Path) -> None:
+    database = certified_child.database
+    batch_id = certified_child.submit(tmp_path, fresh(8))
+    before = policy_of(database)
+    execute(
+        database,
+        "INSERT INTO cache_lookups (batch_id, seq, namespace_id, version, place, coin, rate, wished, in_shadow, "
+        "audited, answer, features) VALUES (:id, 0, :ns, :version, 10, 0.01, :rate, true, false, true, 'label:card', :none)",
+        id=batch_id,
+        ns=namespaces(database)[0]["id"],
+        version=before.version,
+        rate=before.rate,
+        none=b"\0" * 4,
+    )
+    assert certificate(database).settled == 10, "lookups after an audit that is out are not settled"
+    execute(database, "UPDATE batches SET state = 'finalizing', total = 0 WHERE id = :id", id=batch_id)
+    with database.transaction() as session:
+        finish(session, batch_id)
+        judged = session.execute(
+            text("SELECT agreed FROM cache_lookups WHERE batch_id = :id"), {"id": batch_id}
+        ).scalar_one()
+        session.execute(text("DELETE FROM cache_lookups WHERE batch_id = :id"), {"id": batch_id})
+    assert judged is False
+
+
+def test_clearing_makes_answers_old_by_template_and_checkpoint(child: Child, tmp_path: Path) -> None:
+    database, asked = child.database, fresh(64)
+    child.run(tmp_path, asked)
+    assert sources(database, child.run(tmp_path, asked)) == {"exact": 64}
+    with database.transaction() as session:
+        gone = clear_template(session, "local", namespaces(database)[0]["id"])
+    assert (len(gone.keys), len(gone.secrets)) == (64, 1)
+    assert sources(database, child.run(tmp_path, asked)) == {"engine": 64}, "also what Redis still has"
+    with database.transaction() as session:
+        clear_checkpoint(session, "local", "1234")
+    assert sources(database, child.run(tmp_path, asked)) == {"engine": 64}
+    assert len(namespaces(database)) == 1
+
+
+def test_a_namespace_may_have_a_time_to_live_of_its_own(child: Child, tmp_path: Path) -> None:
+    database, asked = child.database, fresh(32)
+    child.run(tmp_path, asked)
+    with database.transaction() as session:
+        changed = set_ttl(session, "local", namespaces(database)[0]["id"], ttl_s=3600.0)
+    assert len(changed.keys) == 32
+    execute(database, "UPDATE cache_entries SET expires_at = now() - interval '1 s'")
+    with database.transaction() as session:
+        delete_expired(session)
+    child.run(tmp_path, fresh(32))
+    with database.transaction() as session:
+        lives = session.execute(text("SELECT max(expires_at - created_at) FROM cache_entries")).scalar_one()
+    assert lives.total_seconds() == pytest.approx(3600, abs=1)
+
+
+def test_a_prompt_that_postgres_would_refuse_to_keep_runs_all_the_same(child: Child, tmp_path: Path) -> None:
+    batch_id = child.run(tmp_path, ["a \0 refund", *fresh(4)])
+    assert sources(child.database, batch_id) == {"engine": 5}
+    assert namespaces(child.database)[0]["lookups"] == 4
+
+
+def test_a_collections_name_is_the_namespaces_own() -> None:
+    assert collection_name(b"1") != collection_name(b"2")

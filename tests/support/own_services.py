@@ -108,6 +108,11 @@ class OwnServer(ABC):
         if self._child is not None:
             stop(self._child, grace_s=10, stop_signal=signal.SIGKILL)
 
+    def signal(self, number: int) -> None:
+        """Send it a signal, such as SIGSTOP: it hangs then until SIGCONT."""
+        assert self._child is not None
+        self._child.send_signal(number)
+
     @property
     def _log(self) -> Path:
         return self.folder.with_suffix(".log")

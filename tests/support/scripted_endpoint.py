@@ -8,7 +8,7 @@ double brackets anywhere in a prompt change the answer to it:
     [[status 429 retry-after 2]]  that status with that header; `_` in its value stands for a space
     [[fail 2 times]]              500, or the status beside it, the first times this prompt comes
     [[latency 1.5]]               seconds of service instead of --latency-s
-    [[answer yes]]                this instead of the echo; the last such order counts
+    [[answer yes]] [[later answer no]]   this instead of the echo, and when the prompt comes again; the last one counts
     [[empty]] [[reasoning]]       no content; the thoughts apart from the content
     [[not json]] [[surrogate]] [[nul]] [[invalid utf-8]]   bodies that are hard to read
     [[hang]] [[drop connection]] [[drop mid-body]]   no answer, or half of one

@@ -112,6 +112,8 @@ class Script:
             return trouble
         if path == "/v1/embeddings":
             return _json(embeddings(body, prompts, orders))
+        if self.prompts[prompts[0]] > 1:
+            orders = [order.replace("later answer ", "answer ", 1) for order in orders]
         answer, tokens = completion(body, path, prompts, orders)
         self.generated_tokens += tokens
         encoded = msgspec.json.encode(answer)
