@@ -169,7 +169,7 @@ def main() -> None:
             found["rows"][name] = _summary(many)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     found |= {"commit": commit.stdout.strip(), "seconds": round(time.monotonic() - began)}
-    options.result.write_text(json.dumps(found, indent=1) + "\n")
+    options.result.write_text(_text(found))
 
 
 def _options() -> argparse.Namespace:
@@ -196,6 +196,13 @@ def _summary(many: Sequence[Outcome]) -> dict[str, Any]:
     }
     each = {name: [round(one, 5) for one in columns[name][:5]] for name in ("hits", "hits_second_half", "wrong")}
     return {"streams": len(many), "min_median_max": spread, "streams_with": flags, "first_five": each}
+
+
+def _text(found: dict[str, Any]) -> str:
+    """JSON with a line for each row of the table."""
+    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in found["rows"].items())
+    rest = json.dumps({name: value for name, value in found.items() if name != "rows"})
+    return f'{rest[:-1]},\n "rows": {{\n{rows}\n }}}}\n'
 
 
 def _line(name: str, many: Sequence[Outcome]) -> str:
