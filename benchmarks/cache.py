@@ -136,6 +136,7 @@ def main() -> None:
     """Measure, print the table, write the result."""
     options = _options()
     began = time.monotonic()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     rows = read(options.folder) if options.folder else read_csv(options.csv, options.text, options.answer)
     texts, labels = [text for text, _ in rows], [label for _, label in rows]
     _shared["bare"] = embedded(texts, labels)
@@ -167,7 +168,6 @@ def main() -> None:
             done[name] = many
             print(_line(name, many), flush=True)
             found["rows"][name] = _summary(many)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     found |= {"commit": commit.stdout.strip(), "seconds": round(time.monotonic() - began)}
     options.result.write_text(_text(found))
 
@@ -212,7 +212,8 @@ def _line(name: str, many: Sequence[Outcome]) -> str:
         f"{statistics.median(second):.1%}, wrong {statistics.median(one.wrong for one in many):.2%} "
         f"(most {max(one.wrong for one in many):.2%}), audited {statistics.median(one.audited for one in many):.1%}, "
         f"worst 1,000 {max(one.worst_1000 for one in many):.1%}, bound passed in "
-        f"{sum(one.ever_false for one in many)}, limits in {sum(one.ever_over for one in many)} of {len(many)}"
+        f"{sum(one.ever_false for one in many)}, limits in {sum(one.ever_over for one in many)} "
+        f"(that of lookups in {sum(one.ever_over_lookups for one in many)}) of {len(many)}"
     )
 
 
