@@ -136,6 +136,7 @@ def main() -> None:
     """Measure, print the table, write the result."""
     options = _options()
     began = time.monotonic()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     rows = read(options.folder) if options.folder else read_csv(options.csv, options.text, options.answer)
     texts, labels = [text for text, _ in rows], [label for _, label in rows]
     _shared["bare"] = embedded(texts, labels)
@@ -167,9 +168,8 @@ def main() -> None:
             done[name] = many
             print(_line(name, many), flush=True)
             found["rows"][name] = _summary(many)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     found |= {"commit": commit.stdout.strip(), "seconds": round(time.monotonic() - began)}
-    options.result.write_text(json.dumps(found, indent=1) + "\n")
+    options.result.write_text(_text(found))
 
 
 def _options() -> argparse.Namespace:
@@ -198,6 +198,13 @@ def _summary(many: Sequence[Outcome]) -> dict[str, Any]:
     return {"streams": len(many), "min_median_max": spread, "streams_with": flags, "first_five": each}
 
 
+def _text(found: dict[str, Any]) -> str:
+    """JSON with a line for each row of the table."""
+    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in found["rows"].items())
+    rest = json.dumps({name: value for name, value in found.items() if name != "rows"})
+    return f'{rest[:-1]},\n "rows": {{\n{rows}\n }}}}\n'
+
+
 def _line(name: str, many: Sequence[Outcome]) -> str:
     hits, second = [one.hits for one in many], [one.hits_second_half for one in many]
     return (
@@ -205,7 +212,8 @@ def _line(name: str, many: Sequence[Outcome]) -> str:
         f"{statistics.median(second):.1%}, wrong {statistics.median(one.wrong for one in many):.2%} "
         f"(most {max(one.wrong for one in many):.2%}), audited {statistics.median(one.audited for one in many):.1%}, "
         f"worst 1,000 {max(one.worst_1000 for one in many):.1%}, bound passed in "
-        f"{sum(one.ever_false for one in many)}, limits in {sum(one.ever_over for one in many)} of {len(many)}"
+        f"{sum(one.ever_false for one in many)}, limits in {sum(one.ever_over for one in many)} "
+        f"(that of lookups in {sum(one.ever_over_lookups for one in many)}) of {len(many)}"
     )
 
 

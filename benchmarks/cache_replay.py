@@ -35,7 +35,8 @@ class Queries:
 class Outcome:
     """One stream: shares of all lookups. `ever_false`: true errors passed the bound at some moment.
 
-    `ever_over`: they passed what the limits allow; the sentence itself was false then.
+    `ever_over`: they passed what the limits allow, so the sentence itself was false then; `ever_over_lookups`: its
+    first part was.
     """
 
     hits: float
@@ -51,6 +52,7 @@ class Outcome:
     versions: int = 1
     ever_false: bool = False
     ever_over: bool = False
+    ever_over_lookups: bool = False
 
 
 class Stream:
@@ -109,6 +111,7 @@ class Replay:
     wrong_in_version: int = 0
     ever_false: bool = False
     ever_over: bool = False
+    ever_over_lookups: bool = False
 
     def __post_init__(self) -> None:
         self.labels = list(self.queries.labels)
@@ -149,6 +152,7 @@ class Replay:
             audit = audit.with_errors(1, one.rate) if one.audited and not one.agreed else audit
         self.ever_false |= self.wrong_in_version > audit.bound()
         self.ever_over |= self.wrong_in_version > before.allowed(before.lookups, before.served)
+        self.ever_over_lookups |= self.wrong_in_version > self.limits.error * before.lookups
         self.policy = after
         if after.version != before.version:
             self.samples, self.wrong_in_version = [], 0
@@ -171,6 +175,7 @@ class Replay:
             versions=self.policy.version,
             ever_false=self.ever_false,
             ever_over=self.ever_over,
+            ever_over_lookups=self.ever_over_lookups,
         )
 
 

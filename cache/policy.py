@@ -19,7 +19,6 @@ from cache.certificate import Audit
 PILOT_LOOKUPS: Final = 600
 PILOT_SHARE: Final = 0.05
 LEAST_SHARE: Final = 0.75  # of the first limit that the second leaves; at 0.5 streams begin 500 lookups later
-DRIFT_SHARE: Final = 2 / 3  # at 1 the first thousands of lookups lose half of their hits
 _ALARM_ODDS: Final = 1000.0  # were the fit right, the chance of an alarm before the next one would be 1 in this
 _ALARM_TIMES: Final = 6.0  # the error rate among decisions, in times of the fitted one, that the alarm listens for
 
@@ -114,11 +113,11 @@ class Policy:
     def most_wished(self, lookups: int) -> int:
         """Of the next so many lookups, decided before any of them is judged, at most so many may be served.
 
-        Were as many as DRIFT_SHARE of them wrong, after a sudden drift that no audit has shown yet, the expected errors
-        would still be within the limits.
+        Were all of those answers wrong, after a sudden drift that no audit has shown yet, the expected errors would
+        still be within the limits.
         """
         room = self.allowed(self.lookups + lookups, self.served) - self.audit.expected()
-        return max(0, math.floor(room / (1 - self.rate) / DRIFT_SHARE))
+        return max(0, math.floor(room / (1 - self.rate)))
 
     def state(self) -> tuple[str, str]:
         """("pilot", "shadow", "serving" or "suspended", one sentence that says why)."""
