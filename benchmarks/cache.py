@@ -41,7 +41,7 @@ EMBEDDER = Path(__file__).parents[1] / ".checkpoints" / "minilm-l6-v2-int8"
 DRIFT_LINES = 5_000
 _PLAIN = "certified at 1%"
 _IN_TEMPLATE = "certified at 1%, template "
-# Some 170 tokens around each text, of which it is the smallest part.
+# Some 180 tokens around each text, of which it is the smallest part.
 TEMPLATE = (
     "You are a careful assistant that sorts the messages of customers for a service team. Read the whole message "
     "before you decide, and think about what the customer wants to reach, not about the words that happen to stand in "

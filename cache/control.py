@@ -17,7 +17,7 @@ from cache.policy import Policy
 
 RETHINK_LOOKUPS: Final = 256  # how often both are chosen anew between fits
 _GRID: Final = np.array([9.0 - 0.25 * step for step in range(33)])  # thresholds in log odds, strict to loose
-_STEPS_DOWN: Final = 1  # that the audit rate may fall at once; 2 and 3 fall into errors that weigh too much
+_STEPS_DOWN: Final = 1  # that the audit rate may fall at once; 2 gave a point less
 # Both bounds must hold at each of these times the present lookups, with so many standard deviations of bad luck.
 # Simulated on BANKING77: a spread of 0.5 to 1.5, and thresholds chosen twice as often, change hits by a point.
 _HORIZONS: Final = (1.1, 1.5)

@@ -18,7 +18,7 @@ from cache.certificate import Audit
 
 PILOT_LOOKUPS: Final = 600
 PILOT_SHARE: Final = 0.05
-LEAST_SHARE: Final = 0.75  # of the first limit that the second leaves; at 0.5 streams begin 500 lookups later
+LEAST_SHARE: Final = 0.75  # of the first limit that the second leaves; 0.5 costs four points of hits
 _ALARM_ODDS: Final = 1000.0  # were the fit right, the chance of an alarm before the next one would be 1 in this
 _ALARM_TIMES: Final = 6.0  # the error rate among decisions, in times of the fitted one, that the alarm listens for
 

@@ -107,7 +107,7 @@ def test_a_version_serves_nothing_before_its_pilot_and_then_it_serves(replayed: 
     assert policy.bounds() == (0.0, 0.0)
     assert policy.state()[0] == "pilot"
     assert not replayed.served[:PILOT_LOOKUPS].any()
-    assert replayed.served[2_000:].mean() > 0.3
+    assert replayed.served[2_000:].mean() > 0.2
     assert replayed.wrong.mean() <= 0.01
     state, why = replayed.policy.state()
     assert state == "serving"
@@ -120,7 +120,7 @@ def test_audits_are_the_wished_lookups_whose_coin_is_below_the_rate(queries: Que
         lookups = [replayed.query(line, number, one) for line, one in enumerate(found)]
         policy, decisions = decide(replayed.policy, replayed.model, lookups)
         wished = [one for one in decisions if one.wished]
-        assert len(wished) > 50
+        assert 20 < len(wished) <= replayed.policy.most_wished(200)
         assert all(one.audited is (number == 0.0) and one.served is (number > 0.5) for one in wished)
         assert policy.served - replayed.policy.served == sum(one.served for one in decisions)
         assert all(one.answer is not None and one.similarity is not None for one in wished)
