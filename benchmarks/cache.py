@@ -33,7 +33,8 @@ from benchmarks.cache_replay import Order, Outcome, Queries, run, run_cosine
 from cache.embedder import OnnxEmbedder
 from cache.guards import signature
 from cache.payload import declared, shared_affixes, split
-from cache.policy import Limits, pilot_size
+from cache.pilot import pilot_size
+from cache.policy import Limits
 from cache.score import words
 
 RESULT = Path(__file__).parent / "results" / "cache.json"

@@ -35,8 +35,8 @@ class Queries:
 class Outcome:
     """One stream: shares of all lookups. `ever_false`: true errors passed the bound at some moment.
 
-    `ever_over`: they passed what the limits allow, so the sentence itself was false then; `ever_over_lookups`: its
-    first part was.
+    `ever_over_lookups`: they passed the first limit at some moment, whatever was stated then; `ever_over`: that, or the
+    second one was passed while the policy stated that it was not.
     """
 
     hits: float
@@ -48,7 +48,7 @@ class Outcome:
     first_hit_at: int
     audited: float = 0.0
     bound: float = 1.0
-    bound_of_served: float = 1.0
+    bound_of_decided: float = 1.0
     versions: int = 1
     ever_false: bool = False
     ever_over: bool = False
@@ -150,9 +150,17 @@ class Replay:
         audit = before.audit  # of the version that decided, also where an alarm ends it
         for one in rows:
             audit = audit.with_errors(1, one.rate) if one.audited and not one.agreed else audit
+        shadow = [one for one in rows if one.wished and one.in_shadow]
+        stated = replace(
+            before,
+            audit=audit,
+            decided=before.decided + len(shadow),
+            shadow_errors=before.shadow_errors + sum(not one.agreed for one in shadow),
+        )
         self.ever_false |= self.wrong_in_version > audit.bound()
-        self.ever_over |= self.wrong_in_version > before.allowed(before.lookups, before.served)
-        self.ever_over_lookups |= self.wrong_in_version > self.limits.error * before.lookups
+        is_over = self.wrong_in_version > stated.allowed(stated.lookups, stated.decided)
+        self.ever_over_lookups |= self.wrong_in_version > self.limits.error * stated.lookups
+        self.ever_over |= self.ever_over_lookups or (stated.is_serving and is_over)
         self.policy = after
         if after.version != before.version:
             self.samples, self.wrong_in_version = [], 0
@@ -166,12 +174,12 @@ class Replay:
 
     def outcome(self) -> Outcome:
         """After the last shard."""
-        bound, of_served = self.policy.bounds()
+        bound, of_decided = self.policy.bounds()
         return replace(
             _outcome(self.served, self.wrong),
             audited=self.audited / self.size,
             bound=bound,
-            bound_of_served=of_served,
+            bound_of_decided=of_decided,
             versions=self.policy.version,
             ever_false=self.ever_false,
             ever_over=self.ever_over,

@@ -103,9 +103,37 @@ def _cache_rows() -> list[tuple[str, str, str]]:
     ]
 
 
-def _certified_rows(_: dict[str, Any]) -> list[tuple[str, str]]:
-    """The rows of benchmarks/cache.py."""
-    return []
+def _certified_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    rows, lines = found["rows"], found["lines"]
+    certified = [name for name in rows if name.startswith("certified") and "drift" not in name]
+    plain = [name for name in rows if name.startswith("cosine")]
+    drift = next(row for name, row in rows.items() if "drift" in name)
+    said = [
+        (f"{lines:,} labelled queries, `{name}`: hits (second half); wrong of all", _of(rows[name]))
+        for name in certified
+    ]
+    said += [
+        (f"the same queries, nearest answer at {name}: hits (second half); wrong of all", _of(rows[name]))
+        for name in plain
+    ]
+    streams = drift["streams_with"]
+    return [
+        *said,
+        (
+            f"{drift['streams']} shorter streams whose labels change in the middle: the bound was passed at some moment in; "
+            "the statement was false at some moment in",
+            f"**{streams['ever_false']}**; **{streams['ever_over']}**",
+        ),
+    ]
+
+
+def _of(row: dict[str, Any]) -> str:
+    """Medians; the worst of the streams for what was wrong."""
+    spread = row["min_median_max"]
+    hits, half, wrong = spread["hits"], spread["hits_second_half"], spread["wrong"]
+    return (
+        f"**{hits[1]:.1%}** ({hits[0]:.1%} to {hits[2]:.1%}; {half[1]:.1%}); {wrong[1]:.2%}, at most **{wrong[2]:.2%}**"
+    )
 
 
 def _gptcache_rows(found: dict[str, Any]) -> list[tuple[str, str]]:

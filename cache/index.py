@@ -98,8 +98,8 @@ class Index:
 
     def _connected(self) -> Any:
         if self._client is None:
-            # chromadb sets no timeout and has no setting for one: its first requests, at once, are sent only to a server
-            # that has just answered, and the rest have ours.
+            # chromadb sets no timeout and has no setting for one: its first requests go, at once, only to a server that
+            # has just answered, and the rest have ours.
             httpx.get(f"{self._url}/api/v2/heartbeat", timeout=self._timeout_s).raise_for_status()
             client = chromadb.HttpClient(**self._place, settings=ChromaSettings(anonymized_telemetry=False))
             client._server._session.timeout = httpx.Timeout(self._timeout_s)

@@ -79,8 +79,12 @@ class Judged:
     rate: float
 
 
-def decide(policy: Policy, model: Model | None, queries: Sequence[Query]) -> tuple[Policy, list[Decided]]:
+def decide(
+    policy: Policy, model: Model | None, queries: Sequence[Query], *, unsettled: int = 0
+) -> tuple[Policy, list[Decided]]:
     """One decision a lookup, all under one state. They belong to the version of the policy that is returned.
+
+    `unsettled` answers were served beside audits that are not yet judged, by shards that run at the same time.
 
     A job is decided once: its coin is the same at every try, so a second decision would count one coin twice.
     """
@@ -90,7 +94,7 @@ def decide(policy: Policy, model: Model | None, queries: Sequence[Query]) -> tup
     numbers = {} if model is None else {answer: number for number, answer in enumerate(model.answers)}
     values = _values(model, queries)
     candidates = [_candidate(query, numbers, row) for query, row in zip(queries, values, strict=True)]
-    wished = _wished(policy, model, candidates)
+    wished = _wished(policy, model, candidates, unsettled=unsettled)
     is_serving, rate = policy.is_serving, policy.rate
     decisions = []
     for query, found, wish in zip(queries, candidates, wished, strict=True):
@@ -109,7 +113,8 @@ def decide(policy: Policy, model: Model | None, queries: Sequence[Query]) -> tup
             )
         )
     served = sum(one.served for one in decisions)
-    return policy.after_lookups(len(queries), decided=sum(wished), served=served), decisions
+    decided = sum(wished) if is_serving else 0
+    return policy.after_lookups(len(queries), decided=decided, served=served), decisions
 
 
 def judge(policy: Policy, judged: Sequence[Judged]) -> Policy:
@@ -119,6 +124,7 @@ def judge(policy: Policy, judged: Sequence[Judged]) -> Policy:
     gave no comparable answer is not `agreed`: to leave it out would hide an error.
     """
     audits = [one for one in judged if one.audited]
+    shadow = [one for one in judged if one.wished and one.in_shadow]
     errors = sorted(one.rate for one in audits if not one.agreed)
     audit = policy.audit
     for rate in errors:
@@ -127,7 +133,8 @@ def judge(policy: Policy, judged: Sequence[Judged]) -> Policy:
         policy,
         audit=audit,
         judged=policy.judged + len(judged),
-        shadow_errors=policy.shadow_errors + sum(one.wished and one.in_shadow and not one.agreed for one in judged),
+        decided=policy.decided + len(shadow),
+        shadow_errors=policy.shadow_errors + sum(not one.agreed for one in shadow),
         alarm_audits=policy.alarm_audits + len(audits),
         alarm_errors=policy.alarm_errors + len(errors),
         rethink_at=0 if errors else policy.rethink_at,
@@ -198,12 +205,12 @@ def _values(model: Model | None, queries: Sequence[Query]) -> list[Floats] | lis
     return list(model.likely.values(np.stack([query.vector for query in queries])))
 
 
-def _wished(policy: Policy, model: Model | None, candidates: Sequence[_Candidate]) -> list[bool]:
+def _wished(policy: Policy, model: Model | None, candidates: Sequence[_Candidate], *, unsettled: int) -> list[bool]:
     """Which pass the threshold; of too many those with the highest scores."""
     if model is None or policy.threshold is None:
         return [False] * len(candidates)
     able = [at for at, found in enumerate(candidates) if found.entry is not None]
     scores = model.scorer.score([candidates[at].features for at in able])
     chosen = [at for at in np.argsort(-scores, kind="stable").tolist() if scores[at] >= policy.threshold]
-    best = {able[at] for at in chosen[: policy.most_wished(len(candidates))]}
+    best = {able[at] for at in chosen[: policy.most_wished(len(candidates), unsettled=unsettled)]}
     return [at in best for at in range(len(candidates))]

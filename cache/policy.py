@@ -15,22 +15,15 @@ from typing import Final
 import msgspec
 
 from cache.certificate import Audit
+from cache.pilot import PILOT_LOOKUPS as PILOT_LOOKUPS
 
-PILOT_LOOKUPS: Final = 600
-PILOT_SHARE: Final = 0.05
-LEAST_SHARE: Final = 0.75  # of the first limit that the second leaves; 0.5 costs four points of hits
 _ALARM_ODDS: Final = 1000.0  # were the fit right, the chance of an alarm before the next one would be 1 in this
 _ALARM_TIMES: Final = 6.0  # the error rate among decisions, in times of the fitted one, that the alarm listens for
 
 
-def pilot_size(lines: int) -> int:
-    """Lines of a batch that run first, drawn uniformly, when their namespace is cold."""
-    return min(lines, max(PILOT_LOOKUPS, math.ceil(PILOT_SHARE * lines)))
-
-
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the certificate states: wrong answers by all lookups, and by served ones."""
+    """What the certificate states: wrong answers by all lookups, and by decisions to serve, the shadow's included."""
 
     error: float = 0.01
     served_error: float = 0.05
@@ -40,8 +33,9 @@ class Limits:
 class Policy:
     """The state of one version of one namespace.
 
-    `judged` counts lookups whose candidate the engine has judged; `decided` decisions to serve, in the shadow too;
-    `shadow_errors` those of the shadow that were wrong. `rethink_at` and `next_fit` are in lookups.
+    `judged` counts lookups whose candidate the engine has judged; `decided` decisions to serve, those of the shadow
+    too once they are judged; `shadow_errors` those of the shadow that were wrong. `rethink_at` and `next_fit` are in
+    lookups.
     """
 
     version: int
@@ -97,26 +91,27 @@ class Policy:
         return self.threshold is not None and not self.is_alarmed and self._is_within_limits()
 
     def bounds(self) -> tuple[float, float]:
-        """(Wrong answers by lookups, by served ones), at most, with this version's alpha at all moments at once."""
+        """(Wrong answers by lookups, wrong decisions by decisions to serve), at most, at all moments at once."""
         bound = self.audit.bound()
-        return bound / max(1, self.lookups), bound / max(1, self.served)
+        return bound / max(1, self.lookups), (self.shadow_errors + bound) / max(1, self.decided)
 
-    def allowed(self, lookups: float, served: float) -> float:
-        """The wrong answers that both limits allow among so many lookups and served answers.
+    def allowed(self, lookups: float, decided: float) -> float:
+        """The wrong answers that both limits leave for serving, among so many lookups and decisions to serve.
 
-        The second limit gives way to LEAST_SHARE of the first: a suspended version serves no more, so a limit of
-        served answers alone would never let it come back.
+        Decisions of the shadow count for the second limit, with their errors: all of them are known.
         """
-        of_lookups = self.limits.error * lookups
-        return min(of_lookups, max(self.limits.served_error * served, LEAST_SHARE * of_lookups))
+        return min(self.limits.error * lookups, self.limits.served_error * decided - self.shadow_errors)
 
-    def most_wished(self, lookups: int) -> int:
+    def most_wished(self, lookups: int, *, unsettled: int = 0) -> int:
         """Of the next so many lookups, decided before any of them is judged, at most so many may be served.
 
-        Were all of those answers wrong, after a sudden drift that no audit has shown yet, the expected errors would
-        still be within the limits.
+        Were all of those answers wrong, after a sudden drift that no audit has shown yet, and the `unsettled` ones too,
+        which were served by shards whose audits are out, the expected errors would still be within the limits. In the
+        shadow nothing is at stake.
         """
-        room = self.allowed(self.lookups + lookups, self.served) - self.audit.expected()
+        if not self.is_serving:
+            return lookups
+        room = self.allowed(self.lookups + lookups, self.decided) - self.audit.expected() - unsettled
         return max(0, math.floor(room / (1 - self.rate)))
 
     def state(self) -> tuple[str, str]:
@@ -124,17 +119,18 @@ class Policy:
         if not self.fits:
             return "pilot", f"{self.lookups:,} of {PILOT_LOOKUPS:,} lookups of version {self.version} seen"
         if self.is_serving:
-            share, of_served = self.bounds()
+            share, of_decided = self.bounds()
             return (
                 "serving",
-                f"at most {share:.2%} of {self.lookups:,} lookups and {of_served:.2%} of {self.served:,} served ones "
-                f"were answered wrongly",
+                f"at most {share:.2%} of {self.lookups:,} lookups were answered wrongly, and at most {of_decided:.2%} "
+                f"of {self.decided:,} decisions to serve were wrong",
             )
         why = (
             "no threshold has few enough errors"
             if self.threshold is None
-            else f"up to {self.audit.bound():.0f} wrong answers cannot be excluded, and {self.limits.error:.1%} of "
-            f"{self.lookups:,} lookups are {self.limits.error * self.lookups:.0f}"
+            else f"up to {self.audit.bound():.0f} wrong answers cannot be excluded, and the limits allow "
+            f"{max(0.0, self.allowed(self.lookups, self.decided)):.0f} after {self.lookups:,} lookups and "
+            f"{self.decided:,} decisions to serve, {self.shadow_errors:,} of them wrong in the shadow"
         )
         return ("suspended" if self.served else "shadow"), why
 
@@ -149,5 +145,6 @@ class Policy:
         )
 
     def _is_within_limits(self) -> bool:
-        bound = self.audit.bound()
-        return bound <= self.allowed(self.lookups, self.served)
+        """Whether the bound is within both, with room for one more error."""
+        allowed = self.allowed(self.lookups, self.decided)
+        return self.audit.bound() <= allowed and self.audit.expected() + 1 <= allowed

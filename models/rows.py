@@ -334,7 +334,9 @@ class CacheLookup(Base):
     seq: Mapped[int] = mapped_column(INTEGER, primary_key=True, autoincrement=False)
     namespace_id: Mapped[int] = mapped_column(BIGINT, ForeignKey("cache_namespaces.id", ondelete="CASCADE"))
     version: Mapped[int]
-    place: Mapped[int]  # lookups of the version before its shard's: those before the first unjudged audit are settled
+    # Lookups and served answers of the version before its shard's: those before the first unjudged audit are settled.
+    place: Mapped[int]
+    served_before: Mapped[int]
     coin: Mapped[float]
     rate: Mapped[float]
     wished: Mapped[bool]
@@ -351,6 +353,7 @@ class CacheLookup(Base):
     __table_args__ = (
         Index("ix_cache_lookups_news", "namespace_id", postgresql_where=text("judged_at IS NOT NULL AND NOT folded")),
         Index("ix_cache_lookups_judged", "namespace_id", "judged_at", postgresql_where=text("judged_at IS NOT NULL")),
+        Index("ix_cache_lookups_out", "namespace_id", postgresql_where=text("audited AND judged_at IS NULL")),
     )
 
 

@@ -16,7 +16,8 @@ MOSTLY = 0.5
 class Certified:
     """A namespace's state and why; shares are between 0 and 1, None while nothing is known of them.
 
-    `error_bound` and `served_bound` hold with 95% at all moments at once; `worst_window` is an estimate.
+    `error_bound` (of lookups) and `decision_bound` (of decisions to serve) hold with 95% at all moments at once;
+    `worst_window` is an estimate.
     """
 
     namespace: int
@@ -30,7 +31,7 @@ class Certified:
     settled: int
     served: int
     error_bound: float
-    served_bound: float
+    decision_bound: float
     worst_window: float
     threshold: float | None
     audit_rate: float
@@ -61,7 +62,7 @@ def certified(report: NamespaceReport) -> Certified:
         settled=settled,
         served=policy.served,
         error_bound=bounds[0],
-        served_bound=bounds[1],
+        decision_bound=bounds[1],
         worst_window=report.worst_window,
         threshold=policy.threshold,
         audit_rate=policy.rate,
@@ -76,11 +77,13 @@ def _sentence(report: NamespaceReport, policy: Policy, settled: int, bounds: tup
     )
     if not policy.served:
         return f"{since}, none of {policy.lookups:,} lookups was served from the cache."
+    limits, in_shadow = policy.limits, max(0, policy.decided - policy.served)
     return (
-        f"{since}, at most {bounds[0]:.2%} of {settled:,} lookups (limit {policy.limits.error:.1%}) and at most "
-        f"{bounds[1]:.2%} of {policy.served:,} served ones (limit {policy.limits.served_error:.1%}) were answered "
-        "otherwise than the engine would have, with 95% confidence at all moments at once. That is the cumulative "
-        f"share, not every window: of the worst 1,000 lookups {report.worst_window:.2%} were, as their audits suggest."
+        f"{since}, at most {bounds[0]:.2%} of {settled:,} lookups (limit {limits.error:.1%}) were answered otherwise "
+        f"than the engine would have, and at most {bounds[1]:.2%} of {policy.decided:,} decisions to serve (limit "
+        f"{limits.served_error:.1%}; {in_shadow:,} of them in the shadow or audited, where the engine answered) were "
+        "wrong, with 95% confidence at all moments at once. That is the cumulative share, not every window: of the "
+        f"worst 1,000 lookups {report.worst_window:.2%} were, as their audits suggest."
     )
 
 

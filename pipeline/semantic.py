@@ -53,6 +53,7 @@ from store.namespaces import (
     lookups_of,
     model_of,
     open_namespaces,
+    settled,
     store_fit,
     store_policy,
     take_news,
@@ -244,12 +245,14 @@ class SemanticCache:
             news = take_news(session, namespace.id)
             before = replace(Policy.decode(held.policy), limits=self._limits)
             before = judge(before, [_judged(one) for one in news if one.version == before.version and one.features])
-            after, decisions = decide(before, self._model(session, namespace, held.fit), queries)
-            place = before.lookups if after.version == before.version else 0
+            done = settled(session, namespace.id, version=before.version)
+            unsettled = 0 if done is None else before.served - done[1]
+            model = self._model(session, namespace, held.fit)
+            after, decisions = decide(before, model, queries, unsettled=unsettled)
             made = [_Made(*one) for one in zip(group, coins, decisions, strict=True)]
             served_seqs, saved_tokens = self._serve(session, claim, namespace, made)
             unserved = [one for one in made if one.asked.job.seq not in served_seqs]
-            rows = [one.row(namespace, version=after.version, place=place) for one in unserved]
+            rows = [one.row(namespace, before) for one in unserved]
             write_lookups(session, claim.batch_id, rows)
             audits = sum(one.decided.audited for one in made)
             added = Round(len(made), len(served_seqs), audits, saved_tokens)
@@ -363,13 +366,15 @@ class _Made:
     coin: float
     decided: Decided
 
-    def row(self, namespace: OpenNamespace, *, version: int, place: int) -> NewLookup:
+    def row(self, namespace: OpenNamespace, before: Policy) -> NewLookup:
+        """To be kept; `before` is the policy before its shard."""
         decided = self.decided
         return NewLookup(
             seq=self.asked.job.seq,
             namespace_id=namespace.id,
-            version=version,
-            place=place,
+            version=before.version,
+            place=before.lookups,
+            served_before=before.served,
             coin=self.coin,
             rate=decided.rate,
             wished=decided.wished,

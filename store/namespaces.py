@@ -86,6 +86,7 @@ class NewLookup:
     namespace_id: int
     version: int
     place: int
+    served_before: int
     coin: float
     rate: float
     wished: bool
@@ -193,6 +194,17 @@ def take_news(session: Session, namespace_id: int) -> list[JudgedLookup]:
     return [JudgedLookup(*row) for row in rows]
 
 
+def settled(session: Session, namespace_id: int, *, version: int) -> tuple[int, int] | None:
+    """(Lookups, served answers) of a version before the first shard whose audits are not judged; None: all are."""
+    place, served = session.execute(
+        text("""
+        SELECT min(place), min(served_before) FROM cache_lookups
+        WHERE namespace_id = :id AND version = :version AND audited AND judged_at IS NULL"""),
+        {"id": namespace_id, "version": version},
+    ).one()
+    return None if place is None else (place, served)
+
+
 @dataclass(frozen=True, slots=True)
 class Round:
     """What one shard's lookups add to a namespace's counters."""
@@ -232,10 +244,10 @@ def write_lookups(session: Session, batch_id: UUID, lookups: Sequence[NewLookup]
     """Remember lookups that were not served."""
     session.execute(
         text("""
-        INSERT INTO cache_lookups (batch_id, seq, namespace_id, version, place, coin, rate, wished, in_shadow, audited,
-            answer, features)
-        VALUES (:batch_id, :seq, :namespace_id, :version, :place, :coin, :rate, :wished, :in_shadow, :audited,
-            :answer, :features)"""),
+        INSERT INTO cache_lookups (batch_id, seq, namespace_id, version, place, served_before, coin, rate, wished,
+            in_shadow, audited, answer, features)
+        VALUES (:batch_id, :seq, :namespace_id, :version, :place, :served_before, :coin, :rate, :wished,
+            :in_shadow, :audited, :answer, :features)"""),
         [
             {
                 "batch_id": batch_id,
@@ -243,6 +255,7 @@ def write_lookups(session: Session, batch_id: UUID, lookups: Sequence[NewLookup]
                 "namespace_id": one.namespace_id,
                 "version": one.version,
                 "place": one.place,
+                "served_before": one.served_before,
                 "coin": one.coin,
                 "rate": one.rate,
                 "wished": one.wished,

@@ -259,8 +259,9 @@ def test_what_a_batch_leaves_unjudged_counts_against_the_cache(certified_child: 
     before = policy_of(database)
     execute(
         database,
-        "INSERT INTO cache_lookups (batch_id, seq, namespace_id, version, place, coin, rate, wished, in_shadow, "
-        "audited, answer, features) VALUES (:id, 0, :ns, :version, 10, 0.01, :rate, true, false, true, 'label:card', :none)",
+        "INSERT INTO cache_lookups (batch_id, seq, namespace_id, version, place, served_before, coin, rate, wished, "
+        "in_shadow, audited, answer, features) "
+        "VALUES (:id, 0, :ns, :version, 10, 0, 0.01, :rate, true, false, true, 'label:card', :none)",
         id=batch_id,
         ns=namespaces(database)[0]["id"],
         version=before.version,
