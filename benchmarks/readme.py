@@ -113,8 +113,7 @@ def _certified_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         for name in certified
     ]
     said += [
-        (f"the same queries, nearest answer at {name}: hits (second half); wrong of all", _of(rows[name]))
-        for name in plain
+        (f"the same, nearest answer at {name}: hits (second half); wrong of all", _of(rows[name])) for name in plain
     ]
     streams = drift["streams_with"]
     return [
