@@ -80,7 +80,6 @@ def measure(settings: Settings, folder: Path, texts: list[str], *, cache: str) -
     prepare_schema(settings)
     file = write_file(folder / "lines.jsonl", texts)
     with local_worker(settings):
-        with local_worker(settings):
         off = run(settings, file, cache="off")
         print(json.dumps(off.summary), flush=True)
         cached = run(settings, file, cache=cache)
