@@ -119,7 +119,7 @@ def _certified_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         *said,
         (
-            f"{drift['streams']} shorter streams whose labels change in the middle: the bound was passed at some moment "
+            f"{drift['streams']} shorter streams, labels change in their middle: the bound was passed at some moment "
             "in; the statement was false at some moment in",
             f"**{streams['ever_false']}**; **{streams['ever_over']}**",
         ),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -178,6 +180,40 @@ def test_answers_that_were_cut_or_refused_are_asked_again(
         run(database, tmp_path, bodies)
         fed(database, endpoint.url, redis_url)
     assert endpoint.calls().count == 4
+
+
+def test_equal_requests_in_flight_in_two_workers_run_once(database: Database, tmp_path: Path, redis_url: str) -> None:
+    with ScriptedEndpoint(latency_s=0.5) as slow:
+        first, second = (store_batch(database, tmp_path, asked()) for _ in range(2))
+        dispatch_all(database)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda _: fed(database, slow.url, redis_url), range(2)))
+        while sources(database, second).count("engine") + sources(database, second).count("exact") < 10:
+            execute(database, "UPDATE job_tries SET not_before = now()")
+            execute(database, "UPDATE shards SET not_before = now() WHERE state = 'pending'")
+            dispatch_all(database)
+            fed(database, slow.url, redis_url)
+        assert slow.calls().count == 10
+    both = Counter(sources(database, first) + sources(database, second))
+    assert both == {"engine": 10, "exact": 10}
+
+
+def test_who_waits_for_a_worker_that_died_runs_the_job_itself(
+    database: Database, tmp_path: Path, endpoint: ScriptedEndpoint, redis_url: str
+) -> None:
+    batch_id = run(database, tmp_path, asked(2))
+    recent = RecentAnswers(redis_url)
+    fed(database, f"http://127.0.0.1:{free_port()}/v1", redis_url)  # takes the right to run, and reaches no engine
+    with database.transaction() as session:
+        assert session.execute(text("SELECT count(*) FROM results")).scalar_one() == 0
+    other = run(database, tmp_path, asked(2), tenant="local")
+    execute(database, "UPDATE shards SET not_before = now() WHERE state = 'pending'")
+    dispatch_all(database)
+    fed(database, endpoint.url, redis_url)
+    recent.close()
+    assert len(sources(database, batch_id)) == 2, "it is its own runner, also in a later attempt"
+    assert endpoint.calls().count == 2
+    assert len(sources(database, other)) in {0, 2}
 
 
 def test_an_epoch_makes_all_answers_old(
