@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from cache.answers import answer_text, comparable, comparison
 from cache.keys import EMBEDDINGS, Scope, asks_for_one, exact_key, is_deterministic, read_body
-from cache.payload import Affixes, Split, prompt_of, split, split_declared
+from cache.payload import LONGEST_BARE, Affixes, Split, prompt_of, split, split_declared
 from models.jobs import CachedAnswer, Job, JobResult
 from models.line_settings import LineSettings, read_settings
 from models.names import request_name
@@ -283,7 +283,8 @@ def says_the_same(one: JobResult, other: JobResult) -> bool:
 def _split(fields: Mapping[str, Any], line: LineSettings, affixes: Affixes) -> Split | None:
     """The request's payload in its template: the line's own, or else what stands between the batch's affixes.
 
-    None too for what Postgres would not store, a NUL or a lone surrogate.
+    None too for what Postgres would not store, a NUL or a lone surrogate, and for a payload that the embedder would
+    cut: two that begin alike would have one vector.
     """
     prompt = prompt_of(fields)
     if prompt is None:
@@ -292,7 +293,9 @@ def _split(fields: Mapping[str, Any], line: LineSettings, affixes: Affixes) -> S
     if "\0" in text or text.encode(errors="ignore").decode() != text:
         return None
     found = split(text, affixes) if line.template is None else split_declared(line.template, line.variables or {})
-    return None if found is None else replace(found, template=before + found.template)
+    if found is None or len(found.payload.encode()) > LONGEST_BARE:
+        return None
+    return replace(found, template=before + found.template)
 
 
 def _may_be_kept(result: JobResult, *, endpoint: str) -> bool:

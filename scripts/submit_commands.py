@@ -237,6 +237,8 @@ def submit(
     else:
         taken = f", {submitted.taken:,} of them with the results of {reuse}" if reuse else ""
         _say_stored(submitted, taken)
+        if options.cache is CacheMode.SEMANTIC and served.cache.chroma_url is None:
+            say("note: STOKER_CACHE__CHROMA_URL is not set here; workers without it serve nothing semantically")
     _emit_batch(submitted, as_json=as_json)
 
 
