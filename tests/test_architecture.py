@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,3 +91,17 @@ def test_no_function_is_longer_than_60_lines() -> None:
                 if lines > FUNCTION_LINES:
                     long[f"{path.relative_to(REPOSITORY)}:{node.name}"] = lines
     assert long == {}
+
+
+def test_commands_and_workers_load_without_the_libraries_of_the_semantic_cache() -> None:
+    program = (
+        "import sys\n"
+        "blocked = {'numpy', 'chromadb', 'onnxruntime', 'tokenizers'}\n"
+        "class Without:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in blocked: raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Without())\n"
+        "import scripts.stoker, worker.child, pipeline.feed\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
