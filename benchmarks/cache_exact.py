@@ -15,7 +15,6 @@ import argparse
 import json
 import random
 import secrets
-import tempfile
 import time
 from collections import Counter
 from io import BytesIO
@@ -32,6 +31,7 @@ from runtime.settings import Settings, load_settings
 from scripts.local import local_services, local_worker, prepare_schema
 from store.batches import batch_progress
 from store.database import Database
+from tests.support.own_services import server_folder
 from tests.support.scripted_endpoint import ScriptedEndpoint
 
 RESULT: Final = Path(__file__).parent / "results" / "cache_exact.json"
@@ -53,14 +53,10 @@ def main() -> None:
     options = parser.parse_args()
     prompts = drawn_prompts(options.lines, duplicates=options.duplicates)
     rows: dict[str, dict[str, Any]] = {}
-    with (
-        local_services(load_settings()) as settings,
-        tempfile.TemporaryDirectory() as folder,
-        ScriptedEndpoint() as endpoint,
-    ):
+    with server_folder() as folder, ScriptedEndpoint() as endpoint, local_services(_in(folder / "home")) as settings:
         prepare_schema(settings)
         served = settings.model_copy(update={"engine": settings.engine.model_copy(update={"url": endpoint.url})})
-        file = write_file(Path(folder) / "lines.jsonl", prompts)
+        file = write_file(folder / "lines.jsonl", prompts)
         with local_worker(served):
             for name, mode in LEGS.items():
                 rows[name] = run(served, endpoint, file, prompts, mode=mode)
@@ -75,6 +71,11 @@ def main() -> None:
     }
     RESULT.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report["ratio_to_off"]))
+
+
+def _in(home: Path) -> Settings:
+    """The settings with a home of their own: embedded services begin with nothing."""
+    return load_settings().model_copy(update={"home": home})
 
 
 def drawn_prompts(count: int, *, duplicates: float) -> list[str]:

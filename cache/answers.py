@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Final
 
@@ -10,6 +11,10 @@ import msgspec
 from cache.keys import canonical
 
 LONGEST_LABEL: Final = 64  # characters
+
+
+# Decimals: as floats, numbers that differ in their last digits would be one.
+_VALUE: Final = msgspec.json.Decoder(float_hook=Decimal)
 
 
 class Kind(StrEnum):
@@ -29,13 +34,13 @@ def comparable(text: str) -> tuple[Kind, str]:
     """
     stripped = text.strip()
     try:
-        value: Any = msgspec.json.decode(stripped)
+        value: Any = _VALUE.decode(stripped)
+        if isinstance(value, dict | list):
+            return Kind.JSON, msgspec.json.encode(canonical(value), order="deterministic").decode()
     except (ValueError, RecursionError):
         value = None
-    if isinstance(value, dict | list):
-        return Kind.JSON, msgspec.json.encode(canonical(value), order="deterministic").decode()
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return Kind.NUMBER, msgspec.json.encode(canonical(value)).decode()
+    if isinstance(value, int | Decimal) and not isinstance(value, bool):
+        return Kind.NUMBER, str(Decimal(value).normalize())
     if stripped and len(stripped) <= LONGEST_LABEL and "\n" not in stripped:
         return Kind.LABEL, stripped
     return Kind.FREE, stripped

@@ -107,6 +107,10 @@ class Audit:
         """At most so many wrong answers were served, with probability 1 - alpha at all moments at once."""
         return math.floor(self.least_excluded())
 
+    def seen(self) -> float:
+        """The decisions that audits found to be wrong: they were not served."""
+        return sum(at.errors for at in self.rates)
+
     def expected(self) -> float:
         """The wrong answers that were served, as the audits let expect: no bound."""
         return sum(at.errors * (1 - at.rate) / at.rate for at in self.rates)

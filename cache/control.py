@@ -99,4 +99,5 @@ def _holds(policy: Policy, choice: _Choice, rate: float, horizon: float) -> bool
     seen = more * choice.wrong * rate
     seen += _SPREAD * math.sqrt(seen + _HALF_A_ROW)
     audit = policy.audit.at_rate(rate).with_served(served).with_errors(seen, rate)
-    return audit.least_excluded() <= policy.allowed(begin + more, policy.decided + more * choice.wished)
+    later = replace(policy, audit=audit)
+    return audit.least_excluded() <= later.allowed(begin + more, policy.decided + more * choice.wished)

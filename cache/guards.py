@@ -59,23 +59,23 @@ def normalised(payload: str) -> str:
 
 
 def signature(payload: str) -> Signature:
-    """What must be equal: quoted strings, addresses, ids, numbers with their signs, dates by name, negations."""
+    """What must be equal, in its order: quoted strings, addresses, ids, numbers, signs, dates by name, negations."""
     text = normalised(payload)
-    quoted = sorted("".join(groups) for groups in _QUOTED.findall(text))
-    addresses = sorted(found.rstrip(".,;:!?") for found in _ADDRESS.findall(text))
+    quoted = ["".join(groups) for groups in _QUOTED.findall(text)]
+    addresses = [found.rstrip(".,;:!?") for found in _ADDRESS.findall(text)]
     plain = _ADDRESS.sub(" ", text)
-    ids = sorted(found for found in _ID.findall(plain))
+    ids = _ID.findall(plain)
     lower = plain.lower()
     numbers = [found.replace(",", "") for found in _NUMBER.findall(_ID.sub(" ", plain))]
     numbers += [_NUMBER_WORDS[word] for word in _WORDS.findall(lower) if word in _NUMBER_WORDS]
-    signs = sorted(_SIGN.findall(plain))
-    negations = len(_NEGATION.findall(lower)) % 2
+    signs = _SIGN.findall(plain)
+    negations = len(_NEGATION.findall(lower))
     return (
         tuple(quoted),
         tuple(addresses),
         tuple(ids),
-        tuple(sorted(numbers)),
+        tuple(numbers),
         tuple(signs),
-        tuple(sorted(_NAMED_DATE.findall(lower))),
+        tuple(_NAMED_DATE.findall(lower)),
         (str(negations),),
     )

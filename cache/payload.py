@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
+
 from models.jobs import Affixes as Affixes
 from runtime.errors import BadInput
 
@@ -32,7 +34,8 @@ class Split:
 def prompt_of(fields: Mapping[str, Any]) -> tuple[str, str] | None:
     """(What stands before the user's text, the text) of a request with one turn of plain text; else None.
 
-    What stands before is the system's message, or nothing; more turns are conversations, whose state we do not know.
+    What stands before is who speaks, and the system's message, as JSON; nothing before a plain prompt. More
+    turns are conversations, whose state we do not know.
     """
     prompt = fields.get("prompt")
     if isinstance(prompt, str):
@@ -46,7 +49,8 @@ def prompt_of(fields: Mapping[str, Any]) -> tuple[str, str] | None:
         if not plain or message.get("role") not in roles or not isinstance(message.get("content"), str):
             return None
         texts.append(message["content"])
-    return (BETWEEN.join([*texts[:-1], ""]) if len(texts) > 1 else ""), texts[-1]
+    before = [[message["role"], text] for message, text in zip(messages[:-1], texts[:-1], strict=True)]
+    return msgspec.json.encode([*before, messages[-1]["role"]]).decode() + BETWEEN, texts[-1]
 
 
 def declared(prompt: str, *, template: str, variables: Mapping[str, str]) -> Split:
@@ -68,7 +72,8 @@ def split_declared(template: str, variables: Mapping[str, str]) -> Split:
     """The template with each slot blanked, and the slots' values in the order of their first use."""
     ordered = dict.fromkeys(SLOT.findall(template))
     blanked = SLOT.sub(lambda slot: BLANK + slot.group(1) + BLANK, template)
-    return Split(blanked, BETWEEN.join(variables[slot] for slot in ordered))
+    values = [variables[slot] for slot in ordered]
+    return Split(blanked, values[0] if len(values) == 1 else msgspec.json.encode(values).decode())
 
 
 def shared_affixes(prompts: Sequence[str]) -> Affixes:

@@ -53,6 +53,7 @@ class Policy:
     alarm_errors: int = 0
     next_fit: int = PILOT_LOOKUPS
     rethink_at: int = 0
+    ended: str = ""  # why the version before it ended, and what it had reached
 
     @classmethod
     def begin(cls, version: int, limits: Limits) -> Policy:
@@ -69,8 +70,14 @@ class Policy:
         return msgspec.json.encode(self).decode()
 
     def next_version(self) -> Policy:
-        """The version after an alarm or a clearing: cold, in the shadow, with a pilot of its own."""
-        return Policy.begin(self.version + 1, self.limits)
+        """The version after an alarm: cold, in the shadow, with a pilot of its own."""
+        of_lookups, of_decided = self.bounds()
+        why = (
+            f"version {self.version} was ended by a drift alarm: {self.alarm_errors:.0f} of {self.alarm_audits:.0f} "
+            f"audits since its last fit found errors; until then at most {of_lookups:.2%} of {self.lookups:,} lookups "
+            f"and {of_decided:.2%} of {self.decided:,} decisions to serve were wrong"
+        )
+        return replace(Policy.begin(self.version + 1, self.limits), ended=why)
 
     @property
     def rate(self) -> float:
@@ -93,14 +100,16 @@ class Policy:
     def bounds(self) -> tuple[float, float]:
         """(Wrong answers by lookups, wrong decisions by decisions to serve), at most, at all moments at once."""
         bound = self.audit.bound()
-        return bound / max(1, self.lookups), (self.shadow_errors + bound) / max(1, self.decided)
+        known = self.shadow_errors + self.audit.seen()
+        return bound / max(1, self.lookups), (known + bound) / max(1, self.decided)
 
     def allowed(self, lookups: float, decided: float) -> float:
         """The wrong answers that both limits leave for serving, among so many lookups and decisions to serve.
 
-        Decisions of the shadow count for the second limit, with their errors: all of them are known.
+        Decisions of the shadow and audited ones count for the second limit, with their errors, which are known.
         """
-        return min(self.limits.error * lookups, self.limits.served_error * decided - self.shadow_errors)
+        known = self.shadow_errors + self.audit.seen()
+        return min(self.limits.error * lookups, self.limits.served_error * decided - known)
 
     def most_wished(self, lookups: int, *, unsettled: int = 0) -> int:
         """Of the next so many lookups, decided before any of them is judged, at most so many may be served.
@@ -117,7 +126,8 @@ class Policy:
     def state(self) -> tuple[str, str]:
         """("pilot", "shadow", "serving" or "suspended", one sentence that says why)."""
         if not self.fits:
-            return "pilot", f"{self.lookups:,} of {PILOT_LOOKUPS:,} lookups of version {self.version} seen"
+            seen = f"{self.lookups:,} of {PILOT_LOOKUPS:,} lookups of version {self.version} seen"
+            return "pilot", f"{seen}; {self.ended}" if self.ended else seen
         if self.is_serving:
             share, of_decided = self.bounds()
             return (

@@ -334,9 +334,8 @@ class CacheLookup(Base):
     seq: Mapped[int] = mapped_column(INTEGER, primary_key=True, autoincrement=False)
     namespace_id: Mapped[int] = mapped_column(BIGINT, ForeignKey("cache_namespaces.id", ondelete="CASCADE"))
     version: Mapped[int]
-    # Lookups and served answers of the version before its shard's: those before the first unjudged audit are settled.
-    place: Mapped[int]
-    served_before: Mapped[int]
+    place: Mapped[int]  # lookups of the version before its shard's: those before the first audit not folded are settled
+    served_beside: Mapped[int]  # answers that its shard was served
     coin: Mapped[float]
     rate: Mapped[float]
     wished: Mapped[bool]
@@ -344,7 +343,7 @@ class CacheLookup(Base):
     audited: Mapped[bool]
     answer: Mapped[str | None]  # the neighbours'
     features: Mapped[bytes | None]  # float32
-    agreed: Mapped[bool | None]
+    agreed: Mapped[bool | None]  # null though judged: an audit whose batch ended without its answer
     repeated: Mapped[bool | None]  # asked twice: whether the engine gave the same answer
     tokens: Mapped[int] = mapped_column(server_default="0")  # that the engine took
     judged_at: Mapped[datetime | None]
@@ -353,7 +352,7 @@ class CacheLookup(Base):
     __table_args__ = (
         Index("ix_cache_lookups_news", "namespace_id", postgresql_where=text("judged_at IS NOT NULL AND NOT folded")),
         Index("ix_cache_lookups_judged", "namespace_id", "judged_at", postgresql_where=text("judged_at IS NOT NULL")),
-        Index("ix_cache_lookups_out", "namespace_id", postgresql_where=text("audited AND judged_at IS NULL")),
+        Index("ix_cache_lookups_out", "namespace_id", postgresql_where=text("audited AND NOT folded")),
     )
 
 

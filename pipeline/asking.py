@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+from contextlib import suppress
 
 from inference.replies import result_of
 from models.jobs import Job, JobResult
@@ -14,6 +14,7 @@ from pipeline.cached import says_the_same
 from pipeline.context import FeedContext
 from pipeline.retry import waiting
 from runtime.clock import utc_now
+from runtime.errors import StokerError
 from store.shards import Retry
 
 
@@ -39,15 +40,9 @@ async def _ask_one(context: FeedContext, attempt: Attempt, job: Job) -> JobResul
     reply = await context.endpoint(path).post(path, job.body.encode(), request_id=name)
     result = result_of(job.seq, path, reply)
     if job.seq in attempt.looked.twice and result.outcome is Outcome.SUCCEEDED:
-        again = result_of(job.seq, path, await context.endpoint(path).post(path, job.body.encode(), request_id=name))
-        attempt.repeated[job.seq] = says_the_same(result, again)
-        # Both were spent; what was cached, reasoned and timed is told of the first.
-        usage = replace(
-            result.usage,
-            prompt_tokens=result.usage.prompt_tokens + again.usage.prompt_tokens,
-            completion_tokens=result.usage.completion_tokens + again.usage.completion_tokens,
-        )
-        result = replace(result, usage=usage)
+        with suppress(StokerError):  # the answer is there; a second one that fails only says nothing
+            again = await context.endpoint(path).post(path, job.body.encode(), request_id=name)
+            attempt.repeated[job.seq] = says_the_same(result, result_of(job.seq, path, again))
     return result
 
 

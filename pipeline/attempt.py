@@ -36,11 +36,9 @@ class Unwritten:
 class Attempt:
     """The state of one run of a shard. Lives in the asyncio loop's thread."""
 
-    def __init__(
-        self, claim: Claim, loaded: LoadedJobs, units: Iterable[Unit], *, looked: Looked | None = None
-    ) -> None:
+    def __init__(self, claim: Claim, loaded: LoadedJobs, units: Iterable[Unit] = ()) -> None:
         self.claim = claim
-        self.looked = looked or Looked()
+        self.looked = Looked()
         self.repeated: dict[int, bool] = {}  # of jobs that were asked twice: whether the answers were the same
         self.waiting: deque[Unit] = deque(units)
         self.in_flight: set[asyncio.Task[None]] = set()
@@ -53,6 +51,14 @@ class Attempt:
         self._retries: list[Retry] = []
         self._unwritten_bytes = 0
         self._unwritten_since = 0.0
+
+    def begin(self, looked: Looked, units: Iterable[Unit]) -> None:
+        """What its jobs' lookups gave is known: results are kept for the next write, the rest waits to be sent."""
+        self.looked = looked
+        for result in looked.results:
+            self.record(result)
+        if not self.is_stopped:
+            self.waiting.extend(units)
 
     @property
     def is_over(self) -> bool:

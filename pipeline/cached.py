@@ -7,6 +7,7 @@ After: what the engine answered is kept, and what the semantic cache asked of it
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -21,10 +22,12 @@ from runtime.settings import CacheSettings
 from store.answers import (
     TENANT_SCOPE,
     NewAnswer,
+    add_sources,
     checkpoint_scope,
     epochs_of,
     find_answers,
     keep_answers,
+    living,
     template_scope,
 )
 from store.database import Session
@@ -63,7 +66,8 @@ class Place:
 class Looked:
     """What looking a shard up gave: results for some jobs, the jobs that are to run, and what is known of these.
 
-    `awaited` jobs equal one that runs at this moment. `twice` are asked twice. All by seq.
+    `awaited` jobs equal one that runs at this moment. `twice` are asked twice. All by seq. `engine_id` is the engine
+    whose checkpoint is in the requests' keys.
     """
 
     results: list[JobResult] = field(default_factory=list)
@@ -72,6 +76,7 @@ class Looked:
     places: dict[int, Place] = field(default_factory=dict)
     awaited: frozenset[int] = frozenset()
     twice: frozenset[int] = frozenset()
+    engine_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +111,13 @@ class ExactCache:
         self._checkpoints: dict[int, str] = {}
 
     def look_up(self, session: Session, claim: Claim, jobs: Sequence[Job]) -> Looked:
-        """Find answers for the jobs of a claimed shard; in the claim's transaction, which it does not change.
+        """Find answers for the jobs of a claimed shard.
 
         Jobs that run elsewhere go last: by their turn there may be an answer.
         """
         requests = self._requests(session, claim, jobs)
         wanted = list(dict.fromkeys(request.key for request in requests.values()))
-        found = self._recent.find(wanted)
+        found = self._recently(session, wanted)
         if missing := [key for key in wanted if key not in found]:
             stored = find_answers(session, claim.tenant, missing)
             self._recent.keep(stored)
@@ -127,11 +132,11 @@ class ExactCache:
                 results.append(served(job.seq, answer, Source.EXACT))
         awaited = self._awaited(claim, left, requests)
         left.sort(key=lambda job: job.seq in awaited)
-        return Looked(results, left, requests, awaited=awaited)
+        return Looked(results, left, requests, awaited=awaited, engine_id=self._engine_id())
 
     def ask_again(self, session: Session, claim: Claim, job: Job, request: Request) -> JobResult | None:
         """The answer that a job has waited for, if it has come."""
-        answer = self._recent.find([request.key]).get(request.key)
+        answer = self._recently(session, [request.key]).get(request.key)
         if answer is None:
             answer = find_answers(session, claim.tenant, [request.key]).get(request.key)
         return None if answer is None else served(job.seq, answer, Source.EXACT)
@@ -147,24 +152,23 @@ class ExactCache:
         ended = [looked.requests[result.seq].key for result in results if result.seq in looked.requests]
         if not ended:
             return Kept({}, [], [])
-        answered = {r.seq: r for r in results if r.seq in looked.requests and _may_be_kept(r, endpoint=claim.endpoint)}
-        compared = {seq: comparison(result.response or "") for seq, result in answered.items() if seq in looked.places}
-        verdicts = [
-            Verdict(
-                seq=result.seq,
-                answer=compared.get(result.seq),
-                repeated=repeated.get(result.seq),
-                tokens=result.usage.prompt_tokens + result.usage.completion_tokens,
-            )
+        compared = {
+            result.seq: comparison(result.response) if _is_whole(result) and result.response else None
             for result in results
-            if result.seq in looked.places
-        ]
-        if verdicts:
-            judge_lookups(session, claim.batch_id, verdicts)
+            if result.seq in looked.requests and looked.requests[result.seq].split is not None
+        }
+        if compared:
+            judge_lookups(
+                session, claim.batch_id, [_verdict(r, compared, repeated) for r in results if r.seq in compared]
+            )
+        served_by = {r.entry: looked.requests[r.seq].sources for r in results if r.seq in looked.requests and r.entry}
+        add_sources(session, claim.tenant, served_by)
         new = {}
-        for seq, result in answered.items():
-            request = looked.requests[seq]
-            new[request.key] = self._new(result, request, looked.places.get(seq), compared.get(seq))
+        if looked.engine_id == self._engine_id():  # else another checkpoint has answered than the key says
+            for result in results:
+                if result.seq in looked.requests and _may_be_kept(result, endpoint=claim.endpoint):
+                    request, place = looked.requests[result.seq], looked.places.get(result.seq)
+                    new[request.key] = self._new(result, request, place, compared.get(result.seq))
         kept = keep_answers(session, claim.tenant, claim.batch_id, list(new.values())) if new else {}
         entries = [
             (looked.places[one.seq], kept[key].entry)
@@ -178,9 +182,21 @@ class ExactCache:
         self._recent.keep(kept.answers)
         self._recent.end(kept.ended)
 
+    def release(self, before: Looked, after: Looked) -> None:
+        """Jobs that were to run and have been served meanwhile: whoever waits for them need not."""
+        left = {job.seq for job in after.jobs}
+        gone = [job.seq for job in before.jobs if job.seq not in left and job.seq in before.requests]
+        self._recent.end([before.requests[seq].key for seq in gone])
+
     def close(self) -> None:
         """Close the connections."""
         self._recent.close()
+
+    def _recently(self, session: Session, keys: Sequence[bytes]) -> dict[bytes, CachedAnswer]:
+        """What Redis has, where Postgres has it still: what was cleared a moment ago may have come back there."""
+        found = self._recent.find(keys)
+        alive = living(session, [answer.entry for answer in found.values()]) if found else set()
+        return {key: answer for key, answer in found.items() if answer.entry in alive}
 
     def _new(self, result: JobResult, request: Request, place: Place | None, compared: str | None) -> NewAnswer:
         own_ttl = None if place is None else place.namespace.ttl_s
@@ -231,7 +247,8 @@ class ExactCache:
             if one.split is not None and (epoch := epochs[template_scope(one.split.template)]):
                 raised = (*raised, epoch)
             scope = Scope(claim.tenant, claim.endpoint, checkpoint, raised)
-            made[one.seq] = Request(one.fields, scope, exact_key(one.fields, scope), one.split, one.sources)
+            with suppress(RecursionError):  # a body nested so deep has no key, and is not cached
+                made[one.seq] = Request(one.fields, scope, exact_key(one.fields, scope), one.split, one.sources)
         return made
 
     def _read(self, claim: Claim, job: Job) -> _Read | None:
@@ -241,7 +258,7 @@ class ExactCache:
             return None
         try:
             fields = read_body(job.body)
-        except ValueError:  # msgspec refuses what Python's json wrote, such as a lone surrogate: then it is not cached
+        except (ValueError, RecursionError):  # such as a lone surrogate, which Python's json wrote: it is not cached
             return None
         fits = is_deterministic(fields, endpoint=claim.endpoint) or self._settings.sampled
         if not (fits and asks_for_one(fields)):
@@ -298,8 +315,18 @@ def _split(fields: Mapping[str, Any], line: LineSettings, affixes: Affixes) -> S
     return replace(found, template=before + found.template)
 
 
+def _verdict(result: JobResult, compared: Mapping[int, str | None], repeated: Mapping[int, bool]) -> Verdict:
+    """What the engine said of a job, now or, where an equal request served it, before."""
+    tokens, twice = result.usage.prompt_tokens + result.usage.completion_tokens, result.seq in repeated
+    return Verdict(result.seq, compared[result.seq], repeated.get(result.seq), tokens * (2 if twice else 1))
+
+
+def _is_whole(result: JobResult) -> bool:
+    return result.outcome is Outcome.SUCCEEDED and result.response is not None
+
+
 def _may_be_kept(result: JobResult, *, endpoint: str) -> bool:
     """Whole answers of the engine only: never a tool call, a refusal, or one that was cut."""
-    if result.outcome is not Outcome.SUCCEEDED or result.source is not Source.ENGINE or result.response is None:
+    if not _is_whole(result) or result.source is not Source.ENGINE:
         return False
-    return endpoint == EMBEDDINGS or answer_text(result.response) is not None
+    return endpoint == EMBEDDINGS or answer_text(result.response or "") is not None

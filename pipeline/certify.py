@@ -48,7 +48,8 @@ def certified(report: NamespaceReport) -> Certified:
     policy = Policy.decode(report.policy)
     settled = policy.lookups if report.settled is None else min(report.settled, policy.lookups)
     state, why = policy.state()
-    bounds = replace(policy, lookups=settled).bounds() if settled else (0.0, 0.0)
+    decided = max(0, policy.decided - report.unsettled_answers)
+    bounds = replace(policy, lookups=settled, decided=decided).bounds() if settled else (0.0, 0.0)
     disagreement = report.differed / report.asked_twice if report.asked_twice >= LEAST_TWICE else None
     return Certified(
         namespace=report.id,

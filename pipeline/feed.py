@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from models.jobs import Job, JobResult, failed
 from models.states import Source
 from pipeline.asking import ask
 from pipeline.attempt import Attempt, Unit, Unwritten
-from pipeline.cached import Looked, Semantic
+from pipeline.cached import ExactCache, Looked, Semantic
 from pipeline.context import FeedContext as FeedContext
 from pipeline.quarantine import DEATHS_TO_QUARANTINE, isolate
 from pipeline.retry import after_engine_death, after_failure
@@ -281,29 +282,26 @@ class _Feeder:
             return False
         if taken is None:
             return False
-        claimed, loaded, looked = taken
-        is_plain = claimed.runnable and not claimed.runs_alone
-        if is_plain:
-            looked = await self._look_further(claimed, looked)
-        loaded = replace(loaded, jobs=looked.jobs)
-        attempt = Attempt(claimed, loaded, self._units(claimed, loaded) if is_plain else (), looked=looked)
-        for result in looked.results:
-            attempt.record(result)
-        if claimed.runnable and claimed.runs_alone:
-            for other in self._attempts.values():
-                other.stop()
-            self._spawn(attempt, self._run_alone(attempt, loaded.jobs))
-        self._attempts[claimed.key] = attempt
+        claimed, loaded = taken
+        attempt = Attempt(claimed, loaded)
 
         def on_beat(runnable: bool | None) -> None:
             self._loop.call_soon_threadsafe(self._on_beat, attempt, runnable)
 
         self._context.heartbeat.add(claimed, on_beat)
+        looked = await self._look_up(claimed, loaded)
+        is_plain = claimed.runnable and not claimed.runs_alone
+        attempt.begin(looked, self._units(claimed, looked.jobs) if is_plain else ())
+        if claimed.runnable and claimed.runs_alone:
+            for other in self._attempts.values():
+                other.stop()
+            self._spawn(attempt, self._run_alone(attempt, looked.jobs))
+        self._attempts[claimed.key] = attempt
         self._report.shards += 1
         self._write_wanted.set()
         return True
 
-    def _take(self) -> tuple[Claim, LoadedJobs, Looked] | None:
+    def _take(self) -> tuple[Claim, LoadedJobs] | None:
         context = self._context
         with context.database.transaction() as session:
             claimed = claim_next(
@@ -313,42 +311,50 @@ class _Feeder:
                 engine=context.engine,
                 worker=context.worker,
             )
-            if claimed is None:
-                return None
-            loaded = load_jobs(session, claimed)
-            if context.cache is None:
-                return claimed, loaded, Looked(jobs=loaded.jobs)
-            return claimed, loaded, context.cache.look_up(session, claimed, loaded.jobs)
+            return None if claimed is None else (claimed, load_jobs(session, claimed))
 
-    async def _look_further(self, claimed: Claim, looked: Looked) -> Looked:
-        """Ask the semantic cache, which may answer nothing but never stops a job; its slow work goes on beside."""
-        semantic = self._context.semantic
-        if semantic is None:
+    async def _look_up(self, claimed: Claim, loaded: LoadedJobs) -> Looked:
+        """Ask the caches, which may answer nothing but never stop a job: what of them fails is logged, and jobs run."""
+        looked = Looked(jobs=loaded.jobs)
+        cache, semantic = self._context.cache, self._context.semantic
+        if cache is None:
             return looked
-        try:
-            looked = await semantic.look_up(claimed, looked)
-        except (ServiceUnreachable, LostFence) as error:  # the next write finds out which jobs are still ours
-            log.warning("cache_lookup_failed", error=str(error))
-        except Exception:  # a defect of the cache must not become one of the batch
-            log.exception("cache_defect", batch_id=str(claimed.batch_id))
+        with self._never_stopping(claimed):
+            looked = await asyncio.to_thread(self._look_up_exactly, cache, claimed, loaded)
+        if semantic is None or claimed.runs_alone:
+            return looked
+        with self._never_stopping(claimed):
+            found = await semantic.look_up(claimed, looked)
+            await asyncio.to_thread(cache.release, looked, found)
+            looked = found
         if semantic.has_chores and (self._chores is None or self._chores.done()):
-            self._chores = self._loop.create_task(self._do_chores(semantic))
+            self._chores = self._loop.create_task(self._do_chores(claimed, semantic))
         return looked
 
-    async def _do_chores(self, semantic: Semantic) -> None:
-        try:
-            await asyncio.to_thread(semantic.do_chores)
-        except ServiceUnreachable as error:
-            log.warning("cache_chores_failed", error=str(error))
-        except Exception:  # as above
-            log.exception("cache_defect")
+    def _look_up_exactly(self, cache: ExactCache, claimed: Claim, loaded: LoadedJobs) -> Looked:
+        with self._context.database.transaction() as session:
+            return cache.look_up(session, claimed, loaded.jobs)
 
-    def _units(self, claimed: Claim, loaded: LoadedJobs) -> Iterator[Unit]:
+    @contextmanager
+    def _never_stopping(self, claimed: Claim) -> Iterator[None]:
+        """A cache that fails in this block is none; the next write finds out which jobs are still ours."""
+        try:
+            yield
+        except (ServiceUnreachable, LostFence) as error:
+            log.warning("cache_failed", batch_id=str(claimed.batch_id), error=str(error))
+        except Exception:  # a defect of the cache must not become one of the batch
+            log.exception("cache_defect", batch_id=str(claimed.batch_id))
+
+    async def _do_chores(self, claimed: Claim, semantic: Semantic) -> None:
+        with self._never_stopping(claimed):
+            await asyncio.to_thread(semantic.do_chores)
+
+    def _units(self, claimed: Claim, jobs: list[Job]) -> Iterator[Unit]:
         if claimed.endpoint != EMBEDDINGS:
-            yield from loaded.jobs
+            yield from jobs
             return
         limits = self._context.settings.embeddings
-        yield from pack(loaded.jobs, max_tokens=limits.pack_tokens, max_inputs=limits.pack_inputs)
+        yield from pack(jobs, max_tokens=limits.pack_tokens, max_inputs=limits.pack_inputs)
 
     def _on_beat(self, attempt: Attempt, runnable: bool | None) -> None:
         if runnable is None:
@@ -418,10 +424,12 @@ class _Feeder:
                 raise LostFence
             if cache is not None:
                 kept = cache.keep(session, attempt.claim, attempt.looked, unwritten.results, attempt.repeated)
-        if cache is not None and kept is not None:
+        if cache is None or kept is None:
+            return
+        with self._never_stopping(attempt.claim):
             cache.publish(kept)
-        if semantic is not None and kept is not None and kept.entries:
-            semantic.add(kept.entries)
+            if semantic is not None and kept.entries:
+                semantic.add(kept.entries)
 
     def _write_under_fence(self, session: Session, attempt: Attempt, unwritten: Unwritten, *, is_over: bool) -> bool:
         held, lease_s = attempt.claim, self._context.settings.worker.lease_s

@@ -33,6 +33,7 @@ from runtime.logs import get_logger
 from runtime.settings import CacheSettings
 from store.answers import answers_of, template_scope
 from store.database import Database, Session
+from store.followers import leaders_among
 from store.namespaces import (
     JudgedLookup,
     NewLookup,
@@ -43,20 +44,20 @@ from store.namespaces import (
     count_unlooked,
     end_fit,
     entry_count,
+    find_answers_of,
     find_facts,
     find_namespaces,
     fit_entries,
     fit_samples,
     hold_namespace,
     hold_shard,
-    living,
     lookups_of,
     model_of,
     open_namespaces,
-    settled,
     store_fit,
     store_policy,
     take_news,
+    unsettled_answers,
     write_lookups,
 )
 from store.shards import Claim, write_results
@@ -68,6 +69,7 @@ FIT_ENTRIES: Final = 20_000  # the newest; 30 MB of vectors
 FILL_ENTRIES: Final = 2_000  # of a page
 INDEX_SLACK: Final = 0.2  # how far index and Postgres may be apart
 FIT_LEASE_S: Final = 300.0
+MODELS_KEPT: Final = 64  # of a child, a few MB each
 FACTS_KEPT: Final = 50_000  # entries whose payloads a child remembers, some 30 MB
 LONGEST_TEMPLATE: Final = 2_000  # characters of it that are kept to be read
 
@@ -89,7 +91,7 @@ class Embedder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What an entry is compared by. It never changes."""
+    """What an entry is compared by, while it has this answer."""
 
     answer: str
     words: frozenset[str]
@@ -152,7 +154,7 @@ class SemanticCache:
             vectors = np.stack([np.frombuffer(place.vector, np.float32) for place, _ in group])
             try:
                 self._index.add(collection_name(namespace.secret), [entry for _, entry in group], vectors)
-            except ServiceUnreachable as error:
+            except (ServiceUnreachable, Emptied) as error:  # Emptied: it was cleared at this moment
                 log.warning("cache_index_unreachable", error=str(error))
 
     @property
@@ -180,21 +182,24 @@ class SemanticCache:
             count_unlooked(session, claim, lookups)
 
     def _look_up(self, claim: Claim, looked: Looked, asked: list[_Asked], vectors: Vectors) -> Looked:
+        seqs = [one.job.seq for one in asked]
         with self._database.transaction() as session:
-            before = lookups_of(session, claim.batch_id, [one.job.seq for one in asked])
+            before = lookups_of(session, claim.batch_id, seqs)
+            # A leader's answer is all its followers': it is worth a call, and one wrong answer would be many.
+            leaders = leaders_among(session, claim.batch_id, seqs) if claim.followers else set()
             namespaces = self._opened(session, claim, asked)
         places = {
             one.job.seq: Place(namespaces[one.key], one.split.payload, vector.astype(np.float32).tobytes())
             for one, vector in zip(asked, vectors, strict=True)
         }
         looked = replace(looked, places=places)
-        for namespace, group in _grouped((namespaces[one.key], one) for one in asked if one.job.seq not in before):
+        to_decide = [one for one in asked if one.job.seq not in before and one.job.seq not in leaders]
+        for namespace, group in _grouped((namespaces[one.key], one) for one in to_decide):
             try:
                 near = self._near(namespace, [places[one.job.seq] for one in group])
+                looked = self._decide(claim, looked, namespace, group, near)
             except ServiceUnreachable as error:
                 self._miss(claim, len(group), error)
-            else:
-                looked = self._decide(claim, looked, namespace, group, near)
         return looked
 
     def _opened(self, session: Session, claim: Claim, asked: Iterable[_Asked]) -> dict[bytes, OpenNamespace]:
@@ -228,31 +233,31 @@ class SemanticCache:
         self, claim: Claim, looked: Looked, namespace: OpenNamespace, group: list[_Asked], near: list[Near]
     ) -> Looked:
         """One transaction: what the engine has said since, the decisions, the results of those served."""
-        facts = self._facts_of({entry for one in near for entry in one.ids.tolist()})
-        coins = [coin(namespace.secret, request_name(claim.batch_id, one.job.seq).encode()) for one in group]
+        facts = self._facts_of(namespace, {entry for one in near for entry in one.ids.tolist()})
+        queries = [
+            Query(
+                coin(namespace.secret, request_name(claim.batch_id, one.job.seq).encode()),
+                np.frombuffer(looked.places[one.job.seq].vector, np.float32),
+                _found(one, found, facts),
+            )
+            for one, found in zip(group, near, strict=True)
+        ]
         with self._database.transaction() as session:
             if not hold_shard(session, claim):
                 raise LostFence
             held = hold_namespace(session, namespace.id)
-            if held is None:  # cleared a moment ago
-                return replace(looked, places={})
-            alive = living(session, list(facts))
-            known = {entry: fact for entry, fact in facts.items() if entry in alive}
-            queries = [
-                Query(drawn, np.frombuffer(looked.places[one.job.seq].vector, np.float32), _found(one, found, known))
-                for one, found, drawn in zip(group, near, coins, strict=True)
-            ]
+            if held is None:  # cleared a moment ago: there is no place for these answers
+                gone = {one.job.seq for one in group}
+                return replace(looked, places={seq: p for seq, p in looked.places.items() if seq not in gone})
             news = take_news(session, namespace.id)
-            before = replace(Policy.decode(held.policy), limits=self._limits)
-            before = judge(before, [_judged(one) for one in news if one.version == before.version and one.features])
-            done = settled(session, namespace.id, version=before.version)
-            unsettled = 0 if done is None else before.served - done[1]
+            before = _told(replace(Policy.decode(held.policy), limits=self._limits), news)
+            unsettled = unsettled_answers(session, namespace.id, version=before.version)
             model = self._model(session, namespace, held.fit)
             after, decisions = decide(before, model, queries, unsettled=unsettled)
-            made = [_Made(*one) for one in zip(group, coins, decisions, strict=True)]
+            made = [_Made(one, query.coin, d) for one, query, d in zip(group, queries, decisions, strict=True)]
             served_seqs, saved_tokens = self._serve(session, claim, namespace, made)
             unserved = [one for one in made if one.asked.job.seq not in served_seqs]
-            rows = [one.row(namespace, before) for one in unserved]
+            rows = [one.row(namespace, before, served_beside=len(served_seqs)) for one in unserved]
             write_lookups(session, claim.batch_id, rows)
             audits = sum(one.decided.audited for one in made)
             added = Round(len(made), len(served_seqs), audits, saved_tokens)
@@ -266,7 +271,8 @@ class SemanticCache:
     ) -> tuple[set[int], int]:
         """Write the results of those that are served: (their seqs, tokens saved). An entry just gone serves nobody."""
         wanted = {one.asked.job.seq: one.decided for one in made if one.decided.served}
-        answers = answers_of(session, [one.entry for one in wanted.values() if one.entry is not None])
+        said = {one.entry: one.answer for one in wanted.values() if one.entry is not None and one.answer is not None}
+        answers = answers_of(session, namespace.id, said)
         results = [
             served(seq, answers[one.entry], Source.SEMANTIC, namespace=namespace.id, similarity=one.similarity)
             for seq, one in wanted.items()
@@ -279,15 +285,15 @@ class SemanticCache:
         saved = [answers[result.entry] for result in results if result.entry is not None]
         return {result.seq for result in results}, sum(one.prompt_tokens + one.completion_tokens for one in saved)
 
-    def _facts_of(self, entries: set[int]) -> dict[int, Facts]:
-        """What these entries are compared by, from memory where it is there; those that are gone are missing."""
-        missing = [entry for entry in entries if entry not in self._facts]
-        if missing:
-            with self._database.transaction() as session:
-                rows = find_facts(session, missing)
-            for entry, row in rows.items():
-                self._facts[entry] = Facts(row.answer, words(row.payload), signature(row.payload))
-        found = {entry: self._facts[entry] for entry in entries if entry in self._facts}
+    def _facts_of(self, namespace: OpenNamespace, entries: set[int]) -> dict[int, Facts]:
+        """What these entries are compared by, from memory where that still holds; those that are gone are missing."""
+        with self._database.transaction() as session:
+            answers = find_answers_of(session, namespace.id, list(entries))
+            news = [e for e, answer in answers.items() if e not in self._facts or self._facts[e].answer != answer]
+            rows = find_facts(session, namespace.id, news) if news else {}
+        for entry, row in rows.items():
+            self._facts[entry] = Facts(row.answer, words(row.payload), signature(row.payload))
+        found = {entry: self._facts[entry] for entry in answers if entry in self._facts}
         for entry in found:
             self._facts.move_to_end(entry)
         while len(self._facts) > FACTS_KEPT:
@@ -303,14 +309,17 @@ class SemanticCache:
             if stored is None:
                 return None
             self._models[namespace.id] = known = (number, Model.from_bytes(stored))
+            while len(self._models) > MODELS_KEPT:
+                self._models.pop(next(iter(self._models)))
         return known[1]
 
     def _fit(self, namespace: OpenNamespace) -> None:
         with self._database.transaction() as session:
             text = begin_fit(session, namespace.id, lease_s=FIT_LEASE_S)
-            if text is None:
-                return
-            policy = Policy.decode(text)
+        if text is None:
+            return
+        policy = Policy.decode(text)
+        with self._database.transaction() as session:
             rows = fit_samples(session, namespace.id, version=policy.version, limit=FIT_SAMPLES)
             entries = fit_entries(session, namespace.id, limit=FIT_ENTRIES)
         if not rows or not entries:
@@ -366,15 +375,15 @@ class _Made:
     coin: float
     decided: Decided
 
-    def row(self, namespace: OpenNamespace, before: Policy) -> NewLookup:
-        """To be kept; `before` is the policy before its shard."""
+    def row(self, namespace: OpenNamespace, before: Policy, *, served_beside: int) -> NewLookup:
+        """To be kept; `before` is the policy before its shard, of which so many were served."""
         decided = self.decided
         return NewLookup(
             seq=self.asked.job.seq,
             namespace_id=namespace.id,
             version=before.version,
             place=before.lookups,
-            served_before=before.served,
+            served_beside=served_beside,
             coin=self.coin,
             rate=decided.rate,
             wished=decided.wished,
@@ -412,9 +421,21 @@ def _found(one: _Asked, near: Near, facts: Mapping[int, Facts]) -> Found | None:
     )
 
 
+def _told(policy: Policy, news: Sequence[JudgedLookup]) -> Policy:
+    """The policy after what was judged of its version. An audit without an answer is an error; no alarm hears of it."""
+    mine = [one for one in news if one.version == policy.version]
+    audit = policy.audit
+    for one in mine:
+        if one.agreed is None:
+            audit = audit.with_errors(1, one.rate)
+    return judge(
+        replace(policy, audit=audit), [_judged(one) for one in mine if one.features and one.agreed is not None]
+    )
+
+
 def _judged(row: JudgedLookup) -> Judged:
     features = tuple(np.frombuffer(row.features or b"", np.float32).tolist())
-    return Judged(features, row.agreed, row.wished, row.audited, row.in_shadow, row.coin, row.rate)
+    return Judged(features, bool(row.agreed), row.wished, row.audited, row.in_shadow, row.coin, row.rate)
 
 
 def _grouped(pairs: Iterable[tuple[OpenNamespace, _M]]) -> list[tuple[OpenNamespace, list[_M]]]:

@@ -119,7 +119,7 @@ class CacheSettings(_Group):
     embedder_model: str = Field("", description="what that server calls its model")
     embedder_api_key: str | None = Field(None, description="bearer token for that server")
     max_error: Share = Field(0.01, description="wrong answers by all lookups, at most; certified")
-    max_served_error: Share = Field(0.05, description="wrong answers by served ones, at most; certified")
+    max_served_error: Share = Field(0.05, description="wrong decisions by decisions to serve, at most; certified")
 
 
 class LimitSettings(_Group):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
@@ -83,15 +83,44 @@ def find_answers(session: Session, tenant: str, keys: Sequence[bytes]) -> dict[b
     return {bytes(key): CachedAnswer(*rest) for key, *rest in rows}
 
 
-def answers_of(session: Session, entries: Sequence[int]) -> dict[int, CachedAnswer]:
-    """The answers of these entries, by entry; those that are gone or have expired are missing."""
+def answers_of(session: Session, namespace_id: int, entries: Mapping[int, str]) -> dict[int, CachedAnswer]:
+    """The answers of these entries of a namespace, by entry, where they still answer what is said here.
+
+    An entry may have been deleted, or replaced after its time, since it was decided about.
+    """
     rows = session.execute(
         text(f"""
         SELECT {_FOUND} FROM cache_entries
-        WHERE id = ANY(CAST(:ids AS int8[])) AND expires_at > clock_timestamp()"""),
-        {"ids": list(entries)},
+        JOIN unnest(CAST(:ids AS int8[]), CAST(:answers AS text[])) AS u (entry, said) ON u.entry = id
+        WHERE namespace_id = :namespace_id AND answer = u.said AND expires_at > clock_timestamp()"""),
+        {"ids": list(entries), "answers": list(entries.values()), "namespace_id": namespace_id},
     )
     return {row[0]: CachedAnswer(*row) for row in rows}
+
+
+def living(session: Session, entries: Sequence[int]) -> set[int]:
+    """Those of these entries that may still answer: what Redis has may be older."""
+    return set(
+        session.scalars(
+            text("""
+        SELECT id FROM cache_entries WHERE id = ANY(CAST(:ids AS int8[])) AND expires_at > clock_timestamp()"""),
+            {"ids": list(entries)},
+        )
+    )
+
+
+def add_sources(session: Session, tenant: str, sources: Mapping[int, Sequence[str]]) -> None:
+    """Note what the prompts were made from that these entries have served, too."""
+    pairs = [
+        {"tenant": tenant, "source": source, "entry": entry} for entry, names in sources.items() for source in names
+    ]
+    if pairs:
+        session.execute(
+            text("""
+            INSERT INTO cache_sources (tenant, source, entry_id)
+            SELECT :tenant, :source, id FROM cache_entries WHERE id = :entry ON CONFLICT DO NOTHING"""),
+            pairs,
+        )
 
 
 _KEEP: TextClause = text(f"""
@@ -138,19 +167,7 @@ def keep_answers(
         },
     )
     kept = {bytes(key): CachedAnswer(*rest) for key, *rest in rows}
-    pairs = [
-        {"tenant": tenant, "source": source, "entry": kept[answer.key].entry}
-        for answer in answers
-        if answer.key in kept
-        for source in answer.sources
-    ]
-    if pairs:
-        session.execute(
-            text("""
-            INSERT INTO cache_sources (tenant, source, entry_id) VALUES (:tenant, :source, :entry)
-            ON CONFLICT DO NOTHING"""),
-            pairs,
-        )
+    add_sources(session, tenant, {kept[one.key].entry: one.sources for one in answers if one.key in kept})
     return kept
 
 

@@ -19,7 +19,8 @@ WINDOW_LOOKUPS = 1_000
 class NamespaceReport:
     """A namespace; `policy` is its state as cache/policy.py writes it. Counters are of all versions together.
 
-    `settled`: lookups of the present version before the first whose audit is still with the engine, None if all are.
+    `settled`: lookups of the present version before the first shard with an audit that the policy has not heard of,
+    None if it has of all; `unsettled_answers` were served by such shards.
     `free_answers` counts kept answers that are free text. `worst_window` is the share of wrong answers in the worst
     WINDOW_LOOKUPS of the present version, as its audits suggest: errors seen, each for those that were not audited.
     """
@@ -43,6 +44,7 @@ class NamespaceReport:
     answers: int
     free_answers: int
     settled: int | None
+    unsettled_answers: int
     worst_window: float
 
 
@@ -94,7 +96,7 @@ def namespace_reports(session: Session, tenant: str) -> list[NamespaceReport]:
         text("""
         SELECT n.id, n.alias, n.checkpoint, n.template, n.secret, n.policy, n.created_at, n.ttl_s, n.lookups, n.served,
             n.audits, n.saved_tokens, n.audit_tokens, n.asked_twice, n.differed, e.living, e.all_answers, e.free,
-            l.settled, coalesce(w.worst, 0)
+            l.settled, u.answers, coalesce(w.worst, 0)
         FROM cache_namespaces n
         CROSS JOIN LATERAL (
             SELECT count(*) FILTER (WHERE vector IS NOT NULL AND expires_at > clock_timestamp()) AS living,
@@ -102,12 +104,17 @@ def namespace_reports(session: Session, tenant: str) -> list[NamespaceReport]:
             FROM cache_entries WHERE namespace_id = n.id) e
         CROSS JOIN LATERAL (
             SELECT min(place) AS settled FROM cache_lookups
-            WHERE namespace_id = n.id AND audited AND judged_at IS NULL
+            WHERE namespace_id = n.id AND audited AND NOT folded
                 AND version = CAST(CAST(n.policy AS json) ->> 'version' AS int4)) l
+        CROSS JOIN LATERAL (
+            SELECT CAST(coalesce(sum(served_beside), 0) AS int8) AS answers FROM (
+                SELECT DISTINCT batch_id, place, served_beside FROM cache_lookups
+                WHERE namespace_id = n.id AND audited AND NOT folded
+                    AND version = CAST(CAST(n.policy AS json) ->> 'version' AS int4)) AS shards) u
         CROSS JOIN LATERAL (
             SELECT max(wrong) / :window AS worst FROM (
                 SELECT sum(1 / rate - 1) AS wrong FROM cache_lookups
-                WHERE namespace_id = n.id AND audited AND NOT agreed
+                WHERE namespace_id = n.id AND audited AND agreed IS NOT TRUE AND judged_at IS NOT NULL
                     AND version = CAST(CAST(n.policy AS json) ->> 'version' AS int4)
                 GROUP BY place / :window) AS windows) w
         WHERE n.tenant = :tenant ORDER BY n.id"""),

@@ -7,7 +7,7 @@ jobs follow is settled before a batch begins; only `release`, while no shard is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from uuid import UUID
 
 from sqlalchemy import text
@@ -102,6 +102,18 @@ def copy_followers(session: Session, earlier_id: UUID, *, batch_id: UUID) -> int
         {"earlier": earlier_id, "batch": batch_id},
     ).scalar_one()
     return count
+
+
+def leaders_among(session: Session, batch_id: UUID, seqs: Sequence[int]) -> set[int]:
+    """Those of these jobs that others follow."""
+    return set(
+        session.scalars(
+            text("""
+        SELECT DISTINCT leader FROM followers
+        WHERE batch_id = :batch AND leader = ANY(CAST(:seqs AS int4[]))"""),
+            {"batch": batch_id, "seqs": list(seqs)},
+        )
+    )
 
 
 def release(session: Session, batch_id: UUID) -> None:

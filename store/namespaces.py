@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 from uuid import UUID
 
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from store.shards import Claim
+
+LOCK_TIMEOUT: Final = "5s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,10 @@ class HeldNamespace:
 
 @dataclass(frozen=True, slots=True)
 class JudgedLookup:
-    """A lookup of which the engine's answer is known; `features` are float32, none if nothing was near."""
+    """A lookup of which the engine's answer is known; `features` are float32, none if nothing was near.
+
+    `agreed` is None for an audit whose batch ended without its answer.
+    """
 
     wished: bool
     audited: bool
@@ -59,7 +65,7 @@ class JudgedLookup:
     coin: float
     rate: float
     features: bytes | None
-    agreed: bool
+    agreed: bool | None
     repeated: bool | None
     tokens: int
     version: int
@@ -86,7 +92,7 @@ class NewLookup:
     namespace_id: int
     version: int
     place: int
-    served_before: int
+    served_beside: int
     coin: float
     rate: float
     wished: bool
@@ -175,7 +181,11 @@ def count_unlooked(session: Session, claim: Claim, lookups: int) -> None:
 
 
 def hold_namespace(session: Session, namespace_id: int) -> HeldNamespace | None:
-    """Lock a namespace to the end of the transaction; None if it was cleared meanwhile."""
+    """Lock a namespace to the end of the transaction; None if it was cleared meanwhile.
+
+    Who waits for it longer than LOCK_TIMEOUT gives up: ServiceUnreachable, as from any database that is too slow.
+    """
+    session.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'"))
     row = session.execute(
         text("SELECT policy, fit, asked_twice FROM cache_namespaces WHERE id = :id FOR UPDATE"), {"id": namespace_id}
     ).one_or_none()
@@ -194,15 +204,17 @@ def take_news(session: Session, namespace_id: int) -> list[JudgedLookup]:
     return [JudgedLookup(*row) for row in rows]
 
 
-def settled(session: Session, namespace_id: int, *, version: int) -> tuple[int, int] | None:
-    """(Lookups, served answers) of a version before the first shard whose audits are not judged; None: all are."""
-    place, served = session.execute(
-        text("""
-        SELECT min(place), min(served_before) FROM cache_lookups
-        WHERE namespace_id = :id AND version = :version AND audited AND judged_at IS NULL"""),
-        {"id": namespace_id, "version": version},
-    ).one()
-    return None if place is None else (place, served)
+def unsettled_answers(session: Session, namespace_id: int, *, version: int) -> int:
+    """Answers served by shards of a version with an audit that the policy has not heard of."""
+    return int(
+        session.execute(
+            text("""
+        SELECT coalesce(sum(served_beside), 0) FROM (
+            SELECT DISTINCT batch_id, place, served_beside FROM cache_lookups
+            WHERE namespace_id = :id AND version = :version AND audited AND NOT folded) AS shards"""),
+            {"id": namespace_id, "version": version},
+        ).scalar_one()
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,9 +256,9 @@ def write_lookups(session: Session, batch_id: UUID, lookups: Sequence[NewLookup]
     """Remember lookups that were not served."""
     session.execute(
         text("""
-        INSERT INTO cache_lookups (batch_id, seq, namespace_id, version, place, served_before, coin, rate, wished,
+        INSERT INTO cache_lookups (batch_id, seq, namespace_id, version, place, served_beside, coin, rate, wished,
             in_shadow, audited, answer, features)
-        VALUES (:batch_id, :seq, :namespace_id, :version, :place, :served_before, :coin, :rate, :wished,
+        VALUES (:batch_id, :seq, :namespace_id, :version, :place, :served_beside, :coin, :rate, :wished,
             :in_shadow, :audited, :answer, :features)"""),
         [
             {
@@ -255,7 +267,7 @@ def write_lookups(session: Session, batch_id: UUID, lookups: Sequence[NewLookup]
                 "namespace_id": one.namespace_id,
                 "version": one.version,
                 "place": one.place,
-                "served_before": one.served_before,
+                "served_beside": one.served_beside,
                 "coin": one.coin,
                 "rate": one.rate,
                 "wished": one.wished,
@@ -292,36 +304,39 @@ def judge_lookups(session: Session, batch_id: UUID, verdicts: Sequence[Verdict])
 
 
 def give_up_lookups(session: Session, batch_id: UUID) -> None:
-    """Judge what a batch that ends leaves unjudged: for want of an answer, against the cache."""
+    """End the lookups that a batch leaves unjudged: an audit without an answer counts as an error, the rest as none."""
     session.execute(
-        text("""
-        UPDATE cache_lookups SET agreed = false, judged_at = clock_timestamp()
-        WHERE batch_id = :batch_id AND judged_at IS NULL"""),
+        text("DELETE FROM cache_lookups WHERE batch_id = :batch_id AND judged_at IS NULL AND NOT audited"),
+        {"batch_id": batch_id},
+    )
+    session.execute(
+        text("UPDATE cache_lookups SET judged_at = clock_timestamp() WHERE batch_id = :batch_id AND judged_at IS NULL"),
         {"batch_id": batch_id},
     )
 
 
-def find_facts(session: Session, ids: Sequence[int]) -> dict[int, EntryFacts]:
-    """What these entries are compared by; those that are gone or past their time are missing."""
+def find_answers_of(session: Session, namespace_id: int, ids: Sequence[int]) -> dict[int, str]:
+    """What these entries of the namespace answer, as answers are compared; those that may not answer are missing."""
+    rows = session.execute(
+        text("""
+        SELECT id, answer FROM cache_entries
+        WHERE id = ANY(CAST(:ids AS int8[])) AND namespace_id = :namespace_id AND expires_at > clock_timestamp()
+            AND answer IS NOT NULL"""),
+        {"ids": list(ids), "namespace_id": namespace_id},
+    )
+    return {identifier: answer for identifier, answer in rows}
+
+
+def find_facts(session: Session, namespace_id: int, ids: Sequence[int]) -> dict[int, EntryFacts]:
+    """What these entries of the namespace are compared by; those that may not answer are missing."""
     rows = session.execute(
         text("""
         SELECT id, payload, answer FROM cache_entries
-        WHERE id = ANY(CAST(:ids AS int8[])) AND expires_at > clock_timestamp()
+        WHERE id = ANY(CAST(:ids AS int8[])) AND namespace_id = :namespace_id AND expires_at > clock_timestamp()
             AND payload IS NOT NULL AND answer IS NOT NULL"""),
-        {"ids": list(ids)},
+        {"ids": list(ids), "namespace_id": namespace_id},
     )
     return {identifier: EntryFacts(payload, answer) for identifier, payload, answer in rows}
-
-
-def living(session: Session, ids: Sequence[int]) -> set[int]:
-    """Those of these entries that may still answer."""
-    return set(
-        session.scalars(
-            text("""
-        SELECT id FROM cache_entries WHERE id = ANY(CAST(:ids AS int8[])) AND expires_at > clock_timestamp()"""),
-            {"ids": list(ids)},
-        )
-    )
 
 
 def model_of(session: Session, namespace_id: int) -> bytes | None:
@@ -347,7 +362,7 @@ def fit_samples(session: Session, namespace_id: int, *, version: int, limit: int
         text("""
         SELECT wished, audited, in_shadow, coin, rate, features, agreed, repeated, tokens, version FROM (
             SELECT * FROM cache_lookups WHERE namespace_id = :id AND judged_at IS NOT NULL AND version = :version
-                AND features IS NOT NULL ORDER BY judged_at DESC LIMIT :limit) AS newest
+                AND features IS NOT NULL AND agreed IS NOT NULL ORDER BY judged_at DESC LIMIT :limit) AS newest
         ORDER BY judged_at, batch_id, seq"""),
         {"id": namespace_id, "version": version, "limit": limit},
     )

@@ -37,6 +37,8 @@ _PARTS = (
     ("job_tries", "seq"),
     ("shards", "id"),
 )
+# An audit that its policy has not heard of: without it the certificate would be false.
+_KEPT = {"cache_lookups": "AND (folded OR NOT audited)"}
 
 
 def delete_past_retention(database: Database, *, retention_s: float) -> bool:
@@ -89,7 +91,7 @@ def delete_some(session: Session) -> bool:
             session.scalars(
                 text(f"""
             DELETE FROM {table} WHERE batch_id = :id AND {key} = ANY(ARRAY(
-                SELECT {key} FROM {table} WHERE batch_id = :id ORDER BY {key} LIMIT :limit))
+                SELECT {key} FROM {table} WHERE batch_id = :id {_KEPT.get(table, "")} ORDER BY {key} LIMIT :limit))
             RETURNING 1"""),
                 {"id": batch_id, "limit": left},
             ).all()

@@ -82,7 +82,7 @@ def upgrade() -> None:
     sa.Column('namespace_id', sa.BIGINT(), nullable=False),
     sa.Column('version', sa.Integer(), nullable=False),
     sa.Column('place', sa.Integer(), nullable=False),
-    sa.Column('served_before', sa.Integer(), nullable=False),
+    sa.Column('served_beside', sa.Integer(), nullable=False),
     sa.Column('coin', sa.Double(), nullable=False),
     sa.Column('rate', sa.Double(), nullable=False),
     sa.Column('wished', sa.Boolean(), nullable=False),
@@ -99,7 +99,7 @@ def upgrade() -> None:
     sa.PrimaryKeyConstraint('batch_id', 'seq', name=op.f('pk_cache_lookups'))
     )
     op.create_index('ix_cache_lookups_judged', 'cache_lookups', ['namespace_id', 'judged_at'], unique=False, postgresql_where=sa.text('judged_at IS NOT NULL'))
-    op.create_index('ix_cache_lookups_out', 'cache_lookups', ['namespace_id'], unique=False, postgresql_where=sa.text('audited AND judged_at IS NULL'))
+    op.create_index('ix_cache_lookups_out', 'cache_lookups', ['namespace_id'], unique=False, postgresql_where=sa.text('audited AND NOT folded'))
     op.create_index('ix_cache_lookups_news', 'cache_lookups', ['namespace_id'], unique=False, postgresql_where=sa.text('judged_at IS NOT NULL AND NOT folded'))
     op.create_table('cache_sources',
     sa.Column('tenant', sa.Text(), nullable=False),

@@ -19,8 +19,12 @@ def user(text: Any) -> dict[str, Any]:
 
 
 def test_a_prompt_is_one_turn_of_plain_text() -> None:
-    assert prompt_of({"messages": [user("hi")]}) == ("", "hi")
-    assert prompt_of({"messages": [{"role": "system", "content": "be short"}, user("hi")]}) == ("be short\n", "hi")
+    assert prompt_of({"messages": [user("hi")]}) == ('["user"]\n', "hi")
+    instructed = [[{"role": role, "content": "be short"}, user("hi")] for role in ("system", "developer")]
+    instructed.append([user("be short\nhi")])
+    read = [prompt_of({"messages": messages}) for messages in instructed]
+    assert [text for _, text in filter(None, read)] == ["hi", "hi", "be short\nhi"]
+    assert len({before for before, _ in filter(None, read)}) == 3, "who said it is part of the template"
     assert prompt_of({"prompt": "hi"}) == ("", "hi")
     for other in (
         {"messages": [user("hi"), {"role": "assistant", "content": "yes"}, user("and?")]},
@@ -35,7 +39,7 @@ def test_a_prompt_is_one_turn_of_plain_text() -> None:
 
 def test_a_declared_template_gives_its_variables_as_payload() -> None:
     found = declared("Say A to B.", template="Say {what} to {whom}.", variables={"what": "A", "whom": "B"})
-    assert found.payload == "A\nB"
+    assert found.payload == '["A","B"]'
     assert BLANK in found.template
     other = declared("Say C to D.", template="Say {what} to {whom}.", variables={"what": "C", "whom": "D"})
     assert other.template == found.template

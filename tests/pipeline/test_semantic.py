@@ -101,7 +101,7 @@ def test_a_certified_namespace_serves_right_answers_and_says_from_where(certifie
     before = namespaces(database)[0]
     batch_id = certified_child.run(tmp_path, asked)
     counts = sources(database, batch_id)
-    assert counts["semantic"] > 200
+    assert counts["semantic"] > 100
     assert counts["semantic"] + counts["engine"] == 400
     for one, query in zip(results_of(database, batch_id), asked, strict=True):
         assert query.split()[-1] in (one.response or "")
@@ -259,7 +259,7 @@ def test_what_a_batch_leaves_unjudged_counts_against_the_cache(certified_child: 
     before = policy_of(database)
     execute(
         database,
-        "INSERT INTO cache_lookups (batch_id, seq, namespace_id, version, place, served_before, coin, rate, wished, "
+        "INSERT INTO cache_lookups (batch_id, seq, namespace_id, version, place, served_beside, coin, rate, wished, "
         "in_shadow, audited, answer, features) "
         "VALUES (:id, 0, :ns, :version, 10, 0, 0.01, :rate, true, false, true, 'label:card', :none)",
         id=batch_id,
@@ -276,7 +276,7 @@ def test_what_a_batch_leaves_unjudged_counts_against_the_cache(certified_child: 
             text("SELECT agreed FROM cache_lookups WHERE batch_id = :id"), {"id": batch_id}
         ).scalar_one()
         session.execute(text("DELETE FROM cache_lookups WHERE batch_id = :id"), {"id": batch_id})
-    assert judged is False
+    assert judged is None
 
 
 def test_clearing_makes_answers_old_by_template_and_checkpoint(child: Child, tmp_path: Path) -> None:

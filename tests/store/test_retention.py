@@ -59,7 +59,7 @@ def end(database: Database, batch_id: UUID, *, days_ago: float) -> None:
         database,
         "WITH n AS (INSERT INTO cache_namespaces (tenant, key, endpoint, alias, checkpoint, embedder, template, "
         "scope, secret, policy) VALUES ('local', uuid_send(:id), '', '', '', '', '', '', '', '') RETURNING id) "
-        "INSERT INTO cache_lookups (batch_id, seq, namespace_id, version, place, served_before, coin, rate, wished, "
+        "INSERT INTO cache_lookups (batch_id, seq, namespace_id, version, place, served_beside, coin, rate, wished, "
         "in_shadow, audited) SELECT :id, 0, id, 1, 0, 0, 0.5, 0.2, true, true, false FROM n",
         id=batch_id,
     )
