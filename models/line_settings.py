@@ -33,6 +33,6 @@ def read_settings(stoker: str | bytes) -> LineSettings:
     return _DECODER.decode(stoker)
 
 
-def cache_mode_of(stoker: str | bytes | None, batch: CacheMode) -> CacheMode:
+def cache_mode_of(settings: LineSettings, batch: CacheMode) -> CacheMode:
     """Which earlier answers may serve a line: what it states itself, else what its batch does."""
-    return batch if stoker is None else read_settings(stoker).cache or batch
+    return settings.cache or batch

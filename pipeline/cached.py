@@ -15,7 +15,7 @@ from cache.answers import answer_text, comparable, comparison
 from cache.keys import EMBEDDINGS, Scope, asks_for_one, exact_key, is_deterministic, read_body
 from cache.payload import LONGEST_BARE, Affixes, Split, prompt_of, split, split_declared
 from models.jobs import CachedAnswer, Job, JobResult
-from models.line_settings import LineSettings, read_settings
+from models.line_settings import LineSettings, cache_mode_of, read_settings
 from models.names import request_name
 from models.states import CacheMode, Outcome, Source
 from runtime.settings import CacheSettings
@@ -253,7 +253,7 @@ class ExactCache:
 
     def _read(self, claim: Claim, job: Job) -> _Read | None:
         line = read_settings(job.stoker) if job.stoker else _NO_SETTINGS
-        mode = line.cache or claim.cache
+        mode = cache_mode_of(line, claim.cache)
         if mode is CacheMode.OFF:
             return None
         try:

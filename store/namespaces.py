@@ -409,3 +409,16 @@ def store_fit(session: Session, namespace_id: int, *, policy: str, model: bytes)
 def end_fit(session: Session, namespace_id: int) -> None:
     """Let others fit, after one that came to nothing."""
     session.execute(text("UPDATE cache_namespaces SET fitting_until = NULL WHERE id = :id"), {"id": namespace_id})
+
+
+def delete_idle(session: Session, *, idle_s: float) -> int:
+    """Delete namespaces, older than this, that have no entry left: how many. Their Chroma collections stay, unasked."""
+    return len(
+        session.scalars(
+            text("""
+        DELETE FROM cache_namespaces n WHERE created_at < clock_timestamp() - make_interval(secs => :idle_s)
+            AND NOT EXISTS (SELECT FROM cache_entries e WHERE e.namespace_id = n.id)
+        RETURNING 1"""),
+            {"idle_s": idle_s},
+        ).all()
+    )

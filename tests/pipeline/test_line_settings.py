@@ -127,7 +127,8 @@ def test_a_good_stoker_object_is_stored_beside_the_body_and_not_in_it(database: 
     ],
 )
 def test_a_lines_own_mode_overrides_its_batchs(stoker: str | None, batch: str, expected: str) -> None:
-    assert cache_mode_of(stoker, CacheMode(batch)) is CacheMode(expected)
+    settings = LineSettings() if stoker is None else read_settings(stoker)
+    assert cache_mode_of(settings, CacheMode(batch)) is CacheMode(expected)
 
 
 def test_settings_are_read_as_they_were_stored() -> None:
