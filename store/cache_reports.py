@@ -177,20 +177,21 @@ def set_ttl(session: Session, tenant: str, namespace_id: int, *, ttl_s: float) -
 
 
 def _forget(session: Session, tenant: str, condition: str, *, value: str = "") -> Cleared:
-    """Delete the namespaces that meet the condition and their entries; all entries if it is `true`."""
-    bound = {"tenant": tenant, "value": value}
-    entries = (
-        ""
-        if condition == "true"
-        else f"""AND namespace_id IN (
-        SELECT id FROM cache_namespaces WHERE tenant = :tenant AND {condition})"""
+    """Delete the namespaces that meet the condition and their entries; all entries if it is `true`.
+
+    Lookups go with their namespace, before the entries: workers lock them in this order too.
+    """
+    gone = session.execute(
+        text(f"DELETE FROM cache_namespaces WHERE tenant = :tenant AND {condition} RETURNING id, secret"),
+        {"tenant": tenant, "value": value},
+    ).all()
+    keys = session.scalars(
+        text("""
+        DELETE FROM cache_entries WHERE tenant = :tenant
+            AND (CAST(:everything AS bool) OR namespace_id = ANY(CAST(:ids AS int8[]))) RETURNING key"""),
+        {"tenant": tenant, "everything": condition == "true", "ids": [identifier for identifier, _ in gone]},
     )
-    keys = session.scalars(text(f"DELETE FROM cache_entries WHERE tenant = :tenant {entries} RETURNING key"), bound)
-    found = [bytes(key) for key in keys]
-    secrets = session.scalars(
-        text(f"DELETE FROM cache_namespaces WHERE tenant = :tenant AND {condition} RETURNING secret"), bound
-    )
-    return Cleared(found, [bytes(secret) for secret in secrets])
+    return Cleared([bytes(key) for key in keys], [bytes(secret) for _, secret in gone])
 
 
 def _no_namespace(namespace_id: int) -> NotFound:
