@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 include engines.mk
 
-.PHONY: help demo up test test-engine chaos check format env-example compose-env bench-submit bench-dispatch bench-refill bench-end-to-end bench-cache
+.PHONY: help demo up cache test test-engine chaos check format env-example compose-env bench-submit bench-dispatch bench-refill bench-end-to-end bench-cache
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ format: .venv/.dev ## put the code into its format
 
 compose-env: ## secrets for docker compose, made once
 	@$(PYTHON) scripts/compose_env.py
+
+cache: .venv/.demo embedder ## what the semantic cache needs: its libraries and the small embedder
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,cache]'
 
 env-example: .venv/.demo
 	@python -c 'from runtime.settings import env_example; print(env_example(), end="")' > .env.example

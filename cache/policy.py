@@ -126,14 +126,16 @@ class Policy:
     def state(self) -> tuple[str, str]:
         """("pilot", "shadow", "serving" or "suspended", one sentence that says why)."""
         if not self.fits:
-            seen = f"{self.lookups:,} of {PILOT_LOOKUPS:,} lookups of version {self.version} seen"
+            seen = (
+                f"{self.lookups:,} lookups of version {self.version} seen, the first fit comes after {PILOT_LOOKUPS:,}"
+            )
             return "pilot", f"{seen}; {self.ended}" if self.ended else seen
         if self.is_serving:
             share, of_decided = self.bounds()
             return (
                 "serving",
-                f"at most {share:.2%} of {self.lookups:,} lookups were answered wrongly, and at most {of_decided:.2%} "
-                f"of {self.decided:,} decisions to serve were wrong",
+                f"of {self.lookups:,} lookups at most {share:.2%} were answered wrongly, and of {self.decided:,} "
+                f"decisions to serve at most {of_decided:.2%} were wrong, which is within the limits",
             )
         why = (
             "no threshold has few enough errors"

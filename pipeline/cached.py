@@ -32,6 +32,7 @@ from store.answers import (
 )
 from store.database import Session
 from store.engines import checkpoint_of
+from store.followers import settings_of_followers
 from store.namespaces import OpenNamespace, Verdict, judge_lookups
 from store.recent import RecentAnswers
 from store.shards import Claim
@@ -241,14 +242,19 @@ class ExactCache:
         templates = sorted({template_scope(one.split.template) for one in read if one.split is not None})
         scopes = [TENANT_SCOPE, checkpoint_scope(checkpoint), *templates]
         epochs = dict(zip(scopes, epochs_of(session, claim.tenant, scopes), strict=True)) if read else {}
+        named = settings_of_followers(session, claim.batch_id, [one.seq for one in read]) if claim.followers else {}
         made = {}
         for one in read:
             raised = tuple(epochs[scope] for scope in scopes[:2])
             if one.split is not None and (epoch := epochs[template_scope(one.split.template)]):
                 raised = (*raised, epoch)
             scope = Scope(claim.tenant, claim.endpoint, checkpoint, raised)
+            sources = (
+                *one.sources,
+                *(name for line in named.get(one.seq, ()) for name in read_settings(line).sources or ()),
+            )
             with suppress(RecursionError):  # a body nested so deep has no key, and is not cached
-                made[one.seq] = Request(one.fields, scope, exact_key(one.fields, scope), one.split, one.sources)
+                made[one.seq] = Request(one.fields, scope, exact_key(one.fields, scope), one.split, sources)
         return made
 
     def _read(self, claim: Claim, job: Job) -> _Read | None:

@@ -30,8 +30,11 @@ class Certified:
     lookups: int
     settled: int
     served: int
+    decided: int
     error_bound: float
+    error_limit: float
     decision_bound: float
+    decision_limit: float
     worst_window: float
     threshold: float | None
     audit_rate: float
@@ -48,6 +51,8 @@ def certified(report: NamespaceReport) -> Certified:
     policy = Policy.decode(report.policy)
     settled = policy.lookups if report.settled is None else min(report.settled, policy.lookups)
     state, why = policy.state()
+    if _is_free(report):
+        state, why = "shadow", "free text is never served"
     decided = max(0, policy.decided - report.unsettled_answers)
     bounds = replace(policy, lookups=settled, decided=decided).bounds() if settled else (0.0, 0.0)
     disagreement = report.differed / report.asked_twice if report.asked_twice >= LEAST_TWICE else None
@@ -57,13 +62,16 @@ def certified(report: NamespaceReport) -> Certified:
         template=report.template,
         state=state,
         why=[why, *_reasons(report, policy, disagreement)],
-        sentence=_sentence(report, policy, settled, bounds),
+        sentence=_sentence(report, policy, settled, decided, bounds),
         version=policy.version,
         lookups=policy.lookups,
         settled=settled,
         served=policy.served,
+        decided=decided,
         error_bound=bounds[0],
+        error_limit=policy.limits.error,
         decision_bound=bounds[1],
+        decision_limit=policy.limits.served_error,
         worst_window=report.worst_window,
         threshold=policy.threshold,
         audit_rate=policy.rate,
@@ -72,16 +80,17 @@ def certified(report: NamespaceReport) -> Certified:
     )
 
 
-def _sentence(report: NamespaceReport, policy: Policy, settled: int, bounds: tuple[float, float]) -> str:
+def _sentence(report: NamespaceReport, policy: Policy, settled: int, decided: int, bounds: tuple[float, float]) -> str:
     since = f"Since version {policy.version} of this policy began" + (
         f" ({report.began_at:%Y-%m-%d})" if policy.version == 1 else ""
     )
     if not policy.served:
         return f"{since}, none of {policy.lookups:,} lookups was served from the cache."
-    limits, in_shadow = policy.limits, max(0, policy.decided - policy.served)
+    limits = policy.limits
+    in_shadow = max(0, decided - policy.served + report.unsettled_answers)
     return (
         f"{since}, at most {bounds[0]:.2%} of {settled:,} lookups (limit {limits.error:.1%}) were answered otherwise "
-        f"than the engine would have, and at most {bounds[1]:.2%} of {policy.decided:,} decisions to serve (limit "
+        f"than the engine would have, and at most {bounds[1]:.2%} of {decided:,} decisions to serve (limit "
         f"{limits.served_error:.1%}; {in_shadow:,} of them in the shadow or audited, where the engine answered) were "
         "wrong, with 95% confidence at all moments at once. That is the cumulative share, not every window: of the "
         f"worst 1,000 lookups {report.worst_window:.2%} were, as their audits suggest."
@@ -95,9 +104,13 @@ def _reasons(report: NamespaceReport, policy: Policy, disagreement: float | None
             f"the engine disagrees with itself: asked twice, {report.differed} of {report.asked_twice} answers "
             f"differed ({disagreement:.1%}, over half of the limit, {policy.limits.error:.1%}); no cache can do better"
         )
-    if report.answers and report.free_answers > MOSTLY * report.answers:
+    if _is_free(report):
         found.append(
             f"{report.free_answers:,} of {report.answers:,} answers are free text, which stays in the shadow; "
             "ask for a label, a number or JSON, or use --cache exact"
         )
     return found
+
+
+def _is_free(report: NamespaceReport) -> bool:
+    return report.free_answers > MOSTLY * report.answers

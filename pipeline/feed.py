@@ -30,6 +30,7 @@ from runtime.clock import utc_now
 from runtime.errors import LostFence, Permanent, ServiceUnreachable, Transient, Unstorable
 from runtime.logs import get_logger
 from store.database import Session
+from store.namespaces import count_unlooked
 from store.shards import (
     Claim,
     LoadedJobs,
@@ -321,7 +322,11 @@ class _Feeder:
             return looked
         with self._never_stopping(claimed):
             looked = await asyncio.to_thread(self._look_up_exactly, cache, claimed, loaded)
-        if semantic is None or claimed.runs_alone:
+        if claimed.runs_alone:
+            return looked
+        if semantic is None:
+            with self._never_stopping(claimed):
+                await asyncio.to_thread(self._count_unlooked, claimed, looked)
             return looked
         with self._never_stopping(claimed):
             found = await semantic.look_up(claimed, looked)
@@ -334,6 +339,12 @@ class _Feeder:
     def _look_up_exactly(self, cache: ExactCache, claimed: Claim, loaded: LoadedJobs) -> Looked:
         with self._context.database.transaction() as session:
             return cache.look_up(session, claimed, loaded.jobs)
+
+    def _count_unlooked(self, claimed: Claim, looked: Looked) -> None:
+        lost = sum(looked.requests[job.seq].split is not None for job in looked.jobs if job.seq in looked.requests)
+        if lost:
+            with self._context.database.transaction() as session:
+                count_unlooked(session, claimed, lost)
 
     @contextmanager
     def _never_stopping(self, claimed: Claim) -> Iterator[None]:

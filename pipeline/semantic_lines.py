@@ -28,10 +28,10 @@ class SemanticLines:
     def add(self, line: ParsedLine) -> None:
         """Hear of a line whose mode is semantic."""
         self._lines += 1
-        self._servable += line.may_share
+        texts = prompt_of(read_body(line.body))
+        self._servable += line.may_share and texts is not None
         if line.stoker is not None and read_settings(line.stoker).template is not None:
             return
-        texts = prompt_of(read_body(line.body))
         if texts is not None:
             self._shared.add(texts[1])
             self._long += len(texts[1]) > LONGEST_BARE
@@ -50,11 +50,16 @@ class SemanticLines:
     def notices(self) -> tuple[str, ...]:
         """Why lines of this batch may not be served, with the remedy."""
         found = []
-        if self._lines and self._servable < LEAST_TO_CERTIFY:
+        if self._lines and not self._servable:
             found.append(
-                f"{self._servable:,} of {self._lines:,} semantic lines may be served (temperature 0 or a seed, one "
-                f"answer, no tools): fewer than {LEAST_TO_CERTIFY:,} are too few to certify by themselves, so only a "
-                "namespace certified before serves; submit them in one larger batch"
+                f"none of {self._lines:,} semantic lines may be served: they need temperature 0 or a seed "
+                "(--set temperature=0), one answer, no tools, and one user's message of plain text"
+            )
+        elif self._lines and self._servable < LEAST_TO_CERTIFY:
+            found.append(
+                f"{self._servable:,} of {self._lines:,} semantic lines may be served: fewer than {LEAST_TO_CERTIFY:,} "
+                "are too few to certify by themselves, so only a namespace certified before serves; submit them in one "
+                "larger batch"
             )
         if self._long and self._affixes() == Affixes():
             found.append(

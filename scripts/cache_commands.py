@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -66,7 +66,7 @@ def stats(settings: Settings, as_json: bool) -> None:
         return
     emit_table("cache", ("figure", "value"), list(figures.items()))
     if namespaces:
-        emit_table("namespaces", tuple(namespaces[0]), [tuple(row.values()) for row in namespaces])
+        emit_table("namespaces", _COLUMNS, [_row(one) for one in namespaces])
 
 
 @cache.command()
@@ -90,12 +90,17 @@ def certify(settings: Settings, namespace: int | None, as_json: bool) -> None:
 
 
 @cache.command()
-@click.option("--checkpoint", metavar="DIGEST", help="Only answers of this checkpoint.")
+@click.option(
+    "--checkpoint", metavar="DIGEST", help="Only answers of this checkpoint: checkpoint_digest in a manifest."
+)
 @click.option("--template", metavar="NAMESPACE", type=int, help="Only answers to the template of this namespace.")
 @click.option("--source", "sources", multiple=True, help="Only answers whose lines name this source. Repeatable.")
 @click.pass_obj
 def clear(settings: Settings, checkpoint: str | None, template: int | None, sources: tuple[str, ...]) -> None:
-    """Make answers of before old: equal requests run again. Results stay. Without an option: all of them."""
+    """Make answers of before old: equal requests run again. Results stay. Without an option: all of them.
+
+    Namespaces whose answers go lose their certificates: the next lookups begin with a pilot.
+    """
     if sum((checkpoint is not None, template is not None, bool(sources))) > 1:
         raise click.UsageError("name one of --checkpoint, --template and --source, or none to clear all")
 
@@ -107,7 +112,8 @@ def clear(settings: Settings, checkpoint: str | None, template: int | None, sour
         return clear_sources(session, TENANT, sources) if sources else clear_all(session, TENANT)
 
     gone = _carry_out(connected(settings), step)
-    say(f"{len(gone.keys):,} answers are forgotten; batches go on without them")
+    certificates = f", and {len(gone.secrets):,} namespaces with their certificates" if gone.secrets else ""
+    say(f"{len(gone.keys):,} answers are forgotten{certificates}; batches go on without them")
 
 
 @cache.command()
@@ -127,7 +133,7 @@ def _certified(reports: Sequence[NamespaceReport]) -> list[Certified]:
     try:
         from pipeline.certify import certified  # noqa: PLC0415
     except ImportError as error:
-        raise BadInput(f"to read certificates {error.name} is needed: pip install 'stoker[cache]'") from error
+        raise BadInput(f"to read certificates {error.name} is needed: run `make cache`") from error
     return [certified(report) for report in reports]
 
 
@@ -146,32 +152,49 @@ def _carry_out(served: Settings, step: Callable[[Session], Cleared]) -> Cleared:
 
 
 def _drop_collections(url: str, secrets: list[bytes]) -> None:
-    from cache.index import Index  # noqa: PLC0415  # 0.7 s that no other command needs
-
-    index = Index(url)
     try:
+        from cache.index import Index  # noqa: PLC0415  # 0.7 s that no other command needs
+
+        index = Index(url)
         for secret in secrets:
             index.drop(collection_name(secret))
-    except ServiceUnreachable as error:
+    except (ImportError, ServiceUnreachable) as error:
         say(f"{error}; the collections there stay as they are, nothing finds them any more")
 
 
-def _namespace(report: NamespaceReport, found: Certified) -> dict[str, object]:
-    template = " ".join(report.template.split())
+def _namespace(report: NamespaceReport, found: Certified) -> dict[str, Any]:
     return {
         "namespace": report.id,
         "model": report.alias,
-        "template": template if len(template) <= TEMPLATE_CHARACTERS else template[: TEMPLATE_CHARACTERS - 1] + "…",
+        "template": report.template,
         "state": found.state,
         "lookups": report.lookups,
         "hits": report.served,
-        "share": f"{report.served / report.lookups:.1%}" if report.lookups else "",
-        "wrong, at most": f"{found.error_bound:.2%}",
-        "tokens saved": report.saved_tokens,
+        "share": round(report.served / report.lookups, 4) if report.lookups else 0.0,
+        "error_bound": round(found.error_bound, 5),
+        "tokens_saved": report.saved_tokens,
         "audits": report.audits,
-        "audit tokens": report.audit_tokens,
+        "audit_tokens": report.audit_tokens,
         "entries": report.entries,
     }
+
+
+_COLUMNS = ("id", "state", "lookups", "hits", "wrong at most", "saved", "audits", "their tokens")
+
+
+def _row(one: dict[str, Any]) -> tuple[object, ...]:
+    hits = f"{one['hits']:,} ({one['share']:.1%})"
+    wrong = f"{one['error_bound']:.2%}"
+    return (
+        one["namespace"],
+        one["state"],
+        one["lookups"],
+        hits,
+        wrong,
+        one["tokens_saved"],
+        one["audits"],
+        one["audit_tokens"],
+    )
 
 
 def _statement(one: Certified) -> str:

@@ -176,10 +176,9 @@ def _expect_semantic(settings: Settings, *, runs: bool) -> None:
             "the semantic cache needs Chroma, and the services that run have none: set STOKER_CACHE__CHROMA_URL, "
             "or start `stoker up` anew after `make embedder`"
         )
-    if not runs and not has_semantic_parts(settings):
+    if not has_semantic_parts(settings):
         raise BadInput(
-            "the semantic cache needs its libraries and an embedder: pip install 'stoker[cache]' and `make embedder`, "
-            "or run without --cache semantic"
+            "the semantic cache needs its libraries and an embedder: run `make cache`, or run without --cache semantic"
         )
 
 

@@ -11,6 +11,7 @@ from uuid import UUID
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -47,7 +48,7 @@ def emit_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
     for column in columns:
         table.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(escape(str(cell)) for cell in row))
     Console(highlight=False).print(table)
 
 
@@ -165,6 +166,7 @@ def summary(progress: BatchProgress) -> dict[str, Any]:
         "tokens_reasoning": progress.reasoning_tokens,
         "from_cache": progress.served,
         "tokens_saved": progress.saved_tokens,
+        "lookups_lost": progress.unlooked,
         "seconds": round(seconds, 2),
         "tokens_per_s": round(progress.completion_tokens / seconds, 1) if seconds else 0.0,
         "input": progress.input_name,
@@ -186,6 +188,8 @@ def print_summary(progress: BatchProgress, *, places: Sequence[tuple[str, str]] 
     table.add_row("tokens out", f"{figures['tokens_out']:,}")
     if progress.served:
         table.add_row("from the cache", f"{progress.served:,} answers, {progress.saved_tokens:,} tokens saved")
+    if progress.unlooked:
+        table.add_row("lookups lost", f"{progress.unlooked:,}, as the semantic cache was away: see `stoker doctor`")
     table.add_row("tokens/s", f"{figures['tokens_per_s']:,}")
     table.add_row("seconds", str(figures["seconds"]))
     for name, place in places:

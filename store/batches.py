@@ -52,6 +52,7 @@ class BatchProgress:
     reasoning_tokens: int
     served: int
     saved_tokens: int
+    unlooked: int
     running_shards: int
     weight: float
     skipped: int
@@ -80,6 +81,7 @@ _COUNTERS = (
     "reasoning_tokens",
     "served",
     "saved_tokens",
+    "unlooked",
 )
 _PROGRESS = f"""
 SELECT b.id, b.state, b.ending, b.priority, b.paused_reason, b.endpoint, b.input_name, b.options, b.max_output_tokens,

@@ -116,6 +116,20 @@ def leaders_among(session: Session, batch_id: UUID, seqs: Sequence[int]) -> set[
     )
 
 
+def settings_of_followers(session: Session, batch_id: UUID, leaders: Sequence[int]) -> dict[int, list[str]]:
+    """The `stoker` objects of the lines that follow these, by leader."""
+    found: dict[int, list[str]] = {}
+    rows = session.execute(
+        text("""
+        SELECT x.leader, j.stoker FROM followers x JOIN jobs j ON j.batch_id = x.batch_id AND j.seq = x.seq
+        WHERE x.batch_id = :batch AND x.leader = ANY(CAST(:leaders AS int4[])) AND j.stoker IS NOT NULL"""),
+        {"batch": batch_id, "leaders": list(leaders)},
+    )
+    for leader, stoker in rows:
+        found.setdefault(leader, []).append(stoker)
+    return found
+
+
 def release(session: Session, batch_id: UUID) -> None:
     """Let followers without a result whose leader has one be jobs by themselves: nobody would write them."""
     session.execute(

@@ -245,11 +245,18 @@ def store_policy(
             "served": made.served,
             "audits": made.audits,
             "saved": made.saved_tokens,
-            "spent": sum(one.tokens for one in news if one.audited or one.repeated is not None),
+            "spent": sum(_spent(one) for one in news),
             "asked": len(repeated),
             "differed": repeated.count(False),
         },
     )
+
+
+def _spent(one: JudgedLookup) -> int:
+    """The tokens that would not have been spent without audits: a job asked twice that ran anyway spent one call."""
+    if one.audited:
+        return one.tokens
+    return 0 if one.repeated is None else one.tokens // 2
 
 
 def write_lookups(session: Session, batch_id: UUID, lookups: Sequence[NewLookup]) -> None:

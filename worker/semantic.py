@@ -70,4 +70,4 @@ def index_of(settings: CacheSettings) -> Index:
 
 
 def _lacks(error: ImportError) -> BadInput:
-    return BadInput(f"the semantic cache lacks {error.name}: pip install 'stoker[cache]'")
+    return BadInput(f"the semantic cache lacks {error.name}: run `make cache`")

@@ -202,7 +202,7 @@ def test_submit_says_that_a_small_batch_cannot_certify_by_itself(database: Datab
     assert notice.startswith("5 of 5 semantic lines may be served")
     assert "fewer than 2,000" in notice and "only a namespace certified before serves" in notice
     [notice] = estimate(write(tmp_path, chats(3)), cache=CacheMode.SEMANTIC).notices
-    assert notice.startswith("0 of 3 semantic lines may be served (temperature 0 or a seed")
+    assert notice.startswith("none of 3 semantic lines may be served: they need temperature 0 or a seed")
     assert estimate(write(tmp_path, numbered(5))).notices == ()
 
 

@@ -225,8 +225,9 @@ def test_free_text_is_never_served_and_certify_says_so(
     answer_topics(endpoint, prefix="a long answer that goes on and on about many things and at last names ")
     batch_id = child.run(tmp_path, fresh(700), max_tokens=64)
     assert sources(child.database, batch_id) == {"engine": 700}
-    [why] = [one for one in certificate(child.database).why if "free text" in one]
-    assert "700 of 700 answers are free text" in why
+    said = certificate(child.database)
+    assert said.state == "shadow"
+    assert "700 of 700 answers are free text" in said.why[-1]
 
 
 def test_an_engine_that_disagrees_with_itself_is_named_as_the_reason(
