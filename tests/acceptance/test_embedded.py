@@ -60,7 +60,7 @@ def test_run_needs_no_server_and_leaves_files_and_no_process(
     mark = new_mark()
     output = tmp_path / "out.jsonl"
     with Command(
-        "run", prompts_file, "-o", output, "--json", "--max-output-tokens", "16", env=env, mark=mark
+        "run", prompts_file, "-o", output, "--json", "--max-output-tokens", "16", "--cache", "off", env=env, mark=mark
     ) as command:
         ended = command.wait(240)
         assert left_behind(home, mark) == []

@@ -62,6 +62,7 @@ def test_every_command_prints_json_for_programs(env: dict[str, str], tmp_path: P
         "jobs": 10,
         "reused": False,
         "skipped": 0,
+        "followers": 0,
         "results_reused": 0,
     }
     watched = json.loads(stoker("watch", submitted["batch"], "--json", env=env).stdout)
@@ -149,7 +150,7 @@ def test_equal_deterministic_requests_are_run_once_until_the_cache_is_cleared(
     assert figures["tokens_saved"] > 0
     assert {line["stoker"]["source"] for line in read_lines(tmp_path / "out.jsonl")} == {"exact"}
     stats = json.loads(stoker("cache", "stats", "--json", env=env).stdout)
-    assert (stats["entries"], stats["jobs"], stats["from_cache"], stats["share"]) == (20, 40, 20, 0.5)
+    assert (stats["entries"], stats["jobs"], stats["exact"], stats["share"]) == (20, 40, 20, 0.5)
     assert "20 answers are forgotten" in stoker("cache", "clear", env=env).stderr
     assert stoker(*wished, env=env).returncode == 0
     assert endpoint.calls().count == 40
