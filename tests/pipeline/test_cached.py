@@ -182,6 +182,20 @@ def test_answers_that_were_cut_or_refused_are_asked_again(
     assert endpoint.calls().count == 4
 
 
+def test_a_body_or_answer_nested_too_deep_to_be_compared_runs_and_stops_nothing(
+    database: Database, tmp_path: Path, endpoint: ScriptedEndpoint, redis_url: str
+) -> None:
+    nested: Any = 0
+    for _ in range(700):
+        nested = [nested]
+    endpoint.script(f"[[answer {'[' * 300}1{']' * 300}]]", match="deep answer")
+    batch_id = run(
+        database, tmp_path, [chat("a", temperature=0, x=nested), chat("deep answer", temperature=0), *asked(2)]
+    )
+    fed(database, endpoint.url, redis_url)
+    assert sources(database, batch_id) == ["engine"] * 4
+
+
 def test_equal_requests_in_flight_in_two_workers_run_once(database: Database, tmp_path: Path, redis_url: str) -> None:
     with ScriptedEndpoint(latency_s=0.5) as slow:
         first, second = (store_batch(database, tmp_path, asked()) for _ in range(2))

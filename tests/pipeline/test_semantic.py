@@ -281,6 +281,18 @@ def test_what_a_batch_leaves_unjudged_counts_against_the_cache(certified_child: 
     assert judged is None
 
 
+def test_audits_that_the_policy_has_not_heard_of_are_not_settled(certified_child: Child, tmp_path: Path) -> None:
+    database = certified_child.database
+    certified_child.run(tmp_path, fresh(128))
+    said = certificate(database)
+    with database.transaction() as session:
+        [unheard] = session.scalars(text("SELECT min(place) FROM cache_lookups WHERE audited AND NOT folded"))
+    assert unheard is not None, "of 128 lookups some were audited"
+    assert said.settled == unheard < said.lookups
+    assert said.decided < policy_of(database).decided
+    assert f"{said.settled:,} lookups (limit" in said.sentence and f"{said.decided:,} decisions" in said.sentence
+
+
 def test_clearing_makes_answers_old_by_template_and_checkpoint(child: Child, tmp_path: Path) -> None:
     database, asked = child.database, fresh(64)
     child.run(tmp_path, asked)
