@@ -260,7 +260,9 @@ def _spent(one: JudgedLookup) -> int:
 
 
 def write_lookups(session: Session, batch_id: UUID, lookups: Sequence[NewLookup]) -> None:
-    """Remember lookups that were not served."""
+    """Remember lookups that were not served, if there are any."""
+    if not lookups:
+        return
     session.execute(
         text("""
         INSERT INTO cache_lookups (batch_id, seq, namespace_id, version, place, served_beside, coin, rate, wished,

@@ -126,6 +126,11 @@ def test_a_certified_namespace_serves_right_answers_and_says_from_where(certifie
     assert f"{said.settled:,} lookups" in said.sentence
 
 
+def test_a_shard_may_be_served_as_a_whole(certified_child: Child, tmp_path: Path) -> None:
+    batch_id = certified_child.run(tmp_path, fresh(32), shard_jobs=1)
+    assert sources(certified_child.database, batch_id)["semantic"] > 3
+
+
 def test_nothing_is_served_across_tenants_checkpoints_or_sampling(certified_child: Child, tmp_path: Path) -> None:
     database = certified_child.database
     other_tenant = certified_child.run(tmp_path, fresh(64), tenant="other")

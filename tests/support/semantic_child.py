@@ -21,7 +21,7 @@ from pipeline.feed import FeedContext, FeedReport, feed
 from pipeline.heartbeat import Heartbeat
 from pipeline.semantic import SemanticCache
 from pipeline.submit import submit_file
-from runtime.settings import CacheSettings, Settings
+from runtime.settings import CacheSettings, Settings, ShardSettings
 from store.database import Database
 from store.engines import register_engine
 from store.recent import RecentAnswers
@@ -72,10 +72,13 @@ class Child:
         mode: CacheMode = CacheMode.SEMANTIC,
         tenant: str = "local",
         stoker: dict[str, Any] | None = None,
+        shard_jobs: int = 64,
         **fields: Any,
     ) -> UUID:
         """Submit a batch with these queries in the template and run all of it."""
-        batch_id = self.submit(folder, queries, mode=mode, tenant=tenant, stoker=stoker, **fields)
+        batch_id = self.submit(
+            folder, queries, mode=mode, tenant=tenant, stoker=stoker, shard_jobs=shard_jobs, **fields
+        )
         dispatch_all(self.database)
         self.feed()
         return batch_id
@@ -88,6 +91,7 @@ class Child:
         mode: CacheMode = CacheMode.SEMANTIC,
         tenant: str = "local",
         stoker: dict[str, Any] | None = None,
+        shard_jobs: int = 64,
         **fields: Any,
     ) -> UUID:
         """Submit a batch with these queries in the template; custom ids are their places."""
@@ -101,7 +105,7 @@ class Child:
             self.database,
             file,
             options=SubmitOptions(max_output_tokens=64, cache=mode),
-            settings=Settings.model_construct(cache=self.settings),
+            settings=Settings.model_construct(cache=self.settings, shard=ShardSettings(max_jobs=shard_jobs)),
             served_models=None,
             reuse=False,
             tenant=tenant,
