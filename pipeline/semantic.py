@@ -50,7 +50,6 @@ from store.namespaces import (
     fit_entries,
     fit_samples,
     hold_namespace,
-    hold_shard,
     lookups_of,
     model_of,
     open_namespaces,
@@ -60,7 +59,7 @@ from store.namespaces import (
     unsettled_answers,
     write_lookups,
 )
-from store.shards import Claim, write_results
+from store.shards import Claim, hold_shard, write_results
 
 log = get_logger(__name__)
 

@@ -161,17 +161,6 @@ def lookups_of(session: Session, batch_id: UUID, seqs: Sequence[int]) -> set[int
     )
 
 
-def hold_shard(session: Session, claim: Claim) -> bool:
-    """Lock the claimed shard to the end of the transaction; false if the fence is lost."""
-    return (
-        session.execute(
-            text("SELECT 1 FROM shards WHERE id = :id AND fence = :fence AND state = 'running' FOR NO KEY UPDATE"),
-            {"id": claim.shard_id, "fence": claim.fence},
-        ).one_or_none()
-        is not None
-    )
-
-
 def count_unlooked(session: Session, claim: Claim, lookups: int) -> None:
     """Count lookups that could not be made because a part of the cache was down."""
     session.execute(

@@ -278,13 +278,18 @@ def write_results(
     ).scalar_one_or_none()
 
 
-def write_retries(session: Session, claim: Claim, retries: Sequence[Retry]) -> bool:
-    """Record transient failures under the fence; false if the fence is lost."""
+def hold_shard(session: Session, claim: Claim) -> bool:
+    """Lock the claimed shard to the end of the transaction; false if the fence is lost."""
     held = session.execute(
         text("SELECT 1 FROM shards WHERE id = :shard_id AND fence = :fence AND state = 'running' FOR NO KEY UPDATE"),
         {"shard_id": claim.shard_id, "fence": claim.fence},
     ).one_or_none()
-    if held is None:
+    return held is not None
+
+
+def write_retries(session: Session, claim: Claim, retries: Sequence[Retry]) -> bool:
+    """Record transient failures under the fence; false if the fence is lost."""
+    if not hold_shard(session, claim):
         return False
     session.execute(
         text("""
