@@ -115,6 +115,8 @@ def _gapless(database: Database, batch_id: UUID, *, next_seq: int) -> Iterator[R
                 return
             yield row
             next_seq += 1
+        if not page:
+            return
 
 
 def _origin(row: ResultRow) -> str:

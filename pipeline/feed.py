@@ -431,10 +431,15 @@ class _Feeder:
         """
         cache, semantic, kept = self._context.cache, self._context.semantic, None
         with self._context.database.transaction() as session:
-            if not self._write_under_fence(session, attempt, unwritten, is_over=is_over):
+            if not self._write_under_fence(session, attempt.claim, unwritten):
                 raise LostFence
             if cache is not None:
                 kept = cache.keep(session, attempt.claim, attempt.looked, unwritten.results, attempt.repeated)
+            # Last: it locks the batch's row, for which other shards wait.
+            if is_over and not (
+                close(session, attempt.claim) or give_back(session, attempt.claim, wait_s=_wait_s(attempt))
+            ):
+                raise LostFence
         if cache is None or kept is None:
             return
         with self._never_stopping(attempt.claim):
@@ -442,17 +447,15 @@ class _Feeder:
             if semantic is not None and kept.entries:
                 semantic.add(kept.entries)
 
-    def _write_under_fence(self, session: Session, attempt: Attempt, unwritten: Unwritten, *, is_over: bool) -> bool:
-        held, lease_s = attempt.claim, self._context.settings.worker.lease_s
+    def _write_under_fence(self, session: Session, held: Claim, unwritten: Unwritten) -> bool:
+        lease_s = self._context.settings.worker.lease_s
         if unwritten.results:
             engine_id = self._context.engine_id()
             if write_results(session, held, unwritten.results, engine_id=engine_id, lease_s=lease_s) is None:
                 return False
         if unwritten.retries and not write_retries(session, held, unwritten.retries):
             return False
-        if unwritten.suspects and not quarantine(session, held, unwritten.suspects):
-            return False
-        return not is_over or close(session, held) or give_back(session, held, wait_s=_wait_s(attempt))
+        return not unwritten.suspects or quarantine(session, held, unwritten.suspects)
 
 
 def _wait_s(attempt: Attempt) -> float:

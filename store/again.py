@@ -94,7 +94,7 @@ def copy_failed_jobs(
         ), i AS (
             INSERT INTO jobs (batch_id, seq, custom_id, body, stoker)
             SELECT :batch, f.new_seq, o.custom_id, o.body, o.stoker
-            FROM f JOIN jobs o ON o.batch_id = :earlier AND o.seq = f.seq
+            FROM f CROSS JOIN LATERAL (SELECT * FROM jobs WHERE batch_id = :earlier AND seq = f.seq OFFSET 0) AS o
             RETURNING batch_id, seq, body
         )
         SELECT f.seq, j.seq, CAST({_TOKENS} AS int8), octet_length(j.body)

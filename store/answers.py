@@ -76,8 +76,9 @@ def find_answers(session: Session, tenant: str, keys: Sequence[bytes]) -> dict[b
     """The answers that there are for these keys and that have not expired."""
     rows = session.execute(
         text(f"""
-        SELECT key, {_FOUND} FROM cache_entries
-        WHERE tenant = :tenant AND key = ANY(CAST(:keys AS bytea[])) AND expires_at > clock_timestamp()"""),
+        SELECT e.* FROM unnest(CAST(:keys AS bytea[])) AS u (key) CROSS JOIN LATERAL (
+            SELECT key, {_FOUND} FROM cache_entries
+            WHERE tenant = :tenant AND key = u.key AND expires_at > clock_timestamp() OFFSET 0) AS e"""),
         {"tenant": tenant, "keys": list(keys)},
     )
     return {bytes(key): CachedAnswer(*rest) for key, *rest in rows}
@@ -90,9 +91,9 @@ def answers_of(session: Session, namespace_id: int, entries: Mapping[int, str]) 
     """
     rows = session.execute(
         text(f"""
-        SELECT {_FOUND} FROM cache_entries
-        JOIN unnest(CAST(:ids AS int8[]), CAST(:answers AS text[])) AS u (entry, said) ON u.entry = id
-        WHERE namespace_id = :namespace_id AND answer = u.said AND expires_at > clock_timestamp()"""),
+        SELECT e.* FROM unnest(CAST(:ids AS int8[]), CAST(:answers AS text[])) AS u (id, said) CROSS JOIN LATERAL (
+            SELECT {_FOUND} FROM cache_entries WHERE id = u.id AND namespace_id = :namespace_id
+                AND answer = u.said AND expires_at > clock_timestamp() OFFSET 0) AS e"""),
         {"ids": list(entries), "answers": list(entries.values()), "namespace_id": namespace_id},
     )
     return {row[0]: CachedAnswer(*row) for row in rows}
@@ -123,7 +124,7 @@ def add_sources(session: Session, tenant: str, sources: Mapping[int, Sequence[st
         )
 
 
-_KEEP: TextClause = text(f"""
+_KEEP: TextClause = text("""
     INSERT INTO cache_entries (tenant, batch_id, key, seq, response, status_code, prompt_tokens, completion_tokens,
         expires_at, namespace_id, payload, answer, vector)
     SELECT :tenant, :batch_id, u.key, u.seq, u.response, u.status_code, u.prompt_tokens, u.completion_tokens,
@@ -141,7 +142,7 @@ _KEEP: TextClause = text(f"""
         expires_at = excluded.expires_at, namespace_id = excluded.namespace_id, payload = excluded.payload,
         answer = excluded.answer, vector = excluded.vector
     WHERE cache_entries.expires_at <= clock_timestamp()
-    RETURNING key, {_FOUND}""")
+    RETURNING key, id, CAST(extract(epoch FROM expires_at) AS float8)""")
 
 
 def keep_answers(
@@ -166,9 +167,16 @@ def keep_answers(
             "vectors": [answer.vector for answer in answers],
         },
     )
-    kept = {bytes(key): CachedAnswer(*rest) for key, *rest in rows}
+    new = {answer.key: answer for answer in answers}
+    kept = {bytes(key): _cached(new[bytes(key)], entry, expires_at) for key, entry, expires_at in rows}
     add_sources(session, tenant, {kept[one.key].entry: one.sources for one in answers if one.key in kept})
     return kept
+
+
+def _cached(new: NewAnswer, entry: int, expires_at: float) -> CachedAnswer:
+    return CachedAnswer(
+        entry, new.response, new.status_code, new.prompt_tokens, new.completion_tokens, expires_at=expires_at
+    )
 
 
 def delete_expired(session: Session) -> bool:

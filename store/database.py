@@ -55,9 +55,13 @@ _LIMITS: Mapping[str, Any] = {
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 20_000,
-    "options": "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3 "
-    "-c tcp_user_timeout=20000 -c idle_in_transaction_session_timeout=20000",
 }
+_OPTIONS = (
+    "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3 "
+    "-c tcp_user_timeout=20000 -c idle_in_transaction_session_timeout=20000"
+)
+# A prepared statement's plan is kept while its tables grow, until autovacuum has looked at them.
+_BY_KEY = " -c plan_cache_mode=force_custom_plan"
 
 
 class Database:
@@ -65,18 +69,27 @@ class Database:
 
     Raises ServiceUnreachable from every method when the server does not answer, the connection breaks, or the
     tables are not those of this version.
+
+    `by_key`: this process asks the same questions all day, each for a few rows; each is planned for the tables as large
+    as they are then.
     """
 
-    def __init__(self, url: str, *, pool_size: int = 5) -> None:
+    def __init__(self, url: str, *, pool_size: int = 5, by_key: bool = False) -> None:
         self._url = _read_url(url)
         self.address = without_secrets(url)
         self._process = f"stoker {os.getpid()} on {socket.gethostname()}"[:APPLICATION_NAME_MAX]
+        self._options = _OPTIONS + (_BY_KEY if by_key else "")
         self._engine = create_engine(
             self._url,
             pool_size=pool_size,
             max_overflow=2,
             pool_pre_ping=True,
-            connect_args={"connect_timeout": CONNECT_TIMEOUT_S, "application_name": self._process, **_LIMITS},
+            connect_args={
+                "connect_timeout": CONNECT_TIMEOUT_S,
+                "application_name": self._process,
+                "options": self._options,
+                **_LIMITS,
+            },
         )
 
     @contextmanager
@@ -95,6 +108,7 @@ class Database:
                 autocommit=autocommit,
                 connect_timeout=CONNECT_TIMEOUT_S,
                 application_name=self._process,
+                options=self._options,
                 **_LIMITS,
             ) as connection,
         ):

@@ -19,8 +19,8 @@ from store.database import copy_cursor
 # follower that did not fail counts as served, and saved what its leader took, or the entry's that served its leader.
 FOLLOWERS_OF_WRITTEN = """
 , w AS (
-    SELECT i.*, x.seq AS follower FROM i JOIN followers x ON x.leader = i.seq
-    WHERE x.batch_id = :batch_id AND x.leader = ANY(CAST(:seqs AS int4[]))
+    SELECT i.*, x.seq AS follower FROM i CROSS JOIN LATERAL (
+        SELECT seq FROM followers WHERE batch_id = :batch_id AND leader = i.seq OFFSET 0) AS x
 ), d AS (
     INSERT INTO results (batch_id, seq, outcome, source, status_code, response, error_code, error_message,
         prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, duration_ms, cache_entry_id,
@@ -34,8 +34,10 @@ FOLLOWERS_OF_WRITTEN = """
         count(*) FILTER (WHERE outcome = 'truncated') AS truncated,
         count(*) FILTER (WHERE outcome = 'empty') AS empty,
         count(*) FILTER (WHERE outcome <> 'failed') AS served, coalesce((
-            SELECT sum(w.prompt_tokens + w.completion_tokens + coalesce(e.prompt_tokens + e.completion_tokens, 0))
-            FROM w LEFT JOIN cache_entries e ON e.id = w.cache_entry_id WHERE w.outcome <> 'failed'
+            SELECT sum(w.prompt_tokens + w.completion_tokens + coalesce(e.tokens, 0)) FROM w LEFT JOIN LATERAL (
+                SELECT prompt_tokens + completion_tokens AS tokens
+                FROM cache_entries WHERE id = w.cache_entry_id OFFSET 0) AS e ON true
+            WHERE w.outcome <> 'failed'
         ), 0) AS saved_tokens
     FROM d
 ), with_followers AS (
@@ -51,7 +53,8 @@ FOLLOWERS_OF_ENDED = """
     INSERT INTO results (batch_id, seq, outcome, source, error_code, error_message,
         prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, duration_ms)
     SELECT i.batch_id, x.seq, 'failed', 'none', :code, :message, 0, 0, 0, 0, 0
-    FROM i JOIN followers x ON x.batch_id = i.batch_id AND x.leader = i.seq
+    FROM i CROSS JOIN LATERAL (
+        SELECT seq FROM followers WHERE batch_id = i.batch_id AND leader = i.seq OFFSET 0) AS x
     ON CONFLICT (batch_id, seq) DO NOTHING RETURNING 1
 ), k AS (SELECT count(*) AS n FROM d)"""
 
@@ -121,8 +124,10 @@ def settings_of_followers(session: Session, batch_id: UUID, leaders: Sequence[in
     found: dict[int, list[str]] = {}
     rows = session.execute(
         text("""
-        SELECT x.leader, j.stoker FROM followers x JOIN jobs j ON j.batch_id = x.batch_id AND j.seq = x.seq
-        WHERE x.batch_id = :batch AND x.leader = ANY(CAST(:leaders AS int4[])) AND j.stoker IS NOT NULL"""),
+        SELECT u.leader, j.stoker FROM unnest(CAST(:leaders AS int4[])) AS u (leader)
+        CROSS JOIN LATERAL (SELECT seq FROM followers WHERE batch_id = :batch AND leader = u.leader OFFSET 0) AS x
+        CROSS JOIN LATERAL (SELECT stoker FROM jobs WHERE batch_id = :batch AND seq = x.seq OFFSET 0) AS j
+        WHERE j.stoker IS NOT NULL"""),
         {"batch": batch_id, "leaders": list(leaders)},
     )
     for leader, stoker in rows:

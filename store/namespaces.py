@@ -155,7 +155,9 @@ def lookups_of(session: Session, batch_id: UUID, seqs: Sequence[int]) -> set[int
     """The jobs among these that were looked up by an earlier attempt: they are not looked up again."""
     return set(
         session.scalars(
-            text("SELECT seq FROM cache_lookups WHERE batch_id = :batch_id AND seq = ANY(CAST(:seqs AS int4[]))"),
+            text("""
+        SELECT u.seq FROM unnest(CAST(:seqs AS int4[])) AS u (seq) CROSS JOIN LATERAL (
+            SELECT FROM cache_lookups WHERE batch_id = :batch_id AND seq = u.seq OFFSET 0) AS l"""),
             {"batch_id": batch_id, "seqs": list(seqs)},
         )
     )
@@ -286,18 +288,19 @@ def judge_lookups(session: Session, batch_id: UUID, verdicts: Sequence[Verdict])
     """
     session.execute(
         text("""
-        UPDATE cache_lookups l SET agreed = l.answer IS NOT NULL AND u.answer IS NOT NULL AND l.answer = u.answer,
-            repeated = u.repeated, tokens = u.tokens, judged_at = clock_timestamp()
-        FROM unnest(CAST(:seqs AS int4[]), CAST(:answers AS text[]), CAST(:tokens AS int4[]),
-            CAST(:repeated AS bool[])) AS u (seq, answer, tokens, repeated)
-        WHERE l.batch_id = :batch_id AND l.seq = u.seq AND l.judged_at IS NULL"""),
-        {
-            "batch_id": batch_id,
-            "seqs": [one.seq for one in verdicts],
-            "answers": [one.answer for one in verdicts],
-            "tokens": [one.tokens for one in verdicts],
-            "repeated": [one.repeated for one in verdicts],
-        },
+        UPDATE cache_lookups SET agreed = answer IS NOT NULL AND answer IS NOT DISTINCT FROM :answer,
+            repeated = :repeated, tokens = :tokens, judged_at = clock_timestamp()
+        WHERE batch_id = :batch_id AND seq = :seq AND judged_at IS NULL"""),
+        [
+            {
+                "batch_id": batch_id,
+                "seq": one.seq,
+                "answer": one.answer,
+                "tokens": one.tokens,
+                "repeated": one.repeated,
+            }
+            for one in verdicts
+        ],
     )
 
 
@@ -317,9 +320,9 @@ def find_answers_of(session: Session, namespace_id: int, ids: Sequence[int]) -> 
     """What these entries of the namespace answer, as answers are compared; those that may not answer are missing."""
     rows = session.execute(
         text("""
-        SELECT id, answer FROM cache_entries
-        WHERE id = ANY(CAST(:ids AS int8[])) AND namespace_id = :namespace_id AND expires_at > clock_timestamp()
-            AND answer IS NOT NULL"""),
+        SELECT u.id, e.answer FROM unnest(CAST(:ids AS int8[])) AS u (id) CROSS JOIN LATERAL (
+            SELECT answer FROM cache_entries WHERE id = u.id AND namespace_id = :namespace_id
+                AND expires_at > clock_timestamp() AND answer IS NOT NULL OFFSET 0) AS e"""),
         {"ids": list(ids), "namespace_id": namespace_id},
     )
     return {identifier: answer for identifier, answer in rows}
@@ -329,9 +332,9 @@ def find_facts(session: Session, namespace_id: int, ids: Sequence[int]) -> dict[
     """What these entries of the namespace are compared by; those that may not answer are missing."""
     rows = session.execute(
         text("""
-        SELECT id, payload, answer FROM cache_entries
-        WHERE id = ANY(CAST(:ids AS int8[])) AND namespace_id = :namespace_id AND expires_at > clock_timestamp()
-            AND payload IS NOT NULL AND answer IS NOT NULL"""),
+        SELECT u.id, e.payload, e.answer FROM unnest(CAST(:ids AS int8[])) AS u (id) CROSS JOIN LATERAL (
+            SELECT payload, answer FROM cache_entries WHERE id = u.id AND namespace_id = :namespace_id
+                AND expires_at > clock_timestamp() AND payload IS NOT NULL AND answer IS NOT NULL OFFSET 0) AS e"""),
         {"ids": list(ids), "namespace_id": namespace_id},
     )
     return {identifier: EntryFacts(payload, answer) for identifier, payload, answer in rows}

@@ -61,14 +61,16 @@ class WaitingJobs:
 
 
 def result_pages(database: Database, batch_id: UUID, *, after_seq: int = -1) -> Iterator[list[ResultRow]]:
-    """Finished jobs with seq > after_seq in input order, in pages; each page is a short transaction of its own."""
-    while True:
+    """Finished jobs with seq > after_seq in input order; each page is a short transaction of its own.
+
+    A page is what PAGE_ROWS lines of the input have by now: it is empty when none of them has finished.
+    """
+    with database.transaction() as session:
+        total = session.scalar(text("SELECT total FROM batches WHERE id = :id"), {"id": batch_id}) or 0
+    for first in range(after_seq + 1, total, PAGE_ROWS):
         with database.transaction() as session:
-            page = _page(session, batch_id, after_seq=after_seq)
-        if not page:
-            return
+            page = _page(session, batch_id, first=first)
         yield page
-        after_seq = page[-1].seq
 
 
 def engines_of(session: Session, batch_id: UUID) -> list[dict[str, Any]]:
@@ -116,14 +118,15 @@ def waiting_jobs(session: Session, batch_id: UUID) -> WaitingJobs | None:
     return WaitingJobs(*row) if row[0] else None
 
 
-def _page(session: Session, batch_id: UUID, *, after_seq: int) -> list[ResultRow]:
+def _page(session: Session, batch_id: UUID, *, first: int) -> list[ResultRow]:
     rows = session.execute(
         text("""
         SELECT r.seq, j.custom_id, r.outcome, r.source, r.status_code, r.response, r.error_code, r.error_message,
             r.cache_entry_id, r.similarity, r.namespace_id
-        FROM results r JOIN jobs j ON j.batch_id = r.batch_id AND j.seq = r.seq
-        WHERE r.batch_id = :id AND r.seq > :after ORDER BY r.seq LIMIT :limit"""),
-        {"id": batch_id, "after": after_seq, "limit": PAGE_ROWS},
+        FROM results r CROSS JOIN LATERAL (
+            SELECT custom_id FROM jobs WHERE batch_id = :id AND seq = r.seq OFFSET 0) AS j
+        WHERE r.batch_id = :id AND r.seq >= :first AND r.seq < :first + :rows ORDER BY r.seq"""),
+        {"id": batch_id, "first": first, "rows": PAGE_ROWS},
     )
     page = [ResultRow(seq, custom_id, Outcome(outcome), *rest) for seq, custom_id, outcome, *rest in rows]
     if followers := [row.seq for row in page if row.source == Source.DUPLICATE]:
@@ -136,8 +139,9 @@ def _leaders(session: Session, batch_id: UUID, seqs: list[int]) -> dict[int, str
     """The custom_ids of those whom these jobs follow."""
     rows = session.execute(
         text("""
-        SELECT x.seq, j.custom_id FROM followers x JOIN jobs j ON j.batch_id = x.batch_id AND j.seq = x.leader
-        WHERE x.batch_id = :id AND x.seq = ANY(CAST(:seqs AS int4[]))"""),
+        SELECT u.seq, j.custom_id FROM unnest(CAST(:seqs AS int4[])) AS u (seq)
+        CROSS JOIN LATERAL (SELECT leader FROM followers WHERE batch_id = :id AND seq = u.seq OFFSET 0) AS x
+        CROSS JOIN LATERAL (SELECT custom_id FROM jobs WHERE batch_id = :id AND seq = x.leader OFFSET 0) AS j"""),
         {"id": batch_id, "seqs": seqs},
     )
     return {seq: custom_id for seq, custom_id in rows}

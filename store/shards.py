@@ -2,6 +2,9 @@
 
 Every write of an attempt is guarded by its fence, so a process that wakes after its lease is over changes
 nothing. Lock order: shard, then batch. Each function is one step; the caller's transaction commits it.
+
+LATERAL (… OFFSET 0), here and in the caches' statements: each row is looked up by its whole key. As plain joins they
+are planned by what the statistics say of a batch, and those know nothing of the newest: a shard would read all of it.
 """
 
 from __future__ import annotations
@@ -155,13 +158,16 @@ def load_jobs(session: Session, claim: Claim) -> LoadedJobs:
     """The shard's jobs without a result, in its order; those waiting for a later try are left out."""
     rows = session.execute(
         text("""
-        SELECT j.seq, j.body, coalesce(t.tries, 0), coalesce(t.engine_deaths, 0), j.stoker, t.not_before,
+        SELECT u.seq, j.body, coalesce(t.tries, 0), coalesce(t.engine_deaths, 0), j.stoker, t.not_before,
                coalesce(t.not_before > clock_timestamp(), false)
-        FROM unnest(CAST(:seqs AS int4[])) WITH ORDINALITY AS u(seq, place)
-        JOIN jobs j ON j.batch_id = :batch_id AND j.seq = u.seq
-        LEFT JOIN job_tries t ON t.batch_id = j.batch_id AND t.seq = j.seq
-        WHERE NOT EXISTS (SELECT FROM results r WHERE r.batch_id = j.batch_id AND r.seq = j.seq)
-        ORDER BY u.place"""),
+        FROM unnest(CAST(:seqs AS int4[])) WITH ORDINALITY AS u (seq, place)
+        LEFT JOIN LATERAL (
+            SELECT true AS ended FROM results WHERE batch_id = :batch_id AND seq = u.seq OFFSET 0) AS r ON true
+        CROSS JOIN LATERAL (
+            SELECT body, stoker FROM jobs WHERE batch_id = :batch_id AND seq = u.seq OFFSET 0) AS j
+        LEFT JOIN LATERAL (
+            SELECT * FROM job_tries WHERE batch_id = :batch_id AND seq = u.seq OFFSET 0) AS t ON true
+        WHERE r.ended IS NULL ORDER BY u.place"""),
         {"seqs": list(claim.seqs), "batch_id": claim.batch_id},
     ).all()
     return LoadedJobs(
@@ -223,8 +229,9 @@ WITH f AS (
         coalesce(sum(cached_tokens), 0) AS cached_tokens, coalesce(sum(reasoning_tokens), 0) AS reasoning_tokens,
         0 AS followers, count(cache_entry_id) AS served,
         count(cache_entry_id) - count(namespace_id) AS exact, count(namespace_id) AS semantic, coalesce((
-            SELECT sum(e.prompt_tokens + e.completion_tokens) FROM i JOIN cache_entries e ON e.id = i.cache_entry_id
-        ), 0) AS saved_tokens
+            SELECT sum(e.tokens) FROM i CROSS JOIN LATERAL (
+                SELECT prompt_tokens + completion_tokens AS tokens
+                FROM cache_entries WHERE id = i.cache_entry_id OFFSET 0) AS e), 0) AS saved_tokens
     FROM i
 ){followers}
 UPDATE shards s SET done = s.done + t.done, failed = s.failed + t.failed, truncated = s.truncated + t.truncated,

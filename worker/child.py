@@ -28,7 +28,7 @@ class Child:
         die_with_parent()
         settings = parts.settings
         self.runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-        self._database = Database(settings.require_postgres(), pool_size=settings.postgres.pool_size)
+        self._database = Database(settings.require_postgres(), pool_size=settings.postgres.pool_size, by_key=True)
         self._heartbeat = Heartbeat(
             self._database, lease_s=settings.worker.lease_s, interval_s=settings.worker.heartbeat_s
         )

@@ -19,7 +19,7 @@ def run_dispatcher(settings: Settings) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    database = Database(settings.require_postgres(), pool_size=2)
+    database = Database(settings.require_postgres(), pool_size=2, by_key=True)
     board = PresenceBoard(settings.require_redis())
     publisher = HintPublisher(make_app(settings), delivery_limit=settings.broker.delivery_limit)
     try:
