@@ -86,19 +86,27 @@ def engines_of(session: Session, batch_id: UUID) -> list[dict[str, Any]]:
 
 
 def dead_jobs(session: Session, *, tenant: str, batch_id: UUID | None, limit: int) -> list[DeadJob]:
-    """The jobs that ended as poison_job, of one batch or of all of the tenant's, newest first.
+    """The jobs that ended as poison_job, with their followers, of one batch or of all of the tenant's, newest first.
 
     Looks only into shards that have failed jobs: results have no index on their error.
     """
     rows = session.execute(
         text("""
-        SELECT r.batch_id, r.seq, j.custom_id, r.error_message, r.created_at
-        FROM batches b JOIN shards s ON s.batch_id = b.id AND s.failed > 0
-        CROSS JOIN unnest(s.seqs) AS u (seq)
-        JOIN results r ON r.batch_id = b.id AND r.seq = u.seq AND r.error_code = 'poison_job'
-        JOIN jobs j ON j.batch_id = b.id AND j.seq = u.seq
-        WHERE b.tenant = :tenant AND b.deleted_at IS NULL AND b.id = coalesce(:batch_id, b.id)
-        ORDER BY r.created_at DESC, r.batch_id, r.seq LIMIT :limit""").bindparams(bindparam("batch_id", type_=Uuid())),
+        WITH dead AS (
+            SELECT r.batch_id, r.seq, r.error_message, r.created_at
+            FROM batches b JOIN shards s ON s.batch_id = b.id AND s.failed > 0
+            CROSS JOIN unnest(s.seqs) AS u (seq) CROSS JOIN LATERAL (
+                SELECT * FROM results
+                WHERE batch_id = b.id AND seq = u.seq AND error_code = 'poison_job' OFFSET 0) AS r
+            WHERE b.tenant = :tenant AND b.deleted_at IS NULL AND b.id = coalesce(:batch_id, b.id)
+        ), with_followers AS (
+            SELECT * FROM dead UNION ALL
+            SELECT d.batch_id, x.seq, d.error_message, d.created_at FROM dead d CROSS JOIN LATERAL (
+                SELECT seq FROM followers WHERE batch_id = d.batch_id AND leader = d.seq OFFSET 0) AS x
+            ORDER BY created_at DESC, batch_id, seq LIMIT :limit)
+        SELECT d.batch_id, d.seq, j.custom_id, d.error_message, d.created_at FROM with_followers d CROSS JOIN LATERAL (
+            SELECT custom_id FROM jobs WHERE batch_id = d.batch_id AND seq = d.seq OFFSET 0) AS j
+        ORDER BY d.created_at DESC, d.batch_id, d.seq""").bindparams(bindparam("batch_id", type_=Uuid())),
         {"tenant": tenant, "batch_id": batch_id, "limit": limit},
     )
     return [DeadJob(identifier, seq, custom_id, message or "", at) for identifier, seq, custom_id, message, at in rows]
@@ -125,8 +133,8 @@ def _page(session: Session, batch_id: UUID, *, first: int) -> list[ResultRow]:
             r.cache_entry_id, r.similarity, r.namespace_id
         FROM results r CROSS JOIN LATERAL (
             SELECT custom_id FROM jobs WHERE batch_id = :id AND seq = r.seq OFFSET 0) AS j
-        WHERE r.batch_id = :id AND r.seq >= :first AND r.seq < :first + :rows ORDER BY r.seq"""),
-        {"id": batch_id, "first": first, "rows": PAGE_ROWS},
+        WHERE r.batch_id = :id AND r.seq >= :first AND r.seq < :end ORDER BY r.seq"""),
+        {"id": batch_id, "first": first, "end": first + PAGE_ROWS},
     )
     page = [ResultRow(seq, custom_id, Outcome(outcome), *rest) for seq, custom_id, outcome, *rest in rows]
     if followers := [row.seq for row in page if row.source == Source.DUPLICATE]:

@@ -30,6 +30,7 @@ from store.batches import BatchProgress, batch_progress, batches_to_finish, fini
 from store.database import Database
 from store.followers import insert_followers
 from store.presence import PresenceBoard
+from store.results import dead_jobs
 from store.shards import Claim, close, give_back, load_jobs, write_results
 from store.submissions import delete_validating
 from tests.support.batches import (
@@ -291,6 +292,9 @@ def test_a_follower_of_a_poison_job_ends_with_it(database: Database, tmp_path: P
         execute(database, "UPDATE shards SET lease_until = '2000-01-01'")
         dispatcher.sweep()
     assert [result.error_code for result in results_of(database, batch_id)] == ["poison_job"] * 2
+    with database.transaction() as session:
+        dead = dead_jobs(session, tenant="local", batch_id=batch_id, limit=20)
+    assert [job.custom_id for job in dead] == ["id-0", "id-1"]
 
 
 def test_a_follower_without_a_result_becomes_a_job(database: Database, tmp_path: Path) -> None:

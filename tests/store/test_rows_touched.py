@@ -36,6 +36,7 @@ Question = Callable[[Session, Claim], object]
 FEW, MANY = 6 * SHARD, 3 * len(NEAR)
 QUESTIONS: dict[str, tuple[Question, int]] = {
     "a page of results": (lambda s, c: results._page(s, c.batch_id, first=ROWS // 2), 3 * PAGE_ROWS),
+    "a page after the 32,767th line": (lambda s, c: results._page(s, c.batch_id, first=32_000), 3 * PAGE_ROWS),
     "leaders of a page": (lambda s, c: results._leaders(s, c.batch_id, list(range(SHARD, 2_000))), 3 * PAGE_ROWS),
     "load_jobs": (load_jobs, FEW),
     "write_results": (lambda s, c: write_results(s, c, answers(c.seqs), engine_id=None, lease_s=LEASE_S), FEW),
