@@ -8,13 +8,19 @@ from typing import Any, Final
 
 import msgspec
 
-from cache.keys import canonical
-
 LONGEST_LABEL: Final = 64  # characters
+LONGEST_NUMBER: Final = 100  # digits, and the largest power of ten
 
 
-# Decimals: as floats, numbers that differ in their last digits would be one.
-_VALUE: Final = msgspec.json.Decoder(float_hook=Decimal)
+def _decimal(text: str) -> Decimal:
+    """As floats, numbers that differ in their last digits would be one."""
+    try:
+        return Decimal(text)
+    except ArithmeticError as error:  # an exponent beyond what decimals have
+        raise ValueError(str(error)) from error
+
+
+_VALUE: Final = msgspec.json.Decoder(float_hook=_decimal)
 
 
 class Kind(StrEnum):
@@ -30,20 +36,44 @@ def comparable(text: str) -> tuple[Kind, str]:
     """The kind of an answer and the one form in which answers that mean the same are equal.
 
     A label loses white space at its ends and nothing else: "Yes." is not "Yes". Only kinds other than FREE may be
-    served.
+    served. FREE is also what Postgres would not store, and JSON with a number that is too long to compare.
     """
     stripped = text.strip()
+    if "\0" in stripped:
+        return Kind.FREE, stripped
     try:
         value: Any = _VALUE.decode(stripped)
-        if isinstance(value, dict | list):
-            return Kind.JSON, msgspec.json.encode(canonical(value), order="deterministic").decode()
+        form = msgspec.json.encode(_same(value), order="deterministic").decode()
     except (ValueError, RecursionError):
-        value = None
+        value = form = ""
+    if isinstance(value, dict | list):
+        return Kind.JSON, form
     if isinstance(value, int | Decimal) and not isinstance(value, bool):
-        return Kind.NUMBER, str(Decimal(value).normalize())
+        return Kind.NUMBER, form
     if stripped and len(stripped) <= LONGEST_LABEL and "\n" not in stripped:
         return Kind.LABEL, stripped
     return Kind.FREE, stripped
+
+
+def _same(value: Any) -> Any:
+    """The same for JSON values that mean the same, once their fields are sorted. Raises ValueError for long numbers."""
+    if isinstance(value, dict):
+        return {name: _same(member) for name, member in value.items()}
+    if isinstance(value, list):
+        return [_same(member) for member in value]
+    if isinstance(value, int | Decimal) and not isinstance(value, bool):
+        return msgspec.Raw(_form(Decimal(value)))
+    return value
+
+
+def _form(number: Decimal) -> bytes:
+    """A number's one form: digits without trailing zeros, and a power of ten. Nothing is rounded or expanded."""
+    sign, digits, exponent = number.as_tuple()
+    kept = "".join(map(str, digits)).rstrip("0")
+    power = int(exponent) + len(digits) - len(kept)
+    if len(digits) > LONGEST_NUMBER or abs(power) > LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(digits)} digits, times ten to the {power}")
+    return f"{'-' * sign}{kept}e{power}".encode() if kept else b"0"
 
 
 def comparison(response: str) -> str | None:

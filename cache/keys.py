@@ -1,7 +1,8 @@
 """The exact key: two requests with one key would be answered alike by one checkpoint. Pure; it reads no rows.
 
 A field that cannot change an answer is left out, one that is given with its default counts as absent, and numbers
-and objects have one form. Everything else, known to us or not, is part of the key.
+and objects have one form. Everything else, known to us or not, is part of the key; also the order within fields that
+an engine may read in order: the properties of a schema are generated in theirs.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any, Final
 
 import msgspec
@@ -21,6 +21,8 @@ EMBEDDINGS: Final = "/v1/embeddings"
 _WITHOUT_EFFECT: Final = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "stream", "stream_options"}
 )
+# Objects whose fields have no order; in all others it may be read.
+_UNORDERED: Final = frozenset({"messages", "logit_bias"})
 _SAMPLED: Final[Mapping[str, Any]] = {
     "n": 1,
     "temperature": 1,
@@ -70,26 +72,33 @@ def essential(fields: Mapping[str, Any], *, endpoint: str) -> dict[str, Any]:
     for name, value in fields.items():
         if value is None or name in _WITHOUT_EFFECT:
             continue
-        plain = canonical(value)
+        plain = _plain(value)
         if name == "stop" and isinstance(plain, str):
             plain = [plain]
         if name not in defaults or plain != defaults[name]:
-            kept[name] = plain
+            kept[name] = plain if name in _UNORDERED else _in_order(plain)
     if "max_completion_tokens" in kept and "max_tokens" not in kept:
         kept["max_tokens"] = kept.pop("max_completion_tokens")
     return kept
 
 
-def canonical(value: Any) -> Any:
-    """The same for JSON values that mean the same: 1.0 is 1, the order of an object's fields is nothing."""
+def _plain(value: Any) -> Any:
+    """With numbers in one form: 1.0 is 1."""
     if isinstance(value, dict):
-        return {name: canonical(value[name]) for name in sorted(value)}
+        return {name: _plain(member) for name, member in value.items()}
     if isinstance(value, list):
-        return [canonical(item) for item in value]
+        return [_plain(item) for item in value]
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    if isinstance(value, Decimal):
-        return int(value) if value == value.to_integral_value() else str(value.normalize())
+    return value
+
+
+def _in_order(value: Any) -> Any:
+    """Objects as lists of their fields, so that these keep their order in the digest."""
+    if isinstance(value, dict):
+        return {"": [[name, _in_order(member)] for name, member in value.items()]}
+    if isinstance(value, list):
+        return [_in_order(item) for item in value]
     return value
 
 

@@ -17,7 +17,15 @@ def response(content: str | None, *, finish: str = "stop", choices: int = 1, **m
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("card", " card\n"), ('{"a": 1, "b": [2.0]}', '{"b":[2],"a":1.0}'), ("7", "7.0"), ("[1, 2]", "[1,2]")],
+    [
+        ("card", " card\n"),
+        ('{"a": 1, "b": [2.0]}', '{"b":[2],"a":1.0}'),
+        ("7", "7.0"),
+        ("[1, 2]", "[1,2]"),
+        ("100", "1e2"),
+        ("-0.0", "0"),
+        ("12345678901234567890.50", "12345678901234567890.5"),
+    ],
 )
 def test_answers_that_mean_the_same_are_equal(one: str, other: str) -> None:
     assert comparison(response(one)) == comparison(response(other)) is not None
@@ -25,7 +33,17 @@ def test_answers_that_mean_the_same_are_equal(one: str, other: str) -> None:
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("yes", "Yes"), ("yes", "yes."), ("7", "8"), ('{"a":1}', '{"a":"1"}'), ("[1,2]", "[2,1]"), ("1", '"1"')],
+    [
+        ("yes", "Yes"),
+        ("yes", "yes."),
+        ("7", "8"),
+        ('{"a":1}', '{"a":"1"}'),
+        ('{"a":1.5}', '{"a":"1.5"}'),
+        ("[1,2]", "[2,1]"),
+        ("1", '"1"'),
+        ("123456789012345678901234567890", "123456789012345678901234567891"),
+        (f"[0.{'1' * 31}1]", f"[0.{'1' * 31}2]"),
+    ],
 )
 def test_answers_that_may_differ_are_not(one: str, other: str) -> None:
     assert comparison(response(one)) != comparison(response(other))
@@ -44,6 +62,8 @@ def test_answers_that_may_differ_are_not(one: str, other: str) -> None:
         response("card", refusal="I will not"),
         response("card", tool_calls=[{"id": "1"}]),
         response("card", function_call={"name": "f"}),
+        response(f"[{'9' * 101}]"),
+        response("with\0NUL"),
         "no json",
         "{}",
         '{"choices":[]}',
@@ -55,6 +75,11 @@ def test_free_text_and_what_is_no_whole_answer_is_never_served(answer: str) -> N
 
 def test_a_completion_is_compared_by_its_text() -> None:
     assert answer_text('{"choices":[{"text":" card","finish_reason":"stop"}]}') == " card"
+
+
+@pytest.mark.parametrize("text", ["1e999999999", "-1e-101", "[1e999999999]", '{"a":1e9999999999999999999}'])
+def test_a_number_that_cannot_be_compared_makes_a_label_of_its_letters(text: str) -> None:
+    assert comparable(text) == (Kind.LABEL, text)
 
 
 @pytest.mark.parametrize(
