@@ -32,7 +32,7 @@ import numpy as np
 from benchmarks.cache_replay import Order, Outcome, Queries, run, run_cosine
 from cache.embedder import OnnxEmbedder
 from cache.guards import signature
-from cache.payload import declared, shared_affixes, split
+from cache.payload import SharedAffixes, declared, split
 from cache.pilot import pilot_size
 from cache.policy import Limits
 from cache.score import words
@@ -80,8 +80,10 @@ def embedded(payloads: Sequence[str], labels: Sequence[str]) -> Queries:
 def found_in_template(texts: Sequence[str]) -> list[str]:
     """The payloads that the batch's shared prefix and suffix leave of the prompts around these texts."""
     prompts = [TEMPLATE.replace("{message}", text) for text in texts]
-    affixes = shared_affixes(prompts)
-    splits = [split(prompt, affixes) for prompt in prompts]
+    shared = SharedAffixes()
+    for prompt in prompts:
+        shared.add(prompt)
+    splits = [split(prompt, shared.affixes()) for prompt in prompts]
     if any(found is None for found in splits):
         raise SystemExit("a prompt in the template has no payload")
     return [found.payload for found in splits if found is not None]

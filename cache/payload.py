@@ -7,7 +7,7 @@ known has no payload, and is never answered semantically.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -76,18 +76,11 @@ def split_declared(template: str, variables: Mapping[str, str]) -> Split:
     return Split(blanked, values[0] if len(values) == 1 else msgspec.json.encode(values).decode())
 
 
-def shared_affixes(prompts: Sequence[str]) -> Affixes:
-    """The prefix and suffix that all these prompts share, cut back to where a word ends; too short ones are none."""
-    if len(set(prompts)) < 2:
-        return Affixes()
-    prefix = _to_word(_common_prefix(prompts))
-    rests = [prompt[len(prefix) :] for prompt in prompts]
-    suffix = _to_word(_common_prefix([rest[::-1] for rest in rests]))[::-1]
-    return Affixes(*(affix if len(affix) >= LEAST_AFFIX else "" for affix in (prefix, suffix)))
-
-
 class SharedAffixes:
-    """`shared_affixes` of prompts that come one by one, in the memory of the longest shared part."""
+    """The prefix and suffix that prompts share, cut back to where a word ends; too short ones are none.
+
+    Prompts come one by one; the memory is that of the longest shared part.
+    """
 
     def __init__(self) -> None:
         self._prefix: str | None = None
@@ -104,9 +97,9 @@ class SharedAffixes:
         self._differ = self._differ or prompt != self._prefix
         self._shortest = min(self._shortest, len(prompt))
         if not prompt.startswith(self._prefix):
-            self._prefix = _common_prefix([self._prefix, prompt])
+            self._prefix = _common_prefix(self._prefix, prompt)
         if not prompt.endswith(self._suffix):
-            self._suffix = _common_prefix([self._suffix[::-1], prompt[::-1]])[::-1]
+            self._suffix = _common_prefix(self._suffix[::-1], prompt[::-1])[::-1]
 
     def affixes(self) -> Affixes:
         """What all prompts so far share."""
@@ -129,10 +122,9 @@ def split(prompt: str, affixes: Affixes) -> Split | None:
     return Split(affixes.prefix + BLANK + affixes.suffix, payload)
 
 
-def _common_prefix(texts: Sequence[str]) -> str:
-    least, most = min(texts), max(texts)
-    length = next((at for at, character in enumerate(least) if character != most[at]), len(least))
-    return least[:length]
+def _common_prefix(one: str, other: str) -> str:
+    least = min(len(one), len(other))
+    return one[: next((at for at in range(least) if one[at] != other[at]), least)]
 
 
 def _to_word(affix: str) -> str:

@@ -335,6 +335,7 @@ class CacheLookup(Base):
     namespace_id: Mapped[int] = mapped_column(BIGINT, ForeignKey("cache_namespaces.id", ondelete="CASCADE"))
     version: Mapped[int]
     place: Mapped[int]  # lookups of the version before its shard's: those before the first audit not folded are settled
+    decided: Mapped[int] = mapped_column(server_default="0")  # decisions to serve before its shard's, likewise
     served_beside: Mapped[int]  # answers that its shard was served
     coin: Mapped[float]
     rate: Mapped[float]

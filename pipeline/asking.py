@@ -57,9 +57,10 @@ async def _awaited(context: FeedContext, attempt: Attempt, job: Job) -> JobResul
     request = attempt.looked.requests[job.seq]
 
     def ask() -> tuple[JobResult | None, bool]:
+        waits = cache.is_awaited(claim, job, request)
         with context.database.transaction() as session:
             found = cache.ask_again(session, claim, job, request)
-        return found, found is None and cache.is_awaited(claim, job, request)
+        return found, found is None and waits
 
     found, waits = await asyncio.to_thread(ask)
     return waiting(job, now=utc_now()) if waits else found

@@ -6,7 +6,7 @@ After: what the engine answered is kept, and what the semantic cache asked of it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from models.jobs import CachedAnswer, Job, JobResult
 from models.line_settings import LineSettings, cache_mode_of, read_settings
 from models.names import request_name
 from models.states import CacheMode, Outcome, Source
-from runtime.settings import CacheSettings
+from runtime.settings import CacheSettings, without_secrets
 from store.answers import (
     TENANT_SCOPE,
     NewAnswer,
@@ -85,7 +85,7 @@ class Kept:
     """What a transaction kept, to be told after its commit."""
 
     answers: dict[bytes, CachedAnswer]
-    ended: list[bytes]
+    ended: list[tuple[bytes, str]]
     entries: list[tuple[Place, int]]
 
 
@@ -103,12 +103,23 @@ class Semantic(Protocol):
 
 
 class ExactCache:
-    """Redis is asked first and may be gone; Postgres is the truth. It finds nothing before the engine is known."""
+    """Redis is asked first and may be gone; Postgres is the truth. It finds nothing before the engine is known.
 
-    def __init__(self, recent: RecentAnswers, settings: CacheSettings, *, engine_id: Callable[[], int | None]) -> None:
+    `embeddings_url`: embeddings come from there, not from the engine.
+    """
+
+    def __init__(
+        self,
+        recent: RecentAnswers,
+        settings: CacheSettings,
+        *,
+        engine_id: Callable[[], int | None],
+        embeddings_url: str | None = None,
+    ) -> None:
         self._recent = recent
         self._settings = settings
         self._engine_id = engine_id
+        self._embeddings_url = None if embeddings_url is None else without_secrets(embeddings_url)
         self._checkpoints: dict[int, str] = {}
 
     def look_up(self, session: Session, claim: Claim, jobs: Sequence[Job]) -> Looked:
@@ -143,14 +154,17 @@ class ExactCache:
         return None if answer is None else served(job.seq, answer, Source.EXACT)
 
     def is_awaited(self, claim: Claim, job: Job, request: Request) -> bool:
-        """Whether an equal job still runs elsewhere; if not, this one is the one that runs now."""
+        """Whether an equal job still runs elsewhere; if not, this one is the one that runs now.
+
+        Ask for its answer afterwards: the other's is there before that one has ended.
+        """
         return bool(self._recent.begin({request.key: request_name(claim.batch_id, job.seq)}))
 
     def keep(
         self, session: Session, claim: Claim, looked: Looked, results: Sequence[JobResult], repeated: Mapping[int, bool]
     ) -> Kept:
         """Keep what the engine answered, in the transaction of its results; give `publish` what this returns."""
-        ended = [looked.requests[result.seq].key for result in results if result.seq in looked.requests]
+        ended = _runners(claim, [result.seq for result in results], looked.requests)
         if not ended:
             return Kept({}, [], [])
         compared = {
@@ -159,9 +173,8 @@ class ExactCache:
             if result.seq in looked.requests and looked.requests[result.seq].split is not None
         }
         if compared:
-            judge_lookups(
-                session, claim.batch_id, [_verdict(r, compared, repeated) for r in results if r.seq in compared]
-            )
+            verdicts = [_verdict(result, compared, repeated) for result in results if result.seq in compared]
+            judge_lookups(session, claim.batch_id, verdicts, checkpoint=self._answered_by(looked))
         served_by = {r.entry: looked.requests[r.seq].sources for r in results if r.seq in looked.requests and r.entry}
         add_sources(session, claim.tenant, served_by)
         new = {}
@@ -183,11 +196,10 @@ class ExactCache:
         self._recent.keep(kept.answers)
         self._recent.end(kept.ended)
 
-    def release(self, before: Looked, after: Looked) -> None:
+    def release(self, claim: Claim, before: Looked, after: Looked) -> None:
         """Jobs that were to run and have been served meanwhile: whoever waits for them need not."""
         left = {job.seq for job in after.jobs}
-        gone = [job.seq for job in before.jobs if job.seq not in left and job.seq in before.requests]
-        self._recent.end([before.requests[seq].key for seq in gone])
+        self._recent.end(_runners(claim, [job.seq for job in before.jobs if job.seq not in left], before.requests))
 
     def close(self) -> None:
         """Close the connections."""
@@ -235,9 +247,7 @@ class ExactCache:
         engine_id = self._engine_id()
         if engine_id is None or not claim.runnable:
             return {}
-        if engine_id not in self._checkpoints:
-            self._checkpoints[engine_id] = checkpoint_of(session, engine_id)
-        checkpoint = self._checkpoints[engine_id]
+        checkpoint = self._checkpoint(session, engine_id, claim.endpoint)
         read = [one for job in jobs if (one := self._read(claim, job)) is not None]
         templates = sorted({template_scope(one.split.template) for one in read if one.split is not None})
         scopes = [TENANT_SCOPE, checkpoint_scope(checkpoint), *templates]
@@ -256,6 +266,19 @@ class ExactCache:
             with suppress(RecursionError):  # a body nested so deep has no key, and is not cached
                 made[one.seq] = Request(one.fields, scope, exact_key(one.fields, scope), one.split, sources)
         return made
+
+    def _checkpoint(self, session: Session, engine_id: int, endpoint: str) -> str:
+        """What answers: the engine's checkpoint, or the server that embeddings come from."""
+        if engine_id not in self._checkpoints:
+            self._checkpoints[engine_id] = checkpoint_of(session, engine_id)
+        if endpoint == EMBEDDINGS and self._embeddings_url is not None:
+            return self._embeddings_url
+        return self._checkpoints[engine_id]
+
+    def _answered_by(self, looked: Looked) -> str | None:
+        """The checkpoint that answered these jobs; None if the engine has changed meanwhile."""
+        engine_id = self._engine_id()
+        return None if engine_id is None or engine_id != looked.engine_id else self._checkpoints.get(engine_id)
 
     def _read(self, claim: Claim, job: Job) -> _Read | None:
         line = read_settings(job.stoker) if job.stoker else _NO_SETTINGS
@@ -301,6 +324,11 @@ def says_the_same(one: JobResult, other: JobResult) -> bool:
     """Whether two results of one request hold the same answer, as answers are compared; free text by its letters."""
     texts = [answer_text(result.response or "") for result in (one, other)]
     return texts[0] is not None and texts[1] is not None and comparable(texts[0]) == comparable(texts[1])
+
+
+def _runners(claim: Claim, seqs: Iterable[int], requests: Mapping[int, Request]) -> list[tuple[bytes, str]]:
+    """The keys of those of these jobs that have one, each with its job's name; equal jobs have one key."""
+    return [(requests[seq].key, request_name(claim.batch_id, seq)) for seq in seqs if seq in requests]
 
 
 def _split(fields: Mapping[str, Any], line: LineSettings, affixes: Affixes) -> Split | None:

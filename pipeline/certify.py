@@ -53,7 +53,7 @@ def certified(report: NamespaceReport) -> Certified:
     state, why = policy.state()
     if _is_free(report):
         state, why = "shadow", "free text is never served"
-    decided = max(0, policy.decided - report.unsettled_answers)
+    decided = policy.decided if report.settled_decided is None else min(report.settled_decided, policy.decided)
     bounds = replace(policy, lookups=settled, decided=decided).bounds() if settled else (0.0, 0.0)
     disagreement = report.differed / report.asked_twice if report.asked_twice >= LEAST_TWICE else None
     return Certified(
@@ -62,7 +62,7 @@ def certified(report: NamespaceReport) -> Certified:
         template=report.template,
         state=state,
         why=[why, *_reasons(report, policy, disagreement)],
-        sentence=_sentence(report, policy, settled, decided, bounds),
+        sentence=_sentence(report, policy, f"{settled:,} lookups", f"{decided:,} decisions to serve", bounds),
         version=policy.version,
         lookups=policy.lookups,
         settled=settled,
@@ -80,20 +80,21 @@ def certified(report: NamespaceReport) -> Certified:
     )
 
 
-def _sentence(report: NamespaceReport, policy: Policy, settled: int, decided: int, bounds: tuple[float, float]) -> str:
+def _sentence(
+    report: NamespaceReport, policy: Policy, lookups: str, decisions: str, bounds: tuple[float, float]
+) -> str:
     since = f"Since version {policy.version} of this policy began" + (
         f" ({report.began_at:%Y-%m-%d})" if policy.version == 1 else ""
     )
     if not policy.served:
         return f"{since}, none of {policy.lookups:,} lookups was served from the cache."
     limits = policy.limits
-    in_shadow = max(0, decided - policy.served + report.unsettled_answers)
     return (
-        f"{since}, at most {bounds[0]:.2%} of {settled:,} lookups (limit {limits.error:.1%}) were answered otherwise "
-        f"than the engine would have, and at most {bounds[1]:.2%} of {decided:,} decisions to serve (limit "
-        f"{limits.served_error:.1%}; {in_shadow:,} of them in the shadow or audited, where the engine answered) were "
-        "wrong, with 95% confidence at all moments at once. That is the cumulative share, not every window: of the "
-        f"worst 1,000 lookups {report.worst_window:.2%} were, as their audits suggest."
+        f"{since}, at most {bounds[0]:.2%} of {lookups} (limit {limits.error:.1%}) were answered otherwise "
+        f"than the engine would have, and at most {bounds[1]:.2%} of {decisions} (limit {limits.served_error:.1%}; "
+        "those in the shadow and audited ones, where the engine answered, are among them) were wrong, with 95% "
+        "confidence at all moments at once. That is the cumulative share, not every window: of the worst 1,000 lookups "
+        f"{report.worst_window:.2%} were, as their audits suggest."
     )
 
 

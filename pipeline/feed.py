@@ -330,7 +330,7 @@ class _Feeder:
             return looked
         with self._never_stopping(claimed):
             found = await semantic.look_up(claimed, looked)
-            await asyncio.to_thread(cache.release, looked, found)
+            await asyncio.to_thread(cache.release, claimed, looked, found)
             looked = found
         if semantic.has_chores and (self._chores is None or self._chores.done()):
             self._chores = self._loop.create_task(self._do_chores(claimed, semantic))
@@ -435,7 +435,9 @@ class _Feeder:
                 raise LostFence
             if cache is not None:
                 kept = cache.keep(session, attempt.claim, attempt.looked, unwritten.results, attempt.repeated)
-            # Last: it locks the batch's row, for which other shards wait.
+            # Last: both lock the batch's row, for which other shards wait.
+            if unwritten.suspects and not quarantine(session, attempt.claim, unwritten.suspects):
+                raise LostFence
             if is_over and not (
                 close(session, attempt.claim) or give_back(session, attempt.claim, wait_s=_wait_s(attempt))
             ):
@@ -453,9 +455,7 @@ class _Feeder:
             engine_id = self._context.engine_id()
             if write_results(session, held, unwritten.results, engine_id=engine_id, lease_s=lease_s) is None:
                 return False
-        if unwritten.retries and not write_retries(session, held, unwritten.retries):
-            return False
-        return not unwritten.suspects or quarantine(session, held, unwritten.suspects)
+        return not unwritten.retries or write_retries(session, held, unwritten.retries)
 
 
 def _wait_s(attempt: Attempt) -> float:

@@ -382,6 +382,7 @@ class _Made:
             namespace_id=namespace.id,
             version=before.version,
             place=before.lookups,
+            decided=before.decided,
             served_beside=served_beside,
             coin=self.coin,
             rate=decided.rate,
@@ -425,7 +426,7 @@ def _told(policy: Policy, news: Sequence[JudgedLookup]) -> Policy:
     mine = [one for one in news if one.version == policy.version]
     audit = policy.audit
     for one in mine:
-        if one.agreed is None:
+        if one.audited and one.agreed is None:
             audit = audit.with_errors(1, one.rate)
     return judge(
         replace(policy, audit=audit), [_judged(one) for one in mine if one.features and one.agreed is not None]

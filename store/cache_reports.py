@@ -44,7 +44,7 @@ class NamespaceReport:
     answers: int
     free_answers: int
     settled: int | None
-    unsettled_answers: int
+    settled_decided: int | None
     worst_window: float
 
 
@@ -96,21 +96,16 @@ def namespace_reports(session: Session, tenant: str) -> list[NamespaceReport]:
         text("""
         SELECT n.id, n.alias, n.checkpoint, n.template, n.secret, n.policy, n.created_at, n.ttl_s, n.lookups, n.served,
             n.audits, n.saved_tokens, n.audit_tokens, n.asked_twice, n.differed, e.living, e.all_answers, e.free,
-            l.settled, u.answers, coalesce(w.worst, 0)
+            l.lookups, l.decided, coalesce(w.worst, 0)
         FROM cache_namespaces n
         CROSS JOIN LATERAL (
             SELECT count(*) FILTER (WHERE vector IS NOT NULL AND expires_at > clock_timestamp()) AS living,
                 count(*) AS all_answers, count(*) FILTER (WHERE answer IS NULL) AS free
             FROM cache_entries WHERE namespace_id = n.id) e
         CROSS JOIN LATERAL (
-            SELECT min(place) AS settled FROM cache_lookups
+            SELECT min(place) AS lookups, min(decided) AS decided FROM cache_lookups
             WHERE namespace_id = n.id AND audited AND NOT folded
                 AND version = CAST(CAST(n.policy AS json) ->> 'version' AS int4)) l
-        CROSS JOIN LATERAL (
-            SELECT CAST(coalesce(sum(served_beside), 0) AS int8) AS answers FROM (
-                SELECT DISTINCT batch_id, place, served_beside FROM cache_lookups
-                WHERE namespace_id = n.id AND audited AND NOT folded
-                    AND version = CAST(CAST(n.policy AS json) ->> 'version' AS int4)) AS shards) u
         CROSS JOIN LATERAL (
             SELECT max(wrong) / :window AS worst FROM (
                 SELECT sum(1 / rate - 1) AS wrong FROM cache_lookups

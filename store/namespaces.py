@@ -56,7 +56,7 @@ class HeldNamespace:
 class JudgedLookup:
     """A lookup of which the engine's answer is known; `features` are float32, none if nothing was near.
 
-    `agreed` is None for an audit whose batch ended without its answer.
+    `agreed` is None where the engine's answer will not be known: its batch ended, or another checkpoint has answered.
     """
 
     wished: bool
@@ -92,6 +92,7 @@ class NewLookup:
     namespace_id: int
     version: int
     place: int
+    decided: int
     served_beside: int
     coin: float
     rate: float
@@ -164,7 +165,9 @@ def lookups_of(session: Session, batch_id: UUID, seqs: Sequence[int]) -> set[int
 
 
 def count_unlooked(session: Session, claim: Claim, lookups: int) -> None:
-    """Count lookups that could not be made because a part of the cache was down."""
+    """Count lookups that could not be made because a part of the cache was down, each at its shard's first attempt."""
+    if not claim.is_first:
+        return
     session.execute(
         text("UPDATE shards SET unlooked = unlooked + :lookups WHERE id = :id AND fence = :fence"),
         {"id": claim.shard_id, "fence": claim.fence, "lookups": lookups},
@@ -256,10 +259,10 @@ def write_lookups(session: Session, batch_id: UUID, lookups: Sequence[NewLookup]
         return
     session.execute(
         text("""
-        INSERT INTO cache_lookups (batch_id, seq, namespace_id, version, place, served_beside, coin, rate, wished,
-            in_shadow, audited, answer, features)
-        VALUES (:batch_id, :seq, :namespace_id, :version, :place, :served_beside, :coin, :rate, :wished,
-            :in_shadow, :audited, :answer, :features)"""),
+        INSERT INTO cache_lookups (batch_id, seq, namespace_id, version, place, decided, served_beside, coin, rate,
+            wished, in_shadow, audited, answer, features)
+        VALUES (:batch_id, :seq, :namespace_id, :version, :place, :decided, :served_beside, :coin, :rate,
+            :wished, :in_shadow, :audited, :answer, :features)"""),
         [
             {
                 "batch_id": batch_id,
@@ -267,6 +270,7 @@ def write_lookups(session: Session, batch_id: UUID, lookups: Sequence[NewLookup]
                 "namespace_id": one.namespace_id,
                 "version": one.version,
                 "place": one.place,
+                "decided": one.decided,
                 "served_beside": one.served_beside,
                 "coin": one.coin,
                 "rate": one.rate,
@@ -281,16 +285,19 @@ def write_lookups(session: Session, batch_id: UUID, lookups: Sequence[NewLookup]
     )
 
 
-def judge_lookups(session: Session, batch_id: UUID, verdicts: Sequence[Verdict]) -> None:
+def judge_lookups(session: Session, batch_id: UUID, verdicts: Sequence[Verdict], *, checkpoint: str | None) -> None:
     """Compare what would have been served with the engine's answers; a missing answer agrees with nothing.
 
-    Jobs that were not looked up are passed over, so are those that were judged before.
+    Jobs that were not looked up are passed over, so are those that were judged before. Another checkpoint's answer says
+    nothing of a namespace, so that `agreed` is unknown; so it is with `checkpoint` None, where it is not known.
     """
     session.execute(
         text("""
-        UPDATE cache_lookups SET agreed = answer IS NOT NULL AND answer IS NOT DISTINCT FROM :answer,
-            repeated = :repeated, tokens = :tokens, judged_at = clock_timestamp()
-        WHERE batch_id = :batch_id AND seq = :seq AND judged_at IS NULL"""),
+        UPDATE cache_lookups l SET repeated = :repeated, tokens = :tokens, judged_at = clock_timestamp(),
+            agreed = CASE WHEN n.checkpoint = :checkpoint
+                THEN l.answer IS NOT NULL AND l.answer IS NOT DISTINCT FROM :answer END
+        FROM cache_namespaces n
+        WHERE l.batch_id = :batch_id AND l.seq = :seq AND l.judged_at IS NULL AND n.id = l.namespace_id"""),
         [
             {
                 "batch_id": batch_id,
@@ -298,8 +305,9 @@ def judge_lookups(session: Session, batch_id: UUID, verdicts: Sequence[Verdict])
                 "answer": one.answer,
                 "tokens": one.tokens,
                 "repeated": one.repeated,
+                "checkpoint": checkpoint,
             }
-            for one in verdicts
+            for one in sorted(verdicts, key=lambda one: one.seq)
         ],
     )
 

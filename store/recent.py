@@ -25,6 +25,9 @@ TIMEOUT_S: Final = 0.5
 REST_S: Final = 5.0  # after a failure, so that a Redis which hangs does not slow every shard
 RUNNER_S: Final = 60  # how long others wait for the job that runs; then the next one runs itself
 
+# A runner that took too long may have been followed by another.
+_END: Final = "for i, key in ipairs(KEYS) do if redis.call('get', key) == ARGV[i] then redis.call('del', key) end end"
+
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(CachedAnswer)
 
@@ -35,6 +38,7 @@ class RecentAnswers:
     def __init__(self, url: str) -> None:
         self._address = without_secrets(url)
         self._redis = redis.Redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S)
+        self._end = self._redis.register_script(_END)
         self._rests_until = 0.0
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, CachedAnswer]:
@@ -82,12 +86,12 @@ class RecentAnswers:
             if held is not None and held != runner.encode()
         }
 
-    def end(self, keys: Sequence[bytes]) -> None:
-        """These keys have ended, with an answer or without: whoever waits need not."""
-        if not keys or self._is_resting():
+    def end(self, runners: Sequence[tuple[bytes, str]]) -> None:
+        """These runners of keys have ended, with an answer or without: whoever waits for them need not."""
+        if not runners or self._is_resting():
             return
         try:
-            self._redis.delete(*(RUNNER_PREFIX + key.hex() for key in keys))
+            self._end(keys=[RUNNER_PREFIX + key.hex() for key, _ in runners], args=[runner for _, runner in runners])
         except redis.RedisError as error:
             self._rest(error)
 

@@ -65,6 +65,11 @@ class Claim:
         return self.quarantined or self.crashes >= CRASHES_TO_RUN_ALONE
 
     @property
+    def is_first(self) -> bool:
+        """Whether nobody had this shard before."""
+        return self.fence == 1
+
+    @property
     def key(self) -> tuple[int, int]:
         """What tells this attempt from every other."""
         return self.shard_id, self.fence

@@ -54,6 +54,7 @@ class Child:
             RecentAnswers(settings.require_redis()),
             settings.cache,
             engine_id=parts.shared.engine_id,
+            embeddings_url=settings.embeddings.url,
         )
         semantic, embedder_endpoints = semantic_cache(self._database, settings, engine_id=parts.shared.engine_id)
         self._endpoints |= embedder_endpoints

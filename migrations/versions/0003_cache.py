@@ -84,6 +84,7 @@ def upgrade() -> None:
     sa.Column('namespace_id', sa.BIGINT(), nullable=False),
     sa.Column('version', sa.Integer(), nullable=False),
     sa.Column('place', sa.Integer(), nullable=False),
+    sa.Column('decided', sa.Integer(), server_default='0', nullable=False),
     sa.Column('served_beside', sa.Integer(), nullable=False),
     sa.Column('coin', sa.Double(), nullable=False),
     sa.Column('rate', sa.Double(), nullable=False),

@@ -13,7 +13,8 @@ from benchmarks.cache_replay import Queries, Replay, run
 from cache.certificate import RATES, AtRate, Audit
 from cache.model import Model
 from cache.namespace import Judged, adopt, decide, fit, is_fit_due, judge
-from cache.policy import PILOT_LOOKUPS, Limits, Policy
+from cache.pilot import PILOT_LOOKUPS
+from cache.policy import Limits, Policy
 from cache.score import FEATURES
 
 LOOKUPS = 3_000
@@ -109,9 +110,7 @@ def test_a_version_serves_nothing_before_its_pilot_and_then_it_serves(replayed: 
     assert not replayed.served[:PILOT_LOOKUPS].any()
     assert replayed.served[2_000:].mean() > 0.2
     assert replayed.wrong.mean() <= 0.01
-    state, why = replayed.policy.state()
-    assert state == "serving"
-    assert f"{replayed.policy.lookups:,} lookups" in why
+    assert replayed.policy.state()[0] == "serving"
 
 
 def test_audits_are_the_wished_lookups_whose_coin_is_below_the_rate(queries: Queries, replayed: Replay) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from typing import Any
 
 import pytest
@@ -10,12 +12,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache.answers import Kind, answer_text, comparable
-from cache.payload import BLANK, Affixes, SharedAffixes, declared, prompt_of, shared_affixes, split
+from cache.payload import BLANK, LEAST_AFFIX, Affixes, SharedAffixes, declared, prompt_of, split
 from runtime.errors import BadInput
 
 
 def user(text: Any) -> dict[str, Any]:
     return {"role": "user", "content": text}
+
+
+def shared_affixes(prompts: list[str]) -> Affixes:
+    """What SharedAffixes finds, from all prompts at once."""
+    if len(set(prompts)) < 2:
+        return Affixes()
+    prefix = _common(prompts)
+    suffix = _common([prompt[len(prefix) :][::-1] for prompt in prompts])[::-1]
+    return Affixes(*(affix if len(affix) >= LEAST_AFFIX else "" for affix in (prefix, suffix)))
+
+
+def _common(texts: list[str]) -> str:
+    shared = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False))
+    return re.sub(r"\w+\Z", "", "".join(letters[0] for letters in shared))
 
 
 def test_a_prompt_is_one_turn_of_plain_text() -> None:

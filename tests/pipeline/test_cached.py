@@ -46,8 +46,9 @@ def fed(
     *,
     checkpoint: dict[str, Any] = CHECKPOINT,
     cache: CacheSettings | None = None,
+    embeddings_url: str | None = None,
 ) -> FeedReport:
-    """What one call of feed does with an engine of this checkpoint."""
+    """What one call of feed does with an engine of this checkpoint, or with embeddings from elsewhere."""
     settings = cache or CacheSettings()
     with database.transaction() as session:
         engine_id = register_engine(session, checkpoint)
@@ -55,7 +56,7 @@ def fed(
     async def run() -> FeedReport:
         connections = Endpoint(url, api_key=None, timeout_s=10.0, connections=8)
         recent = RecentAnswers(redis_url)
-        exact = ExactCache(recent, settings, engine_id=lambda: engine_id)
+        exact = ExactCache(recent, settings, engine_id=lambda: engine_id, embeddings_url=embeddings_url)
         try:
             async with asyncio.timeout(20), connections as server:
                 return await feed(
@@ -293,3 +294,24 @@ def test_embeddings_are_cached_one_by_one(
     second = run(database, tmp_path, bodies(8), endpoint=EMBEDDINGS)
     fed(database, endpoint.url, redis_url)
     assert sources(database, second) == ["exact"] * 5 + ["engine"] * 3
+
+
+def test_embeddings_of_another_server_are_others(
+    database: Database, tmp_path: Path, endpoint: ScriptedEndpoint, redis_url: str
+) -> None:
+    found = []
+    for server in ("http://one/v1", "http://one/v1", "http://other/v1"):
+        batch_id = run(database, tmp_path, [{"model": "scripted", "input": "a text"}], endpoint=EMBEDDINGS)
+        fed(database, endpoint.url, redis_url, embeddings_url=server)
+        found += sources(database, batch_id)
+    assert found == ["engine", "exact", "engine"]
+
+
+def test_a_runner_that_was_followed_by_another_ends_only_itself(redis_url: str) -> None:
+    recent = RecentAnswers(redis_url)
+    assert recent.begin({b"key": "second"}) == set()
+    recent.end([(b"key", "first")])
+    assert recent.begin({b"key": "third"}) == {b"key"}
+    recent.end([(b"key", "first"), (b"key", "second")])
+    assert recent.begin({b"key": "third"}) == set()
+    recent.close()

@@ -6,12 +6,15 @@ import itertools
 import json
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 from sqlalchemy import text
 
-from cache.index import Index
+from cache.index import Emptied, Index
 from cache.keys import collection_name
 from models.states import CacheMode
 from pipeline.certify import Certified, certified
@@ -25,7 +28,7 @@ from store.namespaces import delete_idle
 from store.results import result_pages
 from tests.conftest import empty_database
 from tests.support.batches import dispatch_all, execute, results_of
-from tests.support.own_services import OwnChroma, server_folder
+from tests.support.own_services import OwnChroma, free_port, server_folder
 from tests.support.queries import queries
 from tests.support.scripted_endpoint import ScriptedEndpoint
 from tests.support.semantic_child import Child, answer_topics, namespaces, policy_of, sources
@@ -224,6 +227,24 @@ def test_a_chroma_that_is_down_hangs_or_is_emptied_costs_hits_and_no_job(
     assert Index(own_chroma.url).size(collection_name(known["secret"])) == 128 + 128 + 64 + 64
 
 
+def test_a_collection_is_asked_while_its_first_entries_are_added(chroma: OwnChroma) -> None:
+    vectors = np.random.default_rng(0).standard_normal((64, 384)).astype(np.float32)
+    writer, reader = Index(chroma.url), Index(chroma.url)
+
+    def ask(name: str) -> int:
+        found = 0
+        while found < 64:
+            with suppress(Emptied):
+                found = len(reader.nearest(name, vectors, count=64)[0].ids)
+        return found
+
+    with ThreadPoolExecutor() as pool:
+        for number in range(40):
+            asked = pool.submit(ask, f"collection-{number}")
+            writer.add(f"collection-{number}", range(64), vectors)
+            assert asked.result(timeout=20) == 64
+
+
 def test_free_text_is_never_served_and_certify_says_so(
     child: Child, tmp_path: Path, endpoint: ScriptedEndpoint
 ) -> None:
@@ -284,6 +305,24 @@ def test_what_a_batch_leaves_unjudged_counts_against_the_cache(certified_child: 
         ).scalar_one()
         session.execute(text("DELETE FROM cache_lookups WHERE batch_id = :id"), {"id": batch_id})
     assert judged is None
+
+
+def test_another_checkpoints_answers_judge_no_lookup(child: Child, tmp_path: Path, endpoint: ScriptedEndpoint) -> None:
+    database = child.database
+    child.run(tmp_path, fresh(64))
+    child.submit(tmp_path, fresh(64))
+    dispatch_all(database)
+    child.engine_url = f"http://127.0.0.1:{free_port()}"
+    child.feed()  # looks all up, and finds no engine
+    child.engine_url, child.engine_id = endpoint.url, _engine(database, "other")
+    execute(database, "UPDATE shards SET state = 'dispatched', not_before = NULL WHERE state = 'pending'")
+    assert child.feed().jobs == 64
+    with database.transaction() as session:
+        rows = session.execute(
+            text("SELECT namespace_id, judged_at IS NULL, agreed IS NULL, count(*) FROM cache_lookups GROUP BY 1, 2, 3")
+        ).all()
+    known = namespaces(database)[0]["id"]
+    assert sorted(rows) == [(known, False, False, 64), (known, False, True, 64)]
 
 
 def test_audits_that_the_policy_has_not_heard_of_are_not_settled(certified_child: Child, tmp_path: Path) -> None:

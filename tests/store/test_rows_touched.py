@@ -53,7 +53,7 @@ QUESTIONS: dict[str, tuple[Question, int]] = {
     "find_facts": (lambda s, c: find_facts(s, NAMESPACE, NEAR), MANY),
     "lookups_of": (lambda s, c: lookups_of(s, c.batch_id, c.seqs), FEW),
     "judge_lookups": (
-        lambda s, c: judge_lookups(s, c.batch_id, [Verdict(seq, "yes", None, 1) for seq in c.seqs]),
+        lambda s, c: judge_lookups(s, c.batch_id, [Verdict(seq, "yes", None, 1) for seq in c.seqs], checkpoint=""),
         FEW,
     ),
 }
@@ -100,7 +100,7 @@ def fill(database: Database, batch_id: UUID, *, tenant: str, namespace: int, row
             "batch_id, seq, expires_at, namespace_id, payload, answer) SELECT :tenant, convert_to('key-' || g, "
             "'UTF8'), '{}', 200, 0, 0, :id, g, now() + interval '1 hour', :namespace, '', 'label:yes'",
             "INSERT INTO cache_lookups (batch_id, seq, namespace_id, version, place, served_beside, coin, rate, "
-            "wished, in_shadow, audited) SELECT :id, g, :namespace, 1, 0, 0, 0, 0, false, false, false",
+            "wished, in_shadow, audited, decided) SELECT :id, g, :namespace, 1, 0, 0, 0, 0, false, false, false, 0",
         ):
             session.execute(
                 text(f"{statement} FROM {seqs}"), {"id": batch_id, "tenant": tenant, "namespace": namespace}
