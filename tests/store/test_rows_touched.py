@@ -17,7 +17,7 @@ from sqlalchemy import text
 from store import results
 from store.answers import NewAnswer, answers_of, find_answers, keep_answers, living
 from store.database import Database, Session
-from store.followers import settings_of_followers
+from store.followers import leaders_among, settings_of_followers
 from store.namespaces import Verdict, find_answers_of, find_facts, judge_lookups, lookups_of
 from store.results import PAGE_ROWS
 from store.shards import Claim, load_jobs, write_results
@@ -45,6 +45,7 @@ QUESTIONS: dict[str, tuple[Question, int]] = {
         FEW,
     ),
     "settings_of_followers": (lambda s, c: settings_of_followers(s, c.batch_id, c.seqs), FEW),
+    "leaders_among": (lambda s, c: leaders_among(s, c.batch_id, c.seqs), FEW),
     "find_answers": (lambda s, c: find_answers(s, TENANT, [key_of(seq) for seq in c.seqs]), FEW),
     "living": (lambda s, c: living(s, c.seqs), FEW),
     "answers_of": (lambda s, c: answers_of(s, NAMESPACE, {seq + 1: "label:yes" for seq in c.seqs}), FEW),
