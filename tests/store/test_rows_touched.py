@@ -47,7 +47,7 @@ QUESTIONS: dict[str, tuple[Question, int]] = {
     "settings_of_followers": (lambda s, c: settings_of_followers(s, c.batch_id, c.seqs), FEW),
     "leaders_among": (lambda s, c: leaders_among(s, c.batch_id, c.seqs), FEW),
     "find_answers": (lambda s, c: find_answers(s, TENANT, [key_of(seq) for seq in c.seqs]), FEW),
-    "living": (lambda s, c: living(s, c.seqs), FEW),
+    "living": (lambda s, c: living(s, TENANT, {key_of(seq): seq + 1 for seq in c.seqs}), FEW),
     "answers_of": (lambda s, c: answers_of(s, NAMESPACE, {seq + 1: "label:yes" for seq in c.seqs}), FEW),
     "keep_answers": (lambda s, c: keep_answers(s, TENANT, c.batch_id, [new_answer(seq) for seq in c.seqs]), FEW),
     "find_answers_of": (lambda s, c: find_answers_of(s, NAMESPACE, NEAR), MANY),
