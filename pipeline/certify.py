@@ -93,7 +93,7 @@ def _sentence(report: NamespaceReport, policy: Policy, settled: int, decided: in
         f"than the engine would have, and at most {bounds[1]:.2%} of {decided:,} decisions to serve (limit "
         f"{limits.served_error:.1%}; {in_shadow:,} of them in the shadow or audited, where the engine answered) were "
         "wrong, with 95% confidence at all moments at once. That is the cumulative share, not every window: of the "
-        f"worst 1,000 lookups {report.worst_window:.2%} were, as their audits suggest."
+        f"worst 1,000 of the lookups still kept {report.worst_window:.2%} were, as their audits suggest."
     )
 
 

@@ -124,6 +124,7 @@ def test_a_certified_namespace_serves_right_answers_and_says_from_where(certifie
     assert said.state == "serving"
     assert said.error_bound <= 0.01
     assert f"{said.settled:,} lookups" in said.sentence
+    assert "of the worst 1,000 of the lookups still kept" in said.sentence
 
 
 def test_a_shard_may_be_served_as_a_whole(certified_child: Child, tmp_path: Path) -> None:
