@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from store.shards import Claim
 
 LOCK_TIMEOUT: Final = "5s"
+IDLE_AT_ONCE: Final = 100  # namespaces in a transaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +228,7 @@ def store_policy(
         text("""
         UPDATE cache_namespaces SET policy = :policy, lookups = lookups + :lookups, served = served + :served,
             audits = audits + :audits, saved_tokens = saved_tokens + :saved, audit_tokens = audit_tokens + :spent,
-            asked_twice = asked_twice + :asked, differed = differed + :differed
+            asked_twice = asked_twice + :asked, differed = differed + :differed, used_at = clock_timestamp()
         WHERE id = :id"""),
         {
             "id": namespace_id,
@@ -412,14 +413,19 @@ def end_fit(session: Session, namespace_id: int) -> None:
     session.execute(text("UPDATE cache_namespaces SET fitting_until = NULL WHERE id = :id"), {"id": namespace_id})
 
 
-def delete_idle(session: Session, *, idle_s: float) -> int:
-    """Delete namespaces, older than this, that have no entry left: how many. Their Chroma collections stay, unasked."""
-    return len(
-        session.scalars(
-            text("""
-        DELETE FROM cache_namespaces n WHERE created_at < clock_timestamp() - make_interval(secs => :idle_s)
-            AND NOT EXISTS (SELECT FROM cache_entries e WHERE e.namespace_id = n.id)
-        RETURNING 1"""),
-            {"idle_s": idle_s},
-        ).all()
+def delete_idle(session: Session, *, idle_s: float) -> list[bytes]:
+    """Delete some namespaces that have no entry left and no lookup for so long: their secrets, by which Chroma has them.
+
+    One with a time to live of its own stays until it is cleared: the next of its key would not know of it.
+    """
+    gone = session.scalars(
+        text("""
+        DELETE FROM cache_namespaces WHERE id IN (
+            SELECT id FROM cache_namespaces n WHERE ttl_s IS NULL
+                AND used_at < clock_timestamp() - make_interval(secs => :idle_s)
+                AND NOT EXISTS (SELECT FROM cache_entries WHERE namespace_id = n.id)
+            ORDER BY used_at LIMIT :limit FOR UPDATE SKIP LOCKED)
+        RETURNING secret"""),
+        {"idle_s": idle_s, "limit": IDLE_AT_ONCE},
     )
+    return [bytes(secret) for secret in gone]

@@ -21,7 +21,6 @@ from store.batches import batch_progress, finish
 from store.cache_reports import cache_totals, clear_checkpoint, clear_template, namespace_reports, set_ttl
 from store.database import Database
 from store.engines import register_engine
-from store.namespaces import delete_idle
 from store.results import result_pages
 from tests.conftest import empty_database
 from tests.support.batches import dispatch_all, execute, results_of
@@ -326,11 +325,6 @@ def test_a_namespace_may_have_a_time_to_live_of_its_own(child: Child, tmp_path: 
     with database.transaction() as session:
         lives = session.execute(text("SELECT max(expires_at - created_at) FROM cache_entries")).scalar_one()
     assert lives.total_seconds() == pytest.approx(3600, abs=1)
-    with database.transaction() as session:
-        assert delete_idle(session, idle_s=0.0) == 0
-        session.execute(text("DELETE FROM cache_entries"))
-        assert delete_idle(session, idle_s=3600.0) == 0
-        assert delete_idle(session, idle_s=0.0) == 1
 
 
 def test_a_prompt_that_postgres_would_refuse_to_keep_runs_all_the_same(child: Child, tmp_path: Path) -> None:
