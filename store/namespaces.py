@@ -5,7 +5,7 @@ Postgres is the truth; Chroma only tells which entries are near. Lock order: sha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
@@ -398,6 +398,20 @@ def entry_count(session: Session, namespace_id: int) -> int:
     )
 
 
+def stocked(session: Session, namespaces: Collection[int], *, least: int) -> set[int]:
+    """Those of these namespaces that have at least so many entries, be it that some of them may not answer."""
+    return set(
+        session.scalars(
+            # A range and an order that only one index has: statistics may say that any row of the table would do.
+            text("""
+        SELECT u.id FROM unnest(CAST(:ids AS int8[])) AS u (id) CROSS JOIN LATERAL (
+            SELECT FROM cache_entries WHERE namespace_id BETWEEN u.id AND u.id
+            ORDER BY namespace_id, id OFFSET :least - 1 LIMIT 1) AS e"""),
+            {"ids": list(namespaces), "least": least},
+        )
+    )
+
+
 def store_fit(session: Session, namespace_id: int, *, policy: str, model: bytes) -> None:
     """Keep a new model and the policy that adopted it; the namespace is held."""
     session.execute(
@@ -414,7 +428,7 @@ def end_fit(session: Session, namespace_id: int) -> None:
 
 
 def delete_idle(session: Session, *, idle_s: float) -> list[bytes]:
-    """Delete some namespaces that have no entry left and no lookup for so long: their secrets, by which Chroma has them.
+    """Delete some namespaces without an entry and, for so long, a lookup: their secrets, which name their collections.
 
     One with a time to live of its own stays until it is cleared: the next of its key would not know of it.
     """

@@ -7,25 +7,30 @@ import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from sqlalchemy import text
 
-from cache.index import Index
+from cache.index import Emptied, Index
 from cache.keys import collection_name
 from models.states import CacheMode
+from pipeline.cached import Place
 from pipeline.certify import Certified, certified
 from pipeline.export import line
+from pipeline.semantic import LEAST_NEIGHBOURS
 from store.answers import delete_expired
 from store.batches import batch_progress, finish
 from store.cache_reports import cache_totals, clear_checkpoint, clear_template, namespace_reports, set_ttl
 from store.database import Database
 from store.engines import register_engine
+from store.namespaces import OpenNamespace
 from store.results import result_pages
 from tests.conftest import empty_database
 from tests.support.batches import dispatch_all, execute, results_of
 from tests.support.own_services import OwnChroma, server_folder
-from tests.support.queries import queries
+from tests.support.queries import DIMENSIONS, queries
 from tests.support.scripted_endpoint import ScriptedEndpoint
 from tests.support.semantic_child import Child, answer_topics, namespaces, policy_of, sources
 
@@ -222,6 +227,60 @@ def test_a_chroma_that_is_down_hangs_or_is_emptied_costs_hits_and_no_job(
     child.run(tmp_path, fresh(64))  # finds nothing, and fills the index from Postgres beside
     [known] = namespaces(database)
     assert Index(own_chroma.url).size(collection_name(known["secret"])) == 128 + 128 + 64 + 64
+
+
+def test_a_namespace_has_a_collection_only_when_its_entries_are_enough_to_be_asked(
+    child: Child, tmp_path: Path
+) -> None:
+    child.run(tmp_path, fresh(LEAST_NEIGHBOURS - 1))
+    child.run(tmp_path, fresh(3), tenant="other")
+    assert [size_of(child, one) for one in namespaces(child.database)] == [None, None]
+    for entries in (LEAST_NEIGHBOURS + 7, LEAST_NEIGHBOURS + 15):
+        child.run(tmp_path, fresh(8))
+        assert [size_of(child, one) for one in namespaces(child.database)] == [entries, None]
+
+
+def test_an_answer_that_comes_after_a_clear_makes_no_collection_again(child: Child, tmp_path: Path) -> None:
+    child.run(tmp_path, fresh(32))
+    [known] = namespaces(child.database)
+    assert size_of(child, known) == 32
+    with child.database.transaction() as session:
+        clear_template(session, "local", known["id"])
+    Index(child.settings.chroma_url or "").drop(collection_name(known["secret"]))
+    namespace = OpenNamespace(known["id"], known["key"], known["secret"], None)
+    child.semantic.add([(Place(namespace, "a refund", np.ones(DIMENSIONS, np.float32).tobytes()), 1)])
+    child.semantic.do_chores()
+    assert size_of(child, known) is None
+
+
+def test_the_collection_of_an_idle_namespace_goes_with_it(
+    database: Database, tmp_path: Path, own_chroma: OwnChroma, topics: ScriptedEndpoint, redis_url: str
+) -> None:
+    child = Child(database, engine_url=topics.url, redis_url=redis_url, chroma_url=own_chroma.url)
+    child.run(tmp_path, fresh(32))
+    [idle] = namespaces(database)
+    execute(database, "DELETE FROM cache_entries")
+    execute(database, "UPDATE cache_namespaces SET used_at = used_at - interval '31 days'")
+    own_chroma.kill()
+    child.restart()
+    child.semantic.do_chores()
+    assert len(namespaces(database)) == 1, "nothing would ever drop its collection"
+    own_chroma.start()
+    assert size_of(child, idle) == 32
+    child.restart()
+    assert child.semantic.has_chores
+    child.semantic.do_chores()
+    assert not child.semantic.has_chores
+    assert namespaces(database) == []
+    assert size_of(child, idle) is None
+
+
+def size_of(child: Child, namespace: dict[str, Any]) -> int | None:
+    """How many entries of a namespace Chroma has; None if it has no collection for it."""
+    try:
+        return Index(child.settings.chroma_url or "").size(collection_name(namespace["secret"]))
+    except Emptied:
+        return None
 
 
 def test_free_text_is_never_served_and_certify_says_so(

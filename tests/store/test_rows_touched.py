@@ -18,7 +18,7 @@ from store import results
 from store.answers import NewAnswer, answers_of, find_answers, keep_answers, living
 from store.database import Database, Session
 from store.followers import leaders_among, settings_of_followers
-from store.namespaces import Verdict, find_answers_of, find_facts, judge_lookups, lookups_of
+from store.namespaces import Verdict, find_answers_of, find_facts, judge_lookups, lookups_of, stocked
 from store.results import PAGE_ROWS
 from store.shards import Claim, load_jobs, write_results
 from tests.support.batches import LEASE_S, answers, chats, claimed, dispatch_all, store_batch
@@ -52,6 +52,7 @@ QUESTIONS: dict[str, tuple[Question, int]] = {
     "keep_answers": (lambda s, c: keep_answers(s, TENANT, c.batch_id, [new_answer(seq) for seq in c.seqs]), FEW),
     "find_answers_of": (lambda s, c: find_answers_of(s, NAMESPACE, NEAR), MANY),
     "find_facts": (lambda s, c: find_facts(s, NAMESPACE, NEAR), MANY),
+    "stocked": (lambda s, c: stocked(s, [NAMESPACE, OLD_NAMESPACE, 8], least=SHARD), FEW),
     "lookups_of": (lambda s, c: lookups_of(s, c.batch_id, c.seqs), FEW),
     "judge_lookups": (
         lambda s, c: judge_lookups(s, c.batch_id, [Verdict(seq, "yes", None, 1) for seq in c.seqs]),
