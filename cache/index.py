@@ -33,7 +33,7 @@ _CONFIGURATION: Final = {"hnsw": {"space": "cosine"}}
 
 
 class Emptied(Exception):
-    """The server knows nothing of this namespace: it is new, or the server was emptied."""
+    """The server has no collection of this namespace: it has few entries, was cleared, or the server was emptied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +80,17 @@ class Index:
             for ids, distances in zip(found["ids"], found["distances"], strict=True)
         ]
 
-    def add(self, name: str, ids: Sequence[int], vectors: Vectors) -> None:
-        """Add entries; adding one again changes nothing. Makes the collection if there is none."""
+    def make(self, name: str) -> None:
+        """Let there be a collection of a namespace."""
         with self._reached(name):
-            self._collections[name] = collection = self._connected().get_or_create_collection(
+            self._collections[name] = self._connected().get_or_create_collection(
                 name, configuration=_CONFIGURATION, embedding_function=None
             )
+
+    def add(self, name: str, ids: Sequence[int], vectors: Vectors) -> None:
+        """Add entries; adding one again changes nothing. Raises Emptied: only `make` makes a collection."""
+        with self._reached(name):
+            collection = self._collection(name)
             for start in range(0, len(ids), ADDED_AT_ONCE):
                 end = start + ADDED_AT_ONCE
                 collection.upsert(ids=[str(one) for one in ids[start:end]], embeddings=vectors[start:end])
@@ -98,6 +103,7 @@ class Index:
     def drop(self, name: str) -> None:
         """Forget a namespace; harmless if there is none."""
         with self._reached(name):
+            self._collections.pop(name, None)
             try:
                 self._connected().delete_collection(name)
             except NotFoundError:

@@ -317,6 +317,7 @@ class CacheNamespace(Base):
     saved_tokens: Mapped[int] = mapped_column(BIGINT, server_default="0")
     audit_tokens: Mapped[int] = mapped_column(BIGINT, server_default="0")  # spent on what would have been served
     created_at: Mapped[datetime] = mapped_column(server_default=text("clock_timestamp()"))
+    used_at: Mapped[datetime] = mapped_column(server_default=text("clock_timestamp()"))  # of its last lookup
 
     __table_args__ = (UniqueConstraint("tenant", "key", name="uq_cache_namespaces_tenant_key"),)
 
@@ -352,7 +353,7 @@ class CacheLookup(Base):
 
     __table_args__ = (
         Index("ix_cache_lookups_news", "namespace_id", postgresql_where=text("judged_at IS NOT NULL AND NOT folded")),
-        Index("ix_cache_lookups_judged", "namespace_id", "judged_at", postgresql_where=text("judged_at IS NOT NULL")),
+        Index(None, "namespace_id", "judged_at"),
         Index("ix_cache_lookups_out", "namespace_id", postgresql_where=text("audited AND NOT folded")),
     )
 

@@ -129,7 +129,7 @@ class ExactCache:
         """
         requests = self._requests(session, claim, jobs)
         wanted = list(dict.fromkeys(request.key for request in requests.values()))
-        found = self._recently(session, wanted)
+        found = self._recently(session, claim.tenant, wanted)
         if missing := [key for key in wanted if key not in found]:
             stored = find_answers(session, claim.tenant, missing)
             self._recent.keep(stored)
@@ -148,7 +148,7 @@ class ExactCache:
 
     def ask_again(self, session: Session, claim: Claim, job: Job, request: Request) -> JobResult | None:
         """The answer that a job has waited for, if it has come."""
-        answer = self._recently(session, [request.key]).get(request.key)
+        answer = self._recently(session, claim.tenant, [request.key]).get(request.key)
         if answer is None:
             answer = find_answers(session, claim.tenant, [request.key]).get(request.key)
         return None if answer is None else served(job.seq, answer, Source.EXACT)
@@ -205,11 +205,11 @@ class ExactCache:
         """Close the connections."""
         self._recent.close()
 
-    def _recently(self, session: Session, keys: Sequence[bytes]) -> dict[bytes, CachedAnswer]:
+    def _recently(self, session: Session, tenant: str, keys: Sequence[bytes]) -> dict[bytes, CachedAnswer]:
         """What Redis has, where Postgres has it still: what was cleared a moment ago may have come back there."""
         found = self._recent.find(keys)
-        alive = living(session, [answer.entry for answer in found.values()]) if found else set()
-        return {key: answer for key, answer in found.items() if answer.entry in alive}
+        alive = living(session, tenant, {key: answer.entry for key, answer in found.items()}) if found else set()
+        return {key: answer for key, answer in found.items() if key in alive}
 
     def _new(self, result: JobResult, request: Request, place: Place | None, compared: str | None) -> NewAnswer:
         own_ttl = None if place is None else place.namespace.ttl_s

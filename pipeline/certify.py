@@ -93,8 +93,8 @@ def _sentence(
         f"{since}, at most {bounds[0]:.2%} of {lookups} (limit {limits.error:.1%}) were answered otherwise "
         f"than the engine would have, and at most {bounds[1]:.2%} of {decisions} (limit {limits.served_error:.1%}; "
         "those in the shadow and audited ones, where the engine answered, are among them) were wrong, with 95% "
-        "confidence at all moments at once. That is the cumulative share, not every window: of the worst 1,000 lookups "
-        f"{report.worst_window:.2%} were, as their audits suggest."
+        "confidence at all moments at once. That is the cumulative share, not every window: of the worst 1,000 of the "
+        f"lookups still kept {report.worst_window:.2%} were, as their audits suggest."
     )
 
 

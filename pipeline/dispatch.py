@@ -37,7 +37,6 @@ from store.dispatching import (
     touch_dispatched,
     unclaimed_count,
 )
-from store.namespaces import delete_idle
 from store.notifications import leadership
 from store.presence import PresenceBoard
 from store.retention import delete_past_retention
@@ -253,7 +252,6 @@ class Dispatcher:
             make_partitions(session, now=utc_now())
             delete_abandoned_batches(session)
             more = delete_expired(session)
-            delete_idle(session, idle_s=self._settings.cache.ttl_s)
         if delete_past_retention(self._database, retention_s=self._settings.limits.retention_s) or more:
             self._house_at = now  # there is more: the next sweep goes on
 

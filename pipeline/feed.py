@@ -332,8 +332,7 @@ class _Feeder:
             found = await semantic.look_up(claimed, looked)
             await asyncio.to_thread(cache.release, claimed, looked, found)
             looked = found
-        if semantic.has_chores and (self._chores is None or self._chores.done()):
-            self._chores = self._loop.create_task(self._do_chores(claimed, semantic))
+        self._begin_chores(claimed, semantic)
         return looked
 
     def _look_up_exactly(self, cache: ExactCache, claimed: Claim, loaded: LoadedJobs) -> Looked:
@@ -355,6 +354,10 @@ class _Feeder:
             log.warning("cache_failed", batch_id=str(claimed.batch_id), error=str(error))
         except Exception:  # a defect of the cache must not become one of the batch
             log.exception("cache_defect", batch_id=str(claimed.batch_id))
+
+    def _begin_chores(self, claimed: Claim, semantic: Semantic) -> None:
+        if semantic.has_chores and (self._chores is None or self._chores.done()):
+            self._chores = self._loop.create_task(self._do_chores(claimed, semantic))
 
     async def _do_chores(self, claimed: Claim, semantic: Semantic) -> None:
         with self._never_stopping(claimed):
@@ -390,6 +393,8 @@ class _Feeder:
             if not attempt.is_lost:
                 await self._persistently(lambda: self._write(attempt, unwritten, is_over=is_over))
                 self._report.jobs += len(unwritten.results)
+                if self._context.semantic is not None:
+                    self._begin_chores(attempt.claim, self._context.semantic)
         except LostFence:
             attempt.lose()
             log.warning("fence_lost", shard_id=attempt.claim.shard_id, fence=attempt.claim.fence)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ from store.answers import answers_of, template_scope
 from store.database import Database, Session
 from store.followers import leaders_among
 from store.namespaces import (
+    IDLE_AT_ONCE,
     JudgedLookup,
     NewLookup,
     NewNamespace,
@@ -42,6 +44,7 @@ from store.namespaces import (
     Round,
     begin_fit,
     count_unlooked,
+    delete_idle,
     end_fit,
     entry_count,
     find_answers_of,
@@ -53,6 +56,7 @@ from store.namespaces import (
     lookups_of,
     model_of,
     open_namespaces,
+    stocked,
     store_fit,
     store_policy,
     take_news,
@@ -68,12 +72,13 @@ FIT_ENTRIES: Final = 20_000  # the newest; 30 MB of vectors
 FILL_ENTRIES: Final = 2_000  # of a page
 INDEX_SLACK: Final = 0.2  # how far index and Postgres may be apart
 FIT_LEASE_S: Final = 300.0
+IDLE_EVERY_S: Final = 600.0  # between two looks for idle namespaces
 MODELS_KEPT: Final = 64  # of a child, a few MB each
 FACTS_KEPT: Final = 50_000  # entries whose payloads a child remembers, some 30 MB
 LONGEST_TEMPLATE: Final = 2_000  # characters of it that are kept to be read
 
 LEAST_NEIGHBOURS: Final = NEIGHBOURS // 2
-_NO_VECTORS: Final[Vectors] = np.empty((0, 0), np.float32)
+_NOTHING: Final = Near(np.empty(0, np.int64), np.empty(0))
 
 _M = TypeVar("_M")
 
@@ -126,6 +131,8 @@ class SemanticCache:
         self._limits = Limits(settings.max_error, settings.max_served_error)
         self._engine_id = engine_id
         self._lease_s = lease_s
+        self._idle_s = settings.ttl_s
+        self._idle_at = time.monotonic()
         self._models: dict[int, tuple[int, Model]] = {}
         self._facts: OrderedDict[int, Facts] = OrderedDict()
         self._to_fit: dict[int, OpenNamespace] = {}
@@ -148,25 +155,37 @@ class SemanticCache:
         return await asyncio.to_thread(self._look_up, claim, looked, asked, vectors)
 
     def add(self, entries: Sequence[tuple[Place, int]]) -> None:
-        """Let lookups find what was kept; after the commit. What is missed here is made up for by a later fit."""
-        for namespace, group in _grouped((place.namespace, (place, entry)) for place, entry in entries):
+        """Let lookups find what was kept; after the commit. What is missed here is made up for by a later fit.
+
+        A namespace with too few entries to be asked has no collection; when they are enough, `do_chores` fills one.
+        """
+        groups = _grouped((place.namespace, (place, entry)) for place, entry in entries)
+        with self._database.transaction() as session:
+            asked = stocked(session, {namespace.id for namespace, _ in groups}, least=LEAST_NEIGHBOURS)
+        for namespace, group in groups:
+            if namespace.id not in asked:
+                continue
             vectors = np.stack([np.frombuffer(place.vector, np.float32) for place, _ in group])
             try:
                 self._index.add(collection_name(namespace.secret), [entry for _, entry in group], vectors)
-            except (ServiceUnreachable, Emptied) as error:  # Emptied: it was cleared at this moment
+            except Emptied:
+                self._to_refill[namespace.id] = namespace
+            except ServiceUnreachable as error:
                 log.warning("cache_index_unreachable", error=str(error))
 
     @property
     def has_chores(self) -> bool:
         """Whether `do_chores` has something to do."""
-        return bool(self._to_refill or self._to_fit)
+        return bool(self._to_refill or self._to_fit) or time.monotonic() >= self._idle_at
 
     def do_chores(self) -> None:
-        """Fit the namespaces that are due, and fill collections that were emptied: slow, apart from any shard."""
+        """Fit, fill the collections that are missing, drop those of idle namespaces: slow, apart from any shard."""
         while self._to_refill:
             self._refill(self._to_refill.popitem()[1])
         while self._to_fit:
             self._fit(self._to_fit.popitem()[1])
+        if time.monotonic() >= self._idle_at:
+            self._delete_idle()
 
     def _asked(self, job: Job, looked: Looked) -> _Asked | None:
         request = looked.requests.get(job.seq)
@@ -187,6 +206,7 @@ class SemanticCache:
             # A leader's answer is all its followers': it is worth a call, and one wrong answer would be many.
             leaders = leaders_among(session, claim.batch_id, seqs) if claim.followers else set()
             namespaces = self._opened(session, claim, asked)
+            large = stocked(session, {one.id for one in namespaces.values()}, least=LEAST_NEIGHBOURS)
         places = {
             one.job.seq: Place(namespaces[one.key], one.split.payload, vector.astype(np.float32).tobytes())
             for one, vector in zip(asked, vectors, strict=True)
@@ -195,7 +215,8 @@ class SemanticCache:
         to_decide = [one for one in asked if one.job.seq not in before and one.job.seq not in leaders]
         for namespace, group in _grouped((namespaces[one.key], one) for one in to_decide):
             try:
-                near = self._near(namespace, [places[one.job.seq] for one in group])
+                found = [places[one.job.seq] for one in group]
+                near = self._near(namespace, found) if namespace.id in large else [_NOTHING] * len(group)
                 looked = self._decide(claim, looked, namespace, group, near)
             except ServiceUnreachable as error:
                 self._miss(claim, len(group), error)
@@ -226,7 +247,7 @@ class SemanticCache:
             return self._index.nearest(collection_name(namespace.secret), vectors, count=NEIGHBOURS)
         except Emptied:
             self._to_refill[namespace.id] = namespace
-            return [Near(np.empty(0, np.int64), np.empty(0))] * len(places)
+            return [_NOTHING] * len(places)
 
     def _decide(
         self, claim: Claim, looked: Looked, namespace: OpenNamespace, group: list[_Asked], near: list[Near]
@@ -286,6 +307,8 @@ class SemanticCache:
 
     def _facts_of(self, namespace: OpenNamespace, entries: set[int]) -> dict[int, Facts]:
         """What these entries are compared by, from memory where that still holds; those that are gone are missing."""
+        if not entries:
+            return {}
         with self._database.transaction() as session:
             answers = find_answers_of(session, namespace.id, list(entries))
             news = [e for e, answer in answers.items() if e not in self._facts or self._facts[e].answer != answer]
@@ -339,6 +362,8 @@ class SemanticCache:
         """Make the index hold what Postgres does, if they are apart: it was emptied, was away, or entries expired."""
         name = collection_name(namespace.secret)
         with self._database.transaction() as session:
+            if not stocked(session, [namespace.id], least=LEAST_NEIGHBOURS):
+                return  # cleared meanwhile: nobody would drop the collection again
             count = entry_count(session, namespace.id)
         try:
             try:
@@ -355,7 +380,7 @@ class SemanticCache:
 
     def _fill(self, namespace: OpenNamespace) -> None:
         name, below = collection_name(namespace.secret), None
-        self._index.add(name, [], _NO_VECTORS)
+        self._index.make(name)
         while True:
             with self._database.transaction() as session:
                 entries = fit_entries(session, namespace.id, limit=FILL_ENTRIES, below=below)
@@ -364,6 +389,20 @@ class SemanticCache:
             vectors = np.stack([np.frombuffer(vector, np.float32) for _, _, vector in entries])
             self._index.add(name, [entry for entry, _, _ in entries], vectors)
             below = entries[-1][0]
+
+    def _delete_idle(self) -> None:
+        """Delete some idle namespaces, and their collections before that is committed: no collection is left alone."""
+        self._idle_at = time.monotonic() + IDLE_EVERY_S
+        try:
+            with self._database.transaction() as session:
+                gone = delete_idle(session, idle_s=self._idle_s)
+                for secret in gone:
+                    self._index.drop(collection_name(secret))
+        except ServiceUnreachable as error:
+            log.warning("idle_namespaces_stay", error=str(error))
+            return
+        if len(gone) == IDLE_AT_ONCE:
+            self._idle_at = time.monotonic()  # there are more: the next chores go on
 
 
 @dataclass(frozen=True, slots=True)

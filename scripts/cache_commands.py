@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cache.keys import collection_name
-from runtime.errors import BadInput, NotFound, ServiceUnreachable
+from runtime.errors import BadInput, Deadlocked, NotFound, ServiceUnreachable
 from runtime.settings import Settings
 from scripts.local import connected
 from scripts.lookup import TENANT, opened_database
@@ -25,13 +26,14 @@ from store.cache_reports import (
     namespace_reports,
     set_ttl,
 )
-from store.database import Session
+from store.database import Database, Session
 from store.recent import RecentAnswers
 
 if TYPE_CHECKING:
     from pipeline.certify import Certified
 
 TEMPLATE_CHARACTERS = 48
+DEADLOCKS_BORNE = 4  # each takes Postgres a second to see
 
 
 @click.group()
@@ -139,8 +141,8 @@ def _certified(reports: Sequence[NamespaceReport]) -> list[Certified]:
 
 def _carry_out(served: Settings, step: Callable[[Session], Cleared]) -> Cleared:
     """One transaction, then what it took away is taken from Redis and Chroma too."""
-    with opened_database(served) as database, database.transaction() as session:
-        gone = step(session)
+    with opened_database(served) as database:
+        gone = _beside_batches(database, step)
     recent = RecentAnswers(served.require_redis())
     try:
         recent.forget(gone.keys)
@@ -149,6 +151,15 @@ def _carry_out(served: Settings, step: Callable[[Session], Cleared]) -> Cleared:
     if gone.secrets and served.cache.chroma_url is not None:
         _drop_collections(served.cache.chroma_url, gone.secrets)
     return gone
+
+
+def _beside_batches(database: Database, step: Callable[[Session], Cleared]) -> Cleared:
+    """What the step took away; done again if a running batch's write stood against it: to clear twice is harmless."""
+    for _ in range(DEADLOCKS_BORNE):
+        with suppress(Deadlocked), database.transaction() as session:
+            return step(session)
+    with database.transaction() as session:
+        return step(session)
 
 
 def _drop_collections(url: str, secrets: list[bytes]) -> None:

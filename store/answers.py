@@ -99,15 +99,16 @@ def answers_of(session: Session, namespace_id: int, entries: Mapping[int, str]) 
     return {row[0]: CachedAnswer(*row) for row in rows}
 
 
-def living(session: Session, entries: Sequence[int]) -> set[int]:
-    """Those of these entries that may still answer: what Redis has may be older."""
-    return set(
-        session.scalars(
-            text("""
-        SELECT id FROM cache_entries WHERE id = ANY(CAST(:ids AS int8[])) AND expires_at > clock_timestamp()"""),
-            {"ids": list(entries)},
-        )
+def living(session: Session, tenant: str, entries: Mapping[bytes, int]) -> set[bytes]:
+    """Those of these keys whose entry may still answer: what Redis has may be older, even than this database."""
+    rows = session.scalars(
+        text("""
+        SELECT u.key FROM unnest(CAST(:keys AS bytea[]), CAST(:ids AS int8[])) AS u (key, id) CROSS JOIN LATERAL (
+            SELECT FROM cache_entries
+            WHERE tenant = :tenant AND key = u.key AND id = u.id AND expires_at > clock_timestamp() OFFSET 0) AS e"""),
+        {"tenant": tenant, "keys": list(entries), "ids": list(entries.values())},
     )
+    return {bytes(key) for key in rows}
 
 
 def add_sources(session: Session, tenant: str, sources: Mapping[int, Sequence[str]]) -> None:

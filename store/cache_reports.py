@@ -22,7 +22,8 @@ class NamespaceReport:
     `settled`: lookups of the present version before the first shard with an audit that the policy has not heard of,
     None if it has of all; `unsettled_answers` were served by such shards.
     `free_answers` counts kept answers that are free text. `worst_window` is the share of wrong answers in the worst
-    WINDOW_LOOKUPS of the present version, as its audits suggest: errors seen, each for those that were not audited.
+    WINDOW_LOOKUPS of the present version that retention has left, as its audits suggest: errors seen, each for those
+    that were not audited.
     """
 
     id: int

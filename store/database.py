@@ -17,13 +17,14 @@ from sqlalchemy import URL, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session as Session  # callers name it without knowing SQLAlchemy
 
-from runtime.errors import BadInput, ServiceUnreachable, Unstorable
+from runtime.errors import BadInput, Deadlocked, ServiceUnreachable, Unstorable
 from runtime.settings import without_secrets
 
 CONNECT_TIMEOUT_S = 5
 APPLICATION_NAME_MAX = 63  # Postgres cuts longer ones
 # Connection errors, out of resources, operator intervention, and 25 for a server that has turned read-only.
 _OUTAGES = frozenset({"08", "25", "53", "57"})
+_DEADLOCK = "40P01"
 _UNMIGRATED = frozenset({"42P01", "42703"})
 # (SQLSTATE, what libpq says where it hands on no SQLSTATE, i.e. while connecting, what is wrong, the remedy).
 _KNOWN = (
@@ -44,6 +45,12 @@ _KNOWN = (
         ("No space left on device",),
         "cannot write, its disk is full",
         "free space on the disk of its server, then work goes on by itself, nothing is lost",
+    ),
+    (
+        _DEADLOCK,
+        (),
+        "ended this transaction, as it and another waited for each other",
+        "a worker goes on by itself, a command may be repeated",
     ),
     ("42P01", (), "lacks a table of this version", "run `stoker migrate`"),
     ("42703", (), "lacks a column of this version", "run `stoker migrate`"),
@@ -136,9 +143,11 @@ class Database:
         original = getattr(error, "orig", error)
         causes = str(original).strip().splitlines()
         cause = causes[0] if causes else "connection broken"
+        found = getattr(original, "sqlstate", None)
         for state, sayings, wrong, remedy in _KNOWN:
-            if getattr(original, "sqlstate", None) == state or any(saying in cause for saying in sayings):
-                return ServiceUnreachable(f"Postgres at {self.address} {wrong}: {cause}; {remedy}")
+            if found == state or any(saying in cause for saying in sayings):
+                kind = Deadlocked if found == _DEADLOCK else ServiceUnreachable
+                return kind(f"Postgres at {self.address} {wrong}: {cause}; {remedy}")
         return ServiceUnreachable(
             f"Postgres at {self.address} does not answer: {cause}; check STOKER_POSTGRES__URL and that the server runs"
         )

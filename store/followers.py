@@ -112,8 +112,8 @@ def leaders_among(session: Session, batch_id: UUID, seqs: Sequence[int]) -> set[
     return set(
         session.scalars(
             text("""
-        SELECT DISTINCT leader FROM followers
-        WHERE batch_id = :batch AND leader = ANY(CAST(:seqs AS int4[]))"""),
+        SELECT u.seq FROM unnest(CAST(:seqs AS int4[])) AS u (seq) CROSS JOIN LATERAL (
+            SELECT FROM followers WHERE batch_id = :batch AND leader = u.seq LIMIT 1) AS x"""),
             {"batch": batch_id, "seqs": list(seqs)},
         )
     )

@@ -5,7 +5,7 @@ Postgres is the truth; Chroma only tells which entries are near. Lock order: sha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from store.shards import Claim
 
 LOCK_TIMEOUT: Final = "5s"
+IDLE_AT_ONCE: Final = 100  # namespaces in a transaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +231,7 @@ def store_policy(
         text("""
         UPDATE cache_namespaces SET policy = :policy, lookups = lookups + :lookups, served = served + :served,
             audits = audits + :audits, saved_tokens = saved_tokens + :saved, audit_tokens = audit_tokens + :spent,
-            asked_twice = asked_twice + :asked, differed = differed + :differed
+            asked_twice = asked_twice + :asked, differed = differed + :differed, used_at = clock_timestamp()
         WHERE id = :id"""),
         {
             "id": namespace_id,
@@ -405,6 +406,20 @@ def entry_count(session: Session, namespace_id: int) -> int:
     )
 
 
+def stocked(session: Session, namespaces: Collection[int], *, least: int) -> set[int]:
+    """Those of these namespaces that have at least so many entries, be it that some of them may not answer."""
+    return set(
+        session.scalars(
+            # A range and an order that only one index has: statistics may say that any row of the table would do.
+            text("""
+        SELECT u.id FROM unnest(CAST(:ids AS int8[])) AS u (id) CROSS JOIN LATERAL (
+            SELECT FROM cache_entries WHERE namespace_id BETWEEN u.id AND u.id
+            ORDER BY namespace_id, id OFFSET :least - 1 LIMIT 1) AS e"""),
+            {"ids": list(namespaces), "least": least},
+        )
+    )
+
+
 def store_fit(session: Session, namespace_id: int, *, policy: str, model: bytes) -> None:
     """Keep a new model and the policy that adopted it; the namespace is held."""
     session.execute(
@@ -420,14 +435,19 @@ def end_fit(session: Session, namespace_id: int) -> None:
     session.execute(text("UPDATE cache_namespaces SET fitting_until = NULL WHERE id = :id"), {"id": namespace_id})
 
 
-def delete_idle(session: Session, *, idle_s: float) -> int:
-    """Delete namespaces, older than this, that have no entry left: how many. Their Chroma collections stay, unasked."""
-    return len(
-        session.scalars(
-            text("""
-        DELETE FROM cache_namespaces n WHERE created_at < clock_timestamp() - make_interval(secs => :idle_s)
-            AND NOT EXISTS (SELECT FROM cache_entries e WHERE e.namespace_id = n.id)
-        RETURNING 1"""),
-            {"idle_s": idle_s},
-        ).all()
+def delete_idle(session: Session, *, idle_s: float) -> list[bytes]:
+    """Delete some namespaces without an entry and, for so long, a lookup: their secrets, which name their collections.
+
+    One with a time to live of its own stays until it is cleared: the next of its key would not know of it.
+    """
+    gone = session.scalars(
+        text("""
+        DELETE FROM cache_namespaces WHERE id IN (
+            SELECT id FROM cache_namespaces n WHERE ttl_s IS NULL
+                AND used_at < clock_timestamp() - make_interval(secs => :idle_s)
+                AND NOT EXISTS (SELECT FROM cache_entries WHERE namespace_id = n.id)
+            ORDER BY used_at LIMIT :limit FOR UPDATE SKIP LOCKED)
+        RETURNING secret"""),
+        {"idle_s": idle_s, "limit": IDLE_AT_ONCE},
     )
+    return [bytes(secret) for secret in gone]

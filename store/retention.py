@@ -37,8 +37,12 @@ _PARTS = (
     ("job_tries", "seq"),
     ("shards", "id"),
 )
-# An audit that its policy has not heard of: without it the certificate would be false.
-_KEPT = {"cache_lookups": "AND (folded OR NOT audited)"}
+# But for an audit that its policy has not heard of: without it the certificate would be false.
+_GONE = {"cache_lookups": "AND (folded OR NOT audited)"}
+# One whose shards are gone is deleted but for such audits: its row stays as long as they do, so that they are found.
+_DELETABLE = """deleted_at < clock_timestamp() - make_interval(secs => :unseen)
+    AND (EXISTS (SELECT FROM shards WHERE batch_id = b.id)
+        OR NOT EXISTS (SELECT FROM cache_lookups WHERE batch_id = b.id AND audited AND NOT folded))"""
 
 
 def delete_past_retention(database: Database, *, retention_s: float) -> bool:
@@ -78,9 +82,7 @@ def mark_deleted(session: Session, *, retention_s: float) -> int:
 def delete_some(session: Session) -> bool:
     """Delete a few thousand rows of one deleted batch, at last its own; False when no batch is left for us."""
     batch_id: UUID | None = session.execute(
-        text("""
-        SELECT id FROM batches WHERE deleted_at < clock_timestamp() - make_interval(secs => :unseen)
-        ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED"""),
+        text(f"SELECT id FROM batches b WHERE {_DELETABLE} ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED"),
         {"unseen": UNSEEN_S},
     ).scalar_one_or_none()
     if batch_id is None:
@@ -91,15 +93,18 @@ def delete_some(session: Session) -> bool:
             session.scalars(
                 text(f"""
             DELETE FROM {table} WHERE batch_id = :id AND {key} = ANY(ARRAY(
-                SELECT {key} FROM {table} WHERE batch_id = :id {_KEPT.get(table, "")} ORDER BY {key} LIMIT :limit))
+                SELECT {key} FROM {table} WHERE batch_id = :id {_GONE.get(table, "")} ORDER BY {key} LIMIT :limit))
             RETURNING 1"""),
                 {"id": batch_id, "limit": left},
             ).all()
         )
         if left <= 0:
             return True
-    session.execute(text("DELETE FROM batches WHERE id = :id"), {"id": batch_id})
-    log.info("batch_deleted", batch_id=str(batch_id))
+    gone = session.scalar(
+        text(f"DELETE FROM batches b WHERE id = :id AND {_DELETABLE} RETURNING 1"),
+        {"id": batch_id, "unseen": UNSEEN_S},
+    )
+    log.info("batch_deleted", batch_id=str(batch_id), audits_kept=gone is None)
     return True
 
 

@@ -66,6 +66,7 @@ def upgrade() -> None:
     sa.Column('saved_tokens', sa.BIGINT(), server_default='0', nullable=False),
     sa.Column('audit_tokens', sa.BIGINT(), server_default='0', nullable=False),
     sa.Column('created_at', sa.DateTime(timezone=True), server_default=sa.text('clock_timestamp()'), nullable=False),
+    sa.Column('used_at', sa.DateTime(timezone=True), server_default=sa.text('clock_timestamp()'), nullable=False),
     sa.PrimaryKeyConstraint('id', name=op.f('pk_cache_namespaces')),
     sa.UniqueConstraint('tenant', 'key', name='uq_cache_namespaces_tenant_key')
     )
@@ -101,7 +102,7 @@ def upgrade() -> None:
     sa.ForeignKeyConstraint(['namespace_id'], ['cache_namespaces.id'], name=op.f('fk_cache_lookups_namespace_id_cache_namespaces'), ondelete='CASCADE'),
     sa.PrimaryKeyConstraint('batch_id', 'seq', name=op.f('pk_cache_lookups'))
     )
-    op.create_index('ix_cache_lookups_judged', 'cache_lookups', ['namespace_id', 'judged_at'], unique=False, postgresql_where=sa.text('judged_at IS NOT NULL'))
+    op.create_index(op.f('ix_cache_lookups_namespace_id_judged_at'), 'cache_lookups', ['namespace_id', 'judged_at'], unique=False)
     op.create_index('ix_cache_lookups_out', 'cache_lookups', ['namespace_id'], unique=False, postgresql_where=sa.text('audited AND NOT folded'))
     op.create_index('ix_cache_lookups_news', 'cache_lookups', ['namespace_id'], unique=False, postgresql_where=sa.text('judged_at IS NOT NULL AND NOT folded'))
     op.create_table('cache_sources',

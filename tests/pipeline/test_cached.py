@@ -271,6 +271,20 @@ def test_redis_that_is_down_or_emptied_costs_no_answer(
     assert sources(database, second) == ["exact"] * 10
 
 
+def test_a_redis_that_is_older_than_the_database_serves_nothing_of_another_life(
+    database: Database, tmp_path: Path, endpoint: ScriptedEndpoint, redis_url: str
+) -> None:
+    run(database, tmp_path, asked())
+    fed(database, endpoint.url, redis_url)
+    execute(database, "DELETE FROM cache_entries")
+    execute(database, "ALTER TABLE cache_entries ALTER COLUMN id RESTART")  # as in a new database
+    run(database, tmp_path, asked(max_tokens=7))
+    fed(database, endpoint.url, redis_url)
+    third = run(database, tmp_path, asked())
+    fed(database, endpoint.url, redis_url)
+    assert sources(database, third) == ["engine"] * 10
+
+
 def test_a_batch_may_do_without(database: Database, tmp_path: Path, endpoint: ScriptedEndpoint, redis_url: str) -> None:
     for _ in range(2):
         batch_id = run(database, tmp_path, asked())

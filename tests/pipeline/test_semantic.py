@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,19 +18,21 @@ from sqlalchemy import text
 from cache.index import Emptied, Index
 from cache.keys import collection_name
 from models.states import CacheMode
+from pipeline.cached import Place
 from pipeline.certify import Certified, certified
 from pipeline.export import line
+from pipeline.semantic import LEAST_NEIGHBOURS
 from store.answers import delete_expired
 from store.batches import batch_progress, finish
 from store.cache_reports import cache_totals, clear_checkpoint, clear_template, namespace_reports, set_ttl
 from store.database import Database
 from store.engines import register_engine
-from store.namespaces import delete_idle
+from store.namespaces import OpenNamespace
 from store.results import result_pages
 from tests.conftest import empty_database
 from tests.support.batches import dispatch_all, execute, results_of
 from tests.support.own_services import OwnChroma, free_port, server_folder
-from tests.support.queries import queries
+from tests.support.queries import DIMENSIONS, queries
 from tests.support.scripted_endpoint import ScriptedEndpoint
 from tests.support.semantic_child import Child, answer_topics, namespaces, policy_of, sources
 
@@ -127,6 +130,7 @@ def test_a_certified_namespace_serves_right_answers_and_says_from_where(certifie
     assert said.state == "serving"
     assert said.error_bound <= 0.01
     assert f"{said.settled:,} lookups" in said.sentence
+    assert "of the worst 1,000 of the lookups still kept" in said.sentence
 
 
 def test_a_shard_may_be_served_as_a_whole(certified_child: Child, tmp_path: Path) -> None:
@@ -241,8 +245,63 @@ def test_a_collection_is_asked_while_its_first_entries_are_added(chroma: OwnChro
     with ThreadPoolExecutor() as pool:
         for number in range(40):
             asked = pool.submit(ask, f"collection-{number}")
+            writer.make(f"collection-{number}")
             writer.add(f"collection-{number}", range(64), vectors)
             assert asked.result(timeout=20) == 64
+
+
+def test_a_namespace_has_a_collection_only_when_its_entries_are_enough_to_be_asked(
+    child: Child, tmp_path: Path
+) -> None:
+    child.run(tmp_path, fresh(LEAST_NEIGHBOURS - 1))
+    child.run(tmp_path, fresh(3), tenant="other")
+    assert [size_of(child, one) for one in namespaces(child.database)] == [None, None]
+    for entries in (LEAST_NEIGHBOURS + 7, LEAST_NEIGHBOURS + 15):
+        child.run(tmp_path, fresh(8))
+        assert [size_of(child, one) for one in namespaces(child.database)] == [entries, None]
+
+
+def test_an_answer_that_comes_after_a_clear_makes_no_collection_again(child: Child, tmp_path: Path) -> None:
+    child.run(tmp_path, fresh(32))
+    [known] = namespaces(child.database)
+    assert size_of(child, known) == 32
+    with child.database.transaction() as session:
+        clear_template(session, "local", known["id"])
+    Index(child.settings.chroma_url or "").drop(collection_name(known["secret"]))
+    namespace = OpenNamespace(known["id"], known["key"], known["secret"], None)
+    child.semantic.add([(Place(namespace, "a refund", np.ones(DIMENSIONS, np.float32).tobytes()), 1)])
+    child.semantic.do_chores()
+    assert size_of(child, known) is None
+
+
+def test_the_collection_of_an_idle_namespace_goes_with_it(
+    database: Database, tmp_path: Path, own_chroma: OwnChroma, topics: ScriptedEndpoint, redis_url: str
+) -> None:
+    child = Child(database, engine_url=topics.url, redis_url=redis_url, chroma_url=own_chroma.url)
+    child.run(tmp_path, fresh(32))
+    [idle] = namespaces(database)
+    execute(database, "DELETE FROM cache_entries")
+    execute(database, "UPDATE cache_namespaces SET used_at = used_at - interval '31 days'")
+    own_chroma.kill()
+    child.restart()
+    child.semantic.do_chores()
+    assert len(namespaces(database)) == 1, "nothing would ever drop its collection"
+    own_chroma.start()
+    assert size_of(child, idle) == 32
+    child.restart()
+    assert child.semantic.has_chores
+    child.semantic.do_chores()
+    assert not child.semantic.has_chores
+    assert namespaces(database) == []
+    assert size_of(child, idle) is None
+
+
+def size_of(child: Child, namespace: dict[str, Any]) -> int | None:
+    """How many entries of a namespace Chroma has; None if it has no collection for it."""
+    try:
+        return Index(child.settings.chroma_url or "").size(collection_name(namespace["secret"]))
+    except Emptied:
+        return None
 
 
 def test_free_text_is_never_served_and_certify_says_so(
@@ -364,11 +423,6 @@ def test_a_namespace_may_have_a_time_to_live_of_its_own(child: Child, tmp_path: 
     with database.transaction() as session:
         lives = session.execute(text("SELECT max(expires_at - created_at) FROM cache_entries")).scalar_one()
     assert lives.total_seconds() == pytest.approx(3600, abs=1)
-    with database.transaction() as session:
-        assert delete_idle(session, idle_s=0.0) == 0
-        session.execute(text("DELETE FROM cache_entries"))
-        assert delete_idle(session, idle_s=3600.0) == 0
-        assert delete_idle(session, idle_s=0.0) == 1
 
 
 def test_a_prompt_that_postgres_would_refuse_to_keep_runs_all_the_same(child: Child, tmp_path: Path) -> None:

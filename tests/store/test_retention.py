@@ -127,6 +127,23 @@ def test_a_batch_past_retention_is_out_of_sight_before_any_row_of_it_goes(databa
     assert partitions(database) == before, "this week's stay"
 
 
+def test_an_audit_that_its_policy_has_not_heard_of_keeps_the_batchs_row_and_nobody_waits_for_it(
+    database: Database, tmp_path: Path
+) -> None:
+    held, after = (store_batch(database, tmp_path, chats(10), shard_jobs=2) for _ in range(2))
+    for batch_id in (held, after):
+        end(database, batch_id, days_ago=31)
+    execute(database, "UPDATE cache_lookups SET audited = true WHERE batch_id = :id", id=held)
+    retire(database)
+    let_readers_end(database)
+    assert not retire(database)
+    assert left_of(database, held) == {**NOTHING, "batches": 1, "cache_lookups": 1}
+    assert left_of(database, after) == NOTHING
+    execute(database, "UPDATE cache_lookups SET folded = true WHERE batch_id = :id", id=held)
+    assert not retire(database)
+    assert left_of(database, held) == NOTHING
+
+
 def test_a_batch_within_retention_and_a_running_one_are_not_touched(
     database: Database, recent: UUID, old_pair: tuple[UUID, UUID]
 ) -> None:

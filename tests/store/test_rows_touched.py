@@ -17,8 +17,8 @@ from sqlalchemy import text
 from store import results
 from store.answers import NewAnswer, answers_of, find_answers, keep_answers, living
 from store.database import Database, Session
-from store.followers import settings_of_followers
-from store.namespaces import Verdict, find_answers_of, find_facts, judge_lookups, lookups_of
+from store.followers import leaders_among, settings_of_followers
+from store.namespaces import Verdict, find_answers_of, find_facts, judge_lookups, lookups_of, stocked
 from store.results import PAGE_ROWS
 from store.shards import Claim, load_jobs, write_results
 from tests.support.batches import LEASE_S, answers, chats, claimed, dispatch_all, store_batch
@@ -45,12 +45,14 @@ QUESTIONS: dict[str, tuple[Question, int]] = {
         FEW,
     ),
     "settings_of_followers": (lambda s, c: settings_of_followers(s, c.batch_id, c.seqs), FEW),
+    "leaders_among": (lambda s, c: leaders_among(s, c.batch_id, c.seqs), FEW),
     "find_answers": (lambda s, c: find_answers(s, TENANT, [key_of(seq) for seq in c.seqs]), FEW),
-    "living": (lambda s, c: living(s, c.seqs), FEW),
+    "living": (lambda s, c: living(s, TENANT, {key_of(seq): seq + 1 for seq in c.seqs}), FEW),
     "answers_of": (lambda s, c: answers_of(s, NAMESPACE, {seq + 1: "label:yes" for seq in c.seqs}), FEW),
     "keep_answers": (lambda s, c: keep_answers(s, TENANT, c.batch_id, [new_answer(seq) for seq in c.seqs]), FEW),
     "find_answers_of": (lambda s, c: find_answers_of(s, NAMESPACE, NEAR), MANY),
     "find_facts": (lambda s, c: find_facts(s, NAMESPACE, NEAR), MANY),
+    "stocked": (lambda s, c: stocked(s, [NAMESPACE, OLD_NAMESPACE, 8], least=SHARD), FEW),
     "lookups_of": (lambda s, c: lookups_of(s, c.batch_id, c.seqs), FEW),
     "judge_lookups": (
         lambda s, c: judge_lookups(s, c.batch_id, [Verdict(seq, "yes", None, 1) for seq in c.seqs], checkpoint=""),
