@@ -17,7 +17,8 @@ demo: .venv/.demo checkpoint-gguf ## 64 prompts from file to results, with no se
 up: .venv/.demo checkpoint-gguf ## everything on this machine until Ctrl-C
 	@stoker up
 
-test: check checkpoint-gguf embedder engine-vllm checkpoint ## all tests: real services, real kills, real vLLM (builds what it needs)
+test: check checkpoint-gguf embedder ## all tests: real services, real kills, real vLLM (builds what it needs)
+	@$(MAKE) --no-print-directory -j2 engine-vllm checkpoint
 	@python -m tests.support.services sh -c 'pytest -n 3 -m "not engine and not alone" && pytest -m "engine or alone"'
 
 test-engine: .venv/.dev engine-vllm checkpoint ## only the tests with a real vLLM

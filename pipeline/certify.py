@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -30,6 +31,8 @@ class Certified:
     lookups: int
     settled: int
     served: int
+    entries: int
+    ttl_s: float | None
     decided: int
     error_bound: float
     error_limit: float
@@ -40,6 +43,11 @@ class Certified:
     audit_rate: float
     asked_twice: int
     self_disagreement: float | None
+
+    @property
+    def at_most(self) -> str:
+        """The share of wrong answers in lookups, at most; of a namespace that has served nothing there is none."""
+        return _at_most(self.error_bound) if self.served else "-"
 
     def figures(self) -> dict[str, Any]:
         """For JSON."""
@@ -67,6 +75,8 @@ def certified(report: NamespaceReport) -> Certified:
         lookups=policy.lookups,
         settled=settled,
         served=policy.served,
+        entries=report.entries,
+        ttl_s=report.ttl_s,
         decided=decided,
         error_bound=bounds[0],
         error_limit=policy.limits.error,
@@ -90,12 +100,17 @@ def _sentence(
         return f"{since}, none of {policy.lookups:,} lookups was served from the cache."
     limits = policy.limits
     return (
-        f"{since}, at most {bounds[0]:.2%} of {lookups} (limit {limits.error:.1%}) were answered otherwise "
-        f"than the engine would have, and at most {bounds[1]:.2%} of {decisions} (limit {limits.served_error:.1%}; "
-        "those in the shadow and audited ones, where the engine answered, are among them) were wrong, with 95% "
-        "confidence at all moments at once. That is the cumulative share, not every window: of the worst 1,000 of the "
-        f"lookups still kept {report.worst_window:.2%} were, as their audits suggest."
+        f"{since}, at most {_at_most(bounds[0])} of {lookups} (limit {limits.error:.1%}) were answered otherwise "
+        f"than the engine would have, and at most {_at_most(bounds[1])} of {decisions} (limit "
+        f"{limits.served_error:.1%}; those in the shadow and audited ones, where the engine answered, are among them) "
+        "were wrong, with 95% confidence at all moments at once. That is the cumulative share, not every window: of "
+        f"the worst 1,000 of the lookups still kept {report.worst_window:.2%} were, as their audits suggest."
     )
+
+
+def _at_most(share: float) -> str:
+    """A bound in percent, rounded up."""
+    return f"{math.ceil(share * 10_000) / 100:.2f}%"
 
 
 def _reasons(report: NamespaceReport, policy: Policy, disagreement: float | None) -> list[str]:

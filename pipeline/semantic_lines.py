@@ -57,9 +57,9 @@ class SemanticLines:
             )
         elif self._lines and self._servable < LEAST_TO_CERTIFY:
             found.append(
-                f"{self._servable:,} of {self._lines:,} semantic lines may be served: fewer than {LEAST_TO_CERTIFY:,} "
-                "are too few to certify by themselves, so only a namespace certified before serves; submit them in one "
-                "larger batch"
+                f"at most {self._servable:,} of {self._lines:,} semantic lines may be served: fewer than "
+                f"{LEAST_TO_CERTIFY:,} are too few to certify by themselves, so only a namespace certified before "
+                "serves; submit them in one larger batch"
             )
         if self._long and self._affixes() == Affixes():
             found.append(

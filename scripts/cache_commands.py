@@ -62,13 +62,14 @@ def stats(settings: Settings, as_json: bool) -> None:
         "audit_tokens": sum(report.audit_tokens for report in reports),
         "lookups_lost_to_outages": totals.unlooked,
     }
-    namespaces = [_namespace(report, one) for report, one in zip(reports, _certified(reports), strict=True)]
+    found = _certified(reports)
+    namespaces = [_namespace(report, one) for report, one in zip(reports, found, strict=True)]
     if as_json:
         emit_json(figures | {"namespaces": namespaces})
         return
     emit_table("cache", ("figure", "value"), list(figures.items()))
     if namespaces:
-        emit_table("namespaces", _COLUMNS, [_row(one) for one in namespaces])
+        emit_table("namespaces", _COLUMNS, [_row(*both) for both in zip(namespaces, found, strict=True)])
 
 
 @cache.command()
@@ -93,7 +94,9 @@ def certify(settings: Settings, namespace: int | None, as_json: bool) -> None:
 
 @cache.command()
 @click.option(
-    "--checkpoint", metavar="DIGEST", help="Only answers of this checkpoint: checkpoint_digest in a manifest."
+    "--checkpoint",
+    metavar="DIGEST",
+    help="Only answers of this checkpoint: checkpoint_digest in a manifest, or url where the engine is not ours.",
 )
 @click.option("--template", metavar="NAMESPACE", type=int, help="Only answers to the template of this namespace.")
 @click.option("--source", "sources", multiple=True, help="Only answers whose lines name this source. Repeatable.")
@@ -101,7 +104,7 @@ def certify(settings: Settings, namespace: int | None, as_json: bool) -> None:
 def clear(settings: Settings, checkpoint: str | None, template: int | None, sources: tuple[str, ...]) -> None:
     """Make answers of before old: equal requests run again. Results stay. Without an option: all of them.
 
-    Namespaces whose answers go lose their certificates: the next lookups begin with a pilot.
+    Namespaces go with them, and so do their certificates: the next lookups begin with a pilot. --source leaves them.
     """
     if sum((checkpoint is not None, template is not None, bool(sources))) > 1:
         raise click.UsageError("name one of --checkpoint, --template and --source, or none to clear all")
@@ -114,8 +117,11 @@ def clear(settings: Settings, checkpoint: str | None, template: int | None, sour
         return clear_sources(session, TENANT, sources) if sources else clear_all(session, TENANT)
 
     gone = _carry_out(connected(settings), step)
-    certificates = f", and {len(gone.secrets):,} namespaces with their certificates" if gone.secrets else ""
-    say(f"{len(gone.keys):,} answers are forgotten{certificates}; batches go on without them")
+    answers = f"{_counted(len(gone.keys), 'answer')} forgotten"
+    if checkpoint is not None:  # those of the exact cache are not told apart by it: they are found no more
+        answers = "the checkpoint's answers forgotten"
+    certificates = f", and {_counted(len(gone.secrets), 'namespace')} with certificate" if gone.secrets else ""
+    say(f"{answers}{certificates}; batches go on without")
 
 
 @cache.command()
@@ -125,7 +131,7 @@ def clear(settings: Settings, checkpoint: str | None, template: int | None, sour
 def ttl(settings: Settings, namespace: int, time: float) -> None:
     """Let the answers of NAMESPACE serve for TIME (such as 12h or 7d) after they were given."""
     changed = _carry_out(connected(settings), lambda session: set_ttl(session, TENANT, namespace, ttl_s=time))
-    say(f"{len(changed.keys):,} answers, and those to come, serve for {time:,.0f} s")
+    say(f"{_counted(len(changed.keys), 'answer')}, and those to come, serve for {time:,.0f} s")
 
 
 def _certified(reports: Sequence[NamespaceReport]) -> list[Certified]:
@@ -182,30 +188,34 @@ def _namespace(report: NamespaceReport, found: Certified) -> dict[str, Any]:
         "lookups": report.lookups,
         "hits": report.served,
         "share": round(report.served / report.lookups, 4) if report.lookups else 0.0,
-        "error_bound": round(found.error_bound, 5),
+        "error_bound": found.error_bound,
         "tokens_saved": report.saved_tokens,
         "audits": report.audits,
         "audit_tokens": report.audit_tokens,
         "entries": report.entries,
+        "ttl_s": report.ttl_s,
     }
 
 
 _COLUMNS = ("id", "state", "lookups", "hits", "wrong at most", "saved", "audits", "their tokens")
 
 
-def _row(one: dict[str, Any]) -> tuple[object, ...]:
+def _row(one: dict[str, Any], found: Certified) -> tuple[object, ...]:
     hits = f"{one['hits']:,} ({one['share']:.1%})"
-    wrong = f"{one['error_bound']:.2%}"
     return (
         one["namespace"],
         one["state"],
         one["lookups"],
         hits,
-        wrong,
+        found.at_most,
         one["tokens_saved"],
         one["audits"],
         one["audit_tokens"],
     )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _statement(one: Certified) -> str:
@@ -215,6 +225,8 @@ def _statement(one: Certified) -> str:
         f"namespace {one.namespace}  {one.alias}  {' '.join(one.template.split())[:TEMPLATE_CHARACTERS]}",
         f"  state       {one.state}: {'; '.join(one.why)}",
         f"  statement   {one.sentence}",
+        f"  answers     {one.entries:,} that may serve"
+        + ("" if one.ttl_s is None else f", each for {one.ttl_s:,.0f} s after it was given"),
         f"  threshold   {threshold}; {one.audit_rate:.0%} audited; {one.lookups - one.settled:,} lookups not settled",
         f"  engine      disagrees with itself in {known:.1%} of {one.asked_twice:,} jobs asked twice"
         if known is not None

@@ -238,7 +238,10 @@ def submit(
         taken = f", {submitted.taken:,} of them with the results of {reuse}" if reuse else ""
         _say_stored(submitted, taken)
         if options.cache is CacheMode.SEMANTIC and served.cache.chroma_url is None:
-            say("note: STOKER_CACHE__CHROMA_URL is not set here; workers without it serve nothing semantically")
+            say(
+                "note: no Chroma is known here; workers without it serve nothing semantically: set "
+                "STOKER_CACHE__CHROMA_URL for them, or run `make cache` before `stoker up`"
+            )
     _emit_batch(submitted, as_json=as_json)
 
 

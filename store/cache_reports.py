@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from runtime.errors import NotFound
 from store.answers import TENANT_SCOPE, checkpoint_scope, raise_epoch
+from store.engines import checkpoints
 
 WINDOW_LOOKUPS = 1_000
 
@@ -126,7 +127,15 @@ def clear_all(session: Session, tenant: str) -> Cleared:
 
 
 def clear_checkpoint(session: Session, tenant: str, checkpoint: str) -> Cleared:
-    """Make the answers of a checkpoint old. Exact ones stay as rows, which nothing finds, until they expire."""
+    """Make the answers of a checkpoint old. Exact ones stay as rows, which nothing finds, until they expire.
+
+    Raises NotFound if no engine ever had it.
+    """
+    if checkpoint not in checkpoints(session):
+        raise NotFound(
+            f"no engine here had the checkpoint {checkpoint!r}: a manifest names it, as the checkpoint_digest of its "
+            "engines, or as their url where the engine is not ours"
+        )
     raise_epoch(session, tenant, checkpoint_scope(checkpoint))
     return _forget(session, tenant, "checkpoint = :value", value=checkpoint)
 

@@ -9,6 +9,8 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
+_CHECKPOINT = "coalesce(description ->> 'checkpoint_digest', description ->> 'url', digest)"
+
 
 def register_engine(session: Session, description: dict[str, Any]) -> int:
     """The id of this engine's row, made if it is new; equal descriptions share one row."""
@@ -30,9 +32,11 @@ def checkpoint_of(session: Session, engine_id: int) -> str:
     Flags and versions are left out: they change speed, and answers within the engine's own noise.
     """
     found: str = session.execute(
-        text("""
-        SELECT coalesce(description ->> 'checkpoint_digest', description ->> 'url', digest)
-        FROM engines WHERE id = :id"""),
-        {"id": engine_id},
+        text(f"SELECT {_CHECKPOINT} FROM engines WHERE id = :id"), {"id": engine_id}
     ).scalar_one()
     return found
+
+
+def checkpoints(session: Session) -> set[str]:
+    """What decided answers, of every engine that there ever was: `checkpoint_of` each."""
+    return set(session.scalars(text(f"SELECT {_CHECKPOINT} FROM engines")))

@@ -139,11 +139,11 @@ def _engine(settings: Settings) -> list[Finding]:
 
 
 def _semantic_cache(settings: Settings) -> list[Finding]:
-    """Nothing if none is wanted."""
+    """Off is a fault only where it is the default mode."""
     cache = settings.cache
     if cache.chroma_url is None:
-        remedy = "" if cache.mode != "semantic" else "set STOKER_CACHE__CHROMA_URL; semantic lookups are misses"
-        return [Finding("semantic cache", "no Chroma is set", remedy)] if remedy else []
+        remedy = "" if cache.mode != "semantic" else "set STOKER_CACHE__CHROMA_URL, or run `make cache` and `stoker up`"
+        return [Finding("semantic cache", "off: no Chroma is set; semantic lookups are misses", remedy)]
     embed, endpoints = embedder_of(cache)
     index_of(cache).probe()
     found = "an endpoint" if endpoints else str(cache.embedder)

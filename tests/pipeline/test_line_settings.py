@@ -199,7 +199,7 @@ def test_a_nul_in_what_prompts_share_is_no_template(database: Database, tmp_path
 
 def test_submit_says_that_a_small_batch_cannot_certify_by_itself(database: Database, tmp_path: Path) -> None:
     [notice] = submit(database, write(tmp_path, numbered(5))).notices
-    assert notice.startswith("5 of 5 semantic lines may be served")
+    assert notice.startswith("at most 5 of 5 semantic lines may be served")
     assert "fewer than 2,000" in notice and "only a namespace certified before serves" in notice
     [notice] = estimate(write(tmp_path, chats(3)), cache=CacheMode.SEMANTIC).notices
     assert notice.startswith("none of 3 semantic lines may be served: they need temperature 0 or a seed")

@@ -45,6 +45,6 @@ def test_a_clear_that_postgres_ended_for_a_workers_write_is_done_again(
         assert hold_namespace(worker, known) is not None
     said = clear.result()
     assert said.exit_code == 0, said.output
-    assert "and 1 namespaces with their certificates" in said.output
+    assert "and 1 namespace with certificate" in said.output
     with database.transaction() as session:
         assert session.scalar(text("SELECT count(*) FROM cache_lookups")) == 0
