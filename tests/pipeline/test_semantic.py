@@ -129,7 +129,8 @@ def test_a_certified_namespace_serves_right_answers_and_says_from_where(certifie
     said = certificate(database)
     assert said.state == "serving"
     assert said.error_bound <= 0.01
-    assert f"{said.settled:,} lookups" in said.sentence
+    assert f"{said.settled:,} lookups" in said.sentence and f"at most {said.at_most} of" in said.sentence
+    assert said.error_bound <= float(said.at_most.removesuffix("%")) / 100 <= said.error_bound + 0.0001
     assert "of the worst 1,000 of the lookups still kept" in said.sentence
 
 

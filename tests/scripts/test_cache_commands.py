@@ -8,9 +8,11 @@ from uuid import uuid4
 from click.testing import CliRunner
 from sqlalchemy import text
 
+from runtime.errors import NotFound
 from runtime.settings import PostgresSettings, RedisSettings, Settings
 from scripts.cache_commands import cache
 from store.database import Database
+from store.engines import register_engine
 from store.namespaces import NewLookup, NewNamespace, hold_namespace, open_namespaces, write_lookups
 from tests.support.waiting import wait_until
 
@@ -48,3 +50,17 @@ def test_a_clear_that_postgres_ended_for_a_workers_write_is_done_again(
     assert "and 1 namespace with certificate" in said.output
     with database.transaction() as session:
         assert session.scalar(text("SELECT count(*) FROM cache_lookups")) == 0
+
+
+def test_a_checkpoint_that_no_engine_had_is_no_checkpoint(
+    postgres_url: str, redis_url: str, database: Database
+) -> None:
+    settings = Settings.model_construct(postgres=PostgresSettings(url=postgres_url), redis=RedisSettings(url=redis_url))
+    with database.transaction() as session:
+        register_engine(session, {"checkpoint_digest": "sha256:1234"})
+        register_engine(session, {"url": "http://127.0.0.1:8000"})
+    for known in ("sha256:1234", "http://127.0.0.1:8000"):
+        said = CliRunner().invoke(cache, ["clear", "--checkpoint", known], obj=settings)
+        assert said.exit_code == 0 and "the checkpoint's answers forgotten" in said.output
+    said = CliRunner().invoke(cache, ["clear", "--checkpoint", "sha256:12"], obj=settings)
+    assert isinstance(said.exception, NotFound) and "'sha256:12'" in str(said.exception)
