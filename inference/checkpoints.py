@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from runtime.errors import BadInput
 
@@ -42,6 +43,25 @@ def quantization_of(folder: Path) -> str | None:
 
     Raises BadInput if the folder is no checkpoint.
     """
+    method = _quantization(folder).get("quant_method")
+    return str(method) if method else None
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether its weights are packed, several in a word, as those of 4 bits are (AWQ, GPTQ, W4A16)."""
+    found = _quantization(folder)
+    formats = [group.get("format") for group in (found.get("config_groups") or {}).values()]
+    return found.get("quant_method") in {"awq", "gptq"} or "pack-quantized" in [found.get("format"), *formats]
+
+
+def quantized_sibling(folder: Path, *, packed: bool = True) -> Path | None:
+    """A quantized checkpoint of the same name beside this one, if there is one; `packed`: it may be one of these."""
+    siblings = sorted(folder.parent.glob(f"{alias_of(folder)}-*"))
+    same = (path for path in siblings if alias_of(path) == alias_of(folder) and (path / "config.json").is_file())
+    return next((path for path in same if quantization_of(path) and (packed or not is_packed(path))), None)
+
+
+def _quantization(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -49,12 +69,4 @@ def quantization_of(folder: Path) -> str | None:
             f"{folder} is no checkpoint: no readable config.json; name a Hugging Face folder "
             "or a .gguf file in STOKER_ENGINE__CHECKPOINT"
         ) from error
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    return str(method) if method else None
-
-
-def quantized_sibling(folder: Path) -> Path | None:
-    """A quantized checkpoint of the same name beside this one, if there is one."""
-    siblings = sorted(folder.parent.glob(f"{alias_of(folder)}-*"))
-    same = (path for path in siblings if alias_of(path) == alias_of(folder) and (path / "config.json").is_file())
-    return next((path for path in same if quantization_of(path)), None)
+    return config.get("quantization_config") or {}

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inference.checkpoints import alias_of, digest_of, quantization_of, quantized_sibling
+from inference.checkpoints import alias_of, digest_of, is_packed, quantization_of, quantized_sibling
 from runtime.errors import BadInput
 from runtime.settings import EngineSettings
 
@@ -115,6 +115,9 @@ def _vllm(settings: EngineSettings, checkpoint: Path, *, alias: str, socket: Pat
         )
     quantization = quantization_of(checkpoint)
     is_gpu = has_gpu()
+    takes_packed = is_gpu or not lacks_avx512()
+    if is_packed(checkpoint) and not takes_packed:
+        raise BadInput(_packed_fault(checkpoint))
     flags = [
         "--served-model-name",
         alias,
@@ -146,7 +149,7 @@ def _vllm(settings: EngineSettings, checkpoint: Path, *, alias: str, socket: Pat
         alias,
         description,
         settings.max_num_seqs,
-        warning=_sixteen_bit_warning(checkpoint) if quantization is None else None,
+        warning=_sixteen_bit_warning(checkpoint, takes_packed=takes_packed) if quantization is None else None,
     )
 
 
@@ -155,8 +158,19 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(_OUR_VARIABLES)}
 
 
-def _sixteen_bit_warning(checkpoint: Path) -> str:
-    sibling = quantized_sibling(checkpoint)
+def _packed_fault(checkpoint: Path) -> str:
+    sibling = quantized_sibling(checkpoint, packed=False)
+    better = (
+        f"set STOKER_ENGINE__CHECKPOINT={sibling}" if sibling else "take an int8 (W8A8) checkpoint, or a .gguf file"
+    )
+    return (
+        f"{checkpoint} holds packed 4-bit weights: vLLM needs a GPU for them, or a CPU with AVX-512, and this one has "
+        f"none, so the engine would die at its first request; {better}"
+    )
+
+
+def _sixteen_bit_warning(checkpoint: Path, *, takes_packed: bool) -> str:
+    sibling = quantized_sibling(checkpoint, packed=takes_packed)
     better = (
         f"{sibling} is quantized: set STOKER_ENGINE__CHECKPOINT={sibling}"
         if sibling
@@ -176,6 +190,15 @@ def _description(
         "checkpoint_digest": digest_of(checkpoint),
         "quantization": quantization or "none (16-bit)",
     }
+
+
+def lacks_avx512() -> bool:
+    """Whether this is an x86 CPU without AVX-512, as Linux says."""
+    try:
+        said = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return bool(re.search(r"^flags\s*:", said, re.MULTILINE)) and "avx512f" not in said
 
 
 def has_gpu() -> bool:

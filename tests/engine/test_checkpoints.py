@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from inference.endpoint import Endpoint, Reply
-from inference.engines import EnginePlan, plan_engine
+from inference.engines import EnginePlan, has_gpu, lacks_avx512, plan_engine
 from inference.supervisor import EngineSupervisor
+from runtime.errors import BadInput
 from runtime.settings import EngineSettings
 from tests.support.processes import REPOSITORY
 
@@ -31,6 +32,16 @@ def plan_of(checkpoint: str, folder: Path) -> EnginePlan:
     return plan
 
 
+TAKES_PACKED = has_gpu() or not lacks_avx512()
+
+
+@pytest.mark.skipif(TAKES_PACKED, reason="this machine has AVX-512 or a GPU")
+def test_a_w4a16_checkpoint_is_refused_where_it_would_kill_the_engine(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"AVX-512.*set STOKER_ENGINE__CHECKPOINT=.*smollm2-135m-w8a8"):
+        plan_of("smollm2-135m-w4a16", tmp_path)
+
+
+@pytest.mark.skipif(not TAKES_PACKED, reason="vLLM's 4-bit kernel for CPUs needs AVX-512")
 def test_a_w4a16_checkpoint_loads_and_answers(tmp_path: Path) -> None:
     plan = plan_of("smollm2-135m-w4a16", tmp_path)
     assert (plan.kind, plan.alias, plan.warning) == ("vllm", "smollm2-135m", None)

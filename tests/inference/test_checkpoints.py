@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from inference.checkpoints import alias_of, digest_of, quantization_of, quantized_sibling
+from inference.checkpoints import alias_of, digest_of, is_packed, quantization_of, quantized_sibling
 from runtime.errors import BadInput
 
 
@@ -71,6 +71,9 @@ def test_a_quantized_sibling_is_found(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "small-fp16")
     small = make_checkpoint(tmp_path / "small-w8a8", method="compressed-tensors")
     assert quantized_sibling(plain) == small
+    packed = make_checkpoint(tmp_path / "small-awq", method="awq")
+    assert (is_packed(packed), is_packed(small), is_packed(plain)) == (True, False, False)
+    assert (quantized_sibling(plain), quantized_sibling(plain, packed=False)) == (packed, small)
 
 
 def test_another_model_whose_name_begins_alike_is_no_sibling(tmp_path: Path) -> None:
