@@ -44,6 +44,9 @@ class Near:
     cosines: Floats
 
 
+NOTHING: Final = Near(np.empty(0, np.int64), np.empty(0))
+
+
 class Index:
     """The collections of one server; several threads may use it. Make it after a fork.
 
@@ -74,7 +77,7 @@ class Index:
             except ChromaError as error:
                 if _UNWRITTEN not in str(error):
                     raise
-                return [Near(np.empty(0, np.int64), np.empty(0))] * len(vectors)
+                return [NOTHING] * len(vectors)
         return [
             Near(np.array(ids, dtype=np.int64), 1.0 - np.array(distances, dtype=np.float64))
             for ids, distances in zip(found["ids"], found["distances"], strict=True)

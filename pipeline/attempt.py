@@ -36,11 +36,11 @@ class Unwritten:
 class Attempt:
     """The state of one run of a shard. Lives in the asyncio loop's thread."""
 
-    def __init__(self, claim: Claim, loaded: LoadedJobs, units: Iterable[Unit] = ()) -> None:
+    def __init__(self, claim: Claim, loaded: LoadedJobs) -> None:
         self.claim = claim
         self.looked = Looked()
         self.repeated: dict[int, bool] = {}  # of jobs that were asked twice: whether the answers were the same
-        self.waiting: deque[Unit] = deque(units)
+        self.waiting: deque[Unit] = deque()
         self.in_flight: set[asyncio.Task[None]] = set()
         self.is_lost = False
         self.is_stopped = False

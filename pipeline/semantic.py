@@ -18,7 +18,7 @@ import numpy as np
 
 from cache.certificate import coin
 from cache.guards import Signature, signature
-from cache.index import Emptied, Index, Near
+from cache.index import NOTHING, Emptied, Index, Near
 from cache.keys import collection_name, namespace_key
 from cache.model import FIT_SAMPLES, Model
 from cache.namespace import Decided, Found, Judged, Query, adopt, decide, fit, is_fit_due, judge
@@ -78,7 +78,6 @@ FACTS_KEPT: Final = 50_000  # entries whose payloads a child remembers, some 30 
 LONGEST_TEMPLATE: Final = 2_000  # characters of it that are kept to be read
 
 LEAST_NEIGHBOURS: Final = NEIGHBOURS // 2
-_NOTHING: Final = Near(np.empty(0, np.int64), np.empty(0))
 
 _M = TypeVar("_M")
 
@@ -216,7 +215,7 @@ class SemanticCache:
         for namespace, group in _grouped((namespaces[one.key], one) for one in to_decide):
             try:
                 found = [places[one.job.seq] for one in group]
-                near = self._near(namespace, found) if namespace.id in large else [_NOTHING] * len(group)
+                near = self._near(namespace, found) if namespace.id in large else [NOTHING] * len(group)
                 looked = self._decide(claim, looked, namespace, group, near)
             except ServiceUnreachable as error:
                 self._miss(claim, len(group), error)
@@ -247,7 +246,7 @@ class SemanticCache:
             return self._index.nearest(collection_name(namespace.secret), vectors, count=NEIGHBOURS)
         except Emptied:
             self._to_refill[namespace.id] = namespace
-            return [_NOTHING] * len(places)
+            return [NOTHING] * len(places)
 
     def _decide(
         self, claim: Claim, looked: Looked, namespace: OpenNamespace, group: list[_Asked], near: list[Near]

@@ -54,9 +54,10 @@ def up(settings: Settings) -> None:
 
     Chroma too, if the semantic cache can work here. Other commands in other terminals find them by themselves.
     """
-    if settings.is_embedded and not has_semantic_parts(settings):
+    with_chroma = settings.is_embedded and has_semantic_parts(settings)
+    if settings.is_embedded and not with_chroma:
         say(f"without Chroma: the semantic cache needs its libraries and an embedder in {settings.cache.embedder}")
-    with local_services(settings, with_chroma=settings.is_embedded and has_semantic_parts(settings)) as served:
+    with local_services(settings, with_chroma=with_chroma) as served:
         prepare_schema(served)
         with bar("starting the engine", total=None) as show:
             running = local_worker(served, on_wait=show)

@@ -21,7 +21,7 @@ class NamespaceReport:
     """A namespace; `policy` is its state as cache/policy.py writes it. Counters are of all versions together.
 
     `settled`: lookups of the present version before the first shard with an audit that the policy has not heard of,
-    None if it has of all; `unsettled_answers` were served by such shards.
+    None if it has of all; `settled_decided`: decisions to serve before that shard, likewise.
     `free_answers` counts kept answers that are free text. `worst_window` is the share of wrong answers in the worst
     WINDOW_LOOKUPS of the present version that retention has left, as its audits suggest: errors seen, each for those
     that were not audited.
