@@ -26,7 +26,7 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.banking77 import read_lines
-from benchmarks.end_to_end import machine
+from benchmarks.paired import made_with
 from inference.checkpoints import alias_of
 from runtime.settings import Settings, environment_of, load_settings
 from scripts.local import local_services, local_worker, prepare_schema
@@ -85,7 +85,7 @@ def measure(settings: Settings, folder: Path, texts: list[str], *, cache: str) -
         cached = run(settings, file, cache=cache)
         state = stoker(settings, "cache", "stats", "--json")
         said = stoker(settings, "cache", "certify", "--json")
-    report = {"made_with": machine(), "checkpoint": CHECKPOINT.name, "cache": cache, "labels": LABELS}
+    report = {"made_with": made_with(), "checkpoint": CHECKPOINT.name, "cache": cache, "labels": LABELS}
     report |= compared(off, cached) | {"cache_stats": json.loads(state), "certificates": json.loads(said)}
     RESULT.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
 
-from benchmarks.end_to_end import machine
+from benchmarks.paired import made_with
 from models.lines import SubmitOptions
 from models.states import CacheMode
 from pipeline.export import write_lines
@@ -63,7 +63,7 @@ def main() -> None:
                 print(name, json.dumps(rows[name]), flush=True)
     off_s = (rows["off"]["s"] + rows["off again"]["s"]) / 2
     report = {
-        "made_with": machine(),
+        "made_with": made_with(),
         "lines": len(prompts),
         "different": len(set(prompts)),
         "rows": rows,

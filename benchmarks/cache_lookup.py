@@ -29,7 +29,7 @@ import numpy as np
 from chromadb.config import Settings
 
 from benchmarks.banking77 import EMBEDDER, read_lines
-from benchmarks.end_to_end import machine
+from benchmarks.paired import made_with
 from cache.embedder import OnnxEmbedder
 from cache.score import NEIGHBOURS, Vectors
 from runtime.children import spawn, stop
@@ -61,7 +61,7 @@ def main() -> None:
             rows.append(measured(client, entries[:size], queries))
             print(json.dumps(rows[-1]), flush=True)
     report = {
-        "made_with": {**machine(), "chroma": version("chromadb")},
+        "made_with": {**made_with(), "chroma": version("chromadb")},
         "lookups_a_request": SHARD,
         "neighbours": NEIGHBOURS,
         "real_vectors": len(real),

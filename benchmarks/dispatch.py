@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy import make_url, text
 
+from benchmarks.paired import made_with
 from pipeline.dispatch import Dispatcher
 from runtime.clock import uuid7
 from runtime.settings import Settings
@@ -61,7 +59,7 @@ def main() -> None:
             rows.append(_measured(options, shards=shards, done_share=done_share))
             Console(stderr=True).print(rows[-1])
     _print(rows)
-    RESULT.write_text(json.dumps({"made_with": _machine(), "children": CHILDREN, "rows": rows}, indent=2) + "\n")
+    RESULT.write_text(json.dumps({"made_with": made_with(), "children": CHILDREN, "rows": rows}, indent=2) + "\n")
 
 
 def _measured(options: argparse.Namespace, *, shards: int, done_share: float) -> dict[str, Any]:
@@ -162,11 +160,6 @@ def _timed(step: Any, before: Any) -> float:
     started = time.perf_counter()
     step()
     return time.perf_counter() - started
-
-
-def _machine() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {"cpus": os.cpu_count(), "python": platform.python_version(), "commit": commit.stdout.strip()}
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

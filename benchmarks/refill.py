@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.paired import made_with
 from models.lines import SubmitOptions
 from pipeline.submit import submit_file
 from runtime.settings import Settings, load_settings
@@ -46,9 +44,7 @@ def main() -> None:
         for in_flight in (options.slots, 2 * options.slots):
             rows.append(measured(settings, options, in_flight=in_flight))
             print(json.dumps(rows[-1]), flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "commit": commit.stdout.strip()}
-    RESULT.write_text(json.dumps({"made_with": machine, "rows": rows}, indent=2) + "\n")
+    RESULT.write_text(json.dumps({"made_with": made_with(), "rows": rows}, indent=2) + "\n")
 
 
 def measured(settings: Settings, options: argparse.Namespace, *, in_flight: int) -> dict[str, Any]:

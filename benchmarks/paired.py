@@ -1,0 +1,81 @@
+"""How a speed is measured here: two sides by turns in one run, and the ratio of each pair.
+
+A machine drifts: by heat, by its neighbours, by what the page cache holds. Sides that take turns (A B, B A, A B, …)
+drift alike, so the pairs' ratios say what is being asked, and their spread says how well it is known.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from runtime.clock import utc_now
+
+RESULTS = Path(__file__).parent / "results"
+PAIRS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """What the pairs gave: the median, the least and the most."""
+
+    median: float
+    least: float
+    most: float
+    pairs: list[float]
+
+    @classmethod
+    def of(cls, above: list[float], below: list[float]) -> Ratio:
+        """The ratios of what was measured pair by pair."""
+        pairs = [round(a / b, 4) for a, b in zip(above, below, strict=True)]
+        return cls(statistics.median(pairs), min(pairs), max(pairs), pairs)
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.least:.2f} to {self.most:.2f})"
+
+
+def by_turns(sides: Mapping[str, Callable[[], float]], *, pairs: int = PAIRS) -> dict[str, list[float]]:
+    """What every side gave in each of its turns: A B, B A, A B, … so that no side is always the first."""
+    measured: dict[str, list[float]] = {name: [] for name in sides}
+    for pair in range(pairs):
+        names = list(sides)
+        for name in names if pair % 2 == 0 else reversed(names):
+            measured[name].append(sides[name]())
+    return measured
+
+
+def made_with(*packages: str) -> dict[str, Any]:
+    """Where, when and with what the figures were measured; `packages` are distributions of this environment."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "date": utc_now().date().isoformat(),
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip(),
+        **found,
+    }
+
+
+def keep(name: str, report: Mapping[str, Any]) -> None:
+    """Write a benchmark's report to benchmarks/results/."""
+    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
