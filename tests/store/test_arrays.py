@@ -24,14 +24,10 @@ KINDS: dict[str, tuple[type[list[Any]], st.SearchStrategy[Any]]] = {
 
 
 def sent(database: Database, kind: str, column: list[Any]) -> list[Any]:
+    shown = "CAST(v AS float8)" if kind == "float4" else "v"  # a float4 is written with the digits that tell it apart
+    question = text(f"SELECT {shown} FROM unnest(CAST(:column AS {kind}[])) AS u (v)")
     with database.transaction() as session:
-        shown = (
-            "CAST(v AS float8)" if kind == "float4" else "v"
-        )  # a float4 is written with the digits that tell it apart
-        rows = session.execute(
-            text(f"SELECT {shown} FROM unnest(CAST(:column AS {kind}[])) AS u (v)"), {"column": column}
-        )
-        return list(rows.scalars())
+        return list(session.execute(question, {"column": column}).scalars())
 
 
 @pytest.mark.parametrize("kind", KINDS)
