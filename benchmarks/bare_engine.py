@@ -6,10 +6,10 @@ Run by vLLM's own Python; it imports nothing of ours. It takes the flags that ou
 did not know of them, then reads one JSON line a leg from stdin, {"file": PATH}, and answers with one on stdout:
 seconds, and tokens as the engine counted them. What vLLM prints goes to stderr.
 
-`chat` is offline `LLM.chat`: the clock runs from the first conversation handed over, already parsed, to the last answer.
-`run-batch` is what `vllm run-batch` does once its engine is up: its own `run_batch` with its own arguments, from the
-reading of the file to the writing of the last line. The command loads an engine for every file and then throws it away;
-here the engine stays, and neither its start nor its first requests count. Both are to the bare engine's advantage.
+`chat` is offline `LLM.chat`: the clock runs from the first conversation handed over, already parsed, to the last
+answer. `run-batch` is what `vllm run-batch` does once its engine is up: its own `run_batch` with its own arguments,
+from the reading of the file to the writing of the last line. The command loads an engine for every file and throws it
+away; here the engine stays, and neither its start nor its first requests count. That is to the bare engine's advantage.
 """
 
 from __future__ import annotations

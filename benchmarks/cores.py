@@ -1,108 +1,81 @@
-"""Which core a process may use, and the CPU seconds that trees of processes have used; Linux only, read from /proc.
+"""Which core a process may run on, and the CPU seconds that it took: /proc only, so Linux only.
 
-It must change no affinity that it does not give back.
+It must leave nothing pinned: `kept_on` restores what it changed.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
-PROC: Final = Path("/proc")
-LISTENING: Final = "0A"
-TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """One line of /proc: `cpu_s` is its own and that of the children that it has waited for."""
+    """`own_s`: its own CPU seconds; `reaped_s`: those of children that have ended."""
 
     pid: int
-    name: str
     parent: int
-    cpu_s: float
+    own_s: float
+    reaped_s: float
+    command: str
 
 
-def trees_of(roots: Collection[int]) -> list[Process]:
-    """The processes that live now of these trees, each once."""
-    found = {process.pid: process for process in _processes()}
-    wanted = set(roots) & found.keys()
-    grown = True
-    while grown:
-        more = {pid for pid, process in found.items() if process.parent in wanted} - wanted
-        wanted |= more
-        grown = bool(more)
-    return [found[pid] for pid in sorted(wanted)]
+def processes() -> dict[int, Process]:
+    """Every process that runs now, by its pid."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):  # it has ended meanwhile
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                ticks = [int(field) / TICKS_PER_S for field in fields[11:15]]
+                pid = int(entry.name)
+                found[pid] = Process(pid, int(fields[1]), ticks[0] + ticks[1], ticks[2] + ticks[3], command)
+    return found
 
 
-def cpu_seconds(roots: Collection[int]) -> float:
-    """What the trees have used so far, their ended children included: a difference of two is what a leg cost."""
-    return sum(process.cpu_s for process in trees_of(roots))
+def tree(root: int, everyone: Mapping[int, Process]) -> list[Process]:
+    """A process and all that descend from it; nothing if it has ended."""
+    found = [everyone[root]] if root in everyone else []
+    for process in found:  # grows while it is read
+        found += [other for other in everyone.values() if other.parent == process.pid]
+    return found
 
 
-def listening_on(port: int) -> int | None:
-    """The process that listens on this TCP port here, the eldest of those that share it; None if we may not see it."""
-    inodes = set()
-    for table in ("tcp", "tcp6"):
-        with suppress(OSError):
-            for line in (PROC / "net" / table).read_text().splitlines()[1:]:
-                fields = line.split()
-                if fields[3] == LISTENING and int(fields[1].rpartition(":")[2], 16) == port:
-                    inodes.add(f"socket:[{fields[9]}]")
-    holders = [process.pid for process in _processes() if inodes & _sockets_of(process.pid)]
-    return min(holders, default=None)
+def tree_cpu_s(root: int, everyone: Mapping[int, Process]) -> float:
+    """CPU seconds of a process and all of its descendants, those that have ended and been reaped included."""
+    return sum(process.own_s + process.reaped_s for process in tree(root, everyone))
+
+
+def pin(root: int, cores: set[int]) -> bool:
+    """Let a process, its threads and its descendants run on these cores only; False where we may not say."""
+    try:
+        for process in tree(root, processes()):
+            for task in Path(f"/proc/{process.pid}/task").iterdir():
+                with suppress(ProcessLookupError):
+                    os.sched_setaffinity(int(task.name), cores)
+    except (PermissionError, FileNotFoundError):
+        return False
+    return True
 
 
 @contextmanager
-def pinned(roots: Collection[int], *, core: int) -> Iterator[list[str]]:
-    """All threads of these trees on one core for this block, what they start meanwhile too; then as they were.
-
-    Yields the names of what was pinned; what belongs to others and we are not root for is left out.
-    """
-    before = {}
-    for root in roots:
-        with suppress(OSError):
-            before[root] = os.sched_getaffinity(root)
-    names = set()
+def kept_on(cores: set[int], servers: Mapping[str, int]) -> Iterator[list[str]]:
+    """This thread, what it starts, and these servers on those cores for the block; the names of what was pinned."""
+    ours = os.sched_getaffinity(0)
+    before = {pid: os.sched_getaffinity(pid) for pid in servers.values()}
+    pinned = []
     try:
-        for root in before:
-            names |= _set_affinity(root, {core})
-        yield sorted(names)
+        os.sched_setaffinity(0, cores)
+        pinned = ["this", *(name for name, pid in servers.items() if pin(pid, cores))]
+        yield pinned
     finally:
-        for root, cores in before.items():
-            _set_affinity(root, cores)
-
-
-def _set_affinity(root: int, cores: set[int]) -> set[str]:
-    names = set()
-    for process in trees_of([root]):
-        with suppress(OSError):
-            for thread in (PROC / str(process.pid) / "task").iterdir():
-                with suppress(ProcessLookupError):  # it ended between the two
-                    os.sched_setaffinity(int(thread.name), cores)
-            names.add(process.name)
-    return names
-
-
-def _processes() -> Iterator[Process]:
-    for folder in PROC.iterdir():
-        if folder.name.isdigit():
-            with suppress(OSError):
-                said = (folder / "stat").read_text()
-                name = said[said.index("(") + 1 : said.rindex(")")]
-                fields = said[said.rindex(")") + 2 :].split()
-                cpu_s = sum(int(ticks) for ticks in fields[11:15]) / TICKS_PER_S
-                yield Process(int(folder.name), name, int(fields[1]), cpu_s)
-
-
-def _sockets_of(pid: int) -> set[str]:
-    found = set()
-    with suppress(OSError):
-        for link in (PROC / str(pid) / "fd").iterdir():
-            with suppress(OSError):
-                found.add(str(link.readlink()))
-    return found
+        os.sched_setaffinity(0, ours)
+        for name, pid in servers.items():
+            if name in pinned:
+                pin(pid, before[pid])

@@ -1,4 +1,4 @@
-"""The six workloads of the end-to-end benchmark: made up from a seed, so that no file is needed and a run can be repeated.
+"""The six workloads of the end-to-end benchmark, made up from a seed: no file is needed and a run can be repeated.
 
 A leg's file differs from every other leg's in one number at the very start of each prompt: no engine, whichever side
 asks it, finds anything of an earlier leg in its prefix cache, while within a leg prefixes are shared as they would be.
@@ -55,7 +55,7 @@ class Workload:
     schema: bool = False
 
 
-# The jobs of each are such that a leg takes 10 to 20 s on one core of the machine of benchmarks/results/.
+# `jobs` are for a quick look: the benchmark sizes each by the machine, so that a leg takes as long as was wished.
 WORKLOADS: Final = (
     Workload("8 tokens", jobs=256, output_tokens=(8,)),
     Workload("64 tokens", jobs=64, output_tokens=(64,)),
