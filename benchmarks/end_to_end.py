@@ -11,7 +11,8 @@ and Postgres too, the second; only one engine has work at a time. With all cores
 `http` take part where SIDES says so. How many jobs a workload has comes from a leg that is not counted, so that a leg
 takes about `--leg-s`; never fewer than the engine has slots, so 256 tokens take what they take. Output lengths are
 fixed and must agree between the sides to the token; answers in JSON end by themselves, so tokens a second are compared.
-The cache is off. Writes benchmarks/results/end_to_end.json.
+The cache is off. Writes benchmarks/results/end_to_end.json;
+runs with --only, or with one kind of --cores, only print.
 """
 
 from __future__ import annotations
@@ -75,13 +76,14 @@ def main() -> None:
     for cores in ("pinned", "all") if options.cores == "both" else (options.cores,):
         with _room(cores, options) as (room, said):
             report.setdefault("engine", dict(room.plan.description) | said.pop("engine"))
-            report[f"pinned_{cores}"] = said
+            report[f"cores_{cores}"] = said
             for workload in WORKLOADS:
                 skipped = cores == "all" and options.cores == "both" and workload.name not in ALL_CORES_IN
                 if workload.name in names and (options.only or not skipped):
                     rows.append({"cores": cores} | _measured(room, workload, jobs, options))
                     print(_line(rows[-1]), flush=True)
-    keep("end_to_end", report | {"rows": rows})
+    if options.only is None and options.cores == "both":
+        keep("end_to_end", report | {"rows": rows})
 
 
 def _options() -> argparse.Namespace:
