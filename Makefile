@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 include engines.mk
 
 .PHONY: help demo up cache test test-engine chaos check format env-example compose-env \
-	bench bench-submit bench-pipeline bench-growth bench-dispatch bench-refill bench-end-to-end bench-cache nginx rabbitmq
+	bench bench-submit bench-pipeline bench-growth bench-dispatch bench-refill bench-end-to-end bench-front-end bench-cache nginx rabbitmq
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -85,8 +85,11 @@ bench-cache: .venv/.dev embedder gptcache engine-vllm checkpoint ## the cache: h
 	@python -m benchmarks.cache_exact
 	@python -m benchmarks.cache_engine --folder $(FOLDER)
 
-bench-end-to-end: .venv/.dev engine-vllm checkpoint ## the whole system beside the bare engine: CSV=queries.csv
-	@python -m benchmarks.end_to_end --csv $(CSV)
+bench-end-to-end: .venv/.dev rabbitmq engine-vllm checkpoint ## the whole system beside the bare engine: LLM.chat and run-batch
+	@python -m benchmarks.end_to_end
+
+bench-front-end: .venv/.dev engine-vllm checkpoint ## vLLM's batch route beside single requests
+	@python -m benchmarks.front_end
 
 # Only what a run needs: no test tools.
 .venv/.demo: pyproject.toml constraints.txt

@@ -62,6 +62,9 @@ class EngineSettings(_Group):
     args: str = Field("", description="more flags for the engine, passed through as they are")
     max_num_seqs: Count = Field(64, description="sequences the engine runs at once")
     max_num_batched_tokens: Count = Field(4096, description="tokens in one step of the engine")
+    api_servers: Count = Field(
+        1, description="front ends of vLLM on a GPU, which share one engine; on a CPU always one"
+    )
     context_tokens: Count = Field(2048, description="prompt plus output tokens of one sequence")
     start_timeout_s: Seconds = Field(900, description="how long a start may take until /health answers")
     stall_s: Seconds = Field(120, description="no token for this long with work at hand: restart the engine")
