@@ -38,6 +38,17 @@ class Priority(StrEnum):
     LOW = "low"
 
 
+class JobOrder(StrEnum):
+    """In which order a batch's jobs are run; results are in the file's order whatever it is.
+
+    prefix: prompts that begin alike together, of these the longest outputs first. prefix-short: the shortest first.
+    """
+
+    PREFIX = "prefix"
+    PREFIX_SHORT = "prefix-short"
+    FILE = "file"
+
+
 class ShardState(StrEnum):
     """pending → dispatched → running → done; running falls back to pending by give back or recover."""
 

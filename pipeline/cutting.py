@@ -7,9 +7,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from models.lines import BYTES_PER_TOKEN
 from pipeline.pace import SHARD_JOBS, jobs_in_a_shard
+from pipeline.prefixes import OrderedJobs
 from runtime.settings import Settings, ShardSettings
 from store.presence import WorkerPresence
+
+
+def cut_ordered(jobs: OrderedJobs, bounds: ShardSettings) -> list[tuple[int, int, int]]:
+    """(first, last, tokens) of the shards of jobs in a prefix order; places count from 0 in that order.
+
+    A shard keeps within the bounds, and in its second half it ends where its jobs share least with the next one: a
+    group of like prompts that fits stays in one shard, and so on one engine. One that does not is computed again by
+    every engine that has a part of it, at most once in half a shard's jobs.
+    """
+    most_jobs = bounds.max_jobs or SHARD_JOBS
+    sizes = [jobs.sizes_bytes[place] for place in jobs.places]
+    tokens = [size // BYTES_PER_TOKEN + jobs.output_tokens[at] for size, at in zip(sizes, jobs.places, strict=True)]
+    spans: list[tuple[int, int, int]] = []
+    start, count = 0, len(sizes)
+    while start < count:
+        end, sum_tokens, sum_bytes = start, 0, 0
+        while end < count and end - start < most_jobs:
+            sum_tokens += tokens[end]
+            sum_bytes += sizes[end]
+            if end > start and (sum_tokens > bounds.max_tokens or sum_bytes > bounds.max_bytes):
+                break
+            end += 1
+        if end < count:
+            end = min(range(end, start + (end - start) // 2, -1), key=jobs.shared.__getitem__)
+        spans.append((start, end - 1, sum(tokens[start:end])))
+        start = end
+    return spans
 
 
 class ShardCutter:

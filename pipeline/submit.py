@@ -20,14 +20,15 @@ from uuid import UUID
 import msgspec
 
 from models.lines import LineRules, ParsedLine, SubmitOptions
-from models.states import CacheMode, Priority
+from models.states import CacheMode, JobOrder, Priority
 from pipeline.again import check_reusable
-from pipeline.arrange import arrange
+from pipeline.arrange import PAGE_SHARDS, arrange
 from pipeline.batch_file import BatchFile, Progress, SkippingBatchFile, opened
 from pipeline.begin import CHUNK_JOBS, LEASE, TENANT, begin_batch, same_submit
 from pipeline.begin import Submitted as Submitted
-from pipeline.cutting import ShardCutter
+from pipeline.cutting import ShardCutter, cut_ordered
 from pipeline.duplicates import LOW_BITS, DigestBuckets
+from pipeline.prefixes import WINDOW_JOBS, PrefixTree
 from pipeline.semantic_lines import SemanticLines
 from runtime.clock import uuid7
 from runtime.errors import Problem
@@ -45,6 +46,7 @@ class Wishes:
     priority: Priority = Priority.NORMAL
     weight: float = 1.0  # its share among its tenant's batches
     results_of: UUID | None = None  # lines that equal a job of this batch take its succeeded result
+    order: JobOrder = JobOrder.PREFIX
 
 
 NO_WISHES = Wishes()
@@ -178,6 +180,7 @@ class _Stored:
     lines: Iterator[ParsedLine]
     digests: DigestBuckets
     semantic: SemanticLines
+    order: JobOrder
 
 
 def _store(
@@ -192,26 +195,30 @@ def _store(
     """Store all lines, then settle which of them run, and in what order."""
     semantic = SemanticLines()
     with DigestBuckets("qi") as digests:
-        filled = _fill(database, batch, _Stored(lines, digests, semantic), source, bounds=bounds)
+        filled = _fill(database, batch, _Stored(lines, digests, semantic, wishes.order), source, bounds=bounds)
         return arrange(
             database, batch, filled, digests, results_of=wishes.results_of, pilot=bool(semantic), bounds=bounds
         )
 
 
 def _fill(database: Database, batch: NewBatch, stored: _Stored, source: BatchFile, *, bounds: ShardSettings) -> Filled:
-    """Store all lines, a chunk a transaction."""
+    """Store all lines, a chunk a transaction; cut shards a window of the order at a time, in a transaction of its own.
+
+    Shards count for nothing before the batch is set going, so whoever dies leaves a validating batch.
+    """
     total = shards = 0
     lines, semantic = stored.lines, stored.semantic
+    window = _Window(batch, stored.order, bounds, first_seq=0)
     for first in lines:
-        cutter = ShardCutter(bounds, first=total)
         with database.transaction() as session:
             extend_lease(session, batch.id, lease=LEASE)
-            chunk = _chunk(replace(stored, lines=chain([first], lines)), cutter, first_seq=total)
+            chunk = _chunk(replace(stored, lines=chain([first], lines)), window, first_seq=total)
             total += copy_jobs(session, chunk, batch_id=batch.id, first_seq=total)
-            spans = cutter.spans()
-            insert_shards(session, spans, batch_id=batch.id)
         stored.digests.settle()
-        shards += len(spans)
+        if total - window.first_seq >= WINDOW_JOBS:
+            shards += window.cut(database)
+            window = _Window(batch, stored.order, bounds, first_seq=total)
+    shards += window.cut(database)
     return Filled(
         total=total,
         open_shards=shards,
@@ -221,14 +228,50 @@ def _fill(database: Database, batch: NewBatch, stored: _Stored, source: BatchFil
     )
 
 
-def _chunk(stored: _Stored, cutter: ShardCutter, *, first_seq: int) -> Iterator[ParsedLine]:
-    """The lines of one transaction, each counted by the cutter, and remembered if it may share its answer."""
+class _Window:
+    """The jobs whose shards are cut together, in the file's order or in one that reuses prefixes."""
+
+    def __init__(self, batch: NewBatch, order: JobOrder, bounds: ShardSettings, *, first_seq: int) -> None:
+        self.first_seq = first_seq
+        self.cutter = ShardCutter(bounds, first=first_seq)
+        self.tree = None if order is JobOrder.FILE else PrefixTree(batch.endpoint)
+        self._batch_id, self._order, self._bounds = batch.id, order, bounds
+
+    def cut(self, database: Database) -> int:
+        """Store its shards: how many."""
+        if self.tree is None or not self.tree.is_worth_sorting():
+            spans = self.cutter.spans()
+            with database.transaction() as session:
+                extend_lease(session, self._batch_id, lease=LEASE)
+                insert_shards(session, spans, batch_id=self._batch_id)
+            return len(spans)
+        ordered = self.tree.ordered(self._order)
+        spans = cut_ordered(ordered, self._bounds)
+        with database.transaction() as session:
+            extend_lease(session, self._batch_id, lease=LEASE)
+            for at in range(0, len(spans), PAGE_SHARDS):
+                page = spans[at : at + PAGE_SHARDS]
+                first, last = page[0][0], page[-1][1]
+                insert_shards(
+                    session,
+                    [(one - first, other - first, tokens) for one, other, tokens in page],
+                    batch_id=self._batch_id,
+                    seqs=[self.first_seq + place for place in ordered.places[first : last + 1]],
+                )
+        return len(spans)
+
+
+def _chunk(stored: _Stored, window: _Window, *, first_seq: int) -> Iterator[ParsedLine]:
+    """The lines of one transaction, each counted by the window, and remembered if it may share its answer."""
     last_seq, chunk_bytes = first_seq + CHUNK_JOBS - 1, 0
-    count_in, (keep_digest, keep_seq), similar = cutter.add, stored.digests.appends, CacheMode.SEMANTIC
+    count_in, (keep_digest, keep_seq), similar = window.cutter.add, stored.digests.appends, CacheMode.SEMANTIC
+    learn = window.tree.add if window.tree is not None else None
     for seq, line in enumerate(stored.lines, first_seq):
         body = line.body
         size = len(body)
         count_in(line.prompt_tokens + line.output_tokens, size)
+        if learn is not None:
+            learn(line.model, body, line.output_tokens)
         is_similar = line.cache is similar
         if line.may_share:
             digest = ~hash(body) if is_similar else hash(body)

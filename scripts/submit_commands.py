@@ -15,7 +15,7 @@ import click
 
 from models.lines import SubmitOptions, parse_sets
 from models.names import batch_name
-from models.states import CacheMode, Priority
+from models.states import CacheMode, JobOrder, Priority
 from pipeline.again import retry_batch
 from pipeline.cutting import for_workers
 from pipeline.submit import Submitted, Wishes, dry_run, submit_file
@@ -104,6 +104,14 @@ _submit_options = (
         help="exact: an equal request that was answered before is not run again. semantic: nor is one that means the "
         "same, within a certified error. A line's own stoker.cache overrides it.",
     ),
+    click.option(
+        "--order",
+        type=click.Choice([order.value for order in JobOrder]),
+        default=JobOrder.PREFIX.value,
+        show_default=True,
+        help="In which jobs run: prefix puts prompts that begin alike together, long outputs first, if the file does "
+        "not; file keeps the file's. Results are in the file's order.",
+    ),
     _window_option,
     _priority_option,
     _weight_option,
@@ -136,6 +144,7 @@ def run(
     model: str | None,
     max_output_tokens: int | None,
     cache: str | None,
+    order: str,
     window: float | None,
     priority: str | None,
     weight: float | None,
@@ -159,7 +168,7 @@ def run(
             file,
             options=options,
             window_s=window,
-            wishes=_wishes(priority, weight),
+            wishes=_wishes(priority, weight, order),
             reuse=False,
         )
         say(f"{batch_name(submitted.batch_id)}: {submitted.total:,} jobs stored{_following(submitted)}")
@@ -198,6 +207,7 @@ def submit(
     model: str | None,
     max_output_tokens: int | None,
     cache: str | None,
+    order: str,
     window: float | None,
     priority: str | None,
     weight: float | None,
@@ -228,7 +238,7 @@ def submit(
             file,
             options=options,
             window_s=window,
-            wishes=_wishes(priority, weight, results_of=named_batch(database, reuse) if reuse else None),
+            wishes=_wishes(priority, weight, order, results_of=named_batch(database, reuse) if reuse else None),
             reuse=not force,
             report=report,
         )
@@ -312,8 +322,8 @@ def _emit_batch(submitted: Submitted, *, as_json: bool) -> None:
     )
 
 
-def _wishes(priority: str | None, weight: float | None, *, results_of: UUID | None = None) -> Wishes:
-    return Wishes(Priority(priority or Priority.NORMAL), weight or 1.0, results_of)
+def _wishes(priority: str | None, weight: float | None, order: str, *, results_of: UUID | None = None) -> Wishes:
+    return Wishes(Priority(priority or Priority.NORMAL), weight or 1.0, results_of, JobOrder(order))
 
 
 def _with_window(settings: Settings, window_s: float | None) -> Settings:

@@ -20,6 +20,7 @@ from models.lines import ParsedLine
 from models.rows import Batch, Follower, Job
 from models.states import BatchState, Priority
 from runtime.errors import LostFence
+from store.arrays import Int4s
 from store.database import copy_cursor
 from store.notifications import wake_dispatch
 
@@ -186,7 +187,7 @@ def insert_shards(
             "firsts": [first for first, _, _ in spans],
             "lasts": [last for _, last, _ in spans],
             "tokens": [tokens for _, _, tokens in spans],
-            **({} if seqs is None else {"seqs": list(seqs)}),
+            **({} if seqs is None else {"seqs": Int4s(seqs)}),
         },
     )
 
