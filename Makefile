@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 include engines.mk
 
 .PHONY: help demo up cache test test-engine chaos check format env-example compose-env \
-	bench bench-submit bench-pipeline bench-growth bench-dispatch bench-refill bench-end-to-end bench-front-end bench-cache nginx rabbitmq
+	bench bench-submit bench-pipeline bench-growth bench-dispatch bench-order bench-refill bench-end-to-end bench-front-end bench-cache nginx rabbitmq
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -50,7 +50,7 @@ env-example: .venv/.demo
 	@python -c 'from runtime.settings import env_example; print(env_example(), end="")' > .env.example
 
 # `make bench-cache`, `make bench-dispatch` and `make chaos` are of other questions; the table shows their last results.
-BENCHES := bench-end-to-end bench-pipeline bench-growth bench-submit $(if $(wildcard benchmarks/order.py),bench-order) bench-refill
+BENCHES := bench-end-to-end bench-pipeline bench-growth bench-submit bench-order bench-refill
 bench: .venv/.dev ## all ratios anew (about 2 hours), one table of them, README.md and docs/benchmarks.md
 	@set -e; for bench in $(BENCHES); do echo "== make $$bench"; $(MAKE) --no-print-directory $$bench; done
 	@python -m benchmarks.readme
@@ -74,6 +74,9 @@ rabbitmq: .venv/.dev
 
 bench-dispatch: .venv/.dev ## the dispatch leader at 10,000 to 1,000,000 shards, and who waits for whom
 	@python -m benchmarks.dispatch
+
+bench-order: .venv/.dev rabbitmq engine-vllm checkpoint ## the order of jobs on vLLM: prefix reuse, long and short outputs first
+	@python -m benchmarks.order
 
 bench-refill: .venv/.dev ## starvation of a scripted engine with 2,048 slots
 	@python -m benchmarks.refill
