@@ -48,8 +48,6 @@ ROOM_SHARE: Final = 4  # the documents are so many times the room
 MODEL: Final = "smollm2-135m"
 MIXED_TOKENS: Final = (8, 8, 8, 96)
 WORDS: Final = "account answer balance branch card cash date fee limit loan order rate"
-    ["account", "answer", "balance", "branch", "card", "cash", "date", "fee", "limit", "loan", "order", "rate"]
-)
 
 
 @dataclass(frozen=True, slots=True)
