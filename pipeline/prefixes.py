@@ -22,8 +22,9 @@ from msgspec import Raw, Struct
 from models.states import JobOrder
 
 BLOCK_BYTES = 128  # 32 tokens of English text: what a block of vLLM's cache holds on a CPU, two of it on a GPU
-WINDOW_JOBS = 500_000  # jobs that are ordered among themselves; 18 bytes each, and 60 MB more while they are sorted
-MOST_NODES = 200_000  # blocks that can be found again, 110 bytes each
+LEAST_BYTES = 4 * BLOCK_BYTES  # of a body that is looked into: what shorter ones share is computed in no time
+WINDOW_JOBS = 500_000  # jobs that are ordered among themselves: 12 bytes each until they are sorted
+MOST_NODES = 200_000  # blocks that can be found again
 RETURNS_SHARE = 0.05  # with fewer jobs than this that come back to a group, sorting moves little, so it is left
 LENGTHEN_AFTER = 64  # lines that kept to the common path, until a longer one is tried
 MOST_DEPTH = 255
@@ -81,7 +82,7 @@ class PrefixTree:
         """Remember the next job."""
         self._outputs.append(output_tokens if output_tokens < 0x7FFFFFFF else 0x7FFFFFFF)
         self._sizes.append(len(body))
-        if self._key is None:
+        if self._key is None or len(body) < LEAST_BYTES:
             self._nodes.append(0)
             return
         if model != self._model or b'"tools"' in body or b'"functions"' in body or self._model == "":
