@@ -12,6 +12,7 @@ from uuid import UUID
 import psycopg
 
 from benchmarks.cores import processes, tree_cpu_s
+from benchmarks.place import as_submitted
 from models.lines import SubmitOptions
 from models.states import CacheMode
 from pipeline.submit import submit_file
@@ -72,7 +73,7 @@ def run_ours(
             pid = worker.process.pid
             _wait_ended(database, stored(database, warm_up, settings))
             checkpoint(settings)
-            batch_id = stored(database, file, settings)
+            batch_id = stored(database, file, as_submitted(settings))
             before = _cpu_s(pid, servers, endpoint_pid)
             if meanwhile is not None:
                 meanwhile(children_of(pid)[0])

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.paired import PAIRS, Ratio, by_turns, keep, made_with
-from benchmarks.place import own_place
+from benchmarks.place import as_submitted, own_place
 from benchmarks.rows import Row, at_least, bold
 from models.lines import SubmitOptions
 from models.states import CacheMode, JobOrder
@@ -168,7 +168,7 @@ def run_leg(settings: Settings, file: Path, *, order: JobOrder) -> Leg:
             database,
             file,
             options=SubmitOptions(max_output_tokens=1024, cache=CacheMode.OFF),
-            settings=settings.model_copy(update={"shard": settings.shard.model_copy(update={"max_jobs": 16})}),
+            settings=as_submitted(settings),
             served_models=None,
             reuse=False,
             wishes=Wishes(order=order),

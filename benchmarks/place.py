@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psycopg
 
+from pipeline.cutting import for_workers
 from runtime.settings import Settings, load_settings
 from scripts.local import prepare_schema
+from store.presence import ANNOUNCE_S, PresenceBoard
 from tests.support.own_services import OwnPostgres, OwnRabbitMQ, OwnRedis, server_folder
 
+ANNOUNCED_S = 2 * ANNOUNCE_S
 MAX_CONNECTIONS = 300  # a Celery worker of 128 processes has one each
 
 
@@ -33,6 +37,20 @@ class Place:
             row = connection.execute("SHOW server_version").fetchone()
         said = subprocess.run(["rabbitmqctl", "version"], capture_output=True, text=True, check=False).stdout
         return {"postgres": str(row[0]) if row else "unknown", "rabbitmq": said.strip() or "unknown"}
+
+
+def as_submitted(settings: Settings) -> Settings:
+    """What `stoker submit` would use now: shards as large as the live workers are fast.
+
+    Waits until a worker has announced how long its requests take, as any that has worked for some seconds has.
+    """
+    board, end = PresenceBoard(settings.require_redis()), time.monotonic() + ANNOUNCED_S
+    try:
+        while not any(worker.service_s for worker in board.workers()) and time.monotonic() < end:
+            time.sleep(0.1)
+        return for_workers(settings, board.workers())
+    finally:
+        board.close()
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paired import keep, made_with
+from benchmarks.place import as_submitted
 from models.lines import SubmitOptions
 from pipeline.submit import submit_file
 from runtime.settings import Settings, load_settings
@@ -133,7 +134,7 @@ def run(settings: Settings, file: Path) -> tuple[float, float]:
             database,
             file,
             options=SubmitOptions(max_output_tokens=64),
-            settings=settings,
+            settings=as_submitted(settings),
             served_models=None,
             reuse=False,
             tenant=TENANT,

@@ -21,6 +21,7 @@ import uvloop
 from sqlalchemy import text
 
 from benchmarks.cores import processes, tree_cpu_s
+from benchmarks.place import as_submitted
 from benchmarks.slots import SlotSampler
 from benchmarks.workloads import PATH
 from inference.endpoint import Endpoint
@@ -177,8 +178,9 @@ class OurSide:
 
     def _submitted(self, database: Database, file: Path) -> UUID:
         options = SubmitOptions(max_output_tokens=1024, cache=CacheMode.OFF)
+        settings = as_submitted(self._settings)
         return submit_file(
-            database, file, options=options, settings=self._settings, served_models=None, reuse=False, tenant=TENANT
+            database, file, options=options, settings=settings, served_models=None, reuse=False, tenant=TENANT
         ).batch_id
 
     def _ended(self, database: Database, batch_id: UUID) -> BatchProgress:
