@@ -102,7 +102,7 @@ class Connections:
             raise
         finally:
             timer.cancel()
-        if connection.is_reusable:
+        if connection.is_open:
             connection.idle_since = connection.loop.time()
             self._idle.append(connection)
         else:
@@ -118,7 +118,7 @@ class Connections:
     def _kept(self) -> _Connection | None:
         while self._idle:
             connection = self._idle.pop()
-            if connection.is_reusable and connection.loop.time() - connection.idle_since < KEEPALIVE_S:
+            if connection.is_open and connection.loop.time() - connection.idle_since < KEEPALIVE_S:
                 return connection
             connection.abort()
         return None
@@ -162,13 +162,16 @@ class _Connection(asyncio.Protocol):
         self._headers: list[tuple[bytes, bytes]] = []
         self._begin()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether another request may go out on it."""
+        return self.is_reusable and not self._transport.is_closing()
+
     def ask(self, head: bytes, body: bytes) -> asyncio.Future[Answer]:
         """Send a request; the future has its whole answer, or why there is none."""
         self._begin()
         self._answer = self.loop.create_future()
-        if self._transport.is_closing():
-            self.fail(ConnectionBroken("the server closed the connection"))
-        elif len(body) < ONE_WRITE_BYTES:
+        if len(body) < ONE_WRITE_BYTES:
             self._transport.write(head + body)
         else:
             self._transport.write(head)

@@ -6,6 +6,7 @@ for a shard's 64 responses was more of a worker's time than the rest of the writ
 
 from __future__ import annotations
 
+import struct
 from struct import Struct
 from typing import Any, ClassVar
 
@@ -55,7 +56,10 @@ class _ColumnDumper(Dumper):
             return _NONE + _LENGTH.pack(self.element_oid)
         element = self.element
         header = _HEADER.pack(1, 1, self.element_oid, len(obj), 1)
-        return b"".join([header, *(_NULL if value is None else element(value) for value in obj)])
+        try:
+            return b"".join([header, *(_NULL if value is None else element(value) for value in obj)])
+        except (struct.error, OverflowError) as error:
+            raise psycopg.DataError(f"a value is out of its column's range: {error}") from error
 
     def element(self, value: Any) -> bytes:
         raise NotImplementedError

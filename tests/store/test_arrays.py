@@ -48,6 +48,14 @@ def test_quotes_braces_and_backslashes_are_text_like_any_other(database: Databas
     assert sent(database, "text", Texts(column)) == column
 
 
+@pytest.mark.parametrize(
+    ("kind", "value"), [("int2", 2**15), ("int4", -(2**31) - 1), ("int8", 2**63), ("float4", 1e39)]
+)
+def test_what_no_column_holds_is_said_as_unstorable(database: Database, kind: str, value: float) -> None:
+    with pytest.raises(Unstorable):
+        sent(database, kind, KINDS[kind][0]([1, value]))
+
+
 @pytest.mark.parametrize("value", ["a\0b", "\ud800"])
 def test_what_postgres_cannot_store_is_said_as_unstorable(database: Database, value: str) -> None:
     with pytest.raises(Unstorable):
