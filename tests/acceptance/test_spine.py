@@ -241,7 +241,7 @@ def test_a_batch_that_mostly_fails_is_paused_and_goes_on_after_resume(
 def test_results_follow_prints_lines_in_input_order_while_the_batch_runs(
     env: dict[str, str], tmp_path: Path, postgres_url: str
 ) -> None:
-    asked = [text + (" [[latency 1.5]]" if number == 3 else "") for number, text in enumerate(prompts(200))]
+    asked = [text + (" [[latency 5]]" if number == 3 else "") for number, text in enumerate(prompts(200))]
     ids = write_chats(tmp_path / "in.jsonl", asked)
     batch = stoker("submit", tmp_path / "in.jsonl", env=env).stdout.strip()
     with Command("results", batch, "--follow", env=env) as command:
