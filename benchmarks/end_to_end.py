@@ -1,6 +1,6 @@
 """The whole system beside the bare engine: six workloads, by turns, in one run.
 
-    python -m benchmarks.end_to_end [--pairs 5] [--only "64 tokens"] [--cores pinned|all|both] [--leg-s 12]
+    python -m benchmarks.end_to_end [--pairs 5] [--only "64 tokens"] [--cores pinned|all|both] [--leg-s 8]
 
 Sides: `chat`, offline `LLM.chat`; `run-batch`, vLLM's own batch runner; `http`, our client straight to our engine's
 server; `ours`, submit, RabbitMQ, a Celery worker and Postgres before that server. All three engines are one version
@@ -12,7 +12,7 @@ and Postgres too, the second; only one engine has work at a time. With all cores
 takes about `--leg-s`; never fewer than the engine has slots, so 256 tokens take what they take. Output lengths are
 fixed and must agree between the sides to the token; answers in JSON end by themselves, so tokens a second are compared.
 The cache is off. Writes benchmarks/results/end_to_end.json;
-runs with --only, or with one kind of --cores, only print.
+runs with --only only print.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def main() -> None:
                 if workload.name in names and (options.only or not skipped):
                     rows.append({"cores": cores} | _measured(room, workload, jobs, options))
                     print(_line(rows[-1]), flush=True)
-    if options.only is None and options.cores == "both":
+    if options.only is None:
         keep("end_to_end", report | {"rows": rows})
 
 
@@ -91,8 +91,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--only", metavar="WORKLOAD")
     parser.add_argument("--cores", choices=["pinned", "all", "both"], default="both")
-    parser.add_argument("--leg-s", type=float, default=12)
-    parser.add_argument("--slots", type=int, default=16, help="the engine's --max-num-seqs")
+    parser.add_argument("--leg-s", type=float, default=8)
+    parser.add_argument("--slots", type=int, default=8, help="the engine's --max-num-seqs")
     return parser.parse_args()
 
 
