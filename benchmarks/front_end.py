@@ -55,7 +55,7 @@ def main() -> None:
             engine.stop()
     ratio = Ratio.of(rates["batch"], rates["single"])
     report: dict[str, Any] = {
-        "made_with": made_with("aiohttp"),
+        "made_with": made_with("httptools"),
         "engine": {**plan.description, "version": engine.version},
     }
     report |= {"jobs": options.jobs, "group": options.group, "output_tokens": OUTPUT_TOKENS}

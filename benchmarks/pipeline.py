@@ -142,7 +142,7 @@ def main() -> None:
             _find_pool(shared)
             some = {name: jobs[name] for name in (OURS, CELERY, RAY) if name in jobs}
             found["all_cores"] = _measured(shared, some, pairs=options.pairs_all_cores)
-    report = report_of({"made_with": made_with("celery", "aiohttp", "uvloop", "psycopg", "sqlalchemy"), **found})
+    report = report_of({"made_with": made_with("celery", "httptools", "uvloop", "psycopg", "sqlalchemy"), **found})
     keep("pipeline", report)
     show(report)
 
