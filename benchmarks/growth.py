@@ -63,7 +63,7 @@ def main() -> None:
             }
             costs = by_turns(turns, pairs=options.pairs)
     report: dict[str, Any] = {
-        "made_with": made_with("celery", "aiohttp", "psycopg", "sqlalchemy"),
+        "made_with": made_with("celery", "httptools", "psycopg", "sqlalchemy"),
         "endpoint": f"nginx {endpoint.version()}",
         "pinned": pinned,
         "jobs": {"small": options.small, "large": options.large, "finished": options.finished},

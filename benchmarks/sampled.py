@@ -26,10 +26,6 @@ FAMILIES: Final = {
     "kombu": "celery, kombu",
     "billiard": "celery, kombu",
     "amqp": "celery, kombu",
-    "yarl": "aiohttp",
-    "multidict": "aiohttp",
-    "propcache": "aiohttp",
-    "frozenlist": "aiohttp",
 }
 
 

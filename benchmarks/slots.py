@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
+from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
 
@@ -49,10 +50,8 @@ class SlotSampler:
     async def _sample(self) -> None:
         async with Endpoint(self._url, api_key=None, timeout_s=10, connections=1) as endpoint:
             while not self._stop_wanted.is_set():
-                try:
+                with suppress(StokerError):  # a probe that was late is a sample less
                     self._take(await endpoint.metrics_text())
-                except StokerError:  # a probe that was late is a sample less
-                    continue
                 await asyncio.sleep(EVERY_S)
 
     def _take(self, text: str) -> None:

@@ -91,14 +91,19 @@ def _end_to_end_rows(found: dict[str, Any]) -> list[Row]:
 
 
 def _refill_rows(found: dict[str, Any]) -> list[Row]:
-    tight = found["rows"][0]
-    figure = (
-        f"starvation: slot-time empty while the batch has jobs to send, {tight['slots']:,} slots, {tight['children']} "
-        "children, lognormal service times"
-    )
-    measured = ", ".join(f"**{row['starvation']:.1%}** with {row['in_flight']:,} in flight" for row in found["rows"])
-    worst = max(row["starvation"] for row in found["rows"])
-    return [Row(figure, measured, "`make bench-refill`", headline=True, **at_most(100 * worst, 100 * STARVATION, "%"))]
+    rows = []
+    for row in found["rows"]:
+        engines = row.get("engines", 1)
+        figure = (
+            f"starvation: slot-time empty while the batch has jobs to send, {engines} × {row['slots']:,} slots, "
+            f"{row['in_flight']:,} in flight each, {row['children']} children, {row['jobs']:,} jobs of lognormal "
+            "service times; share of the time in which the last 5% of them end"
+        )
+        tail = f"; {row['last_5_percent_of_the_time']:.1%}" if "last_5_percent_of_the_time" in row else ""
+        judged = at_most(100 * row["starvation"], 100 * STARVATION, "%")
+        measured = f"**{row['starvation']:.1%}**{tail}"
+        rows.append(Row(figure, measured, "`make bench-refill`", headline=row is found["rows"][0], **judged))
+    return rows
 
 
 def _dispatch_rows(found: dict[str, Any]) -> list[Row]:

@@ -85,8 +85,8 @@ class Connections:
     ) -> Answer:
         """Send and wait for the whole answer.
 
-        Raises ConnectFailed, ConnectionBroken, NotHttp, TooLarge, or TimeoutError once the server was silent
-        for so long after a connection was there.
+        Raises ConnectFailed, ConnectionBroken, NotHttp, TooLarge, or TimeoutError when the whole answer is not
+        there so long after a connection was.
         """
         connection = self._kept() or await self._connected()
         extra = f"X-Request-Id: {request_id}\r\n" if request_id else ""
@@ -200,10 +200,12 @@ class _Connection(asyncio.Protocol):
         except (HttpParserError, HttpParserUpgrade) as error:
             self.fail(NotHttp(str(error) or type(error).__name__))
             return
-        if not self._has_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > HEAD_LIMIT_BYTES:
-                self.fail(NotHttp(f"headers of more than {HEAD_LIMIT_BYTES // 1024} KB"))
+        self._raw_bytes += len(data)
+        if self._raw_bytes > HEAD_LIMIT_BYTES + 8 * self._size_bytes:  # the smallest chunk is six bytes for one
+            self.fail(NotHttp(f"headers or trailers of more than {HEAD_LIMIT_BYTES // 1024} KB"))
+
+    def eof_received(self) -> None:
+        self.is_reusable = False  # the end of the connection follows a turn of the loop later
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_reusable = False
@@ -213,8 +215,13 @@ class _Connection(asyncio.Protocol):
 
     # What the parser finds.
 
+    def on_message_begin(self) -> None:
+        if self._answer is not None and self._answer.done():
+            self.is_reusable = False  # what follows a whole answer must not become the next one's beginning
+
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name, value))
+        if not self._has_head:  # trailers say nothing that is asked
+            self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         self._status = self._parser.get_status_code()
@@ -247,7 +254,7 @@ class _Connection(asyncio.Protocol):
         self._status = 0
         self._headers = []
         self._parts: list[bytes] = []
-        self._head_bytes = self._size_bytes = 0
+        self._raw_bytes = self._size_bytes = 0
         self._has_head = False
 
     def _end(self, error: Exception) -> None:

@@ -220,8 +220,12 @@ def _address_of(url: str) -> Address:
     if parts.scheme == "unix":
         return Address(host="localhost", port=0, socket=parts.path)
     is_tls = parts.scheme == "https"
+    try:
+        host = (parts.hostname or "").encode("idna").decode()
+    except UnicodeError as error:
+        raise BadInput("the endpoint's URL names no host that there can be; write http://host:port/v1") from error
     prefix = quote(parts.path.rstrip("/").removesuffix("/v1"), safe="/%:@!$&'()*+,;=~-._")
-    return Address(host=parts.hostname or "", port=parts.port or (443 if is_tls else 80), prefix=prefix, tls=is_tls)
+    return Address(host=host, port=parts.port or (443 if is_tls else 80), prefix=prefix, tls=is_tls)
 
 
 def _fault_of(parts: SplitResult) -> str | None:

@@ -22,7 +22,7 @@ from store.followers import insert_followers
 from store.open_shards import CutJob, delete_open_shards, jobs_to_run, newest_shard, open_shards
 from store.submissions import Filled, NewBatch, extend_lease, insert_shards
 
-PAGE_SHARDS = 800  # some 50,000 jobs in memory
+PAGE_SHARDS = 200  # up to some 50,000 jobs in memory
 
 NOBODY: frozenset[int] = frozenset()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from models.lines import BYTES_PER_TOKEN
-from pipeline.pace import SHARD_JOBS, jobs_in_a_shard
+from pipeline.pace import SHARD_JOBS, jobs_in_a_shard, most_jobs_in_a_shard
 from pipeline.prefixes import OrderedJobs
 from runtime.settings import Settings, ShardSettings
 from store.presence import WorkerPresence
@@ -80,8 +80,12 @@ class ShardCutter:
 
 
 def for_workers(settings: Settings, workers: Sequence[WorkerPresence]) -> Settings:
-    """The settings with a shard's jobs filled in: the most that one of these workers should have, unless it is set."""
+    """The settings with a shard's jobs filled in, unless they are set: any of these workers may get any shard.
+
+    As many as the fastest should have, but no more than the slowest does in some minutes.
+    """
     sizes = [jobs_in_a_shard(worker.in_flight, worker.service_s) for worker in workers if worker.in_flight]
     if settings.shard.max_jobs is not None or not sizes:
         return settings
-    return settings.model_copy(update={"shard": settings.shard.model_copy(update={"max_jobs": max(sizes)})})
+    most = min(most_jobs_in_a_shard(worker.in_flight, worker.service_s) for worker in workers if worker.in_flight)
+    return settings.model_copy(update={"shard": settings.shard.model_copy(update={"max_jobs": min(max(sizes), most)})})

@@ -235,7 +235,7 @@ class _Feeder:
         try:
             for result in await ask(self._context, attempt, unit):
                 attempt.record(result)
-                if isinstance(result, JobResult) and result.source is Source.ENGINE:
+                if isinstance(result, JobResult) and result.source is Source.ENGINE and isinstance(unit, Job):
                     self._context.pace.served(result.duration_ms / 1000)
         except (EndpointDown, ServerFault) as error:
             is_absent = isinstance(error, EndpointDown) and not error.was_sent
@@ -303,9 +303,13 @@ class _Feeder:
             self._loop.call_soon_threadsafe(self._on_beat, attempt, runnable)
 
         self._context.heartbeat.add(claimed, on_beat)
-        looked = await self._look_up(claimed, loaded)
-        is_plain = claimed.runnable and not claimed.runs_alone
-        attempt.begin(looked, self._units(claimed, looked.jobs) if is_plain else ())
+        try:
+            looked = await self._look_up(claimed, loaded)
+            is_plain = claimed.runnable and not claimed.runs_alone
+            attempt.begin(looked, self._units(claimed, looked.jobs) if is_plain else ())
+        except BaseException:  # nobody knows of it yet: its lease must end
+            self._context.heartbeat.remove(claimed)
+            raise
         if claimed.runnable and claimed.runs_alone:
             for other in self._attempts.values():
                 other.stop()

@@ -14,6 +14,7 @@ LEAST_JOBS, MOST_JOBS = 16, 256
 # A shard costs some 16 ms of CPU outside the engine, whatever its size (claim, close, hint, dispatch): before an engine
 # that answers at once a job took 365 us with 64 in a shard and 171 with 256. So a child shall not claim more often.
 SHARDS_A_SECOND = 5.0
+MOST_S = 120.0
 
 
 class Pace:
@@ -52,6 +53,11 @@ def jobs_in_a_shard(in_flight: int, service_s: float) -> int:
     fills = min(in_flight, SHARD_JOBS)
     lasts = in_flight / service_s / SHARDS_A_SECOND if service_s else 0.0
     return max(LEAST_JOBS, min(MOST_JOBS, max(fills, round(lasts))))
+
+
+def most_jobs_in_a_shard(in_flight: int, service_s: float) -> int:
+    """What a child with so many places does in MOST_S, so that a shard that it gets is not the end of the batch."""
+    return MOST_JOBS if not service_s else max(LEAST_JOBS, min(MOST_JOBS, round(in_flight / service_s * MOST_S)))
 
 
 def _next(mean: float, reading: float) -> float:

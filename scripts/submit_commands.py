@@ -283,7 +283,7 @@ def retry(
         submitted = retry_batch(
             database,
             named_batch(database, batch),
-            settings=_with_window(served, window),
+            settings=for_workers(_with_window(served, window), _workers(served)),
             reuse=not force,
             priority=Priority(priority) if priority else None,
             weight=weight,

@@ -3,7 +3,7 @@
     python -m benchmarks.peers.celery_per_prompt --broker URL --database URL --endpoint URL --pool-size 32
 
 What was chosen, so that nothing but the shape differs from ours:
-- The same client: our Endpoint (aiohttp, uvloop, one connection kept open) and the same reading of its answers. A
+- The same client: our Endpoint (httptools, uvloop, one connection kept open) and the same reading of its answers. A
   Celery task is synchronous, so each pool process has a loop of its own and runs one request at a time on it.
 - The same servers and the same durability: a quorum queue, JSON, acks late, one INSERT committed a job into a table
   like `results` in the same database. ON CONFLICT DO NOTHING, since a redelivery may repeat a job.

@@ -212,6 +212,48 @@ def test_a_silent_server_is_left_after_the_time_and_a_missing_one_at_once() -> N
         uvloop.run(ask(Connections(Address(host="a..b", port=80), headers={}, body_limit_bytes=1)))
 
 
+def test_a_server_that_closes_after_each_answer_costs_no_request() -> None:
+    async def work(pool: Connections) -> list[bytes]:
+        answers = []
+        for _ in range(100):
+            answers.append((await ask(pool)).body)
+            await asyncio.sleep(0.005)  # what goes out before the server's end has come cannot be known to be lost
+        return answers
+
+    assert with_server(saying(OK, then_close=True), work) == [b"ok"] * 100
+
+
+def test_half_an_answer_behind_a_whole_one_is_not_the_next_ones_beginning() -> None:
+    wrong = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nWRONG"
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(OK + wrong[:30])
+        await read_request(reader)
+        writer.write(wrong[30:])
+
+    async def work(pool: Connections) -> list[bytes]:
+        answers = [(await ask(pool)).body]
+        for _ in range(2):
+            try:
+                answers.append((await ask(pool)).body)
+            except ConnectionBroken:
+                continue
+        return answers
+
+    assert b"WRONG" not in with_server(serve, work)
+
+
+def test_trailers_are_bounded_and_are_no_headers() -> None:
+    chunked = b"HTTP/1.1 429 No\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"
+
+    few = with_server(saying(chunked + b"Retry-After: 9\r\n\r\n"), ask)
+
+    assert (few.body, few.header("Retry-After")) == (b"x", None)
+    with pytest.raises(NotHttp, match="trailers"):
+        with_server(saying(chunked + b"X: y\r\n" * 100_000 + b"\r\n"), ask)
+
+
 @pytest.mark.parametrize("value", ["a\r\nX: b", "a\nb", "é"])
 def test_a_header_that_would_break_the_request_is_refused(value: str) -> None:
     with pytest.raises(ValueError, match="Authorization"):

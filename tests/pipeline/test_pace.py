@@ -81,5 +81,6 @@ def test_the_workers_decide_unless_the_setting_does_or_there_are_none() -> None:
 
     assert for_workers(unset, fast).shard.max_jobs == MOST_JOBS
     assert for_workers(unset, fast[:1]).shard.max_jobs == LEAST_JOBS
+    assert for_workers(unset, [*fast, worker(in_flight=4, service_s=10)]).shard.max_jobs == 48
     assert for_workers(unset, []).shard.max_jobs is None
     assert for_workers(fixed, fast).shard.max_jobs == 9
