@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quantize_checkpoint import read_sequences, say_step
+from scripts.quantize_checkpoint import read_sequences, say_step
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 

@@ -199,9 +199,7 @@ def _scheme(model: PreTrainedModel, scheme: str, group_size: int | None) -> Quan
         return preset_name_to_scheme({"w8a8": "W8A8", "fp8": "FP8_DYNAMIC"}[scheme], targets=["Linear"])
     fitting = group_size if group_size is not None else _group_size(model)
     _require_fit(model, fitting)
-    weights = QuantizationArgs(
-        num_bits=4, type="int", strategy="group", group_size=fitting, symmetric=scheme != "awq"
-    )
+    weights = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=fitting, symmetric=scheme != "awq")
     return QuantizationScheme(targets=["Linear"], weights=weights)
 
 
