@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scripts.quantize_checkpoint import read_sequences, say_step
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from scripts.quantize_checkpoint import read_sequences, say_step
 
 
 def main() -> int:

@@ -28,12 +28,11 @@ CALIBRATED = frozenset({"awq", "gptq"})
 SCRIPTS = Path(__file__).parent
 EXIT_INTERRUPTED = 130
 LOG_TAIL_LINES = 15
-# Without progress bars and logs, and never to a network; a failure still prints its traceback.
+# Without progress bars, and never to a network. The log stays on: GPTQ needs the level that it defines.
 CHILD_ENV = {
     "HF_HUB_OFFLINE": "1",
     "TQDM_DISABLE": "1",
     "PYTHONWARNINGS": "ignore",
-    "LLM_COMPRESSOR_LOG_DISABLED": "true",
 }
 NO_SPEED = "not measured: this version does not start engines; compare with `stoker run` on either checkpoint"
 _STEP = re.compile(r"^(\w+)(?: (\d+)/(\d+))?$")
