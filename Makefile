@@ -6,7 +6,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 include engines.mk
 
-.PHONY: help demo up cache test test-engine chaos check format env-example compose-env bench-submit bench-dispatch bench-refill bench-end-to-end bench-cache
+.PHONY: help demo up cache test test-engine chaos check format env-example compose-env \
+	bench bench-submit bench-pipeline bench-growth bench-dispatch bench-refill bench-end-to-end bench-front-end bench-cache nginx rabbitmq
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -48,8 +49,28 @@ cache: .venv/.demo embedder ## what the semantic cache needs: its libraries and 
 env-example: .venv/.demo
 	@python -c 'from runtime.settings import env_example; print(env_example(), end="")' > .env.example
 
-bench-submit: .venv/.dev ## rows/s and memory of submit, beside a bare COPY
-	@python -m benchmarks.submit --lines 1000000
+# `make bench-cache`, `make bench-dispatch` and `make chaos` are of other questions; the table shows their last results.
+BENCHES := bench-end-to-end bench-pipeline bench-growth bench-submit $(if $(wildcard benchmarks/order.py),bench-order) bench-refill
+bench: .venv/.dev ## all ratios anew (about 2 hours), one table of them, README.md and docs/benchmarks.md
+	@set -e; for bench in $(BENCHES); do echo "== make $$bench"; $(MAKE) --no-print-directory $$bench; done
+	@python -m benchmarks.readme
+	@python -m benchmarks.table
+
+bench-pipeline: .venv/.dev nginx rabbitmq ## the pipeline on an endpoint that costs nothing, beside Celery per prompt and Ray Data
+	@$(MAKE) --no-print-directory ray-env || echo "bench-pipeline: goes on without Ray Data" >&2
+	@python -m benchmarks.pipeline
+
+bench-growth: .venv/.dev nginx rabbitmq ## what a job costs in larger batches and fuller tables
+	@python -m benchmarks.growth
+
+bench-submit: .venv/.dev ## rows/s and memory of submit and download, beside bare COPYs
+	@python -m tests.support.services python -m benchmarks.submit
+
+nginx: .venv/.dev
+	@python -m tests.support.packages nginx
+
+rabbitmq: .venv/.dev
+	@python -m tests.support.packages rabbitmq-server
 
 bench-dispatch: .venv/.dev ## the dispatch leader at 10,000 to 1,000,000 shards, and who waits for whom
 	@python -m benchmarks.dispatch
@@ -64,8 +85,11 @@ bench-cache: .venv/.dev embedder gptcache engine-vllm checkpoint ## the cache: h
 	@python -m benchmarks.cache_exact
 	@python -m benchmarks.cache_engine --folder $(FOLDER)
 
-bench-end-to-end: .venv/.dev engine-vllm checkpoint ## the whole system beside the bare engine: CSV=queries.csv
-	@python -m benchmarks.end_to_end --csv $(CSV)
+bench-end-to-end: .venv/.dev rabbitmq engine-vllm checkpoint ## the whole system beside the bare engine: LLM.chat and run-batch
+	@python -m benchmarks.end_to_end
+
+bench-front-end: .venv/.dev engine-vllm checkpoint ## vLLM's batch route beside single requests
+	@python -m benchmarks.front_end
 
 # Only what a run needs: no test tools.
 .venv/.demo: pyproject.toml constraints.txt

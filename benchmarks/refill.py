@@ -1,10 +1,12 @@
-"""Starvation: the share of an engine's slots that stand empty while the batch still has jobs to send.
+"""How full engines are kept: the share of their slots that stand empty while the batch still has jobs to send.
 
     python -m benchmarks.refill [--slots 2048] [--children 4] [--jobs 30000]
 
-One scripted engine whose service times are lognormal, one real worker, the services that the settings name or embedded
-ones. The engine itself adds up how long its slots are taken, from the first request to the last one's arrival, the
-ramp at the start included. Writes benchmarks/results/refill.json.
+Scripted engines whose service times are lognormal, a real worker for each, the services that the settings name or
+embedded ones. An engine itself adds up how long its slots are taken, from its first request to its last one's
+arrival, the ramp at the start included. The tail is the share of the time, from the first result to the last, in which
+the last 5% of the jobs end. Two small engines at the end: their workers' shards must not keep one of them busy alone.
+Writes benchmarks/results/refill.json.
 """
 
 from __future__ import annotations
@@ -13,20 +15,23 @@ import argparse
 import json
 import tempfile
 import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paired import made_with
+from benchmarks.paired import keep, made_with
 from models.lines import SubmitOptions
 from pipeline.submit import submit_file
 from runtime.settings import Settings, load_settings
 from scripts.local import local_services, local_worker, prepare_schema
 from store.batches import batch_progress
 from store.database import Database
-from tests.support.scripted_endpoint import Calls, ScriptedEndpoint
+from tests.support.scripted_endpoint import ScriptedEndpoint
 
-RESULT = Path(__file__).parent / "results" / "refill.json"
 TENANT = "local"
+MOST = 0.95
+POLL_S = 0.25
 
 
 def main() -> None:
@@ -38,41 +43,76 @@ def main() -> None:
     parser.add_argument("--median-s", type=float, default=4.0)
     parser.add_argument("--sigma", type=float, default=0.6)
     options = parser.parse_args()
+    cases = [
+        Case(engines=1, slots=options.slots, children=options.children, jobs=options.jobs, median_s=options.median_s),
+        Case(
+            engines=1,
+            slots=options.slots,
+            children=options.children,
+            jobs=options.jobs,
+            median_s=options.median_s,
+            places_a_slot=2,
+        ),
+        Case(engines=2, slots=64, children=2, jobs=8_000, median_s=1.0, places_a_slot=2),
+    ]
     rows = []
     with local_services(load_settings()) as settings:
         prepare_schema(settings)
-        for in_flight in (options.slots, 2 * options.slots):
-            rows.append(measured(settings, options, in_flight=in_flight))
+        for case in cases:
+            rows.append(measured(settings, case, sigma=options.sigma))
             print(json.dumps(rows[-1]), flush=True)
-    RESULT.write_text(json.dumps({"made_with": made_with(), "rows": rows}, indent=2) + "\n")
+    keep("refill", {"made_with": made_with(), "rows": rows})
 
 
-def measured(settings: Settings, options: argparse.Namespace, *, in_flight: int) -> dict[str, Any]:
-    """One batch through one worker."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ScriptedEndpoint(latency_s=options.median_s, latency_sigma=options.sigma, slots=options.slots) as endpoint,
-    ):
-        worker = settings.worker.model_copy(
-            update={"children": options.children, "in_flight": in_flight // options.children}
-        )
-        engine = settings.engine.model_copy(update={"url": endpoint.url})
-        served = settings.model_copy(update={"worker": worker, "engine": engine})
-        file = write_file(Path(folder) / "lines.jsonl", count=options.jobs)
-        with local_worker(served):
-            calls, seconds = run(served, endpoint, file)
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is measured: so many engines with so many slots each, and a worker for each."""
+
+    engines: int
+    slots: int
+    children: int
+    jobs: int
+    median_s: float
+    places_a_slot: int = 1
+
+    @property
+    def in_flight(self) -> int:
+        """Jobs that one worker keeps in flight."""
+        return self.slots * self.places_a_slot
+
+
+def measured(settings: Settings, case: Case, *, sigma: float) -> dict[str, Any]:
+    """One batch through the case's workers."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
+        engines = [
+            running.enter_context(ScriptedEndpoint(latency_s=case.median_s, latency_sigma=sigma, slots=case.slots))
+            for _ in range(case.engines)
+        ]
+        file = write_file(Path(folder) / "lines.jsonl", count=case.jobs)
+        for number, engine in enumerate(engines):
+            running.enter_context(local_worker(served_by(settings, case, engine.url), name=f"refill-{number}"))
+        seconds, tail = run(settings, file)
+        calls = [engine.calls() for engine in engines]
+    capacity = sum(case.slots * call.arrival_s for call in calls)
     return {
-        "slots": options.slots,
-        "in_flight": in_flight,
-        "children": options.children,
-        "jobs": options.jobs,
-        "service_median_s": options.median_s,
-        "service_sigma": options.sigma,
-        "most_running": calls.most_running,
-        "seconds_until_the_last_arrival": round(calls.arrival_s, 1),
+        **asdict(case),
+        "in_flight": case.in_flight,
+        "service_sigma": sigma,
+        "most_running": max(call.most_running for call in calls),
+        "seconds_until_the_last_arrival": round(max(call.arrival_s for call in calls), 1),
         "seconds_until_the_last_result": round(seconds, 1),
-        "starvation": round(1 - calls.slot_seconds / (options.slots * calls.arrival_s), 4),
+        "starvation": round(1 - sum(call.slot_seconds for call in calls) / capacity, 4),
+        "last_5_percent_of_the_time": round(tail, 4),
     }
+
+
+def served_by(settings: Settings, case: Case, url: str) -> Settings:
+    """Settings of the worker of one engine."""
+    worker = settings.worker.model_copy(
+        update={"children": case.children, "in_flight": case.in_flight // case.children}
+    )
+    engine = settings.engine.model_copy(update={"url": url, "max_num_seqs": case.slots})
+    return settings.model_copy(update={"worker": worker, "engine": engine})
 
 
 def write_file(path: Path, *, count: int) -> Path:
@@ -85,8 +125,8 @@ def write_file(path: Path, *, count: int) -> Path:
     return path
 
 
-def run(settings: Settings, endpoint: ScriptedEndpoint, file: Path) -> tuple[Calls, float]:
-    """Submit and wait: what the engine saw, and the seconds from the submit to the last result."""
+def run(settings: Settings, file: Path) -> tuple[float, float]:
+    """Submit and wait: seconds until the last result, and the share of the time in which the last 5% ended."""
     database = Database(settings.require_postgres())
     try:
         submitted = submit_file(
@@ -99,11 +139,16 @@ def run(settings: Settings, endpoint: ScriptedEndpoint, file: Path) -> tuple[Cal
             tenant=TENANT,
         )
         started = time.monotonic()
+        first_s = most_s = 0.0
         while True:
             with database.transaction() as session:
-                if batch_progress(session, submitted.batch_id, tenant=TENANT).is_ended:
-                    return endpoint.calls(), time.monotonic() - started
-            time.sleep(0.5)
+                progress = batch_progress(session, submitted.batch_id, tenant=TENANT)
+            now_s = time.monotonic() - started
+            first_s = first_s or (now_s if progress.done else 0.0)
+            most_s = now_s if progress.done < MOST * progress.total else most_s
+            if progress.is_ended:
+                return now_s, (now_s - most_s) / (now_s - first_s)
+            time.sleep(POLL_S)
     finally:
         database.close()
 

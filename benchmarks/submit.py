@@ -1,8 +1,7 @@
-"""Submit against a bare COPY of the same rows: `python -m benchmarks.submit --lines 1000000`.
+"""Submit and download at growing sizes: rows/s, memory, and what a job costs: `python -m benchmarks.submit`.
 
-A submit hashes the file, validates every line, looks for duplicates, and stores jobs and shards. It is set
-against two COPYs that do nothing but store: psycopg's `write_row` as its manual shows it, and ready-made
-binary blocks, the most that the server takes. All commit every 50,000 rows, each in a process of its own.
+Each side runs in a process of its own (benchmarks/submit_sides.py); sides and sizes take turns. `seconds` are of the
+work, `wall_s` have the process's start, imports and end with them. About 10 minutes and 4 GB of disk.
 """
 
 from __future__ import annotations
@@ -10,128 +9,71 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib.metadata import version
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import psycopg
 
+from benchmarks.paired import PAIRS, Ratio, by_turns, keep, made_with
+from benchmarks.rows import Row, at_least, at_most, bold
+from benchmarks.submit_files import fill_results, write_files
+from store.database import Database
+from store.schema import migrate
+
 REPOSITORY = Path(__file__).resolve().parents[1]
-RESULT = REPOSITORY / "benchmarks" / "results" / "submit.json"
 SERVER = "postgresql://postgres@127.0.0.1:5432"
-ENDPOINT = "/v1/chat/completions"
-ROWS_A_TRANSACTION = 50_000
-BLOCK_BYTES = 256 * 1024
-COPY = "COPY bare_jobs (batch_id, seq, custom_id, body) FROM STDIN"
-BINARY_START, BINARY_END = b"PGCOPY\n\xff\r\n\0" + bytes(8), b"\xff\xff"
+COMMAND = "`make bench-submit`"
+STORES, FETCHES = ("submit", "write_row", "binary blocks"), ("download", "copy out")
+NAMES = {
+    "write_row": "plain psycopg COPY (write_row) of the same rows",
+    "binary blocks": "COPY of ready-made binary blocks",
+    "copy out": "one COPY of the same custom_ids and responses",
+}
 BARE_TABLE = (
     "CREATE TABLE bare_jobs (batch_id uuid NOT NULL, seq integer NOT NULL, custom_id text NOT NULL, "
     "body text NOT NULL, PRIMARY KEY (batch_id, seq))"
 )
-SYSTEM = (
-    "You sort the messages of a shop for camping gear. Answer with the name of one queue: billing, shipping, "
-    "returns, account, product, safety or other.\nDo not answer the customer."
-)
-TEXT = (
-    'please parcel order invoice tent stove the my was not late broken when "refund" address café return pole it and '
-    "sleeping bag account password photo I on Friday to of received 40817 wrong size thanks twice charged"
-)
+LARGE = 1_000_000  # of which there are fewer pairs
+PEAK_MB, COST, TO_COPY = 200.0, 1.1, 0.5
+
+Runs = dict[str, list[dict[str, float]]]
 
 
 def main() -> None:
     """Run the measurement, print its table, and write its JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--lines", type=int, default=1_000_000)
-    parser.add_argument("--pairs", type=int, default=3)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, LARGE])
+    parser.add_argument("--pairs", type=int, default=PAIRS)
+    parser.add_argument("--pairs-of-large", type=int, default=3)
     parser.add_argument("--server", default=os.environ.get("STOKER_TEST_POSTGRES") or SERVER)
-    parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--child", nargs=3, metavar=("KIND", "DATABASE", "FILE"), help=argparse.SUPPRESS)
     wishes = parser.parse_args()
-    if wishes.child:
-        kind, database, file = wishes.child
-        print(json.dumps({"seconds": CHILDREN[kind](database, Path(file)), "peak_mb": _peak_mb()}))
-        return
-    with tempfile.TemporaryDirectory(prefix="stoker-bench-") as folder, _database(wishes.server) as url:
-        files = _write_files(Path(folder), wishes.lines)
-        runs = _run_pairs(url, files, pairs=wishes.pairs)
-        result = _summary(url, files, runs, lines=wishes.lines)
-    wishes.output.parent.mkdir(parents=True, exist_ok=True)
-    wishes.output.write_text(json.dumps(result, indent=2) + "\n")
-    _print(result)
-
-
-def submit(database: str, file: Path) -> float:
-    """Seconds of one `submit_file`."""
-    from models.lines import SubmitOptions  # noqa: PLC0415  # the bare children must not load it
-    from pipeline.submit import submit_file  # noqa: PLC0415
-    from runtime.settings import Settings  # noqa: PLC0415
-    from store.database import Database  # noqa: PLC0415
-
-    options, served = SubmitOptions(max_output_tokens=256), frozenset({"smollm2-135m"})
-    connections, settings = Database(database), Settings()
-    start = time.perf_counter()
-    submit_file(connections, file, options=options, settings=settings, served_models=served, reuse=True)
-    return time.perf_counter() - start
-
-
-def write_rows(database: str, file: Path) -> float:
-    """Seconds of a COPY by `write_row`; `file` has a custom_id, a tab and a body a line."""
-    batch_id = uuid4()
-    with psycopg.connect(database) as connection, file.open(encoding="utf-8", newline="\n") as lines:
-        start = time.perf_counter()
-        rows = enumerate(lines)
-        while chunk := list(islice(rows, 1)):
-            with connection.cursor().copy(COPY) as copy:
-                for seq, line in _rest(chunk, rows):
-                    custom_id, _, body = line.partition("\t")
-                    copy.write_row((batch_id, seq, custom_id, body[:-1]))
-            connection.commit()
-        return time.perf_counter() - start
-
-
-def write_blocks(database: str, file: Path) -> float:
-    """Seconds of a COPY of ready-made blocks; `file` has a length before each, 0 where a transaction ends."""
-    with psycopg.connect(database) as connection, file.open("rb", buffering=1024 * 1024) as blocks:
-        start = time.perf_counter()
-        while length := blocks.read(4):
-            with connection.cursor().copy(f"{COPY} (FORMAT BINARY)") as copy:
-                while size := int.from_bytes(length, "big"):
-                    copy.write(blocks.read(size))
-                    length = blocks.read(4)
-            connection.commit()
-        return time.perf_counter() - start
-
-
-CHILDREN: dict[str, Callable[[str, Path], float]] = {
-    "submit": submit,
-    "write_row": write_rows,
-    "binary blocks": write_blocks,
-}
-
-
-def _rest(first: list[tuple[int, str]], rows: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
-    yield from first
-    yield from islice(rows, ROWS_A_TRANSACTION - 1)
+    pairs = {size: wishes.pairs_of_large if size >= LARGE else wishes.pairs for size in sorted(wishes.sizes)}
+    with tempfile.TemporaryDirectory(prefix="stoker-bench-") as folder, database_at(wishes.server) as url:
+        files = {size: write_files(Path(folder) / str(size), size) for size in pairs}
+        stores = _taken(url, {size: {kind: files[size][kind] for kind in STORES} for size in files}, pairs)
+        outputs = _filled(url, Path(folder), files)
+        fetches = _taken(url, {size: dict.fromkeys(FETCHES, path) for size, path in outputs.items()}, pairs)
+        report = summary(
+            url,
+            {size: stores[size] | fetches[size] for size in files},
+            file_bytes={size: files[size]["submit"].stat().st_size for size in files},
+        )
+    keep("submit", report)
+    show(report)
 
 
 @contextmanager
-def _database(server: str) -> Iterator[str]:
+def database_at(server: str) -> Iterator[str]:
     """The address of a migrated database that ends with the block."""
-    from store.database import Database  # noqa: PLC0415
-    from store.schema import migrate  # noqa: PLC0415
-
     name = f"stoker_bench_{uuid4().hex[:8]}"
     with psycopg.connect(f"{server}/postgres", autocommit=True) as admin:
         admin.execute(f"CREATE DATABASE {name}")
@@ -146,142 +88,175 @@ def _database(server: str) -> Iterator[str]:
             admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-def _write_files(folder: Path, lines: int) -> dict[str, Path]:
-    """The batch file, and the same rows as each bare COPY wants them."""
-    files = {kind: folder / kind.replace(" ", "_") for kind in CHILDREN}
-    chance = random.Random(1)
-    row_start = struct.pack(">hi16si", 4, 16, uuid4().bytes, 4)
-    with (
-        files["submit"].open("w") as batch,
-        files["write_row"].open("w") as rows,
-        files["binary blocks"].open("wb") as blocks,
-    ):
-        block = bytearray(BINARY_START)
-        for seq in range(lines):
-            custom_id, body = f"ticket-{seq:08}", _body(chance)
-            batch.write(f'{{"custom_id": "{custom_id}", "method": "POST", "url": "{ENDPOINT}", "body": {body}}}\n')
-            rows.write(f"{custom_id}\t{body}\n")
-            encoded = body.encode()
-            block += row_start + struct.pack(">ii", seq, len(custom_id)) + custom_id.encode()
-            block += struct.pack(">i", len(encoded)) + encoded
-            ends = (seq + 1) % ROWS_A_TRANSACTION == 0 or seq + 1 == lines
-            if ends:
-                block += BINARY_END
-            if ends or len(block) >= BLOCK_BYTES:
-                blocks.write(len(block).to_bytes(4, "big") + block + (bytes(4) if ends else b""))
-                block = bytearray(BINARY_START if ends else b"")
-    return files
-
-
-def _body(chance: random.Random) -> str:
-    question = " ".join(chance.choices(TEXT.split(), k=chance.randint(8, 30)))
-    return json.dumps(
-        {
-            "model": "smollm2-135m",
-            "messages": [
-                {"role": "system", "content": SYSTEM[: chance.randint(60, len(SYSTEM))]},
-                {"role": "user", "content": question},
-            ],
-            "max_tokens": chance.choice([8, 16, 64]),
-            "temperature": 0,
-        },
-        ensure_ascii=False,
-    )
-
-
-def _run_pairs(url: str, files: dict[str, Path], *, pairs: int) -> dict[str, list[dict[str, float]]]:
-    runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in CHILDREN}
-    for pair in range(pairs):
-        kinds = list(CHILDREN) if pair % 2 == 0 else list(reversed(CHILDREN))
-        for kind in kinds:
-            with psycopg.connect(url, autocommit=True) as connection:
-                connection.execute("TRUNCATE batches, jobs, shards, bare_jobs CASCADE")
-                connection.execute("CHECKPOINT")
-            runs[kind].append(_run(kind, url, files[kind]))
-            print(f"pair {pair + 1}: {kind} {runs[kind][-1]['seconds']:.2f} s", file=sys.stderr)
-    return runs
-
-
-def _run(kind: str, url: str, file: Path) -> dict[str, float]:
-    """Seconds of the work, CPU seconds and peak memory of the process that did it."""
-    command = [sys.executable, "-m", "benchmarks.submit", "--child", kind, url, str(file)]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY)
-    assert child.stdout is not None
-    output = child.stdout.read()
-    child.stdout.close()
-    _, status, used = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise SystemExit(f"{kind} ended with {child.returncode}")
-    return {**json.loads(output), "cpu_seconds": used.ru_utime + used.ru_stime}
-
-
-def _summary(
-    url: str, files: dict[str, Path], runs: dict[str, list[dict[str, float]]], *, lines: int
-) -> dict[str, Any]:
-    ratios = {
-        kind: sorted(bare["seconds"] / ours["seconds"] for bare, ours in zip(runs[kind], runs["submit"], strict=True))
-        for kind in runs
-        if kind != "submit"
-    }
+def summary(url: str, runs: dict[int, Runs], *, file_bytes: dict[int, int]) -> dict[str, Any]:
+    """Every run, what they say of each size, and the rows of the table."""
     with psycopg.connect(url) as connection:
         server = {
             name: connection.execute(f"SHOW {name}").fetchone()
             for name in ("server_version", "fsync", "synchronous_commit", "shared_buffers", "max_wal_size")
         }
     return {
-        "benchmark": "submit",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _output("git", "describe", "--always", "--dirty"),
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "python": sys.version.split()[0],
-        "psycopg": version("psycopg"),
-        "msgspec": version("msgspec"),
+        "made_with": made_with("psycopg", "msgspec", "sqlalchemy"),
         "postgres": {name: row[0] if row else None for name, row in server.items()},
-        "lines": lines,
-        "file_bytes": files["submit"].stat().st_size,
-        "ratio": {
-            kind: {"median": statistics.median(found), "least": found[0], "most": found[-1]}
-            for kind, found in ratios.items()
+        "file_bytes": file_bytes,
+        "us_a_row": {size: {kind: _us_a_row(found[kind], size) for kind in found} for size, found in runs.items()},
+        "peak_mb": {
+            size: {kind: round(_most(found[kind], "peak_mb")) for kind in found} for size, found in runs.items()
         },
-        "lines_per_second": {kind: lines / statistics.median(run["seconds"] for run in runs[kind]) for kind in runs},
-        "peak_mb": {kind: max(run["peak_mb"] for run in runs[kind]) for kind in runs},
         "runs": runs,
+        "table": [row.as_json() for row in rows(runs)],
     }
 
 
-def _print(result: dict[str, Any]) -> None:
-    runs = result["runs"]
-    print(
-        f"{result['lines']:,} lines, {result['file_bytes']:,} bytes; {result['cpu']}, {result['cores']} cores; "
-        f"commit {result['commit']}, {result['date']}"
-    )
-    print(f"{'':14} {'seconds':>8} {'lines/s':>9} {'CPU s':>6} {'peak MB':>8}  submit ÷ this (least to most)")
-    for kind, speed in result["lines_per_second"].items():
-        seconds = statistics.median(run["seconds"] for run in runs[kind])
-        cpu = statistics.median(run["cpu_seconds"] for run in runs[kind])
-        ratio = result["ratio"].get(kind)
-        shown = f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})" if ratio else ""
-        print(f"{kind:14} {seconds:8.2f} {speed:9,.0f} {cpu:6.2f} {result['peak_mb'][kind]:8.0f}  {shown}")
+def rows(runs: dict[int, Runs]) -> list[Row]:
+    """The largest size against COPY, then what a job costs there against the smallest."""
+    smallest, largest = min(runs), max(runs)
+    most = runs[largest]
+    found = []
+    for kind in ("write_row", "binary blocks"):
+        ratio = _ratio(most, kind, "submit")
+        target = at_least(ratio, TO_COPY) if kind == "write_row" else {}
+        figures = f"{bold(ratio)}; {_rows_a_second(most['submit'], largest)}"
+        found.append(
+            Row(f"submit of {largest:,} lines ÷ {NAMES[kind]}", figures, COMMAND, headline=bool(target), **target)
+        )
+    ratio = _ratio(most, "copy out", "download")
+    figures = f"{bold(ratio)}; {_rows_a_second(most['download'], largest)}"
+    found.append(Row(f"download of {largest:,} results ÷ {NAMES['copy out']}", figures, COMMAND))
+    for kind in ("submit", "download"):
+        peaks = ", ".join(f"{_most(runs[size][kind], 'peak_mb'):.0f}" for size in runs)
+        peak = _most(most[kind], "peak_mb")
+        figure = f"{kind} of {_sizes(runs)} lines: most memory of its process, MB"
+        found.append(Row(figure, f"**{peaks}**", COMMAND, headline=True, **at_most(peak, PEAK_MB, " MB")))
+    if smallest == largest:
+        return found
+    for kind in ("submit", "download"):
+        cost, wall = (_cost(runs, kind, clock=clock) for clock in ("seconds", "wall_s"))
+        each = ", ".join(f"{_us_a_row(runs[size][kind], size)['seconds']:.1f}" for size in runs)
+        found.append(
+            Row(
+                f"{kind}: cost of a job at {largest:,} lines ÷ at {smallest:,}; with the process's start",
+                f"{bold(cost)}; {wall}; {each} µs a job at {_sizes(runs)}",
+                COMMAND,
+                headline=kind == "submit",
+                **at_most(cost.median, COST),
+            )
+        )
+    return found
 
 
-def _peak_mb() -> float:
-    """The most memory this process held; not ru_maxrss, in which a child begins with its parent's peak."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+def show(report: dict[str, Any]) -> None:
+    """A line for every side at every size, then the rows of the table."""
+    made = report["made_with"]
+    print(f"{made['cpu']}, {made['cores']} cores; commit {made['commit']}, {made['date']}")
+    print(f"{'lines':>9} {'':14} {'rows/s':>9} {'least to most':>20} {'µs a row':>9} {'with start':>10} {'peak MB':>8}")
+    for size, found in report["runs"].items():
+        for kind, runs in found.items():
+            speeds = [size / run["seconds"] for run in runs]
+            us = report["us_a_row"][size][kind]
+            print(
+                f"{size:9,} {kind:14} {statistics.median(speeds):9,.0f} "
+                f"{f'{min(speeds):,.0f} to {max(speeds):,.0f}':>20} {us['seconds']:9.2f} {us['wall_s']:10.2f} "
+                f"{report['peak_mb'][size][kind]:8}"
+            )
+    for row in report["table"]:
+        print(f"{row['figure']}: {row['measured']} {Row(**row).verdict}".replace("**", ""))
 
 
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "unknown"
+def _taken(url: str, sides: dict[int, dict[str, Path]], pairs: dict[int, int]) -> dict[int, Runs]:
+    """Every side at every size by turns; the large sizes have fewer turns than the others."""
+    runs: dict[int, Runs] = {size: {kind: [] for kind in sides[size]} for size in sides}
+    done = 0
+    for turns in sorted(set(pairs.values())):
+        still = {size: kinds for size, kinds in sides.items() if pairs[size] >= turns}
+        by_turns(
+            {
+                f"{kind} {size}": partial(_turn, url, runs[size][kind], kind, path, size)
+                for size, kinds in still.items()
+                for kind, path in kinds.items()
+            },
+            pairs=turns - done,
+        )
+        done = turns
+    return runs
 
 
-def _output(*command: str) -> str:
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False).stdout.strip()
+def _turn(url: str, runs: list[dict[str, float]], kind: str, path: Path, size: int) -> float:
+    if kind in STORES:
+        _emptied(url)
+    runs.append(_run(kind, url, path))
+    print(f"{size:,} lines: {kind} {runs[-1]['seconds']:.2f} s", file=sys.stderr)
+    return runs[-1]["seconds"]
+
+
+def _emptied(url: str) -> None:
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("TRUNCATE batches, jobs, shards, bare_jobs CASCADE")
+        connection.execute("CHECKPOINT")
+
+
+def _filled(url: str, folder: Path, files: dict[int, dict[str, Path]]) -> dict[int, Path]:
+    """A batch of every size, all side by side with their results; the files that their downloads are to write."""
+    _emptied(url)
+    outputs = {}
+    for size in files:
+        _run("submit", url, files[size]["submit"])
+        with psycopg.connect(url) as connection:
+            row = connection.execute("SELECT id FROM batches ORDER BY id DESC LIMIT 1").fetchone()
+        assert row is not None
+        batch_id: UUID = row[0]
+        fill_results(url, batch_id)
+        outputs[size] = folder / f"{batch_id}.jsonl"
+    return outputs
+
+
+def _run(kind: str, url: str, file: Path) -> dict[str, float]:
+    """Seconds of the work, of the whole process, CPU seconds and peak memory of the process that did it."""
+    command = [sys.executable, "-m", "benchmarks.submit_sides", kind, url, str(file)]
+    began = time.monotonic()
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY)
+    assert child.stdout is not None
+    output = child.stdout.read()
+    child.stdout.close()
+    _, status, used = os.wait4(child.pid, 0)
+    wall_s = time.monotonic() - began
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise SystemExit(f"{kind} ended with {child.returncode}")
+    return {**json.loads(output), "wall_s": wall_s, "cpu_s": used.ru_utime + used.ru_stime}
+
+
+def _ratio(found: Runs, above: str, below: str) -> Ratio:
+    """Of speeds: how fast `below` is, in parts of `above`."""
+    return Ratio.of([run["seconds"] for run in found[above]], [run["seconds"] for run in found[below]])
+
+
+def _cost(runs: dict[int, Runs], kind: str, *, clock: str) -> Ratio:
+    """A row's cost at the largest size ÷ at the smallest, of the turns that both had."""
+    smallest, largest = min(runs), max(runs)
+    large = [run[clock] / largest for run in runs[largest][kind]]
+    small = [run[clock] / smallest for run in runs[smallest][kind]]
+    turns = min(len(large), len(small))
+    return Ratio.of(large[:turns], small[:turns])
+
+
+def _us_a_row(runs: list[dict[str, float]], size: int) -> dict[str, float]:
+    return {
+        clock: round(statistics.median(run[clock] for run in runs) / size * 1e6, 3)
+        for clock in ("seconds", "wall_s", "cpu_s")
+    }
+
+
+def _most(runs: list[dict[str, float]], name: str) -> float:
+    return max(run[name] for run in runs)
+
+
+def _rows_a_second(runs: list[dict[str, float]], size: int) -> str:
+    return f"{size / statistics.median(run['seconds'] for run in runs):,.0f} rows/s"
+
+
+def _sizes(runs: dict[int, Runs]) -> str:
+    return ", ".join(f"{size:,}" for size in runs)
 
 
 if __name__ == "__main__":

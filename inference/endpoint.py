@@ -6,30 +6,22 @@ It must not retry (the pipeline decides), look into bodies, or let a key into a 
 from __future__ import annotations
 
 import asyncio
-import io
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import NoReturn, Self
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
-import aiohttp
 import msgspec
 
+from inference.connections import Address, Answer, ConnectFailed, Connections, NotHttp, TooLarge
 from runtime.clock import utc_now
 from runtime.errors import BadInput, Permanent, Transient
 
 RESPONSE_LIMIT_BYTES = 256 * 1024 * 1024
-# aiohttp warns that bytes above this size would hold up the loop in one write; a BytesIO goes out in pieces.
-ONE_WRITE_BYTES = 1024 * 1024
-# Below the 5 s after which uvicorn, vLLM's server, closes an idle connection: else a request may go out on
-# a connection that is being closed, and look like a dead server.
-KEEPALIVE_S = 4.0
-CONNECT_TIMEOUT_S = 10.0
 # Chosen, not measured: a front end busy with hundreds of requests still answers in a second or two.
 PROBE_TIMEOUT_S = 10.0
 EXCERPT_CHARACTERS = 200
@@ -74,31 +66,25 @@ class Endpoint:
     def __init__(self, url: str, *, api_key: str | None, timeout_s: float, connections: int) -> None:
         """Raise BadInput, without naming the URL's secrets, if `url` has another form."""
         self.url = url
-        self._base, self._socket = _address_of(url)
         self._api_key = api_key
         self._timeout_s = timeout_s
-        self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         self._free = asyncio.Semaphore(connections)
-        self._open: aiohttp.ClientSession | None = None
+        self._address = _address_of(url)
+        self._headers = {"User-Agent": "stoker", "Accept-Encoding": "identity", "Content-Type": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+            if not (api_key.isascii() and api_key.isprintable()):
+                raise BadInput("the endpoint's api_key has characters that no header may have")
+        self._open: Connections | None = None
 
     async def __aenter__(self) -> Self:
-        connector = (
-            aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
-            if self._socket is None
-            else aiohttp.UnixConnector(self._socket, limit=0, keepalive_timeout=KEEPALIVE_S)
-        )
-        headers = {"Accept-Encoding": "identity", "Content-Type": "application/json", "User-Agent": "stoker"}
-        if self._api_key:
-            headers["Authorization"] = f"Bearer {self._api_key}"
-        self._open = aiohttp.ClientSession(
-            connector=connector, headers=headers, cookie_jar=aiohttp.DummyCookieJar(), timeout=self._timeout
-        )
+        self._open = Connections(self._address, headers=self._headers, body_limit_bytes=RESPONSE_LIMIT_BYTES)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._session.close()
+        await self._connections.close()
         self._open = None
 
     async def post(self, path: str, body: bytes, *, request_id: str) -> Reply:
@@ -108,28 +94,19 @@ class Endpoint:
         connection failed; Permanent `timeout` or `response_too_large`. Cancelling it closes the
         connection, which makes the server abort the request.
         """
-        content = body if len(body) <= ONE_WRITE_BYTES else io.BytesIO(body)
         async with self._free:
             started = time.monotonic()
-            try:
-                async with self._session.post(
-                    self._base + path,
-                    data=content,
-                    headers={"X-Request-Id": request_id},
-                    allow_redirects=False,
-                ) as response:
-                    answer = await self._body_of(response)
-            except (aiohttp.ClientError, OSError) as error:
-                self._raise_for(error, timeout_s=self._timeout_s)
-        if response.status in TRANSIENT_STATUSES:
-            kind = ServerFault if response.status >= 500 else Transient
+            answer = await self._ask("POST", path, body, timeout_s=self._timeout_s, request_id=request_id)
+        content = answer.body
+        if answer.status in TRANSIENT_STATUSES:
+            kind = ServerFault if answer.status >= 500 else Transient
             raise kind(
-                f"{self.url} answered {response.status}: {self._excerpt(answer)}",
-                retry_after_s=_retry_after_s(response.headers),
+                f"{self.url} answered {answer.status}: {self._excerpt(content)}",
+                retry_after_s=_retry_after_s(answer),
             )
-        if response.status >= 300:
-            answer = self._without_key(answer)
-        return Reply(response.status, answer, round((time.monotonic() - started) * 1000))
+        if answer.status >= 300:
+            content = self._without_key(content)
+        return Reply(answer.status, content, round((time.monotonic() - started) * 1000))
 
     async def is_healthy(self) -> bool:
         """Whether GET /health says 200, or /v1/models where there is no /health; False if nothing answers."""
@@ -180,45 +157,33 @@ class Endpoint:
         return answer.decode(errors="replace") if status == 200 else ""
 
     @property
-    def _session(self) -> aiohttp.ClientSession:
+    def _connections(self) -> Connections:
         if self._open is None:
             raise RuntimeError("an Endpoint is used inside `async with` only")
         return self._open
 
     async def _get(self, path: str) -> tuple[int, bytes]:
-        timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
+        answer = await self._ask("GET", path, b"", timeout_s=PROBE_TIMEOUT_S, request_id="")
+        return answer.status, answer.body
+
+    async def _ask(self, method: str, path: str, body: bytes, *, timeout_s: float, request_id: str) -> Answer:
+        connections = self._connections
         try:
-            async with self._session.get(self._base + path, timeout=timeout, allow_redirects=False) as response:
-                return response.status, await self._body_of(response)
-        except (aiohttp.ClientError, OSError) as error:
-            self._raise_for(error, timeout_s=PROBE_TIMEOUT_S)
+            return await connections.request(method, path, body, timeout_s=timeout_s, request_id=request_id)
+        except TooLarge as error:
+            raise Permanent(
+                f"{self.url} answered with more than {RESPONSE_LIMIT_BYTES // 1024**2} MB", code="response_too_large"
+            ) from error
+        except (NotHttp, OSError) as error:
+            self._raise_for(error, timeout_s=timeout_s)
 
-    async def _body_of(self, response: aiohttp.ClientResponse) -> bytes:
-        """The whole body; Permanent as soon as it is over the limit, before it fills the memory."""
-        if (response.content_length or 0) <= RESPONSE_LIMIT_BYTES:
-            chunks = []
-            size_bytes = 0
-            while chunk := await response.content.readany():
-                chunks.append(chunk)
-                size_bytes += len(chunk)
-                if size_bytes > RESPONSE_LIMIT_BYTES:
-                    break
-            else:
-                return b"".join(chunks)
-        response.close()
-        raise Permanent(
-            f"{self.url} answered with more than {RESPONSE_LIMIT_BYTES // 1024**2} MB",
-            code="response_too_large",
-        )
-
-    def _raise_for(self, error: aiohttp.ClientError | OSError, *, timeout_s: float) -> NoReturn:
-        if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ConnectionTimeoutError):
+    def _raise_for(self, error: NotHttp | OSError, *, timeout_s: float) -> NoReturn:
+        if isinstance(error, TimeoutError):
             raise Permanent(f"{self.url} did not answer within {timeout_s:g} s", code="timeout") from error
         reason = self._excerpt(str(error).encode()) or type(error).__name__
-        if isinstance(error, aiohttp.ClientResponseError):
+        if isinstance(error, NotHttp):
             raise Transient(f"{self.url} does not speak HTTP: {reason}") from error
-        was_sent = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
-        raise EndpointDown(f"{self.url}: {reason}", was_sent=was_sent) from error
+        raise EndpointDown(f"{self.url}: {reason}", was_sent=not isinstance(error, ConnectFailed)) from error
 
     def _excerpt(self, answer: bytes) -> str:
         text = self._without_key(answer)[: 4 * EXCERPT_CHARACTERS].decode(errors="replace")
@@ -243,8 +208,8 @@ class _Version(msgspec.Struct):
     build_info: str | None = None
 
 
-def _address_of(url: str) -> tuple[str, str | None]:
-    """(what a path is appended to, path of the unix socket or None)."""
+def _address_of(url: str) -> Address:
+    """Where a URL points; the path that it ends with, but for /v1, is the prefix of every other."""
     try:
         parts = urlsplit(url)
         fault = _fault_of(parts)
@@ -253,8 +218,10 @@ def _address_of(url: str) -> tuple[str, str | None]:
     if fault is not None:
         raise BadInput(f"the endpoint's URL {fault}; write http://host:port/v1 or unix:///path/to.sock")
     if parts.scheme == "unix":
-        return "http://localhost", parts.path
-    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}", None
+        return Address(host="localhost", port=0, socket=parts.path)
+    is_tls = parts.scheme == "https"
+    prefix = quote(parts.path.rstrip("/").removesuffix("/v1"), safe="/%:@!$&'()*+,;=~-._")
+    return Address(host=parts.hostname or "", port=parts.port or (443 if is_tls else 80), prefix=prefix, tls=is_tls)
 
 
 def _fault_of(parts: SplitResult) -> str | None:
@@ -271,12 +238,12 @@ def _fault_of(parts: SplitResult) -> str | None:
     return None
 
 
-def _retry_after_s(headers: Mapping[str, str]) -> float | None:
+def _retry_after_s(answer: Answer) -> float | None:
     """The wish in `retry-after-ms` (OpenAI, Azure) or `Retry-After` (RFC 9110: seconds or a date)."""
-    milliseconds = _seconds(headers.get("retry-after-ms"))
+    milliseconds = _seconds(answer.header("retry-after-ms"))
     if milliseconds is not None:
         return milliseconds / 1000
-    wish = headers.get("Retry-After")
+    wish = answer.header("Retry-After")
     seconds = _seconds(wish)
     if seconds is not None or wish is None:
         return seconds

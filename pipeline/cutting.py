@@ -5,7 +5,11 @@ It only counts; storing the shards is the caller's.
 
 from __future__ import annotations
 
-from runtime.settings import ShardSettings
+from collections.abc import Sequence
+
+from pipeline.pace import SHARD_JOBS, jobs_in_a_shard
+from runtime.settings import Settings, ShardSettings
+from store.presence import WorkerPresence
 
 
 class ShardCutter:
@@ -15,7 +19,11 @@ class ShardCutter:
     """
 
     def __init__(self, bounds: ShardSettings, *, first: int) -> None:
-        self._max_jobs, self._max_tokens, self._max_bytes = bounds.max_jobs, bounds.max_tokens, bounds.max_bytes
+        self._max_jobs, self._max_tokens, self._max_bytes = (
+            bounds.max_jobs or SHARD_JOBS,
+            bounds.max_tokens,
+            bounds.max_bytes,
+        )
         self._spans: list[tuple[int, int, int]] = []
         self._start = first
         self._jobs = self._tokens = self._bytes = 0  # of the shard that is not yet cut
@@ -40,3 +48,11 @@ class ShardCutter:
             self._spans.append((self._start, self._start + others - 1, self._tokens - tokens))
             self._start += others
             self._jobs, self._tokens, self._bytes = 1, tokens, size_bytes
+
+
+def for_workers(settings: Settings, workers: Sequence[WorkerPresence]) -> Settings:
+    """The settings with a shard's jobs filled in: the most that one of these workers should have, unless it is set."""
+    sizes = [jobs_in_a_shard(worker.in_flight, worker.service_s) for worker in workers if worker.in_flight]
+    if settings.shard.max_jobs is not None or not sizes:
+        return settings
+    return settings.model_copy(update={"shard": settings.shard.model_copy(update={"max_jobs": max(sizes)})})

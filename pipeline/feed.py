@@ -82,6 +82,7 @@ class _Feeder:
         self._grace_until: float | None = None
         self._next_claim_at = 0.0
         self._chores: asyncio.Task[None] | None = None
+        self._claiming: asyncio.Task[None] | None = None
 
     async def run(self) -> FeedReport:
         if await self._is_served():
@@ -90,7 +91,7 @@ class _Feeder:
             if self._attempts:
                 async with asyncio.TaskGroup() as group:
                     writer = group.create_task(self._write_loop())
-                    await self._feed_loop()
+                    await self._feed_loop(group)
                     writer.cancel()
         finally:
             for attempt in self._attempts.values():  # after a defect only: their leases end and are recovered
@@ -138,17 +139,28 @@ class _Feeder:
             log.warning("postgres_waits", error=str(error))
             return None
 
-    async def _feed_loop(self) -> None:
-        while self._attempts:
+    async def _feed_loop(self, group: asyncio.TaskGroup) -> None:
+        while self._attempts or self._claiming is not None:
             self._wind_down_if_told()
             self._start_units()
-            if self._is_hungry():
-                self._next_claim_at = time.monotonic() + TICK_S
-                if await self._claim():
-                    self._next_claim_at = 0.0
-                    continue
+            if self._claiming is None and self._is_hungry():
+                self._claiming = group.create_task(self._claim_ahead())
             self._wake.clear()
             await _wait(self._wake, timeout_s=TICK_S)
+
+    async def _claim_ahead(self) -> None:
+        """Claim while what is there is sent; if there was nothing to claim, look again in a while."""
+        began = time.monotonic()
+        try:
+            found = await self._claim()
+            now = time.monotonic()
+            if found:
+                self._context.pace.claimed(now - began)
+            else:
+                self._next_claim_at = now + TICK_S
+        finally:
+            self._claiming = None
+            self._wake.set()
 
     def _wind_down_if_told(self) -> None:
         now = time.monotonic()
@@ -165,16 +177,15 @@ class _Feeder:
         return self._grace_until is not None or now >= self._yield_at
 
     def _is_hungry(self) -> bool:
-        now = time.monotonic()
-        return (
-            now >= self._next_claim_at
-            and not self._is_stopping(now)
-            and self._in_flight() < self._context.in_flight
-            and not any(
-                attempt.waiting or attempt.endpoint_is_down or attempt.claim.runs_alone
-                for attempt in self._attempts.values()
-            )
-        )
+        """Whether to claim: what waits would not last until the next shard is here."""
+        now, attempts = time.monotonic(), self._attempts.values()
+        if now < self._next_claim_at or self._is_stopping(now):
+            return False
+        if any(attempt.endpoint_is_down or attempt.claim.runs_alone for attempt in attempts):
+            return False
+        free = self._context.in_flight - self._in_flight()
+        waiting = sum(len(attempt.waiting) for attempt in attempts)
+        return waiting - free < self._context.pace.reserve(self._context.in_flight)
 
     def _in_flight(self) -> int:
         return sum(len(attempt.in_flight) for attempt in self._attempts.values())
@@ -224,6 +235,8 @@ class _Feeder:
         try:
             for result in await ask(self._context, attempt, unit):
                 attempt.record(result)
+                if isinstance(result, JobResult) and result.source is Source.ENGINE:
+                    self._context.pace.served(result.duration_ms / 1000)
         except (EndpointDown, ServerFault) as error:
             is_absent = isinstance(error, EndpointDown) and not error.was_sent
             if is_absent or not await self._context.endpoint(attempt.claim.endpoint).is_healthy():

@@ -13,7 +13,7 @@
     └── Fatal                this process cannot go on: give back what it holds and exit
 
 Adapters translate foreign errors at their edge (`raise … from error`); nothing above them knows
-psycopg's, redis's or aiohttp's errors.
+psycopg's, redis's or httptools's errors.
 """
 
 from __future__ import annotations

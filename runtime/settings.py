@@ -62,6 +62,9 @@ class EngineSettings(_Group):
     args: str = Field("", description="more flags for the engine, passed through as they are")
     max_num_seqs: Count = Field(64, description="sequences the engine runs at once")
     max_num_batched_tokens: Count = Field(4096, description="tokens in one step of the engine")
+    api_servers: Count = Field(
+        1, description="front ends of vLLM on a GPU, which share one engine; on a CPU always one"
+    )
     context_tokens: Count = Field(2048, description="prompt plus output tokens of one sequence")
     start_timeout_s: Seconds = Field(900, description="how long a start may take until /health answers")
     stall_s: Seconds = Field(120, description="no token for this long with work at hand: restart the engine")
@@ -79,7 +82,9 @@ class EmbeddingsSettings(_Group):
 class WorkerSettings(_Group):
     """A Celery worker process and its children."""
 
-    children: Count = Field(2, description="prefork children; each runs its own asyncio loop")
+    children: Count | None = Field(
+        None, description="prefork children, each with its own asyncio loop; unset: from max_num_seqs"
+    )
     in_flight: Count | None = Field(None, description="jobs a child keeps in flight; unset: from max_num_seqs")
     lease_s: Seconds = Field(30, description="how long a silent attempt keeps its shard")
     heartbeat_s: Seconds = Field(10, description="how often a lease is extended; well below lease_s")
@@ -98,7 +103,9 @@ class DispatchSettings(_Group):
 class ShardSettings(_Group):
     """Where a shard ends, whichever bound is met first."""
 
-    max_jobs: Annotated[int, Field(ge=1, le=10_000)] = Field(64, description="jobs in a shard")
+    max_jobs: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
+        None, description="jobs in a shard; unset: from the workers' places and service times, 64 without workers"
+    )
     max_tokens: Count = Field(256_000, description="estimated prompt and output tokens in a shard")
     max_bytes: Count = Field(16 * 1024 * 1024, description="bytes of job bodies in a shard")
 

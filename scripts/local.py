@@ -100,14 +100,16 @@ class LocalWorker:
 
 
 @contextmanager
-def local_worker(settings: Settings, *, on_wait: Callable[[float], None] | None = None) -> Iterator[LocalWorker]:
+def local_worker(
+    settings: Settings, *, name: str = "local", on_wait: Callable[[float], None] | None = None
+) -> Iterator[LocalWorker]:
     """A worker process for this block, up and announced. Ended by SIGTERM, so it drains.
 
     Raises ServiceUnreachable with the end of its log if it does not come up.
     """
-    log = home_of(settings) / "logs" / "worker.log"
+    log = home_of(settings) / "logs" / ("worker.log" if name == "local" else f"worker-{name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    name = f"local-{os.getpid()}@{os.uname().nodename}"
+    name = f"{name}-{os.getpid()}@{os.uname().nodename}"
     worker = spawn(
         [sys.executable, "-m", "celery", "-A", "worker.main", "worker", "-n", name],
         env={**os.environ, **environment_of(settings)},

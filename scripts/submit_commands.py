@@ -17,6 +17,7 @@ from models.lines import SubmitOptions, parse_sets
 from models.names import batch_name
 from models.states import CacheMode, Priority
 from pipeline.again import retry_batch
+from pipeline.cutting import for_workers
 from pipeline.submit import Submitted, Wishes, dry_run, submit_file
 from runtime.settings import LEAST_WEIGHT, MOST_WEIGHT, Settings
 from scripts.local import LocalWorker, connected, local_services, local_worker, prepare_schema
@@ -36,7 +37,7 @@ from scripts.terminal import (
     watch_batch,
 )
 from store.database import Database
-from store.presence import PresenceBoard
+from store.presence import PresenceBoard, WorkerPresence
 
 _WINDOW_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -343,7 +344,8 @@ def _submit(
     reuse: bool,
     report: SkippedLines | None = None,
 ) -> Submitted:
-    served = _served_models(settings)
+    workers = _workers(settings)
+    served = _models_of(workers)
     if served is None:
         say("no worker is live: model names are checked when one runs the jobs")
     with _seekable(file) as path, bar("storing", total=path.stat().st_size) as show:
@@ -352,7 +354,7 @@ def _submit(
             path,
             input_name=str(file),
             options=options,
-            settings=_with_window(settings, window_s),
+            settings=for_workers(_with_window(settings, window_s), workers),
             served_models=served,
             wishes=wishes,
             reuse=reuse,
@@ -389,19 +391,22 @@ def _estimate(
         emit_table("dry run: nothing was stored", ("figure", "value"), list(figures.items()))
 
 
-def _served_models(settings: Settings) -> frozenset[str] | None:
+def _workers(settings: Settings) -> list[WorkerPresence]:
     board = PresenceBoard(settings.require_redis())
     try:
-        workers = board.workers()
+        return board.workers()
     finally:
         board.close()
+
+
+def _models_of(workers: Sequence[WorkerPresence]) -> frozenset[str] | None:
     # One queue feeds all workers: only what every one of them serves is sure to be answered.
     return frozenset.intersection(*(frozenset(worker.models) for worker in workers)) if workers else None
 
 
 def _ensure_worker(settings: Settings, stack: ExitStack) -> LocalWorker | None:
     """Start a worker for this run unless one is live; None if one is."""
-    if _served_models(settings) is not None:
+    if _workers(settings):
         return None
     with bar("starting the engine", total=None) as show:
         return stack.enter_context(local_worker(settings, on_wait=show))

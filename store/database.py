@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import psycopg
-from sqlalchemy import URL, create_engine, make_url
+from sqlalchemy import URL, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session as Session  # callers name it without knowing SQLAlchemy
 
 from runtime.errors import BadInput, Deadlocked, ServiceUnreachable, Unstorable
 from runtime.settings import without_secrets
+from store import arrays
 
 CONNECT_TIMEOUT_S = 5
 APPLICATION_NAME_MAX = 63  # Postgres cuts longer ones
@@ -98,6 +99,7 @@ class Database:
                 **_LIMITS,
             },
         )
+        event.listen(self._engine, "connect", lambda connection, _: arrays.register(connection))
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:

@@ -31,6 +31,10 @@ class WorkerPresence(BaseModel):
     healthy: bool
     running: int | None = None
     waiting: int | None = None
+    in_flight: int = 0
+    """Requests that each child keeps in flight."""
+    service_s: float = 0.0
+    """How long they take, their wait in the engine's queue included; 0: not known."""
 
 
 class PresenceBoard:

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from models.jobs import Affixes, Job, JobResult
 from models.states import CacheMode
+from store.arrays import Float4s, Int2s, Int4s, Int8s, Texts
 from store.followers import FOLLOWERS_OF_WRITTEN
 from store.notifications import wake_dispatch
 
@@ -173,7 +174,7 @@ def load_jobs(session: Session, claim: Claim) -> LoadedJobs:
         LEFT JOIN LATERAL (
             SELECT * FROM job_tries WHERE batch_id = :batch_id AND seq = u.seq OFFSET 0) AS t ON true
         WHERE r.ended IS NULL ORDER BY u.place"""),
-        {"seqs": list(claim.seqs), "batch_id": claim.batch_id},
+        {"seqs": Int4s(claim.seqs), "batch_id": claim.batch_id},
     ).all()
     return LoadedJobs(
         jobs=[Job(*job) for *job, _, waits in rows if not waits],
@@ -271,21 +272,21 @@ def write_results(
             "fence": claim.fence,
             "engine_id": engine_id,
             "lease_s": lease_s,
-            "seqs": [r.seq for r in results],
-            "outcomes": [r.outcome.value for r in results],
-            "sources": [r.source.value for r in results],
-            "status_codes": [r.status_code for r in results],
-            "responses": [r.response for r in results],
-            "error_codes": [r.error_code for r in results],
-            "error_messages": [r.error_message for r in results],
-            "prompt_tokens": [r.usage.prompt_tokens for r in results],
-            "completion_tokens": [r.usage.completion_tokens for r in results],
-            "cached_tokens": [r.usage.cached_tokens for r in results],
-            "reasoning_tokens": [r.usage.reasoning_tokens for r in results],
-            "durations": [r.duration_ms for r in results],
-            "entries": [r.entry for r in results],
-            "namespaces": [r.namespace for r in results],
-            "similarities": [r.similarity for r in results],
+            "seqs": Int4s(r.seq for r in results),
+            "outcomes": Texts(r.outcome.value for r in results),
+            "sources": Texts(r.source.value for r in results),
+            "status_codes": Int2s(r.status_code for r in results),
+            "responses": Texts(r.response for r in results),
+            "error_codes": Texts(r.error_code for r in results),
+            "error_messages": Texts(r.error_message for r in results),
+            "prompt_tokens": Int4s(r.usage.prompt_tokens for r in results),
+            "completion_tokens": Int4s(r.usage.completion_tokens for r in results),
+            "cached_tokens": Int4s(r.usage.cached_tokens for r in results),
+            "reasoning_tokens": Int4s(r.usage.reasoning_tokens for r in results),
+            "durations": Int4s(r.duration_ms for r in results),
+            "entries": Int8s(r.entry for r in results),
+            "namespaces": Int8s(r.namespace for r in results),
+            "similarities": Float4s(r.similarity for r in results),
         },
     ).scalar_one_or_none()
 
@@ -403,7 +404,7 @@ def halve(session: Session, claim: Claim) -> int:
         SELECT u.seq FROM unnest(CAST(:seqs AS int4[])) WITH ORDINALITY AS u(seq, place)
         WHERE NOT EXISTS (SELECT FROM results r WHERE r.batch_id = :batch_id AND r.seq = u.seq)
         ORDER BY u.place"""),
-            {"seqs": list(claim.seqs), "batch_id": claim.batch_id},
+            {"seqs": Int4s(claim.seqs), "batch_id": claim.batch_id},
         )
     )
     if len(left) < 2:

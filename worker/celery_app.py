@@ -35,6 +35,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # celery has no types
 def make_app(settings: Settings) -> Celery:
     """The app for workers and publishers. Raises BadInput if no broker is named."""
     broker_url = settings.require_broker()
+    parts = WorkerParts(settings=settings, shared=SharedState())
     app = Celery("stoker", broker=broker_url, set_as_current=True)
     app.conf.update(
         task_serializer="json",
@@ -47,7 +48,7 @@ def make_app(settings: Settings) -> Celery:
         task_create_missing_queues=False,
         task_queues=[node_queue(delivery_limit=settings.broker.delivery_limit)],
         worker_pool="prefork",
-        worker_concurrency=settings.worker.children,
+        worker_concurrency=parts.children,
         worker_consumer="worker.celery_app:Consumer",
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
@@ -57,7 +58,7 @@ def make_app(settings: Settings) -> Celery:
         worker_hijack_root_logger=False,
         worker_redirect_stdouts=False,
     )
-    _wire(app, WorkerParts(settings=settings, shared=SharedState()))
+    _wire(app, parts)
     return app
 
 

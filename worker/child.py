@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import socket
 from urllib.parse import urlsplit
@@ -14,6 +13,7 @@ from inference.endpoint import Endpoint
 from pipeline.cached import ExactCache
 from pipeline.feed import FeedContext
 from pipeline.heartbeat import Heartbeat
+from pipeline.pace import Pace
 from runtime.children import die_with_parent
 from store.database import Database
 from store.recent import RecentAnswers
@@ -32,7 +32,7 @@ class Child:
         self._heartbeat = Heartbeat(
             self._database, lease_s=settings.worker.lease_s, interval_s=settings.worker.heartbeat_s
         )
-        in_flight = settings.worker.in_flight or math.ceil(2 * parts.engine_slots / settings.worker.children)
+        in_flight = parts.in_flight
         generation = Endpoint(
             parts.engine_url,
             api_key=settings.engine.api_key,
@@ -74,6 +74,7 @@ class Child:
             engine_id=parts.shared.engine_id,
             cache=self._cache,
             semantic=semantic,
+            pace=Pace(on_service=parts.shared.set_service_s),
         )
 
     async def _open(self) -> None:

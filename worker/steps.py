@@ -6,6 +6,7 @@ end by `WorkerParts.end`, after the pool has drained: Celery would stop the step
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import tempfile
@@ -28,6 +29,8 @@ from worker.shared import SharedState
 
 log = get_logger(__name__)
 
+LEAST_CHILDREN, MOST_CHILDREN = 2, 4  # one is writing or claiming while another sends
+SLOTS_A_CHILD = 512
 DISPATCH_GRACE_S = 5.0
 DISPATCH_POLL_S = 1.0  # also the least time between two starts
 
@@ -71,6 +74,17 @@ class WorkerParts:
         """Sequences the engine computes at once; an external one is taken to have as many as the settings say."""
         plan = self.plan()
         return plan.slots if plan is not None else self.settings.engine.max_num_seqs
+
+    @property
+    def children(self) -> int:
+        """Prefork children, known before they are forked: one asyncio loop keeps some hundred slots full."""
+        wanted = math.ceil(self.settings.engine.max_num_seqs / SLOTS_A_CHILD)
+        return self.settings.worker.children or max(LEAST_CHILDREN, min(MOST_CHILDREN, wanted))
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that one child keeps in flight: together twice what the engine computes at once."""
+        return self.settings.worker.in_flight or math.ceil(2 * self.engine_slots / self.children)
 
     @property
     def log_file(self) -> Path:
@@ -207,7 +221,9 @@ class PresenceThread(threading.Thread):
         engine = self._parts.engine
         return WorkerPresence(
             name=self._name_in_redis,
-            children=self._parts.settings.worker.children,
+            children=self._parts.children,
+            in_flight=self._parts.in_flight,
+            service_s=self._parts.shared.service_s(),
             models=self._models,
             engine=self._engine_label,
             healthy=engine.is_healthy if engine else True,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from inference.engines import VLLM_SERVER, plan_engine
+from inference.engines import VLLM_COMMAND, VLLM_SERVER, plan_engine
 from runtime.errors import BadInput
 from runtime.settings import EngineSettings
 
@@ -80,6 +80,28 @@ def test_a_folder_is_run_by_vllm_in_its_own_environment(folder: Path, vllm_pytho
     assert value_of(plan.command, "--served-model-name") == "mine"
     assert plan.env["HF_HUB_OFFLINE"] == "1"
     assert json.loads(json.dumps(plan.description)) == plan.description
+
+
+def test_on_a_gpu_vllm_serve_starts_as_many_front_ends_as_are_wished_for(
+    folder: Path, vllm_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvidia_smi = tmp_path / "bin" / "nvidia-smi"
+    nvidia_smi.parent.mkdir()
+    nvidia_smi.write_text("#!/bin/sh\nexit 0\n")
+    nvidia_smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(nvidia_smi.parent), prepend=":")
+    plan = plan_engine(EngineSettings(checkpoint=folder, vllm_python=vllm_python, api_servers=4), socket=SOCKET)
+    assert plan is not None
+    assert plan.command[:5] == (str(vllm_python), "-m", VLLM_COMMAND, "serve", str(folder))
+    assert (value_of(plan.command, "--api-server-count"), value_of(plan.command, "--uds")) == ("4", str(SOCKET))
+    assert "--enforce-eager" not in plan.command
+
+
+def test_on_a_cpu_vllm_has_one_front_end(folder: Path, vllm_python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")  # no nvidia-smi
+    plan = plan_engine(EngineSettings(checkpoint=folder, vllm_python=vllm_python, api_servers=4), socket=SOCKET)
+    assert plan is not None
+    assert "--api-server-count" not in plan.command
 
 
 def test_16_bit_weights_are_warned_of_and_a_quantized_sibling_is_named(

@@ -54,6 +54,12 @@ class OwnServer(ABC):
             shutil.chown(folder, self.account)
 
     @property
+    def pid(self) -> int:
+        """Of the process that was started; what serves may be a child of it."""
+        assert self._child is not None
+        return self._child.pid
+
+    @property
     def account(self) -> str | None:
         """The user that it runs under when we are root; None: ours."""
         return None

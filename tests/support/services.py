@@ -10,16 +10,15 @@ does not answer is started as a child: Postgres and Valkey from our wheels, Rabb
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from scripts.embedded import default_home, embedded_services
 from tests.support.own_services import OwnRabbitMQ, OwnRedis, server_folder
+from tests.support.packages import install
 
 POSTGRES = "postgresql://postgres@127.0.0.1:5432"
 REDIS = "redis://127.0.0.1:6379"
@@ -38,8 +37,7 @@ def main() -> int:
             env["STOKER_TEST_REDIS"] = stack.enter_context(OwnRedis(folder / "redis")).url.removesuffix("/0")
             print("services: started Redis", file=sys.stderr)
         if not answers(env.setdefault("STOKER_TEST_RABBITMQ", RABBITMQ)):
-            if shutil.which("rabbitmq-server") is None:
-                _install_rabbitmq()
+            install("rabbitmq-server")
             broker = stack.enter_context(OwnRabbitMQ(folder / "rabbitmq"))
             env |= {"STOKER_TEST_RABBITMQ": broker.url, "RABBITMQ_NODENAME": broker.node}  # as rabbitmqctl finds it
             print("services: started RabbitMQ", file=sys.stderr)
@@ -56,27 +54,6 @@ def answers(url: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _install_rabbitmq() -> None:
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        sys.exit(
-            "services: RabbitMQ does not answer and is not installed: install rabbitmq-server, start one "
-            "(docker run -p 127.0.0.1:5672:5672 rabbitmq:4), or set STOKER_TEST_RABBITMQ"
-        )
-    print("services: installing RabbitMQ from the system's packages", file=sys.stderr)
-    subprocess.run(["apt-get", "update", "-qq"], check=True)
-    # Its own start on installation would listen on every address.
-    policy = Path("/usr/sbin/policy-rc.d")
-    made = not policy.exists()
-    if made:
-        policy.write_text("#!/bin/sh\nexit 101\n")
-        policy.chmod(0o755)
-    try:
-        subprocess.run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", "rabbitmq-server"], check=True)
-    finally:
-        if made:
-            policy.unlink()
 
 
 if __name__ == "__main__":

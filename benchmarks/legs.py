@@ -1,0 +1,135 @@
+"""One measurement of our own pipeline: a real worker, one batch that was submitted before the clock, CPU by stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psycopg
+
+from benchmarks.cores import processes, tree_cpu_s
+from models.lines import SubmitOptions
+from models.states import CacheMode
+from pipeline.submit import submit_file
+from runtime.settings import Settings
+from scripts.local import local_worker
+from scripts.terminal import seconds_of
+from store.batches import BatchProgress, batch_progress
+from store.database import Database
+
+TENANT = "local"
+POLL_S = 0.25
+RUN_S = 900.0
+OUTSIDE = ("worker", "worker parent", "worker children", "dispatcher", "postgres", "rabbitmq", "redis")
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """Jobs a second, and CPU microseconds a job by stage."""
+
+    jobs: int
+    seconds: float
+    jobs_per_s: float
+    cpu_us: dict[str, float]
+
+    @classmethod
+    def of(cls, jobs: int, seconds: float, cpu_s: dict[str, float]) -> Leg:
+        """From what was measured; `cpu_s` by stage."""
+        return cls(
+            jobs, round(seconds, 3), round(jobs / seconds, 1), {k: round(v / jobs * 1e6, 1) for k, v in cpu_s.items()}
+        )
+
+    @property
+    def outside_us(self) -> float:
+        """CPU microseconds a job of everything but the endpoint."""
+        return sum(spent for name, spent in self.cpu_us.items() if name in OUTSIDE)
+
+    def as_json(self) -> dict[str, Any]:
+        """Also with the sum."""
+        return {**asdict(self), "cpu_us_outside": round(self.outside_us, 1)}
+
+
+def run_ours(
+    settings: Settings,
+    file: Path,
+    servers: dict[str, int],
+    *,
+    warm_up: Path,
+    endpoint_pid: int,
+    meanwhile: Callable[[int], None] | None = None,
+) -> Leg:
+    """A worker with these settings takes one batch; one before it, unmeasured, opens its connections.
+
+    `meanwhile` gets the pid of one of its children while the batch runs.
+    """
+    database = Database(settings.require_postgres())
+    try:
+        with local_worker(settings) as worker:
+            pid = worker.process.pid
+            _wait_ended(database, stored(database, warm_up, settings))
+            checkpoint(settings)
+            batch_id = stored(database, file, settings)
+            before = _cpu_s(pid, servers, endpoint_pid)
+            if meanwhile is not None:
+                meanwhile(children_of(pid)[0])
+            progress = _wait_ended(database, batch_id)
+            after = _cpu_s(pid, servers, endpoint_pid)
+    finally:
+        database.close()
+    if progress.succeeded != progress.total:
+        raise SystemExit(f"{progress.succeeded} of {progress.total} jobs succeeded; {progress.failed} failed")
+    return Leg.of(progress.total, seconds_of(progress), {name: after[name] - before[name] for name in after})
+
+
+def server_cpu_s(servers: dict[str, int], endpoint_pid: int) -> dict[str, float]:
+    """CPU seconds of the servers with all that they started, those that have ended included, and of the endpoint."""
+    everyone = processes()
+    return {name: tree_cpu_s(pid, everyone) for name, pid in {**servers, "endpoint": endpoint_pid}.items()}
+
+
+def children_of(worker: int) -> list[int]:
+    """The pids of a worker's pool processes."""
+    found = (process for process in processes().values() if process.parent == worker)
+    return sorted(process.pid for process in found if "worker.dispatcher" not in process.command)
+
+
+def _cpu_s(worker: int, servers: dict[str, int], endpoint_pid: int) -> dict[str, float]:
+    everyone = processes()
+    below = [process for process in everyone.values() if process.parent == worker]
+    dispatchers = [process.pid for process in below if "worker.dispatcher" in process.command]
+    return {
+        "worker parent": everyone[worker].own_s,
+        "worker children": sum(tree_cpu_s(p.pid, everyone) for p in below if p.pid not in dispatchers),
+        "dispatcher": sum(tree_cpu_s(pid, everyone) for pid in dispatchers),
+        **server_cpu_s(servers, endpoint_pid),
+    }
+
+
+def stored(database: Database, file: Path, settings: Settings) -> UUID:
+    """Submit a file, without the cache."""
+    options = SubmitOptions(max_output_tokens=64, cache=CacheMode.OFF)
+    return submit_file(
+        database, file, options=options, settings=settings, served_models=None, reuse=False, tenant=TENANT
+    ).batch_id
+
+
+def _wait_ended(database: Database, batch_id: UUID) -> BatchProgress:
+    end = time.monotonic() + RUN_S
+    while True:
+        with database.transaction() as session:
+            progress = batch_progress(session, batch_id, tenant=TENANT)
+        if progress.is_ended:
+            return progress
+        if time.monotonic() > end:
+            raise SystemExit(f"{progress.done} of {progress.total} jobs after {RUN_S:.0f} s")
+        time.sleep(POLL_S)
+
+
+def checkpoint(settings: Settings) -> None:
+    """What was written before is on disk, so that no leg pays for another's."""
+    with psycopg.connect(settings.require_postgres(), autocommit=True) as connection:
+        connection.execute("CHECKPOINT")

@@ -1,0 +1,56 @@
+"""Postgres, RabbitMQ and Redis for a benchmark alone, with their defaults: what they do is for it, pinned with it.
+
+RabbitMQ comes from the system's package: `make rabbitmq` installs it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psycopg
+
+from runtime.settings import Settings, load_settings
+from scripts.local import prepare_schema
+from tests.support.own_services import OwnPostgres, OwnRabbitMQ, OwnRedis, server_folder
+
+MAX_CONNECTIONS = 300  # a Celery worker of 128 processes has one each
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Settings with these services' addresses; `servers` has the pid at the root of each."""
+
+    settings: Settings
+    servers: dict[str, int]
+
+    def versions(self) -> dict[str, str]:
+        """Of the servers that say it cheaply."""
+        with psycopg.connect(self.settings.require_postgres()) as connection:
+            row = connection.execute("SHOW server_version").fetchone()
+        said = subprocess.run(["rabbitmqctl", "version"], capture_output=True, text=True, check=False).stdout
+        return {"postgres": str(row[0]) if row else "unknown", "rabbitmq": said.strip() or "unknown"}
+
+
+@contextmanager
+def own_place() -> Iterator[Place]:
+    """Services of this block's own, the schema in place; they start on the cores that this thread has."""
+    if shutil.which("rabbitmq-server") is None:
+        raise SystemExit("RabbitMQ is missing: `make rabbitmq` as root, or install your system's `rabbitmq-server`")
+    settings = load_settings()
+    with (
+        server_folder() as folder,
+        OwnPostgres(folder / "postgres", max_connections=MAX_CONNECTIONS) as postgres,
+        OwnRedis(folder / "redis") as redis,
+        OwnRabbitMQ(folder / "rabbitmq") as rabbitmq,
+    ):
+        urls = {"postgres": postgres.url, "broker": rabbitmq.url, "redis": redis.url}
+        groups = {name: getattr(settings, name).model_copy(update={"url": url}) for name, url in urls.items()}
+        home = folder / "home"
+        home.mkdir()
+        own = settings.model_copy(update={"home": home, **groups})
+        prepare_schema(own)
+        yield Place(own, {"postgres": postgres.pid, "rabbitmq": rabbitmq.pid, "redis": redis.pid})

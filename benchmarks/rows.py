@@ -1,0 +1,45 @@
+"""A row of the table of figures, as every benchmark keeps it in its JSON under `table`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmarks.paired import Ratio
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """`headline`: stands in README.md too. `target` is what it should be; `is_met` None where there is none."""
+
+    figure: str
+    measured: str
+    command: str
+    headline: bool = False
+    target: str = ""
+    is_met: bool | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def verdict(self) -> str:
+        """What to say of the target, in a few words."""
+        if self.is_met is None:
+            return ""
+        return f"{self.target} met" if self.is_met else f"**short of {self.target}**"
+
+
+def at_least(ratio: Ratio, target: float) -> dict[str, Any]:
+    """The `target` and `is_met` of a row whose median should reach it."""
+    return {"target": f"≥ {target:g}", "is_met": ratio.median >= target}
+
+
+def at_most(figure: float, target: float, unit: str = "") -> dict[str, Any]:
+    """The same of a figure that should not be above it."""
+    return {"target": f"≤ {target:g}{unit}", "is_met": figure <= target}
+
+
+def bold(ratio: Ratio) -> str:
+    """The median, and the spread beside it."""
+    return f"**{ratio.median:.2f}** ({ratio.least:.2f} to {ratio.most:.2f})"

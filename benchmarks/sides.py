@@ -1,0 +1,207 @@
+"""What the end-to-end benchmark compares, each working on one batch file a leg: the bare engine, ours, plain HTTP.
+
+Nothing here decides who runs when; one leg runs at a time, and every engine is up before the first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+from uuid import UUID
+
+import uvloop
+from sqlalchemy import text
+
+from benchmarks.cores import processes, tree_cpu_s
+from benchmarks.slots import SlotSampler
+from benchmarks.workloads import PATH
+from inference.endpoint import Endpoint
+from inference.engines import EnginePlan
+from inference.replies import result_of
+from models.jobs import JobResult
+from models.lines import SubmitOptions
+from models.states import CacheMode
+from pipeline.submit import submit_file
+from runtime.settings import Settings
+from scripts.terminal import seconds_of
+from store.batches import BatchProgress, batch_progress
+from store.database import Database
+
+TENANT: Final = "local"
+POLL_S: Final = 0.1
+TAIL: Final = 0.05  # the last jobs of a batch, as a share of them
+BARE_SCRIPT: Final = Path(__file__).with_name("bare_engine.py")
+END_S: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """One side on one file; `more` is what only some sides can tell."""
+
+    seconds: float
+    jobs: int
+    prompt_tokens: int
+    completion_tokens: int
+    more: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Generated tokens a second."""
+        return self.completion_tokens / self.seconds
+
+
+class BareEngine:
+    """A vLLM that does not know of us, in a process of its own (bare_engine.py); ends when its stdin does."""
+
+    def __init__(self, kind: str, plan: EnginePlan, *, log: Path) -> None:
+        """`kind` is `chat` or `run-batch`; the flags, environment and cores are those of the plan of our server."""
+        server, listens = plan.command.index("-m"), plan.command.index("--uds")
+        flags = ["--model", plan.command[listens - 1], *plan.command[listens + 2 :]]
+        with log.open("wb") as output:
+            self._child = subprocess.Popen(
+                [*plan.command[:server], str(BARE_SCRIPT), kind, *flags],
+                env=dict(plan.env),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                text=True,
+            )
+        self._log = log
+        self.not_taken: list[str] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._child.stdin is not None
+        self._child.stdin.close()
+        try:
+            self._child.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+
+    @property
+    def pid(self) -> int:
+        """The root of its processes."""
+        return self._child.pid
+
+    def wait_ready(self) -> None:
+        """Return when the engine is loaded."""
+        self.not_taken = self._answer()["not_taken"]
+
+    def run(self, file: Path) -> Leg:
+        """One leg."""
+        assert self._child.stdin is not None
+        self._child.stdin.write(json.dumps({"file": str(file)}) + "\n")
+        self._child.stdin.flush()
+        return Leg(**self._answer())
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._child.stdout is not None
+        line = self._child.stdout.readline()
+        if not line:
+            raise SystemExit(f"the bare engine has ended:\n{self._log.read_text(errors='replace')[-2000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def run_http(url: str, file: Path, *, in_flight: int) -> Leg:
+    """The file's requests straight to our engine's server, through our client, with nothing else of ours."""
+    bodies = [json.dumps(json.loads(line)["body"]).encode() for line in file.read_text().splitlines()]
+    return uvloop.run(_ask(url, bodies, in_flight=in_flight))
+
+
+async def _ask(url: str, bodies: list[bytes], *, in_flight: int) -> Leg:
+    async with Endpoint(url, api_key=None, timeout_s=3600, connections=in_flight) as endpoint:
+
+        async def ask(number: int, body: bytes) -> JobResult:
+            return result_of(number, PATH, await endpoint.post(PATH, body, request_id=f"http-{number}"))
+
+        started = time.monotonic()
+        results = await asyncio.gather(*(ask(number, body) for number, body in enumerate(bodies)))
+        seconds = time.monotonic() - started
+    usages = [result.usage for result in results]
+    return Leg(
+        seconds, len(results), sum(usage.prompt_tokens for usage in usages), sum(u.completion_tokens for u in usages)
+    )
+
+
+class OurSide:
+    """A batch through submit, RabbitMQ, a Celery worker and Postgres to the engine at `settings.engine.url`."""
+
+    def __init__(self, settings: Settings, *, engine_pid: int, ours: Sequence[int]) -> None:
+        """`ours`: the roots of every process that works for us, the engine's apart."""
+        self._settings = settings
+        self._engine_pid = engine_pid
+        self._ours = ours
+
+    def run(self, file: Path) -> Leg:
+        """From the batch's first moment in progress to its end, which is after its last durable result.
+
+        `more`: CPU seconds outside and inside the engine from before the submit on, starvation, the tail.
+        """
+        database = Database(self._settings.require_postgres())
+        jobs = sum(1 for _ in file.open())
+        url, slots = self._settings.engine.url or "", self._settings.engine.max_num_seqs
+        try:
+            before = self._cpu_s()
+            with SlotSampler(url, slots=slots, jobs=jobs) as sampler:
+                progress = self._ended(database, self._submitted(database, file))
+            outside_s, inside_s = (now - then for now, then in zip(self._cpu_s(), before, strict=True))
+            tail_s = _tail_s(database, progress.id)
+        finally:
+            database.close()
+        if progress.succeeded + progress.truncated != jobs:
+            raise SystemExit(f"{progress.done} of {jobs} jobs done, {progress.failed} failed, {progress.empty} empty")
+        seconds = seconds_of(progress)
+        more = {
+            "outside_s": outside_s,
+            "inside_s": inside_s,
+            "starvation": sampler.starvation,
+            "samples": sampler.samples,
+            "tail": tail_s / seconds,
+            "cached_tokens": progress.cached_tokens,
+        }
+        return Leg(seconds, jobs, progress.prompt_tokens, progress.completion_tokens, more)
+
+    def _submitted(self, database: Database, file: Path) -> UUID:
+        options = SubmitOptions(max_output_tokens=1024, cache=CacheMode.OFF)
+        return submit_file(
+            database, file, options=options, settings=self._settings, served_models=None, reuse=False, tenant=TENANT
+        ).batch_id
+
+    def _ended(self, database: Database, batch_id: UUID) -> BatchProgress:
+        while True:
+            with database.transaction() as session:
+                progress = batch_progress(session, batch_id, tenant=TENANT)
+            if progress.is_ended:
+                return progress
+            time.sleep(POLL_S)
+
+    def _cpu_s(self) -> tuple[float, float]:
+        """(outside, inside) the engine, so far."""
+        everyone = processes()
+        return sum(tree_cpu_s(pid, everyone) for pid in self._ours), tree_cpu_s(self._engine_pid, everyone)
+
+
+def _tail_s(database: Database, batch_id: UUID) -> float:
+    """How long the last jobs took after all others had their results."""
+    with database.transaction() as session:
+        written = session.execute(
+            text("SELECT created_at FROM results WHERE batch_id = :batch_id ORDER BY created_at"),
+            {"batch_id": batch_id},
+        ).scalars()
+        moments = list(written)
+    before_tail = moments[max(0, math.ceil(len(moments) * (1 - TAIL)) - 1)]
+    return float((moments[-1] - before_tail).total_seconds())

@@ -1,0 +1,67 @@
+"""How full an engine's slots are while a leg runs: its own /metrics, read twice a second."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+from types import TracebackType
+from typing import Final, Self
+
+from inference.endpoint import Endpoint
+from inference.supervisor import parse_readings
+from runtime.errors import StokerError
+
+EVERY_S: Final = 0.5
+_ENDED: Final = re.compile(r"^vllm:request_success_total\{[^}]*\} ([0-9.eE+-]+)$", re.MULTILINE)
+
+
+class SlotSampler:
+    """`with SlotSampler(url, slots=…, jobs=…) as sampler: …; sampler.starvation`: the engine serves this leg alone."""
+
+    def __init__(self, url: str, *, slots: int, jobs: int) -> None:
+        self._url, self._slots, self._jobs = url, slots, jobs
+        self._missing: list[int] = []
+        self._ended_before: int | None = None
+        self._stop_wanted = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._sample()), name="slots", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop_wanted.set()
+        self._thread.join()
+
+    @property
+    def samples(self) -> int:
+        """How many were taken while the leg had unfinished jobs."""
+        return len(self._missing)
+
+    @property
+    def starvation(self) -> float:
+        """Slots that stood empty although an unfinished job could have had them, as a share of all slots' time."""
+        return sum(self._missing) / max(1, len(self._missing) * self._slots)
+
+    async def _sample(self) -> None:
+        async with Endpoint(self._url, api_key=None, timeout_s=10, connections=1) as endpoint:
+            while not self._stop_wanted.is_set():
+                try:
+                    self._take(await endpoint.metrics_text())
+                except StokerError:  # a probe that was late is a sample less
+                    continue
+                await asyncio.sleep(EVERY_S)
+
+    def _take(self, text: str) -> None:
+        running = parse_readings(text).running
+        if running is None:
+            return
+        ended = sum(int(float(value)) for value in _ENDED.findall(text))
+        if self._ended_before is None:
+            self._ended_before = ended
+        unfinished = self._jobs - (ended - self._ended_before)
+        if unfinished > 0:
+            self._missing.append(max(0, min(self._slots, unfinished) - running))

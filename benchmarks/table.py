@@ -1,0 +1,133 @@
+"""All measured figures in one table: `python -m benchmarks.table` prints what benchmarks/results/ has.
+
+A report that has its rows under `table` says them itself; those of before are read here. What was not measured is left
+out, and a figure that falls short of its target says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cache_rows import PARTS, cache_rows
+from benchmarks.paired import RESULTS, Ratio
+from benchmarks.rows import Row, at_least, at_most, bold
+
+# The order of the table; further reports with rows of their own follow by name.
+ORDER: Final = ("end_to_end", "pipeline", "growth", "submit", "order", "refill", "dispatch", "chaos", *PARTS)
+END_TO_END: Final = {"8 tokens": 0.85, "64 tokens": 0.95}  # targets, of ours ÷ the bare engine
+STARVATION: Final = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The rows of one benchmark, and where and when they were measured."""
+
+    name: str
+    rows: list[Row]
+    made_on: str
+
+
+def reports() -> list[Report]:
+    """Those that have been measured, in the table's order."""
+    files = {path.stem: path for path in sorted(RESULTS.glob("*.json"))}
+    names = [name for name in ORDER if name in files] + [name for name in files if name not in ORDER]
+    return [report for name in names if (report := _report(name, files[name])) is not None]
+
+
+def main() -> None:
+    """Print the table."""
+    table = Table("figure", "measured", "target", "command", show_lines=True)
+    for row in (row for report in reports() for row in report.rows):
+        table.add_row(*(cell.replace("**", "") for cell in (row.figure, row.measured, row.verdict, row.command)))
+    Console().print(table)
+
+
+def _report(name: str, path: Path) -> Report | None:
+    found: dict[str, Any] = json.loads(path.read_text())
+    if "table" in found:
+        rows = [Row(**row) for row in found["table"]]
+    elif name in PARTS:
+        rows = cache_rows(name, found)
+    elif name in READERS:
+        rows = READERS[name](found)
+    else:
+        return None
+    return Report(name, rows, _made_on(found)) if rows else None
+
+
+def _made_on(found: dict[str, Any]) -> str:
+    """Empty where an old report does not say."""
+    made = found.get("made_with", found)
+    if "cpu" not in made:
+        return ""
+    return f"{made.get('cores', '?')} cores of an {made.get('cpu', 'unknown CPU')}, {str(made.get('date', '?'))[:10]}"
+
+
+def _end_to_end_rows(found: dict[str, Any]) -> list[Row]:
+    rows = []
+    for measured in found.get("rows", ()):
+        workload, cores = measured["workload"]["name"], measured["cores"]
+        for side, spread in measured["ratio"].items():
+            ratio = Ratio(**spread)
+            is_main = side == "chat" and cores == "pinned" and workload in END_TO_END
+            rows.append(
+                Row(
+                    f"{workload}: through RabbitMQ and Postgres ÷ bare vLLM ({side}), same engine and file; "
+                    f"{'engine on one core, all else on another' if cores == 'pinned' else 'all cores'}",
+                    bold(ratio),
+                    "`make bench-end-to-end`",
+                    headline=is_main,
+                    **(at_least(ratio, END_TO_END[workload]) if is_main else {}),
+                )
+            )
+    return rows
+
+
+def _refill_rows(found: dict[str, Any]) -> list[Row]:
+    tight = found["rows"][0]
+    figure = (
+        f"starvation: slot-time empty while the batch has jobs to send, {tight['slots']:,} slots, {tight['children']} "
+        "children, lognormal service times"
+    )
+    measured = ", ".join(f"**{row['starvation']:.1%}** with {row['in_flight']:,} in flight" for row in found["rows"])
+    worst = max(row["starvation"] for row in found["rows"])
+    return [Row(figure, measured, "`make bench-refill`", headline=True, **at_most(100 * worst, 100 * STARVATION, "%"))]
+
+
+def _dispatch_rows(found: dict[str, Any]) -> list[Row]:
+    first, last = found["rows"][0], found["rows"][-1]
+    figure = (
+        f"the dispatch leader's sweep at {first['shards']:,} and at {last['shards']:,} shards; shards claimed before a "
+        "new tenant's first"
+    )
+    sweeps = f"**{first['sweep_ms_median']:.1f} and {last['sweep_ms_median']:.1f} ms**"
+    return [Row(figure, f"{sweeps}; {last['claims_before_the_newcomers_shards'][0]}", "`make bench-dispatch`")]
+
+
+def _chaos_rows(found: dict[str, Any]) -> list[Row]:
+    figure = (
+        f"{found['jobs']:,} jobs of {found['job_s']} s on {found['workers']} workers under {len(found['injected'])} "
+        "faults, one every 10 s: lost, doubled, wrongly blamed; run again"
+    )
+    counts = f"**{found['lost']}, {found['duplicated']}, {found['blamed']}**"
+    repeated = f"{found['repeated'] / found['jobs']:.2%}"
+    return [Row(figure, f"{counts}; {repeated}", "`make chaos`", headline=True)]
+
+
+READERS: Final[dict[str, Callable[[dict[str, Any]], list[Row]]]] = {
+    "end_to_end": _end_to_end_rows,
+    "refill": _refill_rows,
+    "dispatch": _dispatch_rows,
+    "chaos": _chaos_rows,
+}
+
+
+if __name__ == "__main__":
+    main()

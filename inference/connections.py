@@ -1,0 +1,252 @@
+"""HTTP/1.1 over kept connections: a request, and its whole answer as bytes, for the running loop.
+
+On the job path this is where a worker's time goes, so it does what an Endpoint needs and no more: one request at a
+time on a connection, no redirects, cookies, proxies or compression. httptools parses (llhttp, as in uvicorn); reasons
+and figures are in docs/decisions/0017. It must not retry, and must not know what a body or a status means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from dataclasses import dataclass
+from typing import cast
+
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
+
+CONNECT_TIMEOUT_S = 10.0
+# Below the 5 s after which uvicorn, vLLM's server, closes an idle connection: else a request may go out on
+# a connection that is being closed, and look like a dead server.
+KEEPALIVE_S = 4.0
+HEAD_LIMIT_BYTES = 64 * 1024
+ONE_WRITE_BYTES = 64 * 1024  # a larger body is not copied behind its head
+
+
+class ConnectFailed(OSError):
+    """No connection was made: the request cannot have run."""
+
+
+class ConnectionBroken(OSError):
+    """The connection ended before the answer did."""
+
+
+class NotHttp(ValueError):
+    """What came is no HTTP/1.1."""
+
+
+class TooLarge(ValueError):
+    """The body is over the limit; it was not read further."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a server listens: a unix socket, or a host and port. `prefix` goes before every path."""
+
+    host: str
+    port: int
+    prefix: str = ""
+    tls: bool = False
+    socket: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer; header names and values as they came."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+    def header(self, name: str) -> str | None:
+        """The first value of this header, whatever its case."""
+        wanted = name.lower().encode()
+        return next((value.decode("latin-1") for found, value in self.headers if found.lower() == wanted), None)
+
+
+class Connections:
+    """Connections to one server, kept while they are used: made at need, as many as there are requests at once.
+
+    Cancelling a request, or its timeout, closes its connection, which makes the server abort it.
+    """
+
+    def __init__(self, address: Address, *, headers: dict[str, str], body_limit_bytes: int) -> None:
+        """`headers` go out with every request; ValueError if one of them would break it."""
+        self._address = address
+        self._body_limit_bytes = body_limit_bytes
+        host = f"[{address.host}]" if ":" in address.host else address.host
+        host = host if address.port in (0, 443 if address.tls else 80) else f"{host}:{address.port}"
+        self._head = _head_of({"Host": host, **headers})
+        self._idle: deque[_Connection] = deque()
+        self._tls = ssl.create_default_context() if address.tls else None
+
+    async def request(
+        self, method: str, path: str, body: bytes = b"", *, timeout_s: float, request_id: str = ""
+    ) -> Answer:
+        """Send and wait for the whole answer.
+
+        Raises ConnectFailed, ConnectionBroken, NotHttp, TooLarge, or TimeoutError once the server was silent
+        for so long after a connection was there.
+        """
+        connection = self._kept() or await self._connected()
+        extra = f"X-Request-Id: {request_id}\r\n" if request_id else ""
+        start = (
+            f"{method} {self._address.prefix}{path} HTTP/1.1\r\n{self._head}{extra}Content-Length: {len(body)}\r\n\r\n"
+        )
+        answer = connection.ask(start.encode("latin-1"), body)
+        timer = connection.loop.call_later(timeout_s, connection.fail, TimeoutError())
+        try:
+            whole = await answer
+        except BaseException:
+            connection.abort()
+            raise
+        finally:
+            timer.cancel()
+        if connection.is_reusable:
+            connection.idle_since = connection.loop.time()
+            self._idle.append(connection)
+        else:
+            connection.abort()
+        return whole
+
+    async def close(self) -> None:
+        """Close the kept connections."""
+        while self._idle:
+            self._idle.pop().abort()
+        await asyncio.sleep(0)  # for what the loop does at their end
+
+    def _kept(self) -> _Connection | None:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_reusable and connection.loop.time() - connection.idle_since < KEEPALIVE_S:
+                return connection
+            connection.abort()
+        return None
+
+    async def _connected(self) -> _Connection:
+        loop, address = asyncio.get_running_loop(), self._address
+
+        def protocol() -> _Connection:
+            return _Connection(loop, self._body_limit_bytes)
+
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                if address.socket is not None:
+                    _, connection = await loop.create_unix_connection(protocol, address.socket)
+                else:
+                    _, connection = await loop.create_connection(protocol, address.host, address.port, ssl=self._tls)
+        except TimeoutError as error:
+            raise ConnectFailed(f"no connection within {CONNECT_TIMEOUT_S:g} s") from error
+        except (OSError, UnicodeError) as error:  # UnicodeError: a host that is no name
+            raise ConnectFailed(str(error)) from error
+        return connection
+
+
+def _head_of(headers: dict[str, str]) -> str:
+    for name, value in headers.items():
+        if not value.isascii() or not value.isprintable():
+            raise ValueError(f"the header {name} has characters that none may have")
+    return "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+
+
+class _Connection(asyncio.Protocol):
+    """One connection; `ask` begins an exchange, whose future the parser's callbacks end."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, body_limit_bytes: int) -> None:
+        self.loop = loop
+        self.idle_since = 0.0
+        self.is_reusable = True
+        self._body_limit_bytes = body_limit_bytes
+        self._parser = HttpResponseParser(self)
+        self._answer: asyncio.Future[Answer] | None = None
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._begin()
+
+    def ask(self, head: bytes, body: bytes) -> asyncio.Future[Answer]:
+        """Send a request; the future has its whole answer, or why there is none."""
+        self._begin()
+        self._answer = self.loop.create_future()
+        if self._transport.is_closing():
+            self.fail(ConnectionBroken("the server closed the connection"))
+        elif len(body) < ONE_WRITE_BYTES:
+            self._transport.write(head + body)
+        else:
+            self._transport.write(head)
+            self._transport.write(body)
+        return self._answer
+
+    def fail(self, error: Exception) -> None:
+        """End the exchange and the connection."""
+        self._end(error)
+        self.abort()
+
+    def abort(self) -> None:
+        """Close it now."""
+        self.is_reusable = False
+        self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self._answer is None or self._answer.done():
+            self.abort()  # nobody asked
+            return
+        try:
+            self._parser.feed_data(data)
+        except (HttpParserError, HttpParserUpgrade) as error:
+            self.fail(NotHttp(str(error) or type(error).__name__))
+            return
+        if not self._has_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > HEAD_LIMIT_BYTES:
+                self.fail(NotHttp(f"headers of more than {HEAD_LIMIT_BYTES // 1024} KB"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.is_reusable = False
+        if exc is None and self._has_head and self._ends_with_the_connection:
+            self.on_message_complete()
+        self._end(ConnectionBroken(str(exc) if exc else "the server closed the connection"))
+
+    # What the parser finds.
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        self._status = self._parser.get_status_code()
+        if self._status < 200:  # an interim answer, such as 100 Continue
+            return
+        self._has_head = True
+        self.is_reusable = self.is_reusable and self._parser.should_keep_alive()
+        said = next((value for name, value in self._headers if name.lower() == b"content-length"), b"0")
+        if int(said) > self._body_limit_bytes:  # the parser has refused what is no number
+            self.fail(TooLarge())
+
+    def on_body(self, body: bytes) -> None:
+        self._parts.append(body)
+        self._size_bytes += len(body)
+        if self._size_bytes > self._body_limit_bytes:
+            self.fail(TooLarge())
+
+    def on_message_complete(self) -> None:
+        if not self._has_head:
+            self._headers = []
+        elif self._answer is not None and not self._answer.done():
+            self._answer.set_result(Answer(self._status, self._headers, b"".join(self._parts)))
+
+    @property
+    def _ends_with_the_connection(self) -> bool:
+        names = {name.lower() for name, _ in self._headers}
+        return not names & {b"content-length", b"transfer-encoding"}
+
+    def _begin(self) -> None:
+        self._status = 0
+        self._headers = []
+        self._parts: list[bytes] = []
+        self._head_bytes = self._size_bytes = 0
+        self._has_head = False
+
+    def _end(self, error: Exception) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(error)

@@ -1,0 +1,80 @@
+"""How measured figures are folded, judged and written; the measurements themselves are `make bench`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+from benchmarks.batch_lines import bodies, line
+from benchmarks.cores import kept_on, processes, tree, tree_cpu_s
+from benchmarks.paired import Ratio
+from benchmarks.readme import markdown
+from benchmarks.rows import Row, at_least, at_most
+from benchmarks.sampled import folded
+from benchmarks.static_endpoint import ANSWER
+from benchmarks.submit_files import RESPONSE
+from benchmarks.table import reports
+from inference.endpoint import Reply
+from inference.replies import result_of
+from models.states import Outcome
+
+STACKS = """\
+run (worker/child.py);post (inference/endpoint.py);_request (aiohttp/client.py) 6
+run (worker/child.py);_worker (concurrent/futures/thread.py);execute (psycopg/cursor.py) 3
+run (worker/child.py) 1
+"""
+
+
+def test_a_profile_counts_the_innermost_function_to_its_package() -> None:
+    found = folded(STACKS)
+    assert found["samples"] == 10
+    assert found["packages"] == {"aiohttp": 0.6, "sqlalchemy, psycopg": 0.3, "ours": 0.1}
+    assert next(iter(found["functions"].items())) == ("_request (aiohttp/client.py)", 0.6)
+
+
+def test_a_row_says_when_its_figure_falls_short() -> None:
+    ratio = Ratio.of([4.0, 6.0, 5.0], [1.0, 1.0, 1.0])
+    short = Row("ours ÷ theirs", "5", "make", **at_least(ratio, 15))
+    met = Row("µs a job", "240", "make", **at_most(240, 250, " µs"))
+    assert (short.verdict, met.verdict, Row("x", "1", "make").verdict) == ("**short of ≥ 15**", "≤ 250 µs met", "")
+    assert "| ours ÷ theirs | 5 | **short of ≥ 15** | make |" in markdown([short, met])
+
+
+def test_every_kept_report_of_a_known_form_can_be_read() -> None:
+    rows = [row for report in reports() for row in report.rows]
+    assert rows
+    assert all(row.figure and row.measured and row.command for row in rows)
+
+
+def test_what_the_endpoints_of_benchmarks_answer_is_a_whole_answer() -> None:
+    for answer in (json.dumps(ANSWER), RESPONSE):
+        reply = Reply(status_code=200, body=answer.encode(), duration_ms=1)
+        result = result_of(0, "/v1/chat/completions", reply)
+        assert (result.outcome, result.usage.completion_tokens) == (Outcome.SUCCEEDED, 24)
+
+
+def test_lines_of_a_benchmark_are_valid_about_400_bytes_and_all_different() -> None:
+    made = list(bodies(300, model="static"))
+    assert len(set(made)) == 300
+    assert 300 < sum(len(body.encode()) for body in made) / 300 < 500
+    assert line(7, made[7]).startswith('{"custom_id": "ticket-00000007", "method": "POST"')
+
+
+def test_cpu_of_a_tree_has_that_of_children_which_have_ended() -> None:
+    before = tree_cpu_s(os.getpid(), processes())
+    subprocess.run([sys.executable, "-c", "sum(range(10_000_000))"], check=True)
+    assert tree_cpu_s(os.getpid(), processes()) > before
+    assert os.getpid() in {process.pid for process in tree(os.getpid(), processes())}
+
+
+def test_what_was_pinned_is_free_again_after_the_block() -> None:
+    cores = os.sched_getaffinity(0)
+    one = {min(cores)}
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        with kept_on(one, {"child": child.pid}) as pinned:
+            assert pinned == ["this", "child"]
+            assert os.sched_getaffinity(0) == os.sched_getaffinity(child.pid) == one
+        assert os.sched_getaffinity(0) == os.sched_getaffinity(child.pid) == cores
+        child.communicate(b"\n")

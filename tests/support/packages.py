@@ -1,0 +1,50 @@
+"""Installs a server from the system's packages without letting it run: `python -m tests.support.packages nginx`.
+
+Such a package would start its server at once and on every address; ours start one of their own, on loopback.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+# By program: the package that brings it, the service that must not run, and what else there is to do.
+PACKAGES = {
+    "nginx": ("nginx-light", "nginx", "install your system's nginx-light, stopped"),
+    "rabbitmq-server": (
+        "rabbitmq-server",
+        "rabbitmq-server",
+        "install it, start one (docker run -p 127.0.0.1:5672:5672 rabbitmq:4), or set STOKER_TEST_RABBITMQ",
+    ),
+}
+POLICY = Path("/usr/sbin/policy-rc.d")
+
+
+def install(program: str) -> None:
+    """Install it unless it is there; SystemExit with the remedy where we may not."""
+    if shutil.which(program, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin"):
+        return
+    package, service, remedy = PACKAGES[program]
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        sys.exit(f"{program} is not installed: {remedy}")
+    print(f"installing {package} from the system's packages", file=sys.stderr)
+    subprocess.run(["apt-get", "update", "-qq"], check=True)
+    made = not POLICY.exists()
+    if made:
+        POLICY.write_text("#!/bin/sh\nexit 101\n")
+        POLICY.chmod(0o755)
+    try:
+        subprocess.run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", package], check=True)
+    finally:
+        if made:
+            POLICY.unlink()
+    if shutil.which("systemctl"):  # nor at the next boot
+        subprocess.run(["systemctl", "disable", "--quiet", service], check=False, capture_output=True)
+
+
+if __name__ == "__main__":
+    for wanted in sys.argv[1:]:
+        install(wanted)
