@@ -83,8 +83,8 @@ checkpoint: ## the small checkpoint for vLLM: int8 (W8A8), 4-bit (W4A16) and 16-
 	$(PYTHON) scripts/fetch_checkpoint.py smollm2-135m-gguf --folder $(SMOLLM2)-gguf; \
 	$(MAKE) --no-print-directory quantize-env; \
 	$(quantize_python) scripts/dequantize_gguf.py $(GGUF) -o $(SMOLLM2)-bf16; \
-	$(quantize_python) scripts/quantize_checkpoint.py $(SMOLLM2)-bf16 -o $(SMOLLM2)-w8a8 --scheme w8a8 >/dev/null; \
-	$(quantize_python) scripts/quantize_checkpoint.py $(SMOLLM2)-bf16 -o $(SMOLLM2)-w4a16 --scheme w4a16 --group-size 64 >/dev/null; \
+	$(quantize_python) -m scripts.quantize_checkpoint $(SMOLLM2)-bf16 -o $(SMOLLM2)-w8a8 --scheme w8a8 >/dev/null; \
+	$(quantize_python) -m scripts.quantize_checkpoint $(SMOLLM2)-bf16 -o $(SMOLLM2)-w4a16 --scheme w4a16 --group-size 64 >/dev/null; \
 	$(call write_stamp,$(CHECKPOINTS)/.complete,made_from)
 
 gptcache: ## GPTCache in an environment of its own, for bench-cache

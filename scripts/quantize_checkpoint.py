@@ -34,8 +34,8 @@ from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-SCHEMES = ("w4a16", "fp8", "awq", "gptq", "w8a8")
-CALIBRATED = frozenset({"awq", "gptq"})
+from scripts.schemes import CALIBRATED, SCHEMES
+
 IN_GROUPS = frozenset({"w4a16", "awq", "gptq"})
 KEPT_AS_THEY_ARE = ["lm_head"]
 # vLLM's Marlin and CPU kernels take these; the largest that divides every layer costs the least space.
