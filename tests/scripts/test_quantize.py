@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
 import pytest
 
+from runtime.children import birth_of
 from runtime.errors import BadInput
+from runtime.settings import EngineSettings
 from scripts.calibration import read_samples, split
+from scripts.checkpoint_card import write_card
+from scripts.checkpoint_speed import Speed, compare_speed
 from scripts.quantize_command import check
 from tests.support.processes import Command
 from tests.support.waiting import wait_until
 
 TEXT = "".join(
     f"Line {number}: a sentence that is long enough to count as some text of its own.\n" for number in range(80)
+)
+SPEED = Speed(
+    before=[90.0, 100.0, 110.0],
+    after=[135.0, 140.0, 132.0],
+    engine="vllm 1",
+    max_num_seqs=4,
+    is_by_turns=True,
 )
 
 
@@ -37,13 +49,22 @@ def test_what_cannot_be_quantized_is_refused_by_name_and_remedy(checkpoint: Path
     assert "Hugging Face folder" in refused(tmp_path / "small.gguf", output)
     assert "no config.json" in refused(tmp_path, output)
     assert "inside the checkpoint" in refused(checkpoint, checkpoint / "out")
-    assert "needs --calibration" in refused(checkpoint, output, scheme="awq")
+    assert "needs --calibration" in refused(checkpoint, output, scheme="gptq")
     assert "make quantize-env" in refused(checkpoint, output, python=tmp_path / "none")
     output.mkdir()
     (output / "kept").touch()
     assert "not empty" in refused(checkpoint, output)
     (checkpoint / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
     assert "quantized already (awq)" in refused(checkpoint, tmp_path / "new")
+
+
+def test_awq_is_refused_without_a_gpu(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    said = refused(checkpoint, tmp_path / "out", scheme="awq")
+    assert "needs a GPU" in said and "gptq or w4a16" in said
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert "needs --calibration" in refused(checkpoint, tmp_path / "out", scheme="awq")
 
 
 @pytest.mark.parametrize(
@@ -66,6 +87,57 @@ def test_the_last_fifth_is_held_out(tmp_path: Path) -> None:
     used, held_out = split(read_samples(tmp_path / "a.txt"))
     assert [sample["text"] for sample in used + held_out] == TEXT.splitlines()
     assert (len(used), len(held_out)) == (64, 16)
+
+
+def test_a_killed_command_takes_the_quantizer_along(checkpoint: Path, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho $$ > {tmp_path / 'pid'}\nexec sleep 60\n")
+    python.chmod(0o755)
+    arguments = ("quantize", checkpoint, "--scheme", "w8a8", "-o", tmp_path / "out", "--python", python)
+    with Command(*arguments, env={}) as command:
+        wait_until(lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text()), 30, "it quantizes")
+        pid = int((tmp_path / "pid").read_text())
+        assert birth_of(pid) is not None
+        command.process.kill()
+        wait_until(lambda: birth_of(pid) is None, 10, "the quantizer has ended")
+
+
+def test_the_licence_of_the_source_goes_into_the_card(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# Small\nlicense: none\n")
+    named = written_readme(checkpoint, tmp_path / "named")
+    assert "\nlicense: apache-2.0\ntags: [w8a8" in named and "language" not in named and "none" not in named
+    (checkpoint / "README.md").unlink()
+    assert "license" not in written_readme(checkpoint, tmp_path / "unknown")
+    (checkpoint / "LICENSE.txt").write_text("As you like.")
+    assert "\nlicense: other\nlicense_link: LICENSE.txt\n" in written_readme(checkpoint, tmp_path / "copied")
+    assert (tmp_path / "copied" / "LICENSE.txt").read_text() == "As you like."
+
+
+def written_readme(source: Path, folder: Path) -> str:
+    folder.mkdir()
+    card = {
+        "base_model": source.name,
+        "scheme": "w8a8",
+        "size_bytes": {"before": 2, "after": 1},
+        "perplexity": {"before": 15.5, "after": 15.75},
+        "perplexity_tokens": 2000,
+        "tokens_per_s": SPEED.as_card(),
+    }
+    write_card(folder, card, source=source)
+    assert json.loads((folder / "stoker-card.json").read_text()) == card
+    return (folder / "README.md").read_text()
+
+
+def test_the_card_has_the_medians_and_the_spread_of_the_pairs(checkpoint: Path, tmp_path: Path) -> None:
+    readme = written_readme(checkpoint, tmp_path / "card")
+    assert "| tokens/s (1.40x, 1.20 to 1.50) | 100.0 | 135.0 |" in readme
+    assert "both engines up; 12 completions a leg" in readme
+
+
+def test_a_speed_that_cannot_be_measured_has_its_reason(checkpoint: Path, tmp_path: Path) -> None:
+    engine = EngineSettings(vllm_python=tmp_path / "no-vllm", url="http://127.0.0.1:1")
+    with pytest.raises(BadInput, match="vLLM's environment is missing"):
+        compare_speed(checkpoint, checkpoint, engine=engine, show=lambda _: None)
 
 
 def test_an_interrupt_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
