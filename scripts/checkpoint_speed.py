@@ -26,7 +26,7 @@ from scripts.checkpoint_card import size_of
 
 # Chosen, not measured: the least that has a median and a spread; a leg takes some 15 s on one core.
 PAIRS = 3
-FILLS = 3  # requests a leg, in fills of the engine: the last one runs out, the others are full
+FILLS = 2  # requests a leg, in fills of the engine
 OUTPUT_TOKENS = 32
 IN_FLIGHT_A_SLOT = 2
 GIB = 1024**3

@@ -1,6 +1,7 @@
 """Quantizes a Hugging Face checkpoint folder with llmcompressor. Run by `.venv-quantize/bin/python`.
 
-    w8a8    int8 weights per output channel, int8 activations per token at run time: the fast one on a CPU
+    w8a8    int8 weights per output channel, int8 activations per token at run time: the fast one on a CPU;
+            with calibration samples SmoothQuant first, without them rounded to nearest
     w4a16   int4 weights in groups, rounded to nearest: the small one; it saves memory, not time
     fp8     float8 weights per output channel, float8 activations per token at run time: for GPUs that have it
     awq     int4 weights in groups, channels that matter scaled first; needs calibration samples
@@ -40,6 +41,8 @@ IN_GROUPS = frozenset({"w4a16", "awq", "gptq"})
 KEPT_AS_THEY_ARE = ["lm_head"]
 # vLLM's Marlin and CPU kernels take these; the largest that divides every layer costs the least space.
 GROUP_SIZES = (128, 64, 32)
+# How much of the activations' range goes into the weights. docs/decisions/0015 has what was measured.
+SMOOTHING = 0.8
 LEAST_TOKENS = 8  # of a sequence: a shorter one says nothing of what follows what
 PACKAGES = ("llmcompressor", "compressed-tensors", "torch", "transformers")
 
@@ -133,7 +136,7 @@ def recipe_of(scheme: str, layers: QuantizationScheme, *, is_calibrated: bool) -
     if scheme == "awq":
         return [AWQModifier(), QuantizationModifier(**how)]
     if scheme == "w8a8" and is_calibrated:
-        return [SmoothQuantModifier(smoothing_strength=0.8), GPTQModifier(**how)]
+        return [SmoothQuantModifier(smoothing_strength=SMOOTHING), QuantizationModifier(**how)]
     return [QuantizationModifier(**how)]
 
 

@@ -37,7 +37,7 @@ EXIT_INTERRUPTED = 130
 LOG_TAIL_LINES = 15
 # Without progress bars, and never to a network. The log stays on: GPTQ needs the level that it defines.
 CHILD_ENV = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
-HELD_OUT_SHARE = 4  # as many held-out sequences are judged by as calibration sequences are asked for, divided by this
+HELD_OUT_SHARE = 2  # held-out sequences that the perplexity takes: --samples divided by this
 _STEP = re.compile(r"^(\w+)(?: (\d+)/(\d+))?$")
 
 
