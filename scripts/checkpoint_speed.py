@@ -29,6 +29,7 @@ PAIRS = 3
 FILLS = 2  # requests a leg, in fills of the engine
 OUTPUT_TOKENS = 32
 IN_FLIGHT_A_SLOT = 2
+LEG_S = 300.0  # vLLM computes float8 on a CPU without instructions for it at less than a token a second
 GIB = 1024**3
 PROCESS_BYTES = 2 * GIB  # vLLM on a CPU beside weights and KV cache: 1.2 GiB was seen
 
@@ -160,7 +161,11 @@ async def _leg(plan: EnginePlan) -> float:
             return int(json.loads(reply.body)["usage"]["completion_tokens"])
 
         started = time.monotonic()
-        tokens = sum(await asyncio.gather(*(ask(number) for number in range(requests))))
+        try:
+            async with asyncio.timeout(LEG_S):
+                tokens = sum(await asyncio.gather(*(ask(number) for number in range(requests))))
+        except TimeoutError as error:
+            raise Fatal(f"less than {requests * OUTPUT_TOKENS / LEG_S:.1f} tokens/s: a leg took {LEG_S:g} s") from error
         seconds = time.monotonic() - started
     if tokens != requests * OUTPUT_TOKENS:
         raise Fatal(f"the engine wrote {tokens} tokens, not {requests * OUTPUT_TOKENS}")
