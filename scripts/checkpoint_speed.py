@@ -29,6 +29,10 @@ PAIRS = 3
 FILLS = 2  # requests a leg, in fills of the engine
 OUTPUT_TOKENS = 32
 IN_FLIGHT_A_SLOT = 2
+PROMPT = (
+    "wrote to the shop about a parcel that was due on Friday and had not come. The clerk looked the order up, found "
+    "that it was still in the depot of the carrier, and answered as follows:"
+)
 LEG_S = 300.0  # vLLM computes float8 on a CPU without instructions for it at less than a token a second
 GIB = 1024**3
 PROCESS_BYTES = 2 * GIB  # vLLM on a CPU beside weights and KV cache: 1.2 GiB was seen
@@ -151,10 +155,7 @@ async def _leg(plan: EnginePlan) -> float:
     async with Endpoint(plan.url, api_key=None, timeout_s=3600, connections=in_flight) as endpoint:
 
         async def ask(number: int) -> int:
-            body = {
-                **fixed,
-                "prompt": f"Customer {number} wrote to the shop about a parcel. The clerk read it and said",
-            }
+            body = {**fixed, "prompt": f"Customer {number} {PROMPT}"}
             reply = await endpoint.post("/v1/completions", json.dumps(body).encode(), request_id=f"speed-{number}")
             if reply.status_code != 200:
                 raise Fatal(f"the engine answered {reply.status_code}: {reply.body[:200].decode(errors='replace')}")

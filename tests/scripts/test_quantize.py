@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from runtime.errors import BadInput
 from runtime.settings import EngineSettings
 from scripts.calibration import read_samples, split
 from scripts.checkpoint_card import write_card
-from scripts.checkpoint_speed import Speed, compare_speed
+from scripts.checkpoint_speed import PAIRS, Speed, compare_speed
 from scripts.quantize_command import check
 from tests.support.processes import Command
+from tests.support.stand_in_engine import install
 from tests.support.waiting import wait_until
 
 TEXT = "".join(
@@ -138,6 +140,33 @@ def test_a_speed_that_cannot_be_measured_has_its_reason(checkpoint: Path, tmp_pa
     engine = EngineSettings(vllm_python=tmp_path / "no-vllm", url="http://127.0.0.1:1")
     with pytest.raises(BadInput, match="vLLM's environment is missing"):
         compare_speed(checkpoint, checkpoint, engine=engine, show=lambda _: None)
+
+
+@pytest.mark.parametrize("is_gpu", [False, True])
+def test_engines_take_turns_but_follow_each_other_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_gpu: bool
+) -> None:
+    nvidia_smi = tmp_path / "nvidia-smi"
+    nvidia_smi.write_text(f"#!/bin/sh\nexit {0 if is_gpu else 1}\n")
+    nvidia_smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "0")
+    journal = tmp_path / "journal"
+    started = install(tmp_path, journal=journal, latency_s=0.01)
+    engine = EngineSettings(
+        vllm_python=Path(started["STOKER_ENGINE__VLLM_PYTHON"]), args=started["STOKER_ENGINE__ARGS"], max_num_seqs=2
+    )
+    shown: list[float] = []
+    speed = compare_speed(tmp_path / "scripted", tmp_path / "scripted", engine=engine, show=shown.append)
+    assert (len(speed.before), len(speed.after), shown[-1]) == (PAIRS, PAIRS, 1.0)
+    assert min(speed.before + speed.after) > 0
+    assert speed.is_by_turns is not is_gpu
+    first, second = sorted(times_in(file) for file in journal.iterdir())
+    assert (first[-1] < second[0]) is is_gpu
+
+
+def times_in(journal: Path) -> list[float]:
+    return [float(line.rpartition(" ")[2]) for line in journal.read_text().splitlines()]
 
 
 def test_an_interrupt_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
