@@ -133,7 +133,7 @@ def written_readme(source: Path, folder: Path) -> str:
 def test_the_card_has_the_medians_and_the_spread_of_the_pairs(checkpoint: Path, tmp_path: Path) -> None:
     readme = written_readme(checkpoint, tmp_path / "card")
     assert "| tokens/s (1.40x, 1.20 to 1.50) | 100.0 | 135.0 |" in readme
-    assert "both engines up; 12 completions a leg" in readme
+    assert "both engines up; 8 completions a leg" in readme
 
 
 def test_a_speed_that_cannot_be_measured_has_its_reason(checkpoint: Path, tmp_path: Path) -> None:
