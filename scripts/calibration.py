@@ -1,0 +1,67 @@
+"""Reads a user's calibration file: text lines, or a JSONL batch file of chats. It must not tokenize."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import BadInput
+
+LEAST_LINES = 10  # a fifth is held out: fewer would leave one line to judge by
+LEAST_CHARACTERS = 4000  # about 1,000 tokens, 200 of them held out
+HELD_OUT = 5  # the last fifth is not used for calibration
+
+Sample = dict[str, Any]
+
+
+def read_samples(file: Path) -> list[Sample]:
+    """One sample a line, `{"text": …}` or `{"messages": […]}`. Raises BadInput that names the line and remedy."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--calibration {file} cannot be read: {error}; name a UTF-8 text or JSONL file") from error
+    filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not filled:
+        raise BadInput(f"--calibration {file} is empty; give text lines or chats like those you will run")
+    is_batch = file.suffix == ".jsonl" or filled[0][1].lstrip().startswith("{")
+    samples = [_sample(file, number, line) if is_batch else {"text": line} for number, line in filled]
+    characters = sum(len(line) for _, line in filled)
+    if len(samples) < LEAST_LINES or characters < LEAST_CHARACTERS:
+        raise BadInput(
+            f"--calibration {file} is too short: {len(samples)} lines, {characters:,} characters; "
+            f"give at least {LEAST_LINES} lines and {LEAST_CHARACTERS:,} characters"
+        )
+    return samples
+
+
+def split(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """Those to calibrate with, and the last fifth, which is held out for the perplexity."""
+    held_out = max(1, len(samples) // HELD_OUT)
+    return samples[:-held_out], samples[-held_out:]
+
+
+def write_samples(file: Path, samples: list[Sample]) -> Path:
+    """The samples as JSON lines, as the quantizer reads them."""
+    file.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    return file
+
+
+def _sample(file: Path, number: int, line: str) -> Sample:
+    place = f"--calibration {file} line {number}"
+    try:
+        parsed = json.loads(line)
+    except ValueError as error:
+        raise BadInput(f"{place}: no JSON: {error}; repair it, or give plain text in a .txt file") from error
+    body = parsed.get("body", parsed) if isinstance(parsed, dict) else None
+    if isinstance(body, dict):
+        if isinstance(body.get("text"), str):
+            return {"text": body["text"]}
+        messages = body.get("messages")
+        if isinstance(messages, list) and messages and all(_is_message(message) for message in messages):
+            return {"messages": [{"role": one["role"], "content": one["content"]} for one in messages]}
+    raise BadInput(f"{place}: body.messages: no list of messages with a role and a text content; or give `text`")
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))

@@ -1,0 +1,219 @@
+"""`stoker quantize`: checks, then children in .venv-quantize, then two engines, then the card.
+
+It never imports torch or vLLM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from inference.checkpoints import quantization_of
+from inference.engines import has_gpu
+from runtime.children import spawn, stop
+from runtime.errors import BadInput, Fatal, StokerError
+from runtime.settings import EngineSettings, Settings
+from scripts.calibration import Sample, read_samples, split, write_samples
+from scripts.checkpoint_card import Card, not_measured, rows_of, size_of, write_card
+from scripts.checkpoint_speed import compare_speed
+from scripts.schemes import CALIBRATED, ON_AN_ACCELERATOR, SCHEMES
+from scripts.terminal import bar, emit_table, say, stderr
+
+REPOSITORY = Path(__file__).parent.parent
+EXIT_INTERRUPTED = 130
+LOG_TAIL_LINES = 15
+# Without progress bars, and never to a network. The log stays on: GPTQ needs the level that it defines.
+CHILD_ENV = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
+HELD_OUT_SHARE = 2  # held-out sequences that the perplexity takes: --samples divided by this
+_STEP = re.compile(r"^(\w+)(?: (\d+)/(\d+))?$")
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What to make of which checkpoint, and with what."""
+
+    checkpoint: Path
+    scheme: str
+    calibration: Path | None
+    samples: int
+    sequence_tokens: int
+    python: Path
+    engine: EngineSettings | None
+    """None: do not measure the speed."""
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--scheme", type=click.Choice(SCHEMES), required=True)
+@click.option("--calibration", type=click.Path(path_type=Path), help="Text lines or a JSONL batch file of chats.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The folder to write.")
+@click.option("--samples", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--sequence-tokens", type=click.IntRange(min=16), default=512, show_default=True)
+@click.option("--speed/--no-speed", default=True, help="Measure tokens/s before and after, with an engine for each.")
+@click.option("--python", type=click.Path(path_type=Path), default=Path(".venv-quantize/bin/python"), show_default=True)
+@click.pass_obj
+def quantize(
+    settings: Settings,
+    checkpoint: Path,
+    scheme: str,
+    calibration: Path | None,
+    output: Path,
+    samples: int,
+    sequence_tokens: int,
+    speed: bool,
+    python: Path,
+) -> None:
+    """Quantize CHECKPOINT, a Hugging Face folder, and say what it costs: size, perplexity on your text, tokens/s."""
+    check(checkpoint, output, scheme=scheme, calibration=calibration, python=python)
+    parts = split(read_samples(calibration)) if calibration else None
+    output.parent.mkdir(parents=True, exist_ok=True)
+    engine = settings.engine if speed else None
+    order = Order(checkpoint, scheme, calibration, samples, sequence_tokens, python, engine)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
+            folder = Path(temporary) / output.name
+            card = make(order, folder, parts=parts)
+            write_card(folder, card, source=checkpoint)
+            if output.exists():
+                output.rmdir()  # empty: checked
+            folder.rename(output)
+    except KeyboardInterrupt:
+        say(f"interrupted; nothing was written to {output}")
+        sys.exit(EXIT_INTERRUPTED)
+    emit_table(f"{output} ({scheme})", ("figure", "before", "after"), rows_of(card))
+    say(f"a worker serves it with STOKER_ENGINE__CHECKPOINT={output}")
+
+
+def check(checkpoint: Path, output: Path, *, scheme: str, calibration: Path | None, python: Path) -> None:
+    """Raise BadInput, with the remedy, for what can be known before anything is loaded."""
+    if checkpoint.suffix == ".gguf":
+        raise BadInput(f"CHECKPOINT {checkpoint} is a GGUF: take the Hugging Face folder that it was made from")
+    if not (checkpoint / "config.json").is_file():
+        raise BadInput(f"CHECKPOINT {checkpoint} has no config.json; name a Hugging Face folder")
+    method = quantization_of(checkpoint)
+    if method:
+        raise BadInput(f"CHECKPOINT {checkpoint} is quantized already ({method}); take the 16-bit one")
+    _check_scheme(scheme, calibration)
+    if not python.exists():
+        raise BadInput(f"the quantizer's environment is missing: no {python}; run `make quantize-env`")
+    _check_output(checkpoint, output)
+
+
+def _check_scheme(scheme: str, calibration: Path | None) -> None:
+    if scheme in ON_AN_ACCELERATOR and not has_gpu():
+        raise BadInput(
+            f"--scheme {scheme} needs a GPU: llmcompressor's search cannot run without one, and nvidia-smi lists none; "
+            "run it on a GPU machine, or take --scheme gptq or w4a16, which make 4-bit weights here"
+        )
+    if scheme in CALIBRATED and calibration is None:
+        raise BadInput(f"--scheme {scheme} needs --calibration FILE: text lines or a JSONL batch file of chats")
+
+
+def _check_output(checkpoint: Path, output: Path) -> None:
+    if output.resolve().is_relative_to(checkpoint.resolve()):
+        raise BadInput(f"-o {output} lies inside the checkpoint; name a folder beside it")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise BadInput(f"-o {output} exists and is not empty; name another folder, or remove it")
+    nearest = next(folder for folder in output.resolve().parents if folder.exists())
+    if shutil.disk_usage(nearest).free < size_of(checkpoint):
+        raise BadInput(f"-o {output}: {nearest} has less free than {size_of(checkpoint):,} bytes; free some")
+
+
+def make(order: Order, folder: Path, *, parts: tuple[list[Sample], list[Sample]] | None) -> Card:
+    """Write the quantized checkpoint to `folder` and measure it against its source; files beside it are scratch.
+
+    Raises BadInput or Fatal when the quantizer fails, not when only the speed cannot be measured: the card says why.
+    """
+    flags = ["--sequence-tokens", str(order.sequence_tokens)]
+    made_with = list(flags)
+    if parts:
+        file = write_samples(folder.parent / "calibration.jsonl", parts[0])
+        made_with += ["--calibration", str(file), "--samples", str(order.samples)]
+    goal = ["-o", folder, "--scheme", order.scheme]
+    report = _child(order.python, "quantize_checkpoint", order.checkpoint, *goal, *made_with, scratch=folder.parent)
+    perplexity, tokens = not_measured("no --calibration"), 0
+    if parts:
+        held_out = write_samples(folder.parent / "held-out.jsonl", parts[1])
+        flags += ["--sequences", str(max(1, order.samples // HELD_OUT_SHARE))]
+        perplexity, tokens = _perplexity(order, folder, held_out, flags)
+    return {
+        "base_model": order.checkpoint.resolve().name,
+        "scheme": order.scheme,
+        "command": shlex.join(["stoker", *sys.argv[1:]]),
+        **report,
+        "calibration_sha256": hashlib.sha256(order.calibration.read_bytes()).hexdigest() if order.calibration else None,
+        "size_bytes": {"before": size_of(order.checkpoint), "after": size_of(folder)},
+        "perplexity": perplexity,
+        "perplexity_tokens": tokens,
+        "tokens_per_s": _speed(order, folder),
+    }
+
+
+def _perplexity(order: Order, folder: Path, held_out: Path, flags: list[str]) -> tuple[dict[str, Any], int]:
+    before, after = (
+        _child(order.python, "perplexity", checkpoint, held_out, *flags, scratch=folder.parent)
+        for checkpoint in (order.checkpoint, folder)
+    )
+    if not after["quantized_layers"]:
+        raise Fatal("the written checkpoint was loaded without a quantized layer: it is not kept")
+    return {"before": round(before["perplexity"], 4), "after": round(after["perplexity"], 4)}, after["tokens"]
+
+
+def _speed(order: Order, folder: Path) -> dict[str, Any]:
+    if order.engine is None:
+        return not_measured("--no-speed")
+    try:
+        with bar("speed", total=1.0) as show:
+            say("speed: starting the engines")
+            return compare_speed(order.checkpoint, folder, engine=order.engine, show=show).as_card()
+    except StokerError as error:
+        say(f"the speed is not measured: {error}")
+        return not_measured(str(error).partition("\n")[0].rstrip(":").replace(str(folder), folder.name))
+
+
+def _child(python: Path, script: str, *arguments: object, scratch: Path) -> dict[str, Any]:
+    """Run a script in the quantizer's environment, show its steps, and return its report; it dies with us."""
+    command = [str(python), "-m", f"scripts.{script}", *map(str, arguments)]
+    env = {**os.environ, **CHILD_ENV, "PYTHONPATH": str(REPOSITORY)}
+    log = scratch / f"{script}.log"
+    child = spawn(command, env=env, log=log, session=True, stdout=subprocess.PIPE)
+    try:
+        report = _report(child, script)
+        status = child.wait()
+    finally:
+        stop(child, grace_s=5.0)
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+    if status == 2:
+        raise BadInput(tail)
+    if status or not report:
+        raise Fatal(f"{script} ended with status {status}:\n{tail}")
+    return report
+
+
+def _report(child: subprocess.Popen[bytes], script: str) -> dict[str, Any]:
+    """Show the steps that the child tells until its stdout ends; its last line in JSON, or nothing."""
+    report: dict[str, Any] = {}
+    with bar(script.replace("_", " "), total=1.0) as show:
+        for raw in child.stdout or ():
+            line = raw.decode(errors="replace").strip()
+            if line.startswith("{"):
+                report = json.loads(line)
+            elif found := _STEP.match(line):
+                if not stderr.is_terminal:
+                    say(line)
+                show(int(found[2]) / int(found[3]) if found[2] else 0.0)
+    return report

@@ -1,0 +1,196 @@
+"""`stoker quantize`: what it refuses, and what an interrupt leaves. The quantizer is a stand-in program."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from runtime.children import birth_of
+from runtime.errors import BadInput
+from runtime.settings import EngineSettings
+from scripts.calibration import read_samples, split
+from scripts.checkpoint_card import write_card
+from scripts.checkpoint_speed import PAIRS, Speed, compare_speed
+from scripts.quantize_command import check
+from tests.support.processes import Command
+from tests.support.stand_in_engine import install
+from tests.support.waiting import wait_until
+
+TEXT = "".join(
+    f"Line {number}: a sentence that is long enough to count as some text of its own.\n" for number in range(80)
+)
+SPEED = Speed(
+    before=[90.0, 100.0, 110.0],
+    after=[135.0, 140.0, 132.0],
+    engine="vllm 1",
+    max_num_seqs=4,
+    is_by_turns=True,
+)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "small-bf16"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def refused(checkpoint: Path, output: Path, *, scheme: str = "w8a8", python: Path = Path("/bin/sh")) -> str:
+    with pytest.raises(BadInput) as raised:
+        check(checkpoint, output, scheme=scheme, calibration=None, python=python)
+    return str(raised.value)
+
+
+def test_what_cannot_be_quantized_is_refused_by_name_and_remedy(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert "Hugging Face folder" in refused(tmp_path / "small.gguf", output)
+    assert "no config.json" in refused(tmp_path, output)
+    assert "inside the checkpoint" in refused(checkpoint, checkpoint / "out")
+    assert "needs --calibration" in refused(checkpoint, output, scheme="gptq")
+    assert "make quantize-env" in refused(checkpoint, output, python=tmp_path / "none")
+    output.mkdir()
+    (output / "kept").touch()
+    assert "not empty" in refused(checkpoint, output)
+    (checkpoint / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
+    assert "quantized already (awq)" in refused(checkpoint, tmp_path / "new")
+
+
+def test_awq_is_refused_without_a_gpu(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    said = refused(checkpoint, tmp_path / "out", scheme="awq")
+    assert "needs a GPU" in said and "gptq or w4a16" in said
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert "needs --calibration" in refused(checkpoint, tmp_path / "out", scheme="awq")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", "", "is empty"),
+        ("a.txt", "short\n", "too short: 1 lines"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n{"mess', "line 2: no JSON"),
+        ("a.jsonl", '{"body": {"messages": [{"role": "user"}]}}\n', "line 1: body.messages"),
+    ],
+)
+def test_a_bad_calibration_file_is_refused(tmp_path: Path, name: str, content: str, said: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(BadInput, match=said):
+        read_samples(tmp_path / name)
+
+
+def test_the_last_fifth_is_held_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    used, held_out = split(read_samples(tmp_path / "a.txt"))
+    assert [sample["text"] for sample in used + held_out] == TEXT.splitlines()
+    assert (len(used), len(held_out)) == (64, 16)
+
+
+def test_a_killed_command_takes_the_quantizer_along(checkpoint: Path, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho $$ > {tmp_path / 'pid'}\nexec sleep 60\n")
+    python.chmod(0o755)
+    arguments = ("quantize", checkpoint, "--scheme", "w8a8", "-o", tmp_path / "out", "--python", python)
+    with Command(*arguments, env={}) as command:
+        wait_until(lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text()), 30, "it quantizes")
+        pid = int((tmp_path / "pid").read_text())
+        assert birth_of(pid) is not None
+        command.process.kill()
+        wait_until(lambda: birth_of(pid) is None, 10, "the quantizer has ended")
+
+
+def test_the_licence_of_the_source_goes_into_the_card(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# Small\nlicense: none\n")
+    named = written_readme(checkpoint, tmp_path / "named")
+    assert "\nlicense: apache-2.0\ntags: [w8a8" in named and "language" not in named and "none" not in named
+    (checkpoint / "README.md").unlink()
+    assert "license" not in written_readme(checkpoint, tmp_path / "unknown")
+    (checkpoint / "LICENSE.txt").write_text("As you like.")
+    assert "\nlicense: other\nlicense_link: LICENSE.txt\n" in written_readme(checkpoint, tmp_path / "copied")
+    assert (tmp_path / "copied" / "LICENSE.txt").read_text() == "As you like."
+
+
+def written_readme(source: Path, folder: Path) -> str:
+    folder.mkdir()
+    card = {
+        "base_model": source.name,
+        "scheme": "w8a8",
+        "size_bytes": {"before": 2, "after": 1},
+        "perplexity": {"before": 15.5, "after": 15.75},
+        "perplexity_tokens": 2000,
+        "tokens_per_s": SPEED.as_card(),
+    }
+    write_card(folder, card, source=source)
+    assert json.loads((folder / "stoker-card.json").read_text()) == card
+    return (folder / "README.md").read_text()
+
+
+def test_the_card_has_the_medians_and_the_spread_of_the_pairs(checkpoint: Path, tmp_path: Path) -> None:
+    readme = written_readme(checkpoint, tmp_path / "card")
+    assert "| tokens/s (1.40x, 1.20 to 1.50) | 100.0 | 135.0 |" in readme
+    assert "both engines up; 8 completions a leg" in readme
+
+
+def test_a_speed_that_cannot_be_measured_has_its_reason(checkpoint: Path, tmp_path: Path) -> None:
+    engine = EngineSettings(vllm_python=tmp_path / "no-vllm", url="http://127.0.0.1:1")
+    with pytest.raises(BadInput, match="vLLM's environment is missing"):
+        compare_speed(checkpoint, checkpoint, engine=engine, show=lambda _: None)
+
+
+@pytest.mark.parametrize("is_gpu", [False, True])
+def test_engines_take_turns_but_follow_each_other_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_gpu: bool
+) -> None:
+    nvidia_smi = tmp_path / "nvidia-smi"
+    nvidia_smi.write_text(f"#!/bin/sh\nexit {0 if is_gpu else 1}\n")
+    nvidia_smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "0")
+    journal = tmp_path / "journal"
+    started = install(tmp_path, journal=journal, latency_s=0.01)
+    engine = EngineSettings(
+        vllm_python=Path(started["STOKER_ENGINE__VLLM_PYTHON"]), args=started["STOKER_ENGINE__ARGS"], max_num_seqs=2
+    )
+    shown: list[float] = []
+    speed = compare_speed(tmp_path / "scripted", tmp_path / "scripted", engine=engine, show=shown.append)
+    assert (len(speed.before), len(speed.after), shown[-1]) == (PAIRS, PAIRS, 1.0)
+    assert min(speed.before + speed.after) > 0
+    assert speed.is_by_turns is not is_gpu
+    first, second = sorted(times_in(file) for file in journal.iterdir())
+    assert (first[-1] < second[0]) is is_gpu
+
+
+def times_in(journal: Path) -> list[float]:
+    return [float(line.rpartition(" ")[2]) for line in journal.read_text().splitlines()]
+
+
+def test_an_interrupt_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho load\nexec sleep 60\n")
+    python.chmod(0o755)
+    output = tmp_path / "out" / "small-w8a8"
+    arguments = ("quantize", checkpoint, "--scheme", "w8a8", "-o", output, "--python", python)
+    with Command(*arguments, env={}) as command:
+        wait_until(lambda: any(output.parent.glob(".small-w8a8-*")), 30, "the workspace is there")
+        command.process.send_signal(signal.SIGINT)
+        ended = command.wait(30)
+    assert ended.returncode == 130
+    assert "nothing was written" in ended.stderr
+    assert list(output.parent.iterdir()) == []
+
+
+def test_a_quantizer_that_fails_says_why_and_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho out of memory >&2\nexit 9\n")
+    python.chmod(0o755)
+    output = tmp_path / "out" / "small-w8a8"
+    with Command("quantize", checkpoint, "--scheme", "w8a8", "-o", output, "--python", python, env={}) as command:
+        ended = command.wait(30)
+    assert ended.returncode == 3
+    assert "status 9" in ended.stderr and "out of memory" in ended.stderr
+    assert list(output.parent.iterdir()) == []
