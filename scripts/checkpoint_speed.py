@@ -35,7 +35,7 @@ PROMPT = (
 )
 LEG_S = 300.0  # vLLM computes float8 on a CPU without instructions for it at less than a token a second
 GIB = 1024**3
-PROCESS_BYTES = 2 * GIB  # vLLM on a CPU beside weights and KV cache: 1.2 GiB was seen
+PROCESS_BYTES = 2 * GIB  # vLLM on a CPU beside weights and KV cache: chosen, with room to spare
 
 Show = Callable[[float], None]
 
