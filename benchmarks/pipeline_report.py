@@ -43,7 +43,7 @@ def rows(report: Mapping[str, Any]) -> list[Row]:
     found = [
         *(_against(report, place, CELERY, headline=place == "one_core") for place in PLACES),
         Row(
-            "the same, 64 jobs a shard ÷ 1 job a shard: what sharding alone gives",
+            "shards as `stoker submit` cuts them ÷ one job a shard, which pays the whole shard protocol for each job",
             f"{bold(_ratio(one, UNSHARDED))}; {_speed(one, UNSHARDED)} jobs/s with 1",
             COMMAND,
             headline=True,
