@@ -97,9 +97,11 @@ def _refill_rows(found: dict[str, Any]) -> list[Row]:
         figure = (
             f"starvation: slot-time empty while the batch has jobs to send, {engines} × {row['slots']:,} slots, "
             f"{row['in_flight']:,} in flight each, {row['children']} children, {row['jobs']:,} jobs of lognormal "
-            "service times; share of the time in which the last 5% of them end"
+            "service times"
         )
-        tail = f"; {row['last_5_percent_of_the_time']:.1%}" if "last_5_percent_of_the_time" in row else ""
+        tail = ""
+        if "last_5_percent_of_the_time" in row:
+            tail = f"; the last 5% of the jobs ended in {row['last_5_percent_of_the_time']:.1%} of the time"
         judged = at_most(100 * row["starvation"], 100 * STARVATION, "%")
         measured = f"**{row['starvation']:.1%}**{tail}"
         rows.append(Row(figure, measured, "`make bench-refill`", headline=row is found["rows"][0], **judged))
