@@ -20,7 +20,7 @@ up: .venv/.demo checkpoint-gguf ## everything on this machine until Ctrl-C
 
 test: check checkpoint-gguf embedder ## all tests: real services, real kills, real vLLM (builds what it needs)
 	@$(MAKE) --no-print-directory -j2 engine-vllm checkpoint
-	@python -m tests.support.services sh -c 'pytest -n 3 -m "not engine and not alone" && pytest -m "engine or alone"'
+	@python -m tests.support.services sh -c 'pytest -n 3 -m "not engine and not alone" && pytest -m "(engine or alone) and not long"'
 
 test-engine: .venv/.dev engine-vllm checkpoint ## only the tests with a real vLLM
 	@python -m tests.support.services pytest -m engine

@@ -23,6 +23,7 @@ TEXT = "".join(
 
 pytestmark = [
     pytest.mark.engine,
+    pytest.mark.long,
     pytest.mark.skipif(not VLLM_PYTHON.exists(), reason="run `make engine-vllm`"),
     pytest.mark.skipif(not QUANTIZER.exists(), reason="run `make quantize-env`"),
     pytest.mark.skipif(not (SOURCE / "config.json").exists(), reason="run `make checkpoint`"),
