@@ -67,7 +67,7 @@ class Room:
 def main() -> None:
     """Measure, print a line a workload, write the report."""
     options = _options()
-    names = [workload.name for workload in WORKLOADS if options.only in (None, workload.name)]
+    names = [w.name for w in WORKLOADS if options.only in (None, w.name) and w.name not in options.skip]
     if not names:
         raise SystemExit(f"no workload {options.only!r}; there are {', '.join(w.name for w in WORKLOADS)}")
     rows: list[dict[str, Any]] = []
@@ -90,6 +90,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--only", metavar="WORKLOAD")
+    parser.add_argument("--skip", metavar="WORKLOAD", action="append", default=[])
     parser.add_argument("--cores", choices=["pinned", "all", "both"], default="both")
     parser.add_argument("--leg-s", type=float, default=8)
     parser.add_argument("--slots", type=int, default=8, help="the engine's --max-num-seqs")
