@@ -105,7 +105,9 @@ def main() -> None:
 def served(settings: Settings, *, blocks: int | None) -> Settings:
     """A worker with an engine of few slots, and a KV cache of so many blocks."""
     args = "" if blocks is None else f"--num-gpu-blocks-override {blocks}"
-    engine = settings.engine.model_copy(update={"max_num_seqs": SLOTS, "args": args, "url": None, "kind": "vllm"})
+    context = settings.engine.context_tokens if blocks is None else blocks * BLOCK_TOKENS  # more would never fit
+    changed = {"max_num_seqs": SLOTS, "args": args, "context_tokens": min(context, settings.engine.context_tokens)}
+    engine = settings.engine.model_copy(update={**changed, "url": None, "kind": "vllm"})
     return settings.model_copy(update={"engine": engine})
 
 
