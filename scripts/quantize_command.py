@@ -79,7 +79,10 @@ def quantize(
     """Quantize CHECKPOINT, a Hugging Face folder, and say what it costs: size, perplexity on your text, tokens/s."""
     check(checkpoint, output, scheme=scheme, calibration=calibration, python=python)
     parts = split(read_samples(calibration)) if calibration else None
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"-o {output}: its folder cannot be made: {error.strerror}; name another") from error
     engine = settings.engine if speed else None
     order = Order(checkpoint, scheme, calibration, samples, sequence_tokens, python, engine)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

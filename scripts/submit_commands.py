@@ -110,7 +110,7 @@ _submit_options = (
         default=JobOrder.PREFIX.value,
         show_default=True,
         help="In which jobs run: prefix puts prompts that begin alike together, long outputs first, if the file does "
-        "not; file keeps the file's. Results are in the file's order.",
+        "not; prefix-short puts short outputs first; file keeps the file's. Results are in the file's order.",
     ),
     _window_option,
     _priority_option,
