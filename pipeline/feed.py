@@ -183,15 +183,14 @@ class _Feeder:
             return False
         if any(attempt.endpoint_is_down or attempt.claim.runs_alone for attempt in attempts):
             return False
-        free = self._context.in_flight - self._in_flight()
         waiting = sum(len(attempt.waiting) for attempt in attempts)
-        return waiting - free < self._context.pace.reserve(self._context.in_flight)
+        return waiting - self._free() < self._context.pace.reserve(self._context.in_flight)
 
-    def _in_flight(self) -> int:
-        return sum(len(attempt.in_flight) for attempt in self._attempts.values())
+    def _free(self) -> int:
+        return self._context.in_flight - sum(len(attempt.in_flight) for attempt in self._attempts.values())
 
     def _start_units(self) -> None:
-        free = self._context.in_flight - self._in_flight()
+        free = self._free()
         for attempt in self._attempts.values():
             while free > 0 and attempt.waiting:
                 self._start(attempt, attempt.waiting.popleft())

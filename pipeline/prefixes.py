@@ -70,9 +70,6 @@ class PrefixTree:
         self._returns = 0
         self._learns = True
 
-    def __len__(self) -> int:
-        return len(self._nodes)
-
     @property
     def nodes_known(self) -> int:
         """Blocks that can be found again now."""
@@ -85,7 +82,7 @@ class PrefixTree:
         if self._key is None or len(body) < LEAST_BYTES:
             self._nodes.append(0)
             return
-        if model != self._model or b'"tools"' in body or b'"functions"' in body or self._model == "":
+        if model != self._model or b'"tools"' in body or b'"functions"' in body:
             self._turn_to(model, body)
         start = body.find(self._key)
         if body.startswith(self._path, start):
@@ -130,16 +127,11 @@ class PrefixTree:
         short ones are first.
         """
         nodes, outputs = self._nodes, self._outputs
-        if order is JobOrder.FILE:
-            return self._by_places(array("i", range(len(nodes))))
         is_long_first = order is JobOrder.PREFIX
         ranks = self._ranks(is_long_first=is_long_first)
         places = sorted(range(len(nodes)), key=outputs.__getitem__, reverse=is_long_first)
         places.sort(key=array("i", (ranks[node] for node in nodes)).__getitem__)
-        return self._by_places(array("i", places))
-
-    def _by_places(self, places: array[int]) -> OrderedJobs:
-        return OrderedJobs(places, self._shared(places), self._outputs, self._sizes)
+        return OrderedJobs(array("i", places), self._shared(places), outputs, self._sizes)
 
     def _ranks(self, *, is_long_first: bool) -> array[int]:
         """Each node's place in the depth-first order. A child's number is above its parent's: no stack is needed."""

@@ -180,7 +180,6 @@ class _Stored:
     lines: Iterator[ParsedLine]
     digests: DigestBuckets
     semantic: SemanticLines
-    order: JobOrder
 
 
 def _store(
@@ -195,20 +194,29 @@ def _store(
     """Store all lines, then settle which of them run, and in what order."""
     semantic = SemanticLines()
     with DigestBuckets("qi") as digests:
-        filled = _fill(database, batch, _Stored(lines, digests, semantic, wishes.order), source, bounds=bounds)
+        stored = _Stored(lines, digests, semantic)
+        filled = _fill(database, batch, stored, source, order=wishes.order, bounds=bounds)
         return arrange(
             database, batch, filled, digests, results_of=wishes.results_of, pilot=bool(semantic), bounds=bounds
         )
 
 
-def _fill(database: Database, batch: NewBatch, stored: _Stored, source: BatchFile, *, bounds: ShardSettings) -> Filled:
+def _fill(
+    database: Database,
+    batch: NewBatch,
+    stored: _Stored,
+    source: BatchFile,
+    *,
+    order: JobOrder,
+    bounds: ShardSettings,
+) -> Filled:
     """Store all lines, a chunk a transaction; cut shards a window of the order at a time, in a transaction of its own.
 
     Shards count for nothing before the batch is set going, so whoever dies leaves a validating batch.
     """
     total = shards = 0
     lines, semantic = stored.lines, stored.semantic
-    window = _Window(batch, stored.order, bounds, first_seq=0)
+    window = _Window(batch, order, bounds, first_seq=0)
     for first in lines:
         with database.transaction() as session:
             extend_lease(session, batch.id, lease=LEASE)
@@ -217,7 +225,7 @@ def _fill(database: Database, batch: NewBatch, stored: _Stored, source: BatchFil
         stored.digests.settle()
         if total - window.first_seq >= WINDOW_JOBS:
             shards += window.cut(database)
-            window = _Window(batch, stored.order, bounds, first_seq=total)
+            window = _Window(batch, order, bounds, first_seq=total)
     shards += window.cut(database)
     return Filled(
         total=total,

@@ -15,7 +15,7 @@ from psycopg.adapt import Dumper
 from psycopg.pq import Format
 
 _HEADER = Struct(">iiiii")  # dimensions, whether it has nulls, the elements' type, their count, the first one's place
-_NONE = Struct(">iii").pack(0, 0, 0)[:8]
+_NO_DIMENSIONS = bytes(8)  # of an empty one, and no nulls
 _NULL = b"\xff\xff\xff\xff"
 _LENGTH = Struct(">i")
 _TEXT, _INT2, _INT4, _INT8, _FLOAT4 = 25, 21, 23, 20, 700
@@ -53,7 +53,7 @@ class _ColumnDumper(Dumper):
 
     def dump(self, obj: list[Any]) -> bytes:
         if not obj:
-            return _NONE + _LENGTH.pack(self.element_oid)
+            return _NO_DIMENSIONS + _LENGTH.pack(self.element_oid)
         element = self.element
         header = _HEADER.pack(1, 1, self.element_oid, len(obj), 1)
         try:
