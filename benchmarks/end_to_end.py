@@ -138,8 +138,7 @@ def _started(
     server = EngineSupervisor(
         plan, log_file=folder / "engine.log", start_timeout_s=planned.start_timeout_s, stall_s=planned.stall_s
     )
-    stack.callback(server.stop)
-    server.start()
+    stack.enter_context(server)
     for engine in bare.values():
         engine.wait_ready()
     settings = _served(place.settings, plan.url, planned)

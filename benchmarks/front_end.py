@@ -47,12 +47,9 @@ def main() -> None:
             raise SystemExit(
                 "this benchmark starts vLLM itself: `make engine-vllm checkpoint`, and set no other engine"
             )
-        engine = EngineSupervisor(plan, log_file=Path(folder) / "engine.log", start_timeout_s=900, stall_s=120)
-        engine.start()
-        try:
+        log = Path(folder) / "engine.log"
+        with EngineSupervisor(plan, log_file=log, start_timeout_s=900, stall_s=120) as engine:
             rates = _rates(plan.url, plan.alias, 2 * plan.slots, options)
-        finally:
-            engine.stop()
     ratio = Ratio.of(rates["batch"], rates["single"])
     report: dict[str, Any] = {
         "made_with": made_with("httptools"),

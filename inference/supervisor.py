@@ -16,6 +16,8 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from inference.endpoint import Endpoint
 from inference.engines import EnginePlan
@@ -48,7 +50,7 @@ class EngineReadings:
 
 
 class EngineSupervisor:
-    """One engine process and the thread that watches it."""
+    """One engine process and the thread that watches it; in a `with` block it is up, and gone afterwards."""
 
     def __init__(self, plan: EnginePlan, *, log_file: Path, start_timeout_s: float, stall_s: float) -> None:
         self.plan = plan
@@ -65,6 +67,19 @@ class EngineSupervisor:
         self._failure: StokerError | None = None
         self._read_at = self._healthy_at = self._progress_at = 0.0
         self._thread = threading.Thread(target=self._run, name="engine-watch", daemon=True)
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
 
     @property
     def pid(self) -> int | None:

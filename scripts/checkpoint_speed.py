@@ -12,8 +12,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,7 +115,7 @@ def _by_turns(
 ) -> tuple[list[list[float]], str | None]:
     """A B, B A, A B, …: what drifts on the machine, drifts for both."""
     rates: list[list[float]] = [[] for _ in plans]
-    with _running(plans[0], engine), _running(plans[1], engine) as second:
+    with _engine(plans[0], engine), _engine(plans[1], engine) as second:
         for pair in range(PAIRS + 1):
             for side in (0, 1) if pair % 2 == 0 else (1, 0):
                 rates[side].append(asyncio.run(_leg(plans[side])))
@@ -129,7 +128,7 @@ def _one_after_the_other(
 ) -> tuple[list[list[float]], str | None]:
     rates: list[list[float]] = []
     for plan in plans:
-        with _running(plan, engine) as running:
+        with _engine(plan, engine) as running:
             rates.append([])
             for _ in range(PAIRS + 1):
                 rates[-1].append(asyncio.run(_leg(plan)))
@@ -137,15 +136,9 @@ def _one_after_the_other(
     return [counted for _, *counted in rates], running.version
 
 
-@contextmanager
-def _running(plan: EnginePlan, settings: EngineSettings) -> Iterator[EngineSupervisor]:
+def _engine(plan: EnginePlan, settings: EngineSettings) -> EngineSupervisor:
     log = Path(plan.url.removeprefix("unix://")).with_suffix(".log")
-    engine = EngineSupervisor(plan, log_file=log, start_timeout_s=settings.start_timeout_s, stall_s=settings.stall_s)
-    try:
-        engine.start()
-        yield engine
-    finally:
-        engine.stop()
+    return EngineSupervisor(plan, log_file=log, start_timeout_s=settings.start_timeout_s, stall_s=settings.stall_s)
 
 
 async def _leg(plan: EnginePlan) -> float:

@@ -152,13 +152,9 @@ def _served(
     log = run.folder / f"{socket.stem}.log"
     plan = plan_engine(settings, socket=socket)
     assert plan is not None
-    server = EngineSupervisor(plan, log_file=log, start_timeout_s=60 * run.options.minutes, stall_s=120)
-    try:
-        server.start()
+    with EngineSupervisor(plan, log_file=log, start_timeout_s=60 * run.options.minutes, stall_s=120):
         run_http(plan.url, run.file(jobs=plan.slots, tokens=8, model=plan.alias), in_flight=2 * plan.slots)
         yield plan, settings, log
-    finally:
-        server.stop()
 
 
 def _end_to_end(run: Run, checkpoint: Path, *, args: str) -> dict[str, Any]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 
 import pytest
 
-from inference.endpoint import Endpoint, Reply
 from inference.engines import EnginePlan, has_gpu, lacks_avx512, plan_engine
-from inference.supervisor import EngineSupervisor
 from runtime.errors import BadInput
 from runtime.settings import EngineSettings
+from tests.engine.asking import answer_of
 from tests.support.processes import REPOSITORY
 
 FOLDER = REPOSITORY / ".checkpoints"
@@ -45,16 +43,10 @@ def test_a_w4a16_checkpoint_is_refused_where_it_would_kill_the_engine(tmp_path: 
 def test_a_w4a16_checkpoint_loads_and_answers(tmp_path: Path) -> None:
     plan = plan_of("smollm2-135m-w4a16", tmp_path)
     assert (plan.kind, plan.alias, plan.warning) == ("vllm", "smollm2-135m", None)
-    engine = EngineSupervisor(plan, log_file=tmp_path / "engine.log", start_timeout_s=240, stall_s=120)
-    engine.start()
-    try:
-        reply = asyncio.run(_ask(plan))
-    finally:
-        engine.stop()
+    reply = answer_of(plan, log=tmp_path / "engine.log")
     assert reply.status_code == 200, reply.body
     answer = json.loads(reply.body)
     assert answer["choices"][0]["message"]["content"].strip()
-    assert engine.pid is None
 
 
 def test_sixteen_bit_weights_are_warned_of_and_a_quantized_checkpoint_beside_them_is_named(tmp_path: Path) -> None:
@@ -62,9 +54,3 @@ def test_sixteen_bit_weights_are_warned_of_and_a_quantized_checkpoint_beside_the
     assert warning is not None
     assert "16-bit" in warning and "STOKER_ENGINE__CHECKPOINT=" in warning
     assert "smollm2-135m-w4a16" in warning or "smollm2-135m-w8a8" in warning
-
-
-async def _ask(plan: EnginePlan) -> Reply:
-    body = {"model": plan.alias, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 8}
-    async with Endpoint(plan.url, api_key=None, timeout_s=60, connections=1) as endpoint:
-        return await endpoint.post("/v1/chat/completions", json.dumps(body).encode(), request_id="hello")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 
 import pytest
 
-from inference.endpoint import Endpoint, Reply
-from inference.engines import EnginePlan, plan_engine
-from inference.supervisor import EngineSupervisor
+from inference.engines import plan_engine
 from runtime.settings import EngineSettings
+from tests.engine.asking import answer_of
 from tests.support.processes import REPOSITORY, stoker
 
 SOURCE = REPOSITORY / ".checkpoints" / "smollm2-135m-bf16"
@@ -42,7 +40,7 @@ def test_an_engine_serves_what_quantize_wrote(tmp_path: Path) -> None:
     plan = plan_engine(settings, socket=tmp_path / "engine.sock")
     assert plan is not None
     assert (plan.alias, plan.description["quantization"], plan.warning) == ("small", "compressed-tensors", None)
-    reply = _answer(plan, tmp_path / "engine.log")
+    reply = answer_of(plan, log=tmp_path / "engine.log")
     assert reply.status_code == 200, reply.body
     assert json.loads(reply.body)["choices"][0]["message"]["content"].strip()
 
@@ -56,18 +54,3 @@ def _check_card(made: Path) -> None:
     assert perplexity["before"] != perplexity["after"], "the quantized one was judged by itself, not by its source"
     assert perplexity["after"] < 1.5 * perplexity["before"]
     assert f"perplexity on {card['perplexity_tokens']:,} held-out tokens" in (made / "README.md").read_text()
-
-
-def _answer(plan: EnginePlan, log: Path) -> Reply:
-    engine = EngineSupervisor(plan, log_file=log, start_timeout_s=240, stall_s=120)
-    engine.start()
-    try:
-        return asyncio.run(_ask(plan))
-    finally:
-        engine.stop()
-
-
-async def _ask(plan: EnginePlan) -> Reply:
-    body = {"model": plan.alias, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 8}
-    async with Endpoint(plan.url, api_key=None, timeout_s=60, connections=1) as endpoint:
-        return await endpoint.post("/v1/chat/completions", json.dumps(body).encode(), request_id="hello")

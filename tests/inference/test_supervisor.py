@@ -9,7 +9,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -46,18 +45,10 @@ def plan_of(folder: Path, *command: str) -> EnginePlan:
     )
 
 
-@contextmanager
-def supervised(
-    folder: Path, *command: str, stall_s: float = 60.0, start_timeout_s: float = 30.0
-) -> Iterator[EngineSupervisor]:
-    supervisor = EngineSupervisor(
+def supervised(folder: Path, *command: str, stall_s: float = 60.0, start_timeout_s: float = 30.0) -> EngineSupervisor:
+    return EngineSupervisor(
         plan_of(folder, *command), log_file=folder / "log", start_timeout_s=start_timeout_s, stall_s=stall_s
     )
-    try:
-        supervisor.start()
-        yield supervisor
-    finally:
-        supervisor.stop()
 
 
 def test_an_engine_is_up_after_start_and_gone_after_stop(folder: Path) -> None:
