@@ -26,13 +26,12 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.banking77 import read_lines
-from benchmarks.paired import made_with
+from benchmarks.paired import keep, made_with
 from inference.checkpoints import alias_of
 from runtime.settings import Settings, environment_of, load_settings
 from scripts.local import local_services, local_worker, prepare_schema
 from tests.support.own_services import server_folder
 
-RESULT: Final = Path(__file__).parent / "results" / "cache_engine.json"
 CHECKPOINT: Final = Path(".checkpoints") / "smollm2-135m-w8a8"
 # Of fifteen prompts the one to which the 135M model gives the most even answers (1.85 bits on 300 lines; others 0 to
 # 1.7): what it says is seldom true, but it is an engine's answer, and that is what the cache has to repeat.
@@ -87,7 +86,7 @@ def measure(settings: Settings, folder: Path, texts: list[str], *, cache: str) -
         said = stoker(settings, "cache", "certify", "--json")
     report = {"made_with": made_with(), "checkpoint": CHECKPOINT.name, "cache": cache, "labels": LABELS}
     report |= compared(off, cached) | {"cache_stats": json.loads(state), "certificates": json.loads(said)}
-    RESULT.write_text(json.dumps(report, indent=2) + "\n")
+    keep("cache_engine", report)
     print(json.dumps(report, indent=2))
 
 

@@ -22,20 +22,16 @@ from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
 
-from benchmarks.paired import made_with
-from models.lines import SubmitOptions
+from benchmarks.own_batch import ended, stored
+from benchmarks.paired import keep, made_with
 from models.states import CacheMode
 from pipeline.export import write_lines
-from pipeline.submit import submit_file
 from runtime.settings import Settings, load_settings
 from scripts.local import local_services, local_worker, prepare_schema
-from store.batches import batch_progress
 from store.database import Database
 from tests.support.own_services import server_folder
 from tests.support.scripted_endpoint import ScriptedEndpoint
 
-RESULT: Final = Path(__file__).parent / "results" / "cache_exact.json"
-TENANT: Final = "local"
 LEGS: Final = {
     "off": CacheMode.OFF,
     "cold": CacheMode.EXACT,
@@ -69,7 +65,7 @@ def main() -> None:
         "rows": rows,
         "ratio_to_off": {name: round(off_s / rows[name]["s"], 2) for name in ("cold", "warm")},
     }
-    RESULT.write_text(json.dumps(report, indent=2) + "\n")
+    keep("cache_exact", report)
     print(json.dumps(report["ratio_to_off"]))
 
 
@@ -105,20 +101,11 @@ def run(
     calls_before = endpoint.calls().count
     try:
         began = time.monotonic()
-        submitted = submit_file(
-            database,
-            file,
-            options=SubmitOptions(max_output_tokens=64, cache=mode),
-            settings=settings,
-            served_models=None,
-            reuse=False,
-            tenant=TENANT,
-        )
+        batch_id = stored(database, file, settings, cache=mode)
         stored_s = time.monotonic() - began
-        while not has_ended(database, submitted.batch_id):
-            time.sleep(POLL_S)
+        ended(database, batch_id, poll_s=POLL_S)
         seconds = time.monotonic() - began
-        sources, wrong = checked(database, submitted.batch_id, prompts)
+        sources, wrong = checked(database, batch_id, prompts)
     finally:
         database.close()
     return {
@@ -130,12 +117,6 @@ def run(
         "sources": sources,
         "wrong_or_missing": wrong,
     }
-
-
-def has_ended(database: Database, batch_id: UUID) -> bool:
-    """Whether every job has its result."""
-    with database.transaction() as session:
-        return batch_progress(session, batch_id, tenant=TENANT).is_ended
 
 
 def checked(database: Database, batch_id: UUID, prompts: list[str]) -> tuple[dict[str, int], int]:

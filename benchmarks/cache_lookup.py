@@ -29,13 +29,12 @@ import numpy as np
 from chromadb.config import Settings
 
 from benchmarks.banking77 import EMBEDDER, read_lines
-from benchmarks.paired import made_with
+from benchmarks.paired import keep, made_with
 from cache.embedder import OnnxEmbedder
 from cache.score import NEIGHBOURS, Vectors
 from runtime.children import spawn, stop
 
 SHARD: Final = 64
-RESULT: Final = Path(__file__).parent / "results" / "cache_lookup.json"
 NOISE: Final = 0.02  # in each of 384 dimensions: a cosine of 0.93 with the vector without it
 QUERIES: Final = 32 * SHARD
 EMBEDDED: Final = 16 * SHARD
@@ -68,7 +67,7 @@ def main() -> None:
         "embedded_lines_per_s": round(lines_per_s),
         "rows": rows,
     }
-    RESULT.write_text(json.dumps(report, indent=2) + "\n")
+    keep("cache_lookup", report)
 
 
 def embedded(folder: Path) -> tuple[Vectors, float]:

@@ -9,10 +9,8 @@ benchmarks/results/dispatch.json.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -22,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy import make_url, text
 
-from benchmarks.paired import made_with
+from benchmarks.paired import keep, made_with
 from pipeline.dispatch import Dispatcher
 from runtime.clock import uuid7
 from runtime.settings import Settings
@@ -31,7 +29,6 @@ from store.presence import PresenceBoard, WorkerPresence
 from store.schema import migrate
 from store.shards import claim_next
 
-RESULT = Path(__file__).parent / "results" / "dispatch.json"
 CHILDREN = 8
 TICKS = 300
 
@@ -59,7 +56,7 @@ def main() -> None:
             rows.append(_measured(options, shards=shards, done_share=done_share))
             Console(stderr=True).print(rows[-1])
     _print(rows)
-    RESULT.write_text(json.dumps({"made_with": made_with(), "children": CHILDREN, "rows": rows}, indent=2) + "\n")
+    keep("dispatch", {"made_with": made_with(), "children": CHILDREN, "rows": rows})
 
 
 def _measured(options: argparse.Namespace, *, shards: int, done_share: float) -> dict[str, Any]:

@@ -21,7 +21,8 @@ import psycopg
 
 from benchmarks.batch_lines import write_batch
 from benchmarks.cores import kept_on
-from benchmarks.legs import Leg, run_ours, stored
+from benchmarks.legs import Leg, run_ours
+from benchmarks.own_batch import stored
 from benchmarks.paired import PAIRS, Ratio, by_turns, keep, made_with
 from benchmarks.place import Place, own_place
 from benchmarks.rows import Row, at_most, bold

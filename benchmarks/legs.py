@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import psycopg
 
 from benchmarks.cores import processes, tree_cpu_s
+from benchmarks.own_batch import ended, stored
 from benchmarks.place import as_submitted
-from models.lines import SubmitOptions
-from models.states import CacheMode
-from pipeline.submit import submit_file
 from runtime.settings import Settings
 from scripts.local import local_worker
 from scripts.terminal import seconds_of
-from store.batches import BatchProgress, batch_progress
 from store.database import Database
 
-TENANT = "local"
 POLL_S = 0.25
 RUN_S = 900.0
 OUTSIDE = ("worker", "worker parent", "worker children", "dispatcher", "postgres", "rabbitmq", "redis")
@@ -71,13 +65,13 @@ def run_ours(
     try:
         with local_worker(settings) as worker:
             pid = worker.process.pid
-            _wait_ended(database, stored(database, warm_up, settings))
+            ended(database, stored(database, warm_up, settings), poll_s=POLL_S, most_s=RUN_S)
             checkpoint(settings)
             batch_id = stored(database, file, as_submitted(settings))
             before = _cpu_s(pid, servers, endpoint_pid)
             if meanwhile is not None:
                 meanwhile(children_of(pid)[0])
-            progress = _wait_ended(database, batch_id)
+            progress = ended(database, batch_id, poll_s=POLL_S, most_s=RUN_S)
             after = _cpu_s(pid, servers, endpoint_pid)
     finally:
         database.close()
@@ -108,26 +102,6 @@ def _cpu_s(worker: int, servers: dict[str, int], endpoint_pid: int) -> dict[str,
         "dispatcher": sum(tree_cpu_s(pid, everyone) for pid in dispatchers),
         **server_cpu_s(servers, endpoint_pid),
     }
-
-
-def stored(database: Database, file: Path, settings: Settings) -> UUID:
-    """Submit a file, without the cache."""
-    options = SubmitOptions(max_output_tokens=64, cache=CacheMode.OFF)
-    return submit_file(
-        database, file, options=options, settings=settings, served_models=None, reuse=False, tenant=TENANT
-    ).batch_id
-
-
-def _wait_ended(database: Database, batch_id: UUID) -> BatchProgress:
-    end = time.monotonic() + RUN_S
-    while True:
-        with database.transaction() as session:
-            progress = batch_progress(session, batch_id, tenant=TENANT)
-        if progress.is_ended:
-            return progress
-        if time.monotonic() > end:
-            raise SystemExit(f"{progress.done} of {progress.total} jobs after {RUN_S:.0f} s")
-        time.sleep(POLL_S)
 
 
 def checkpoint(settings: Settings) -> None:

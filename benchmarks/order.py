@@ -21,26 +21,22 @@ import argparse
 import json
 import random
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.own_batch import ended, result_times, stored
 from benchmarks.paired import PAIRS, Ratio, by_turns, keep, made_with
 from benchmarks.place import as_submitted, own_place
 from benchmarks.rows import Row, at_least, bold
-from models.lines import SubmitOptions
-from models.states import CacheMode, JobOrder
-from pipeline.submit import Wishes, submit_file
+from models.states import JobOrder
 from runtime.settings import Settings
 from scripts.local import local_worker
 from scripts.terminal import seconds_of
-from store.batches import BatchProgress, batch_progress
 from store.database import Database
 
 COMMAND: Final = "`make bench-order`"
-TENANT: Final = "local"
 POLL_S: Final = 0.1
 BLOCK_TOKENS: Final = 32  # of the KV cache, as the engine is started on a CPU
 SLOTS: Final = 8
@@ -163,38 +159,18 @@ def write_file(path: Path, options: argparse.Namespace, *, leg: int, shuffled: b
 
 
 def run_leg(settings: Settings, file: Path, *, order: JobOrder) -> Leg:
-    """One batch through the worker that runs."""
+    """One batch through the worker that runs; SystemExit if a job failed."""
     database = Database(settings.require_postgres())
     try:
-        submitted = submit_file(
-            database,
-            file,
-            options=SubmitOptions(max_output_tokens=1024, cache=CacheMode.OFF),
-            settings=as_submitted(settings),
-            served_models=None,
-            reuse=False,
-            wishes=Wishes(order=order),
-            tenant=TENANT,
-        )
-        began, before_tail = time.monotonic(), 0.0
-        while True:
-            with database.transaction() as session:
-                progress = batch_progress(session, submitted.batch_id, tenant=TENANT)
-            if progress.is_ended:
-                return leg_of(progress, tail_s=time.monotonic() - began - before_tail)
-            if progress.done < 0.95 * progress.total:
-                before_tail = time.monotonic() - began
-            time.sleep(POLL_S)
+        batch_id = stored(database, file, as_submitted(settings), max_output_tokens=1024, order=order)
+        progress = ended(database, batch_id, poll_s=POLL_S)
+        _, tail_s = result_times(database, batch_id)
     finally:
         database.close()
-
-
-def leg_of(progress: BatchProgress, *, tail_s: float) -> Leg:
-    """What the ended batch says; SystemExit if a job failed."""
     if progress.failed or progress.done != progress.total:
         raise SystemExit(f"{progress.done} of {progress.total} jobs done, {progress.failed} failed")
     seconds = seconds_of(progress)
-    return Leg(seconds, progress.prompt_tokens, progress.cached_tokens, round(min(1.0, tail_s / seconds), 4))
+    return Leg(seconds, progress.prompt_tokens, progress.cached_tokens, round(tail_s / seconds, 4))
 
 
 def rows_of(report: dict[str, Any]) -> list[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, Final
 
 from rich.console import Console
@@ -27,7 +28,7 @@ def report_of(found: Mapping[str, Any]) -> dict[str, Any]:
         ratios = {name: Ratio.of(speeds[OURS], speeds[name]) for name in speeds if name != OURS}
         report[place] = {
             **found[place],
-            "ours_to": {name: _spread(ratio) for name, ratio in ratios.items()},
+            "ours_to": {name: asdict(ratio) for name, ratio in ratios.items()},
             "cpu_us": {name: _median_us(legs) for name, legs in found[place]["legs"].items()},
         }
     return {**report, "table": [row.as_json() for row in rows(report)]}
@@ -94,10 +95,6 @@ def _against(report: Mapping[str, Any], place: str, side: str, *, headline: bool
         headline=headline,
         **(at_least(ratio, TARGET) if side == CELERY and place == "one_core" else {}),
     )
-
-
-def _spread(ratio: Ratio) -> dict[str, Any]:
-    return {"median": ratio.median, "least": ratio.least, "most": ratio.most, "pairs": ratio.pairs}
 
 
 def _ratio(found: Mapping[str, Any], side: str) -> Ratio:

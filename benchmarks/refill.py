@@ -20,18 +20,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.own_batch import ended, result_times, stored
 from benchmarks.paired import keep, made_with
 from benchmarks.place import as_submitted
-from models.lines import SubmitOptions
-from pipeline.submit import submit_file
+from models.states import CacheMode
 from runtime.settings import Settings, load_settings
 from scripts.local import local_services, local_worker, prepare_schema
-from store.batches import batch_progress
 from store.database import Database
 from tests.support.scripted_endpoint import ScriptedEndpoint
 
-TENANT = "local"
-MOST = 0.95
 POLL_S = 0.25
 
 
@@ -130,28 +127,14 @@ def run(settings: Settings, file: Path) -> tuple[float, float]:
     """Submit and wait: seconds until the last result, and the share of the time in which the last 5% ended."""
     database = Database(settings.require_postgres())
     try:
-        submitted = submit_file(
-            database,
-            file,
-            options=SubmitOptions(max_output_tokens=64),
-            settings=as_submitted(settings),
-            served_models=None,
-            reuse=False,
-            tenant=TENANT,
-        )
+        batch_id = stored(database, file, as_submitted(settings), cache=CacheMode.EXACT)
         started = time.monotonic()
-        first_s = most_s = 0.0
-        while True:
-            with database.transaction() as session:
-                progress = batch_progress(session, submitted.batch_id, tenant=TENANT)
-            now_s = time.monotonic() - started
-            first_s = first_s or (now_s if progress.done else 0.0)
-            most_s = now_s if progress.done < MOST * progress.total else most_s
-            if progress.is_ended:
-                return now_s, (now_s - most_s) / (now_s - first_s)
-            time.sleep(POLL_S)
+        ended(database, batch_id, poll_s=POLL_S)
+        seconds = time.monotonic() - started
+        span_s, tail_s = result_times(database, batch_id)
     finally:
         database.close()
+    return seconds, tail_s / span_s
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -15,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
-from uuid import UUID
 
 import uvloop
-from sqlalchemy import text
 
 from benchmarks.cores import processes, tree_cpu_s
+from benchmarks.own_batch import ended, result_times, stored
 from benchmarks.place import as_submitted
 from benchmarks.slots import SlotSampler
 from benchmarks.workloads import PATH
@@ -28,17 +26,11 @@ from inference.endpoint import Endpoint
 from inference.engines import EnginePlan
 from inference.replies import result_of
 from models.jobs import JobResult
-from models.lines import SubmitOptions
-from models.states import CacheMode
-from pipeline.submit import submit_file
 from runtime.settings import Settings
 from scripts.terminal import seconds_of
-from store.batches import BatchProgress, batch_progress
 from store.database import Database
 
-TENANT: Final = "local"
 POLL_S: Final = 0.1
-TAIL: Final = 0.05  # the last jobs of a batch, as a share of them
 BARE_SCRIPT: Final = Path(__file__).with_name("bare_engine.py")
 END_S: Final = 60.0
 
@@ -158,9 +150,10 @@ class OurSide:
         try:
             before = self._cpu_s()
             with SlotSampler(url, slots=slots, jobs=jobs) as sampler:
-                progress = self._ended(database, self._submitted(database, file))
+                batch_id = stored(database, file, as_submitted(self._settings), max_output_tokens=1024)
+                progress = ended(database, batch_id, poll_s=POLL_S)
             outside_s, inside_s = (now - then for now, then in zip(self._cpu_s(), before, strict=True))
-            tail_s = _tail_s(database, progress.id)
+            _, tail_s = result_times(database, progress.id)
         finally:
             database.close()
         if progress.succeeded + progress.truncated != jobs:
@@ -176,34 +169,7 @@ class OurSide:
         }
         return Leg(seconds, jobs, progress.prompt_tokens, progress.completion_tokens, more)
 
-    def _submitted(self, database: Database, file: Path) -> UUID:
-        options = SubmitOptions(max_output_tokens=1024, cache=CacheMode.OFF)
-        settings = as_submitted(self._settings)
-        return submit_file(
-            database, file, options=options, settings=settings, served_models=None, reuse=False, tenant=TENANT
-        ).batch_id
-
-    def _ended(self, database: Database, batch_id: UUID) -> BatchProgress:
-        while True:
-            with database.transaction() as session:
-                progress = batch_progress(session, batch_id, tenant=TENANT)
-            if progress.is_ended:
-                return progress
-            time.sleep(POLL_S)
-
     def _cpu_s(self) -> tuple[float, float]:
         """(outside, inside) the engine, so far."""
         everyone = processes()
         return sum(tree_cpu_s(pid, everyone) for pid in self._ours), tree_cpu_s(self._engine_pid, everyone)
-
-
-def _tail_s(database: Database, batch_id: UUID) -> float:
-    """How long the last jobs took after all others had their results."""
-    with database.transaction() as session:
-        written = session.execute(
-            text("SELECT created_at FROM results WHERE batch_id = :batch_id ORDER BY created_at"),
-            {"batch_id": batch_id},
-        ).scalars()
-        moments = list(written)
-    before_tail = moments[max(0, math.ceil(len(moments) * (1 - TAIL)) - 1)]
-    return float((moments[-1] - before_tail).total_seconds())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +20,7 @@ from typing import Final, Self
 from benchmarks.cores import pin
 from runtime.children import spawn, stop
 from tests.support.own_services import free_port
+from tests.support.packages import located
 
 MODEL: Final = "static"
 START_TIMEOUT_S: Final = 10.0
@@ -68,13 +68,11 @@ class StaticEndpoint:
         return self._child.pid
 
     def __enter__(self) -> Self:
-        if shutil.which("nginx", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin") is None:
-            raise SystemExit("nginx is missing: `make nginx` as root, or install your system's package `nginx-light`")
         folder = Path(self._folder.name)
         (folder / "nginx.conf").write_text(_configuration(folder, port=self.port))
         self._child = spawn(
-            ["nginx", "-e", "stderr", "-p", str(folder), "-c", "nginx.conf"],
-            env={**os.environ, "PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin"},
+            [_program(), "-e", "stderr", "-p", str(folder), "-c", "nginx.conf"],
+            env=os.environ,
             log=folder / "log",
             session=True,
             death_signal=signal.SIGKILL,
@@ -93,8 +91,7 @@ class StaticEndpoint:
 
     def version(self) -> str:
         """What nginx calls itself."""
-        program = shutil.which("nginx") or "/usr/sbin/nginx"
-        said = subprocess.run([program, "-v"], capture_output=True, text=True, check=True).stderr
+        said = subprocess.run([_program(), "-v"], capture_output=True, text=True, check=True).stderr
         return said.strip().rpartition("/")[2]
 
     def _wait_ready(self, log: Path) -> None:
@@ -108,6 +105,13 @@ class StaticEndpoint:
                 time.sleep(0.02)
             else:
                 return
+
+
+def _program() -> str:
+    found = located("nginx")
+    if found is None:
+        raise SystemExit("nginx is missing: `make nginx` as root, or install your system's package `nginx-light`")
+    return found
 
 
 def _configuration(folder: Path, *, port: int) -> str:

@@ -23,9 +23,14 @@ PACKAGES = {
 POLICY = Path("/usr/sbin/policy-rc.d")
 
 
+def located(program: str) -> str | None:
+    """Where it is, also in a folder that only root has on its path; None if it is not installed."""
+    return shutil.which(program, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
+
+
 def install(program: str) -> None:
     """Install it unless it is there; SystemExit with the remedy where we may not."""
-    if shutil.which(program, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin"):
+    if located(program):
         return
     package, service, remedy = PACKAGES[program]
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
