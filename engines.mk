@@ -35,6 +35,17 @@ runs = $(1)/bin/python -c '' 2>/dev/null
 # Without progress bars and logs; a failure still prints its traceback.
 quantize_python = TQDM_DISABLE=1 LLM_COMPRESSOR_LOG_DISABLED=true PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 $(VENV_QUANTIZE)/bin/python
 pip_install = $(1)/bin/python -m pip --disable-pip-version-check install --quiet
+# A whole recipe: an environment at $(1) of requirements/$(2).txt, which takes $(3).
+define build
+	@set -e; made_from() { cat requirements/$(2).txt; }; \
+	if $(call is_current,$(1)/.complete,made_from) && $(call runs,$(1)); then \
+		echo "$@: $(1) is up to date" >&2; exit 0; \
+	fi; \
+	echo "$@: building $(1); this takes about $(3)" >&2; \
+	rm -rf $(1); $(PYTHON) -m venv $(1); \
+	$(call pip_install,$(1)) -r requirements/$(2).txt; \
+	$(call write_stamp,$(1)/.complete,made_from)
+endef
 
 .PHONY: engine-vllm quantize-env checkpoint checkpoint-gguf embedder gptcache ray-env
 
@@ -88,21 +99,7 @@ checkpoint: ## the small checkpoint for vLLM: int8 (W8A8), 4-bit (W4A16) and 16-
 	$(call write_stamp,$(CHECKPOINTS)/.complete,made_from)
 
 gptcache: ## GPTCache in an environment of its own, for bench-cache
-	@set -e; made_from() { cat requirements/gptcache.txt; }; \
-	if $(call is_current,$(VENV_GPTCACHE)/.complete,made_from) && $(call runs,$(VENV_GPTCACHE)); then \
-		echo "gptcache: $(VENV_GPTCACHE) is up to date" >&2; exit 0; \
-	fi; \
-	echo "gptcache: building $(VENV_GPTCACHE); this takes about 1 minute and 320 MB" >&2; \
-	rm -rf $(VENV_GPTCACHE); $(PYTHON) -m venv $(VENV_GPTCACHE); \
-	$(call pip_install,$(VENV_GPTCACHE)) -r requirements/gptcache.txt; \
-	$(call write_stamp,$(VENV_GPTCACHE)/.complete,made_from)
+	$(call build,$(VENV_GPTCACHE),gptcache,1 minute and 320 MB)
 
 ray-env: ## Ray Data in an environment of its own, for bench-pipeline
-	@set -e; made_from() { cat requirements/ray.txt; }; \
-	if $(call is_current,$(VENV_RAY)/.complete,made_from) && $(call runs,$(VENV_RAY)); then \
-		echo "ray-env: $(VENV_RAY) is up to date" >&2; exit 0; \
-	fi; \
-	echo "ray-env: building $(VENV_RAY); this takes about 1 minute and 600 MB" >&2; \
-	rm -rf $(VENV_RAY); $(PYTHON) -m venv $(VENV_RAY); \
-	$(call pip_install,$(VENV_RAY)) -r requirements/ray.txt; \
-	$(call write_stamp,$(VENV_RAY)/.complete,made_from)
+	$(call build,$(VENV_RAY),ray,1 minute and 600 MB)

@@ -77,7 +77,12 @@ def main() -> int:
             else []
         )
         report = quantize(
-            checkpoint, arguments.output, scheme=arguments.scheme, group_size=arguments.group_size, sequences=sequences
+            checkpoint,
+            arguments.output,
+            tokenizer=tokenizer,
+            scheme=arguments.scheme,
+            group_size=arguments.group_size,
+            sequences=sequences,
         )
     except UnsupportedCheckpointError as error:
         sys.stderr.write(f"quantize_checkpoint: {error}\n")
@@ -87,9 +92,15 @@ def main() -> int:
 
 
 def quantize(
-    checkpoint: Path, output: Path, *, scheme: str, group_size: int | None = None, sequences: list[list[int]]
+    checkpoint: Path,
+    output: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    scheme: str,
+    group_size: int | None = None,
+    sequences: list[list[int]],
 ) -> dict[str, Any]:
-    """Write `checkpoint` quantized by `scheme`, with tokenizer and generation config, to the folder `output`.
+    """Write `checkpoint` quantized by `scheme`, with its tokenizer and generation config, to the folder `output`.
 
     Returns what was done. The folder appears by rename when it is complete; an older one of the same name is
     replaced. Raises UnsupportedCheckpointError.
@@ -113,7 +124,7 @@ def quantize(
         folder = Path(temporary) / output.name
         folder.mkdir()
         model.save_pretrained(folder, save_compressed=True)
-        AutoTokenizer.from_pretrained(checkpoint, local_files_only=True).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         for weights in folder.glob("*.safetensors"):
             weights.chmod(0o644)  # safetensors writes 0600; a container's user must read it too
         if output.exists():

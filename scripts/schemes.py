@@ -4,6 +4,5 @@ from __future__ import annotations
 
 SCHEMES = ("w4a16", "fp8", "awq", "gptq", "w8a8")
 CALIBRATED = frozenset({"awq", "gptq"})  # impossible without samples
-ON_AN_ACCELERATOR = frozenset(
-    {"awq"}
-)  # llmcompressor 0.14 pins memory in its search, which PyTorch does for a GPU only
+# llmcompressor 0.14 pins memory in its search, which PyTorch does for a GPU only.
+ON_AN_ACCELERATOR = frozenset({"awq"})
