@@ -18,10 +18,11 @@ warm. Writes benchmarks/results/order.json.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -88,12 +89,14 @@ def main() -> None:
     room = options.groups * options.prefix_tokens // ROOM_SHARE // BLOCK_TOKENS
     alike, mixed = (options.output_tokens,), MIXED_TOKENS
     report: dict[str, Any] = {"made_with": made_with("celery"), "options": vars(options), "kv_blocks": room}
+    numbers = itertools.count()  # of the legs, over all engines
     with own_place() as place, tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "lines.jsonl"
         with local_worker(served(place.settings, blocks=room)):
-            report["fits_not"] = measured(place.settings, Path(folder), options, SIDES, outputs=alike)
+            report["fits_not"] = measured(place.settings, file, options, SIDES, numbers=numbers, outputs=alike)
         with local_worker(served(place.settings, blocks=None)):
-            report["fits"] = measured(place.settings, Path(folder), options, SIDES, outputs=alike)
-            report["by_output"] = measured(place.settings, Path(folder), options, BY_OUTPUT, outputs=mixed)
+            report["fits"] = measured(place.settings, file, options, SIDES, numbers=numbers, outputs=alike)
+            report["by_output"] = measured(place.settings, file, options, BY_OUTPUT, numbers=numbers, outputs=mixed)
     report["table"] = [row.as_json() for row in rows_of(report)]
     keep("order", report)
 
@@ -101,25 +104,29 @@ def main() -> None:
 def served(settings: Settings, *, blocks: int | None) -> Settings:
     """A worker with an engine of few slots, and a KV cache of so many blocks."""
     args = "" if blocks is None else f"--num-gpu-blocks-override {blocks}"
-    context = settings.engine.context_tokens if blocks is None else blocks * BLOCK_TOKENS  # more would never fit
-    changed = {"max_num_seqs": SLOTS, "args": args, "context_tokens": min(context, settings.engine.context_tokens)}
+    context = settings.engine.context_tokens
+    if blocks is not None:  # the engine keeps one block for itself, and refuses a context that would never fit
+        context = min(context, (blocks - 1) * BLOCK_TOKENS)
+    changed = {"max_num_seqs": SLOTS, "args": args, "context_tokens": context}
     engine = settings.engine.model_copy(update={**changed, "url": None, "kind": "vllm"})
     return settings.model_copy(update={"engine": engine})
 
 
 def measured(
-    settings: Settings, folder: Path, options: argparse.Namespace, sides: dict[str, Side], *, outputs: Sequence[int]
+    settings: Settings,
+    file: Path,
+    options: argparse.Namespace,
+    sides: dict[str, Side],
+    *,
+    numbers: Iterator[int],
+    outputs: Sequence[int],
 ) -> dict[str, Any]:
     """Every side's legs by turns, after one of the first that is not counted."""
     legs: dict[str, list[Leg]] = {name: [] for name in sides}
-    number = 0
 
     def turn(name: str) -> Callable[[], float]:
         def run() -> float:
-            nonlocal number
-            number += 1
-            file = folder / "lines.jsonl"
-            write_file(file, options, leg=number, shuffled=sides[name].shuffled, outputs=outputs)
+            write_file(file, options, leg=next(numbers), shuffled=sides[name].shuffled, outputs=outputs)
             legs[name].append(run_leg(settings, file, order=sides[name].order))
             print(name, legs[name][-1], flush=True)
             return legs[name][-1].seconds
