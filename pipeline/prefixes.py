@@ -63,7 +63,7 @@ class PrefixTree:
         self._roots: dict[tuple[str, int], int] = {}
         self._parents = array("i", [0])
         self._nodes, self._outputs, self._sizes = array("i"), array("i"), array("i")
-        self._model = ""
+        self._model, self._had_tools = "", False
         self._path, self._path_node, self._path_hits = b"", 0, 0  # where most prompts begin: one look instead of many
         self._root = 0
         self._last = 0
@@ -82,8 +82,10 @@ class PrefixTree:
         if self._key is None or len(body) < LEAST_BYTES:
             self._nodes.append(0)
             return
-        if model != self._model or b'"tools"' in body or b'"functions"' in body:
+        has_tools = b'"tools"' in body or b'"functions"' in body
+        if has_tools or self._had_tools or model != self._model:
             self._turn_to(model, body)
+            self._model, self._had_tools = model, has_tools
         start = body.find(self._key)
         if body.startswith(self._path, start):
             node, at = self._path_node, start + len(self._path)
@@ -180,7 +182,6 @@ class PrefixTree:
             if len(self._roots) < self._most_nodes:
                 self._parents.append(0)
                 self._roots[beginning] = root = len(self._parents) - 1
-        self._model = model
         if root != self._root:
             self._root = self._path_node = root
             self._path, self._path_hits = b"", 0

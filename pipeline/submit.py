@@ -37,6 +37,7 @@ from store.database import Database
 from store.submissions import Filled, NewBatch, copy_jobs, extend_lease, insert_shards
 
 CHUNK_BYTES = 256 * 1024 * 1024
+ORDERED = "prompts that begin alike run together, not in the file's order; results are in it, and --order file keeps it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +216,7 @@ def _fill(
     Shards count for nothing before the batch is set going, so whoever dies leaves a validating batch.
     """
     total = shards = 0
+    is_ordered = False
     lines, semantic = stored.lines, stored.semantic
     window = _Window(batch, order, bounds, first_seq=0)
     for first in lines:
@@ -225,14 +227,16 @@ def _fill(
         stored.digests.settle()
         if total - window.first_seq >= WINDOW_JOBS:
             shards += window.cut(database)
+            is_ordered |= window.is_ordered
             window = _Window(batch, order, bounds, first_seq=total)
     shards += window.cut(database)
+    is_ordered |= window.is_ordered
     return Filled(
         total=total,
         open_shards=shards,
         skipped=source.skipped,
         options=semantic.options,
-        notices=semantic.notices,
+        notices=(*semantic.notices, *((ORDERED,) if is_ordered else ())),
     )
 
 
@@ -245,9 +249,14 @@ class _Window:
         self.tree = None if order is JobOrder.FILE else PrefixTree(batch.endpoint)
         self._batch_id, self._order, self._bounds = batch.id, order, bounds
 
+    @property
+    def is_ordered(self) -> bool:
+        """Whether its jobs leave the file's order."""
+        return self.tree is not None and self.tree.is_worth_sorting()
+
     def cut(self, database: Database) -> int:
         """Store its shards: how many."""
-        if self.tree is None or not self.tree.is_worth_sorting():
+        if self.tree is None or not self.is_ordered:
             spans = self.cutter.spans()
             with database.transaction() as session:
                 extend_lease(session, self._batch_id, lease=LEASE)

@@ -26,11 +26,11 @@ def read_samples(file: Path) -> list[Sample]:
         raise BadInput(f"--calibration {file} is empty; give text lines or chats like those you will run")
     is_batch = file.suffix == ".jsonl" or filled[0][1].lstrip().startswith("{")
     samples = [_sample(file, number, line) if is_batch else {"text": line} for number, line in filled]
-    characters = sum(len(line) for _, line in filled)
+    characters = sum(map(_characters, samples))
     if len(samples) < LEAST_LINES or characters < LEAST_CHARACTERS:
         raise BadInput(
-            f"--calibration {file} is too short: {len(samples)} lines, {characters:,} characters; "
-            f"give at least {LEAST_LINES} lines and {LEAST_CHARACTERS:,} characters"
+            f"--calibration {file} is too short: {len(samples)} samples, {characters:,} characters of text; "
+            f"give at least {LEAST_LINES} and {LEAST_CHARACTERS:,}"
         )
     return samples
 
@@ -61,6 +61,11 @@ def _sample(file: Path, number: int, line: str) -> Sample:
         if isinstance(messages, list) and messages and all(_is_message(message) for message in messages):
             return {"messages": [{"role": one["role"], "content": one["content"]} for one in messages]}
     raise BadInput(f"{place}: body.messages: no list of messages with a role and a text content; or give `text`")
+
+
+def _characters(sample: Sample) -> int:
+    """Of what a model reads; a batch file's line has much around it."""
+    return len(sample["text"]) if "text" in sample else sum(len(one["content"]) for one in sample["messages"])
 
 
 def _is_message(message: object) -> bool:

@@ -33,6 +33,7 @@ from scripts.schemes import CALIBRATED, ON_AN_ACCELERATOR, SCHEMES
 from scripts.terminal import bar, emit_table, say, stderr
 
 REPOSITORY = Path(__file__).parent.parent
+QUANTIZER = ".venv-quantize/bin/python"
 EXIT_INTERRUPTED = 130
 LOG_TAIL_LINES = 15
 # Without progress bars, and never to a network. The log stays on: GPTQ needs the level that it defines.
@@ -57,13 +58,36 @@ class Order:
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--scheme", type=click.Choice(SCHEMES), required=True)
-@click.option("--calibration", type=click.Path(path_type=Path), help="Text lines or a JSONL batch file of chats.")
+@click.option(
+    "--scheme",
+    type=click.Choice(SCHEMES),
+    required=True,
+    help="w8a8 and fp8 give memory and tokens/s, 4 bits (gptq, awq, w4a16) give memory: docs/quantize.md.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="Text lines or a JSONL batch file of chats, like what you will run; the last fifth judges the result.",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The folder to write.")
-@click.option("--samples", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option("--sequence-tokens", type=click.IntRange(min=16), default=512, show_default=True)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Sequences to calibrate with at most; half as many judge.",
+)
+@click.option(
+    "--sequence-tokens", type=click.IntRange(min=16), default=512, show_default=True, help="Tokens of a sequence."
+)
 @click.option("--speed/--no-speed", default=True, help="Measure tokens/s before and after, with an engine for each.")
-@click.option("--python", type=click.Path(path_type=Path), default=Path(".venv-quantize/bin/python"), show_default=True)
+@click.option(
+    "--python",
+    type=click.Path(path_type=Path),
+    default=REPOSITORY / QUANTIZER,
+    show_default=QUANTIZER,
+    help="The Python that has llmcompressor, as `make quantize-env` makes it.",
+)
 @click.pass_obj
 def quantize(
     settings: Settings,
@@ -105,6 +129,11 @@ def check(checkpoint: Path, output: Path, *, scheme: str, calibration: Path | No
     """Raise BadInput, with the remedy, for what can be known before anything is loaded."""
     if checkpoint.suffix == ".gguf":
         raise BadInput(f"CHECKPOINT {checkpoint} is a GGUF: take the Hugging Face folder that it was made from")
+    if not checkpoint.is_dir():
+        raise BadInput(
+            f"CHECKPOINT {checkpoint}: there is no such folder here; nothing is fetched from a hub: download the "
+            "model's folder first (config.json, *.safetensors, tokenizer.json, …) and name it"
+        )
     if not (checkpoint / "config.json").is_file():
         raise BadInput(f"CHECKPOINT {checkpoint} has no config.json; name a Hugging Face folder")
     method = quantization_of(checkpoint)

@@ -15,7 +15,7 @@ from models.lines import SubmitOptions
 from models.states import CacheMode, JobOrder
 from pipeline import submit
 from pipeline.export import write_lines
-from pipeline.submit import Wishes, submit_file
+from pipeline.submit import ORDERED, Submitted, Wishes, submit_file
 from runtime.settings import LimitSettings, Settings, ShardSettings
 from store.database import Database
 from tests.pipeline.test_feed import fed
@@ -39,7 +39,7 @@ def write_file(folder: Path, *, groups: int = GROUPS, members: int = MEMBERS) ->
     return path
 
 
-def submitted(database: Database, file: Path, *, order: JobOrder = JobOrder.PREFIX, cache: str = "off") -> UUID:
+def stored(database: Database, file: Path, *, order: JobOrder = JobOrder.PREFIX, cache: str = "off") -> Submitted:
     return submit_file(
         database,
         file,
@@ -48,7 +48,11 @@ def submitted(database: Database, file: Path, *, order: JobOrder = JobOrder.PREF
         served_models=None,
         reuse=False,
         wishes=Wishes(order=order),
-    ).batch_id
+    )
+
+
+def submitted(database: Database, file: Path, *, order: JobOrder = JobOrder.PREFIX, cache: str = "off") -> UUID:
+    return stored(database, file, order=order, cache=cache).batch_id
 
 
 def seqs_of(database: Database, batch_id: UUID) -> list[list[int]]:
@@ -68,6 +72,14 @@ def test_the_files_order_is_kept_where_it_is_asked_for(database: Database, tmp_p
     shards = seqs_of(database, submitted(database, write_file(tmp_path), order=JobOrder.FILE))
 
     assert [seq for seqs in shards for seq in seqs] == list(range(GROUPS * MEMBERS))
+
+
+def test_whoever_submits_is_told_of_another_order(database: Database, tmp_path: Path) -> None:
+    file = write_file(tmp_path)
+
+    assert ORDERED in stored(database, file).notices
+    assert ORDERED not in stored(database, file, order=JobOrder.FILE).notices
+    assert ORDERED not in stored(database, write_file(tmp_path, groups=1)).notices
 
 
 def test_a_long_batch_is_ordered_window_by_window(

@@ -107,6 +107,17 @@ def test_other_tools_or_another_model_are_another_beginning() -> None:
     assert runs([place % 2 for place in places]) == 2
 
 
+def test_a_line_without_tools_is_not_of_those_with_the_tools_of_the_line_before() -> None:
+    tools = {"tools": [{"type": "function", "function": {"name": "look up"}}]}
+    tree = PrefixTree(CHAT)
+    for place in range(40):
+        tree.add("m", body(document(1), f"question {place}", **(tools if place % 3 == 0 else {})), 8)
+
+    places = [*tree.ordered().places]
+
+    assert runs([place % 3 == 0 for place in places]) == 2
+
+
 def test_what_is_learned_is_bounded_and_what_comes_often_is_not_forgotten() -> None:
     tree = PrefixTree(CHAT, most_nodes=200)
     groups = []

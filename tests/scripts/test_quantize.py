@@ -50,6 +50,7 @@ def test_what_cannot_be_quantized_is_refused_by_name_and_remedy(checkpoint: Path
     output = tmp_path / "out"
     assert "Hugging Face folder" in refused(tmp_path / "small.gguf", output)
     assert "no config.json" in refused(tmp_path, output)
+    assert "nothing is fetched from a hub" in refused(Path("some/hub-name"), output)
     assert "inside the checkpoint" in refused(checkpoint, checkpoint / "out")
     assert "needs --calibration" in refused(checkpoint, output, scheme="gptq")
     assert "make quantize-env" in refused(checkpoint, output, python=tmp_path / "none")
@@ -73,7 +74,8 @@ def test_awq_is_refused_without_a_gpu(checkpoint: Path, tmp_path: Path, monkeypa
     ("name", "content", "said"),
     [
         ("a.txt", "", "is empty"),
-        ("a.txt", "short\n", "too short: 1 lines"),
+        ("a.txt", "short\n", "too short: 1 samples, 5 characters of text"),
+        ("a.jsonl", '{"body": {"messages": [{"role": "user", "content": "short"}]}}\n' * 99, "99 samples, 495 char"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n{"mess', "line 2: no JSON"),
         ("a.jsonl", '{"body": {"messages": [{"role": "user"}]}}\n', "line 1: body.messages"),
     ],
