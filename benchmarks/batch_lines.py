@@ -1,4 +1,7 @@
-"""Chat bodies as a shop's would be, about 400 bytes each and all different, and the batch files made of them."""
+"""Chat bodies as a shop's would be, all different, and the batch files made of them.
+
+Those of `bodies` have about 400 bytes, which an order of jobs does not look into; those of `documents` about 1,000.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,19 @@ def bodies(count: int, *, model: str) -> Iterator[str]:
             },
             ensure_ascii=False,
         )
+
+
+def documents(count: int, *, model: str, about: int) -> Iterator[str]:
+    """Chats about so many documents in turn, so that no two neighbours begin alike."""
+    chance = random.Random(2)
+    texts = [f"Ticket {number}: {' '.join(chance.choices(TEXT.split(), k=120))}" for number in range(about)]
+    for seq in range(count):
+        messages = [
+            {"role": "system", "content": texts[seq % about]},
+            {"role": "user", "content": f"{seq}: {' '.join(chance.choices(TEXT.split(), k=8))}"},
+        ]
+        body = {"model": model, "messages": messages, "max_tokens": chance.choice([8, 16, 64]), "temperature": 0}
+        yield json.dumps(body, ensure_ascii=False)
 
 
 def custom_id(seq: int) -> str:

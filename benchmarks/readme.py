@@ -29,7 +29,7 @@ def main() -> None:
     figures = (
         f"{headlines}\n\nMedians of pairs by turns (least to most), on {said}; a shared machine, so "
         "ratios and not seconds. Every figure: [docs/benchmarks.md](docs/benchmarks.md); `make bench` measures them. "
-        "Not measured yet: the order of jobs and the whole system on vLLM, anything on a GPU."
+        "Not measured yet: anything on a GPU."
     )
     README.write_text(MARKED.sub(lambda marks: f"{marks[1]}{figures}\n{marks[2]}", README.read_text()))
     WHOLE.write_text(HEAD + "".join(_chapter(report) for report in found))

@@ -1,7 +1,9 @@
 """Submit and download at growing sizes: rows/s, memory, and what a job costs: `python -m benchmarks.submit`.
 
 Each side runs in a process of its own (benchmarks/submit_sides.py); sides and sizes take turns. `seconds` are of the
-work, `wall_s` have the process's start, imports and end with them. About 10 minutes and 4 GB of disk.
+work, `wall_s` have the process's start, imports and end with them. Short lines are stored as they come; at the largest
+size also longer ones about documents, in the order that reuses prefixes and in the file's. About 12 minutes and 6 GB of
+disk.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import psycopg
 
 from benchmarks.paired import PAIRS, Ratio, by_turns, keep, made_with
 from benchmarks.rows import Row, at_least, at_most, bold
-from benchmarks.submit_files import fill_results, write_files
+from benchmarks.submit_files import DOCUMENTS, fill_results, write_documents, write_files
 from store.database import Database
 from store.schema import migrate
 
@@ -33,6 +35,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SERVER = "postgresql://postgres@127.0.0.1:5432"
 COMMAND = "`make bench-submit`"
 STORES, FETCHES = ("submit", "write_row", "binary blocks"), ("download", "copy out")
+ORDERS = ("ordered", "as filed")
 NAMES = {
     "write_row": "plain psycopg COPY (write_row) of the same rows",
     "binary blocks": "COPY of ready-made binary blocks",
@@ -42,7 +45,6 @@ BARE_TABLE = (
     "CREATE TABLE bare_jobs (batch_id uuid NOT NULL, seq integer NOT NULL, custom_id text NOT NULL, "
     "body text NOT NULL, PRIMARY KEY (batch_id, seq))"
 )
-LARGE = 1_000_000  # of which there are fewer pairs
 PEAK_MB, COST, TO_COPY = 200.0, 1.1, 0.5
 
 Runs = dict[str, list[dict[str, float]]]
@@ -51,20 +53,21 @@ Runs = dict[str, list[dict[str, float]]]
 def main() -> None:
     """Run the measurement, print its table, and write its JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, LARGE])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--pairs", type=int, default=PAIRS)
-    parser.add_argument("--pairs-of-large", type=int, default=3)
     parser.add_argument("--server", default=os.environ.get("STOKER_TEST_POSTGRES") or SERVER)
     wishes = parser.parse_args()
-    pairs = {size: wishes.pairs_of_large if size >= LARGE else wishes.pairs for size in sorted(wishes.sizes)}
+    sizes, pairs = sorted(wishes.sizes), wishes.pairs
     with tempfile.TemporaryDirectory(prefix="stoker-bench-") as folder, database_at(wishes.server) as url:
-        files = {size: write_files(Path(folder) / str(size), size) for size in pairs}
+        files = {size: write_files(Path(folder) / str(size), size) for size in sizes}
         stores = _taken(url, {size: {kind: files[size][kind] for kind in STORES} for size in files}, pairs)
+        scattered = write_documents(Path(folder) / "documents", sizes[-1])
+        orders = _taken(url, {sizes[-1]: dict.fromkeys(ORDERS, scattered)}, pairs)
         outputs = _filled(url, Path(folder), files)
         fetches = _taken(url, {size: dict.fromkeys(FETCHES, path) for size, path in outputs.items()}, pairs)
         report = summary(
             url,
-            {size: stores[size] | fetches[size] for size in files},
+            {size: stores[size] | fetches[size] | orders.get(size, {}) for size in files},
             file_bytes={size: files[size]["submit"].stat().st_size for size in files},
         )
     keep("submit", report)
@@ -128,6 +131,12 @@ def rows(runs: dict[int, Runs]) -> list[Row]:
         peak = _most(most[kind], "peak_mb")
         figure = f"{kind} of {_sizes(runs)} lines: most memory of its process, MB"
         found.append(Row(figure, f"**{peaks}**", COMMAND, headline=True, **at_most(peak, PEAK_MB, " MB")))
+    figures = f"{bold(_ratio(most, 'as filed', 'ordered'))}; {_rows_a_second(most['ordered'], largest)}, "
+    figures += f"{_most(most['ordered'], 'peak_mb'):.0f} MB at most"
+    figure = (
+        f"submit of {largest:,} lines of 1 KB about {DOCUMENTS:,} documents, scattered: ordered by prefix ÷ as filed"
+    )
+    found.append(Row(figure, figures, COMMAND, **at_most(_most(most["ordered"], "peak_mb"), PEAK_MB, " MB")))
     if smallest == largest:
         return found
     for kind in ("submit", "download"):
@@ -163,26 +172,22 @@ def show(report: dict[str, Any]) -> None:
         print(f"{row['figure']}: {row['measured']} {Row(**row).verdict}".replace("**", ""))
 
 
-def _taken(url: str, sides: dict[int, dict[str, Path]], pairs: dict[int, int]) -> dict[int, Runs]:
-    """Every side at every size by turns; the large sizes have fewer turns than the others."""
+def _taken(url: str, sides: dict[int, dict[str, Path]], pairs: int) -> dict[int, Runs]:
+    """Every side at every size by turns."""
     runs: dict[int, Runs] = {size: {kind: [] for kind in sides[size]} for size in sides}
-    done = 0
-    for turns in sorted(set(pairs.values())):
-        still = {size: kinds for size, kinds in sides.items() if pairs[size] >= turns}
-        by_turns(
-            {
-                f"{kind} {size}": partial(_turn, url, runs[size][kind], kind, path, size)
-                for size, kinds in still.items()
-                for kind, path in kinds.items()
-            },
-            pairs=turns - done,
-        )
-        done = turns
+    by_turns(
+        {
+            f"{kind} {size}": partial(_turn, url, runs[size][kind], kind, path, size)
+            for size, kinds in sides.items()
+            for kind, path in kinds.items()
+        },
+        pairs=pairs,
+    )
     return runs
 
 
 def _turn(url: str, runs: list[dict[str, float]], kind: str, path: Path, size: int) -> float:
-    if kind in STORES:
+    if kind not in FETCHES:
         _emptied(url)
     runs.append(_run(kind, url, path))
     print(f"{size:,} lines: {kind} {runs[-1]['seconds']:.2f} s", file=sys.stderr)
@@ -236,8 +241,7 @@ def _cost(runs: dict[int, Runs], kind: str, *, clock: str) -> Ratio:
     smallest, largest = min(runs), max(runs)
     large = [run[clock] / largest for run in runs[largest][kind]]
     small = [run[clock] / smallest for run in runs[smallest][kind]]
-    turns = min(len(large), len(small))
-    return Ratio.of(large[:turns], small[:turns])
+    return Ratio.of(large, small)
 
 
 def _us_a_row(runs: list[dict[str, float]], size: int) -> dict[str, float]:

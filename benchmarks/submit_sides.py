@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -23,17 +24,18 @@ ROWS_A_TRANSACTION = 50_000
 COPY = "COPY bare_jobs (batch_id, seq, custom_id, body) FROM STDIN"
 
 
-def submit(database: str, file: Path) -> float:
+def submit(database: str, file: Path, *, order: str = "prefix") -> float:
     """Seconds of one `submit_file`."""
     from models.lines import SubmitOptions  # noqa: PLC0415  # the bare children must not load it
-    from pipeline.submit import submit_file  # noqa: PLC0415
+    from models.states import JobOrder  # noqa: PLC0415
+    from pipeline.submit import Wishes, submit_file  # noqa: PLC0415
     from runtime.settings import Settings  # noqa: PLC0415
     from store.database import Database  # noqa: PLC0415
 
     options, served = SubmitOptions(max_output_tokens=256), frozenset({"smollm2-135m"})
-    connections, settings = Database(database), Settings()
+    connections, settings, wishes = Database(database), Settings(), Wishes(order=JobOrder(order))
     start = time.perf_counter()
-    submit_file(connections, file, options=options, settings=settings, served_models=served, reuse=True)
+    submit_file(connections, file, options=options, settings=settings, served_models=served, reuse=True, wishes=wishes)
     return time.perf_counter() - start
 
 
@@ -93,6 +95,8 @@ def copy_out(database: str, file: Path) -> float:
 
 SIDES: dict[str, Callable[[str, Path], float]] = {
     "submit": submit,
+    "ordered": submit,
+    "as filed": partial(submit, order="file"),
     "write_row": write_rows,
     "binary blocks": write_blocks,
     "download": download,
