@@ -50,7 +50,7 @@ env-example: .venv/.demo
 	@python -c 'from runtime.settings import env_example; print(env_example(), end="")' > .env.example
 
 # `make bench-cache`, `make bench-dispatch` and `make chaos` are of other questions; the table shows their last results.
-BENCHES := bench-end-to-end bench-pipeline bench-growth bench-submit bench-order bench-refill
+BENCHES := bench-end-to-end bench-front-end bench-pipeline bench-growth bench-submit bench-order bench-refill
 bench: .venv/.dev ## all ratios anew (about 2 hours), one table of them, README.md and docs/benchmarks.md
 	@set -e; for bench in $(BENCHES); do echo "== make $$bench"; $(MAKE) --no-print-directory $$bench; done
 	@python -m benchmarks.readme

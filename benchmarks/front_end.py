@@ -22,6 +22,7 @@ from typing import Any, Final
 import uvloop
 
 from benchmarks.paired import PAIRS, Ratio, by_turns, keep, made_with
+from benchmarks.rows import Row, bold
 from benchmarks.workloads import PATH, Workload, bodies_of
 from inference.endpoint import Endpoint
 from inference.engines import plan_engine
@@ -56,8 +57,14 @@ def main() -> None:
         "engine": {**plan.description, "version": engine.version},
     }
     report |= {"jobs": options.jobs, "group": options.group, "output_tokens": OUTPUT_TOKENS}
-    keep("front_end", report | {"jobs_per_s": rates, "ratio": asdict(ratio), "worth_it": ratio.median >= WORTH_IT})
-    print(f"batch route \u00f7 single requests, groups of {options.group}: {ratio}")
+    row = Row(
+        f"vLLM's batch route, {options.group} chats of {OUTPUT_TOKENS} tokens a request ÷ single requests; used from "
+        f"{WORTH_IT} on (docs/decisions/0016)",
+        bold(ratio),
+        "`make bench-front-end`",
+    )
+    keep("front_end", report | {"jobs_per_s": rates, "ratio": asdict(ratio), "table": [row.as_json()]})
+    print(f"{row.figure}: {row.measured}")
 
 
 def _rates(url: str, model: str, in_flight: int, options: argparse.Namespace) -> dict[str, list[float]]:

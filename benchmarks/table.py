@@ -20,7 +20,18 @@ from benchmarks.paired import RESULTS, Ratio
 from benchmarks.rows import Row, at_least, at_most, bold
 
 # The order of the table; further reports with rows of their own follow by name.
-ORDER: Final = ("end_to_end", "pipeline", "growth", "submit", "order", "refill", "dispatch", "chaos", *PARTS)
+ORDER: Final = (
+    "end_to_end",
+    "pipeline",
+    "growth",
+    "submit",
+    "order",
+    "refill",
+    "front_end",
+    "dispatch",
+    "chaos",
+    *PARTS,
+)
 # Targets of ours ÷ the bare engine.
 END_TO_END: Final = {
     ("pinned", "8 tokens", "chat"): 0.85,
