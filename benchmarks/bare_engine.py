@@ -102,7 +102,7 @@ async def _run_batch(flags: list[str], answers: TextIO) -> None:
 
 
 def _counted(output: Path) -> dict[str, int]:
-    bodies = [json.loads(line)["response"]["body"] for line in output.read_text().splitlines()]
+    bodies = [json.loads(line)["response"]["body"] for line in output.open()]
     output.unlink()
     return {
         "jobs": len(bodies),

@@ -54,13 +54,15 @@ def tree_cpu_s(root: int, everyone: Mapping[int, Process]) -> float:
 
 def pin(root: int, cores: set[int]) -> bool:
     """Let a process, its threads and its descendants run on these cores only; False where we may not say."""
-    try:
-        for process in tree(root, processes()):
+    for process in tree(root, processes()):
+        try:
             for task in Path(f"/proc/{process.pid}/task").iterdir():
                 with suppress(ProcessLookupError):
                     os.sched_setaffinity(int(task.name), cores)
-    except (PermissionError, FileNotFoundError):
-        return False
+        except PermissionError:
+            return False
+        except FileNotFoundError:  # it has ended meanwhile
+            continue
     return True
 
 

@@ -1,6 +1,6 @@
 """The whole system beside the bare engine: six workloads, by turns, in one run.
 
-    python -m benchmarks.end_to_end [--pairs 5] [--only "64 tokens"] [--cores pinned|all|both] [--leg-s 8]
+    python -m benchmarks.end_to_end [--pairs 5] [--only "64 tokens"] [--cores pinned|all|both] [--leg-s 15]
 
 Sides: `chat`, offline `LLM.chat`; `run-batch`, vLLM's own batch runner; `http`, our client straight to our engine's
 server; `ours`, submit, RabbitMQ, a Celery worker and Postgres before that server. All three engines are one version
@@ -9,10 +9,10 @@ with the same flags, loaded and warm before the first leg (bare_engine.py says w
 Pinned, the main figure: each engine, its front end included, has the first core and everything else of ours, RabbitMQ
 and Postgres too, the second; only one engine has work at a time. With all cores nothing is pinned. `run-batch` and
 `http` take part where SIDES says so. How many jobs a workload has comes from a leg that is not counted, so that a leg
-takes about `--leg-s`; never fewer than the engine has slots, so 256 tokens take what they take. Output lengths are
-fixed and must agree between the sides to the token; answers in JSON end by themselves, so tokens a second are compared.
-The cache is off. Writes benchmarks/results/end_to_end.json;
-runs with --only only print.
+takes about `--leg-s`; never fewer than FILLS times the engine's slots, so 256 tokens take what they take. Lengths
+are fixed and must agree between the sides to the token; answers in JSON end by themselves, so tokens a second are
+compared. Between legs it waits until the engine that had work no longer spins. The cache is off. About 40 minutes.
+Writes benchmarks/results/end_to_end.json; while it runs, and with options of its own, end_to_end.partial.json.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +29,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from benchmarks.cores import kept_on
-from benchmarks.paired import PAIRS, Ratio, by_turns, keep, made_with
+from benchmarks.paired import PAIRS, Ratio, by_turns, is_default, keep, made_with
 from benchmarks.place import Place, own_place
 from benchmarks.sides import BareEngine, Leg, OurSide, run_http
 from benchmarks.workloads import WORKLOADS, Workload, write_workload
@@ -42,6 +43,8 @@ SIDES: Final = ("chat", "run-batch", "http", OURS)
 ALL_SIDES_IN: Final = ("64 tokens",)  # elsewhere `chat` and ours: a run stays under half an hour
 ALL_CORES_IN: Final = ("64 tokens",)  # with --cores both and without --only
 SIZED_BY_TOKENS: Final = 64  # outputs of the leg that says how many jobs a workload has are cut to this
+FILLS: Final = 3  # slots are filled so often, at least: once tells nothing of how they are filled again
+SETTLED_S: Final = 2.0  # vLLM's processes look for work without a pause for 1 s after they had some
 
 
 @dataclass(slots=True)
@@ -57,6 +60,7 @@ class Room:
     def run(self, side: str, workload: Workload) -> Leg:
         """One leg on a file that no engine has seen."""
         self.leg += 1
+        time.sleep(SETTLED_S)
         file = write_workload(self.folder / f"{self.leg}.jsonl", workload, model=self.plan.alias, leg=self.leg)
         try:
             return self.runs[side](file)
@@ -66,12 +70,13 @@ class Room:
 
 def main() -> None:
     """Measure, print a line a workload, write the report."""
-    options = _options()
+    parser = _parser()
+    options = parser.parse_args()
     names = [w.name for w in WORKLOADS if options.only in (None, w.name) and w.name not in options.skip]
     if not names:
         raise SystemExit(f"no workload {options.only!r}; there are {', '.join(w.name for w in WORKLOADS)}")
     rows: list[dict[str, Any]] = []
-    report: dict[str, Any] = {"made_with": made_with("celery"), "slots": options.slots, "leg_s": options.leg_s}
+    report: dict[str, Any] = {"made_with": made_with("celery", "httptools"), "options": vars(options)}
     jobs: dict[str, int] = {}  # with all cores as many as pinned
     for cores in ("pinned", "all") if options.cores == "both" else (options.cores,):
         with _room(cores, options) as (room, said):
@@ -82,19 +87,19 @@ def main() -> None:
                 if workload.name in names and (options.only or not skipped):
                     rows.append({"cores": cores} | _measured(room, workload, jobs, options))
                     print(_line(rows[-1]), flush=True)
-                    if options.only is None:
-                        keep("end_to_end", report | {"rows": rows})  # every row anew: a run takes most of an hour
+                    keep("end_to_end", report | {"rows": rows}, is_whole=False)
+    print(f"kept in {keep('end_to_end', report | {'rows': rows}, is_whole=is_default(parser, options))}")
 
 
-def _options() -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--only", metavar="WORKLOAD")
     parser.add_argument("--skip", metavar="WORKLOAD", action="append", default=[])
     parser.add_argument("--cores", choices=["pinned", "all", "both"], default="both")
-    parser.add_argument("--leg-s", type=float, default=8)
+    parser.add_argument("--leg-s", type=float, default=15)
     parser.add_argument("--slots", type=int, default=8, help="the engine's --max-num-seqs")
-    return parser.parse_args()
+    return parser
 
 
 @contextmanager
@@ -112,7 +117,12 @@ def _room(cores: str, options: argparse.Namespace) -> Iterator[tuple[Room, dict[
         this = stack.enter_context(kept_on(set(ours), {}))  # and what it starts: the worker, the servers
         place = stack.enter_context(own_place())
         room, said = _started(stack, place, plan, planned=planned, folder=folder)
-        said |= {"engine_cores": engines, "cores_of_all_else": ours, "all_else": [*this, "worker", *place.servers]}
+        said |= {
+            "servers": place.versions(),
+            "engine_cores": engines,
+            "cores_of_all_else": ours,
+            "all_else": [*this, "worker", *place.servers],
+        }
         for side in room.runs:
             room.run(side, replace(WORKLOADS[0], jobs=options.slots))
         yield room, said
@@ -192,7 +202,7 @@ def _sized(room: Room, workload: Workload, *, leg_s: float) -> int:
     whole_s = leg.seconds * sum(workload.output_tokens) / sum(cut)
     if workload.schema:
         room.run(OURS, replace(workload, jobs=room.slots))  # each engine compiles a grammar once
-    return max(room.slots, round(room.slots * leg_s / whole_s))
+    return max(FILLS * room.slots, round(room.slots * leg_s / whole_s))
 
 
 def _expect_alike(workload: Workload, legs: Mapping[str, list[Leg]]) -> None:

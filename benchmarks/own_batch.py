@@ -18,6 +18,7 @@ from store.batches import BatchProgress, batch_progress
 from store.database import Database
 
 TENANT: Final = "local"
+RUN_S: Final = 1800.0  # what takes longer has a worker or an engine that died
 TAIL: Final = 0.05  # the last jobs of a batch, as a share of them
 
 
@@ -43,7 +44,7 @@ def stored(
     ).batch_id
 
 
-def ended(database: Database, batch_id: UUID, *, poll_s: float, most_s: float = math.inf) -> BatchProgress:
+def ended(database: Database, batch_id: UUID, *, poll_s: float, most_s: float = RUN_S) -> BatchProgress:
     """The batch's end, looked for every `poll_s`; SystemExit if it is not there after `most_s`."""
     end = time.monotonic() + most_s
     while True:

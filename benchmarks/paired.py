@@ -6,6 +6,7 @@ drift alike, so the pairs' ratios say what is being asked, and their spread says
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -21,6 +22,16 @@ from runtime.clock import utc_now
 
 RESULTS = Path(__file__).parent / "results"
 PAIRS = 5
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
+    asked = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or "unknown"
+
+
+COMMIT = _commit()  # when the process starts: a run may outlive its commit
+LOAD_BEFORE = os.getloadavg()[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,29 +64,47 @@ def by_turns(sides: Mapping[str, Callable[[], float]], *, pairs: int = PAIRS) ->
 
 
 def made_with(*packages: str) -> dict[str, Any]:
-    """Where, when and with what the figures were measured; `packages` are distributions of this environment."""
+    """Where, when and with what the figures are measured; `packages` are distributions of this environment.
+
+    `load_before`: processes that wanted to run in the minute before, our own start included.
+    """
     found = {}
     for name in packages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "none"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "date": utc_now().date().isoformat(),
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
+        "commit": COMMIT,
+        "load_before": round(LOAD_BEFORE, 2),
         **found,
     }
 
 
-def keep(name: str, report: Mapping[str, Any]) -> None:
-    """Write a benchmark's report to benchmarks/results/."""
-    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+def keep(name: str, report: Mapping[str, Any], *, is_whole: bool = True) -> Path:
+    """Write a benchmark's report to benchmarks/results/: where.
+
+    One that is not whole goes to NAME.partial.json, which no table shows and git ignores.
+    """
+    path = RESULTS / f"{name}{'' if is_whole else '.partial'}.json"
+    written = path.with_suffix(".writing")
+    written.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    written.replace(path)
+    return path
+
+
+def is_default(parser: argparse.ArgumentParser, options: argparse.Namespace) -> bool:
+    """Whether a run has the options of the published one: only then its report takes the published one's place."""
+    return all(value == parser.get_default(name) for name, value in vars(options).items())
 
 
 def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    """Its name, and whether it has AVX-512, which decides how fast vLLM is on a CPU."""
+    pairs = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    said = {name.strip(): value.strip() for name, _, value in pairs}
+    has = "with" if "avx512f" in said.get("flags", "").split() else "without"
+    return f"{said.get('model name', platform.machine())} {has} AVX-512"

@@ -42,11 +42,14 @@ class Place:
 def as_submitted(settings: Settings) -> Settings:
     """What `stoker submit` would use now: shards as large as the live workers are fast.
 
-    Waits until a worker has announced how long its requests take, as any that has worked for some seconds has.
+    Waits until a worker has announced how long its requests take, as any that has worked for some seconds has;
+    SystemExit if none does, since shards of another size would be measured.
     """
     board, end = PresenceBoard(settings.require_redis()), time.monotonic() + ANNOUNCED_S
     try:
-        while not any(worker.service_s for worker in board.workers()) and time.monotonic() < end:
+        while not any(worker.service_s for worker in board.workers()):
+            if time.monotonic() > end:
+                raise SystemExit("no worker has announced how long its requests take")
             time.sleep(0.1)
         return for_workers(settings, board.workers())
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.paired import Ratio
+from benchmarks.paired import PAIRS, Ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,5 +41,6 @@ def at_most(figure: float, target: float, unit: str = "") -> dict[str, Any]:
 
 
 def bold(ratio: Ratio) -> str:
-    """The median, and the spread beside it."""
-    return f"**{ratio.median:.2f}** ({ratio.least:.2f} to {ratio.most:.2f})"
+    """The median, and the spread beside it; how many pairs, where they are fewer than they should be."""
+    few = "" if len(ratio.pairs) >= PAIRS else f"; {len(ratio.pairs)} pairs"
+    return f"**{ratio.median:.2f}** ({ratio.least:.2f} to {ratio.most:.2f}{few})"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import select
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any, Final, Self
 import uvloop
 
 from benchmarks.cores import processes, tree_cpu_s
-from benchmarks.own_batch import ended, result_times, stored
+from benchmarks.own_batch import RUN_S, ended, result_times, stored
 from benchmarks.place import as_submitted
 from benchmarks.slots import SlotSampler
 from benchmarks.workloads import PATH
@@ -102,6 +103,8 @@ class BareEngine:
 
     def _answer(self) -> dict[str, Any]:
         assert self._child.stdout is not None
+        if not select.select([self._child.stdout], [], [], RUN_S)[0]:
+            raise SystemExit(f"the bare engine has said nothing for {RUN_S:.0f} s")
         line = self._child.stdout.readline()
         if not line:
             raise SystemExit(f"the bare engine has ended:\n{self._log.read_text(errors='replace')[-2000:]}")
@@ -170,6 +173,7 @@ class OurSide:
         return Leg(seconds, jobs, progress.prompt_tokens, progress.completion_tokens, more)
 
     def _cpu_s(self) -> tuple[float, float]:
-        """(outside, inside) the engine, so far."""
+        """(outside, inside) the engine, so far; this process, which submits and looks on, is outside."""
         everyone = processes()
-        return sum(tree_cpu_s(pid, everyone) for pid in self._ours), tree_cpu_s(self._engine_pid, everyone)
+        outside_s = time.process_time() + sum(tree_cpu_s(pid, everyone) for pid in self._ours)
+        return outside_s, tree_cpu_s(self._engine_pid, everyone)

@@ -44,7 +44,10 @@ class SlotSampler:
 
     @property
     def starvation(self) -> float:
-        """Slots that stood empty although an unfinished job could have had them, as a share of all slots' time."""
+        """Slots for which the engine had no request though jobs were unfinished, as a share of all slots' time.
+
+        A request that waits in the engine has its slot at the next step: vLLM counts what runs when a step ends.
+        """
         return sum(self._missing) / max(1, len(self._missing) * self._slots)
 
     async def _sample(self) -> None:
@@ -55,12 +58,13 @@ class SlotSampler:
                 await asyncio.sleep(EVERY_S)
 
     def _take(self, text: str) -> None:
-        running = parse_readings(text).running
-        if running is None:
+        readings = parse_readings(text)
+        if readings.running is None:
             return
+        at_the_engine = readings.running + (readings.waiting or 0)
         ended = sum(int(float(value)) for value in _ENDED.findall(text))
         if self._ended_before is None:
             self._ended_before = ended
         unfinished = self._jobs - (ended - self._ended_before)
         if unfinished > 0:
-            self._missing.append(max(0, min(self._slots, unfinished) - running))
+            self._missing.append(max(0, min(self._slots, unfinished) - at_the_engine))

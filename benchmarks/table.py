@@ -60,7 +60,7 @@ class Report:
 
 def reports() -> list[Report]:
     """Those that have been measured, in the table's order."""
-    files = {path.stem: path for path in sorted(RESULTS.glob("*.json"))}
+    files = {path.stem: path for path in sorted(RESULTS.glob("*.json")) if ".partial" not in path.name}
     names = [name for name in ORDER if name in files] + [name for name in files if name not in ORDER]
     return [report for name in names if (report := _report(name, files[name])) is not None]
 
@@ -97,13 +97,13 @@ def _made_on(found: dict[str, Any]) -> str:
 def _end_to_end_rows(found: dict[str, Any]) -> list[Row]:
     rows = []
     for measured in found.get("rows", ()):
-        workload, cores = measured["workload"]["name"], measured["cores"]
+        workload, cores, jobs = measured["workload"]["name"], measured["cores"], measured["workload"]["jobs"]
         where = "engine on one core, all else on another" if cores == "pinned" else "all cores"
         for side, spread in measured["ratio"].items():
             ratio, target = Ratio(**spread), END_TO_END.get((cores, workload, side))
             rows.append(
                 Row(
-                    f"{workload}: through RabbitMQ and Postgres ÷ {BARE[side]}, same engine, flags and file; {where}",
+                    f"{jobs:,} jobs of {workload}, through RabbitMQ and Postgres ÷ {BARE[side]}, same flags; {where}",
                     bold(ratio),
                     MADE_BY,
                     headline=cores == "pinned" and side != "http",

@@ -30,6 +30,7 @@ from worker.shared import SharedState
 log = get_logger(__name__)
 
 LEAST_CHILDREN, MOST_CHILDREN = 2, 4  # one is writing or claiming while another sends
+LLAMACPP_CHILDREN = 1  # two would send two groups of prompts by turns to slots that keep a cache each
 SLOTS_A_CHILD = 512
 DISPATCH_GRACE_S = 5.0
 DISPATCH_POLL_S = 1.0  # also the least time between two starts
@@ -78,8 +79,9 @@ class WorkerParts:
     @property
     def children(self) -> int:
         """Prefork children, known before they are forked: one asyncio loop keeps some hundred slots full."""
-        wanted = math.ceil(self.settings.engine.max_num_seqs / SLOTS_A_CHILD)
-        return self.settings.worker.children or max(LEAST_CHILDREN, min(MOST_CHILDREN, wanted))
+        plan, wanted = self.plan(), math.ceil(self.engine_slots / SLOTS_A_CHILD)
+        least = LLAMACPP_CHILDREN if plan is not None and plan.kind == "llamacpp" else LEAST_CHILDREN
+        return self.settings.worker.children or max(least, min(MOST_CHILDREN, wanted))
 
     @property
     def in_flight(self) -> int:
