@@ -75,6 +75,8 @@ def kept_on(cores: set[int], servers: Mapping[str, int]) -> Iterator[list[str]]:
     try:
         os.sched_setaffinity(0, cores)
         pinned = ["this", *(name for name, pid in servers.items() if pin(pid, cores))]
+        if len(pinned) <= len(servers):
+            raise SystemExit(f"only {', '.join(pinned)} may be kept on {sorted(cores)}: run as whoever runs the others")
         yield pinned
     finally:
         os.sched_setaffinity(0, ours)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from store.database import Database
 
 POLL_S = 0.25
 RUN_S = 900.0
-OUTSIDE = ("worker", "worker parent", "worker children", "dispatcher", "postgres", "rabbitmq", "redis")
+OUTSIDE = ("submit", "worker", "worker parent", "worker children", "dispatcher", "postgres", "rabbitmq", "redis")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +68,11 @@ def run_ours(
             pid = worker.process.pid
             ended(database, stored(database, warm_up, settings), poll_s=POLL_S, most_s=RUN_S)
             checkpoint(settings)
-            batch_id = stored(database, file, as_submitted(settings))
+            cut = as_submitted(settings)
             before = _cpu_s(pid, servers, endpoint_pid)
+            submit_s = time.process_time()
+            batch_id = stored(database, file, cut)
+            submit_s = time.process_time() - submit_s
             if meanwhile is not None:
                 meanwhile(children_of(pid)[0])
             progress = ended(database, batch_id, poll_s=POLL_S, most_s=RUN_S)
@@ -77,7 +81,8 @@ def run_ours(
         database.close()
     if progress.succeeded != progress.total:
         raise SystemExit(f"{progress.succeeded} of {progress.total} jobs succeeded; {progress.failed} failed")
-    return Leg.of(progress.total, seconds_of(progress), {name: after[name] - before[name] for name in after})
+    spent = {name: after[name] - before[name] for name in after}
+    return Leg.of(progress.total, seconds_of(progress), {"submit": submit_s, **spent})
 
 
 def server_cpu_s(servers: dict[str, int], endpoint_pid: int) -> dict[str, float]:

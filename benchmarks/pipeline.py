@@ -1,11 +1,12 @@
 """Our pipeline alone, on an endpoint that costs nothing, beside one Celery task per prompt and Ray Data.
 
-    python -m benchmarks.pipeline [--leg-s 12] [--pairs 5]
+    python -m benchmarks.pipeline [--leg-s 6] [--pairs 5]
 
 Postgres, RabbitMQ and Redis of its own; nginx with one ready-made answer on the first core, all else on the second,
 then once more on all. Sides take turns. Ours are submitted before the clock, which runs from the batch's first second
 in progress to its end; what the others' clocks leave out is in benchmarks/peers/. One more leg, unmeasured, is looked
-at with py-spy. About 25 minutes. Prints its figures and writes benchmarks/results/pipeline.json.
+at with py-spy. All pools of Celery take turns; the one with the
+best median counts. About 20 minutes. Prints its figures and writes benchmarks/results/pipeline.json.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,10 @@ from typing import Any, Final
 from benchmarks.batch_lines import write_batch
 from benchmarks.cores import kept_on
 from benchmarks.legs import Leg, run_ours
-from benchmarks.paired import PAIRS, by_turns, keep, made_with
+from benchmarks.paired import PAIRS, by_turns, is_default, keep, made_with
 from benchmarks.peers import ray_leg
 from benchmarks.peers.celery_leg import run_celery
-from benchmarks.pipeline_report import CELERY, OURS, RAY, UNIX, UNSHARDED, report_of, show
+from benchmarks.pipeline_report import CELERY, OURS, RAY, UNIX, UNSHARDED, celery_side, report_of, show
 from benchmarks.place import Place, own_place
 from benchmarks.sampled import sampled
 from benchmarks.static_endpoint import MODEL, StaticEndpoint
@@ -47,8 +47,6 @@ class Sides:
     place: Place
     folder: Path
     endpoint: StaticEndpoint
-    pool: tuple[str, int] = POOLS[0]
-    pools: dict[tuple[str, int], float] = field(default_factory=dict)
     legs: dict[str, list[Leg]] = field(default_factory=dict)
 
     def settings(self, *, unix: bool = False, unsharded: bool = False) -> Settings:
@@ -83,10 +81,10 @@ class Sides:
             meanwhile=meanwhile,
         )
 
-    def celery(self, jobs: int, *, pool: tuple[str, int] | None = None) -> Leg:
-        """One leg of the best pool, or of the one named."""
-        kind, size = pool or self.pool
-        return run_celery(self.place.settings, self.endpoint, self.place.servers, jobs=jobs, pool=kind, pool_size=size)
+    def celery(self, jobs: int, *, pool: str, pool_size: int) -> Leg:
+        """One leg of one task per prompt."""
+        servers = self.place.servers
+        return run_celery(self.place.settings, self.endpoint, servers, jobs=jobs, pool=pool, pool_size=pool_size)
 
     def ray(self, jobs: int) -> Leg:
         """One leg of Ray Data."""
@@ -101,7 +99,7 @@ class Sides:
             OURS: self.ours,
             UNSHARDED: partial(self.ours, unsharded=True),
             UNIX: partial(self.ours, unix=True),
-            CELERY: self.celery,
+            **{celery_side(*pool): partial(self.celery, pool=pool[0], pool_size=pool[1]) for pool in POOLS},
         }
         return {**sides, RAY: self.ray} if ray_leg.is_there() else sides
 
@@ -116,9 +114,8 @@ class Sides:
 def main() -> None:
     """Measure, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--leg-s", type=float, default=12, help="how long a leg is to take")
+    parser.add_argument("--leg-s", type=float, default=6, help="how long a leg is to take")
     parser.add_argument("--pairs", type=int, default=PAIRS)
-    parser.add_argument("--pairs-all-cores", type=int, default=3)
     options = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
@@ -127,7 +124,7 @@ def main() -> None:
         print("without Ray Data: `make ray-env` has not been run")
     found: dict[str, Any] = {}
     with own_place() as place, tempfile.TemporaryDirectory() as folder:
-        with _on(place, {cores[1]}) as pinned, StaticEndpoint(core=cores[0]) as endpoint:
+        with kept_on({cores[1]}, place.servers) as pinned, StaticEndpoint(core=cores[0]) as endpoint:
             print("on one core, the endpoint on another")
             sides = Sides(place, Path(folder), endpoint)
             found["pinned"] = {"endpoint": cores[0], "all else": cores[1], "what": pinned}
@@ -139,37 +136,22 @@ def main() -> None:
         with StaticEndpoint(core=None) as endpoint:
             print("on all cores")
             shared = Sides(place, Path(folder), endpoint)
-            _find_pool(shared)
-            some = {name: jobs[name] for name in (OURS, CELERY, RAY) if name in jobs}
-            found["all_cores"] = _measured(shared, some, pairs=options.pairs_all_cores)
-    report = report_of({"made_with": made_with("celery", "httptools", "uvloop", "psycopg", "sqlalchemy"), **found})
-    keep("pipeline", report)
+            some = {name: count for name, count in jobs.items() if name not in (UNIX, UNSHARDED)}
+            found["all_cores"] = _measured(shared, some, pairs=options.pairs)
+    made = made_with("celery", "httptools", "uvloop", "psycopg", "sqlalchemy")
+    report = report_of({"made_with": made, "options": vars(options), **found})
     show(report)
-
-
-@contextmanager
-def _on(place: Place, cores: set[int]) -> Iterator[list[str]]:
-    """What was pinned for this block; says so where something could not be."""
-    with kept_on(cores, place.servers) as pinned:
-        if missing := place.servers.keys() - set(pinned):
-            print(f"not pinned, for want of the right to: {', '.join(sorted(missing))}")
-        yield pinned
-
-
-def _find_pool(sides: Sides) -> float:
-    """Give `sides` the pool that is the fastest on these cores; its jobs a second."""
-    for pool in POOLS:
-        sides.pools[pool] = sides.celery(PROBE_JOBS[CELERY], pool=pool).jobs_per_s
-        print(f"  {CELERY}, {pool[0]} {pool[1]}: {sides.pools[pool]:,.0f} jobs/s, looking for the best", flush=True)
-    sides.pool = max(sides.pools, key=lambda pool: sides.pools[pool])
-    return sides.pools[sides.pool]
+    is_whole = is_default(parser, options) and ray_leg.is_there()
+    print(f"kept in {keep('pipeline', report, is_whole=is_whole)}")
 
 
 def _probed(sides: Sides, *, leg_s: float) -> dict[str, int]:
-    """The jobs of a leg of every side, from how fast it is."""
-    speeds = {CELERY: _find_pool(sides), OURS: sides.ours(PROBE_JOBS[OURS]).jobs_per_s}
+    """The jobs of a leg of every side, from how fast it is; all pools of Celery have as many."""
+    speeds = {OURS: sides.ours(PROBE_JOBS[OURS]).jobs_per_s}
     speeds[UNIX] = speeds[OURS]
     speeds[UNSHARDED] = sides.ours(PROBE_JOBS[UNSHARDED], unsharded=True).jobs_per_s
+    celery = sides.celery(PROBE_JOBS[CELERY], pool=POOLS[0][0], pool_size=POOLS[0][1]).jobs_per_s
+    speeds |= {celery_side(*pool): celery for pool in POOLS}
     if ray_leg.is_there():
         speeds[RAY] = sides.ray(PROBE_JOBS[RAY]).jobs_per_s
     return {name: max(round(speed * leg_s / 100) * 100, LEAST_JOBS) for name, speed in speeds.items()}
@@ -189,8 +171,6 @@ def _measured(sides: Sides, jobs: Mapping[str, int], *, pairs: int) -> dict[str,
     }
     speeds = by_turns(turns, pairs=pairs)
     return {
-        "pool": f"{sides.pool[0]} {sides.pool[1]}",
-        "pools_jobs_per_s": {f"{kind} {size}": speed for (kind, size), speed in sides.pools.items()},
         "jobs_per_s": speeds,
         "legs": {name: [leg.as_json() for leg in legs] for name, legs in sides.legs.items()},
     }

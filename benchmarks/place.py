@@ -39,15 +39,15 @@ class Place:
         return {"postgres": str(row[0]) if row else "unknown", "rabbitmq": said.strip() or "unknown"}
 
 
-def as_submitted(settings: Settings) -> Settings:
+def as_submitted(settings: Settings, *, is_fresh: bool = False) -> Settings:
     """What `stoker submit` would use now: shards as large as the live workers are fast.
 
     Waits until a worker has announced how long its requests take, as any that has worked for some seconds has;
-    SystemExit if none does, since shards of another size would be measured.
+    SystemExit if none does, since shards of another size would be measured. `is_fresh`: none has worked yet.
     """
     board, end = PresenceBoard(settings.require_redis()), time.monotonic() + ANNOUNCED_S
     try:
-        while not any(worker.service_s for worker in board.workers()):
+        while not is_fresh and not any(worker.service_s for worker in board.workers()):
             if time.monotonic() > end:
                 raise SystemExit("no worker has announced how long its requests take")
             time.sleep(0.1)

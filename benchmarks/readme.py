@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.rows import Row
-from benchmarks.table import Report, reports
+from benchmarks.table import ORDER, Report, reports
 
 REPOSITORY = Path(__file__).parents[1]
 README, WHOLE = REPOSITORY / "README.md", REPOSITORY / "docs" / "benchmarks.md"
@@ -23,15 +23,21 @@ is shared, so ratios hold where seconds do not.
 def main() -> None:
     """Write both."""
     found = reports()
-    places = list(dict.fromkeys(report.made_on for report in found if any(row.headline for row in report.rows)))
-    said = "; ".join(place for place in places if place) or "a machine that no report names"
+    shown = [report for report in found if any(row.headline for row in report.rows)]
+    places = ", ".join(dict.fromkeys(report.machine for report in shown))
+    days = sorted({report.day for report in shown if report.day[0].isdigit()})
+    missing = [name for name in ORDER if name not in {report.name for report in found}] + ["anything on a GPU"]
     headlines = markdown(row for report in found for row in report.rows if row.headline)
     figures = (
-        f"{headlines}\n\nMedians of pairs by turns (least to most), on {said}; a shared machine, so "
-        "ratios and not seconds. Every figure: [docs/benchmarks.md](docs/benchmarks.md); `make bench` measures them. "
-        "Not measured yet: anything on a GPU."
+        f"{headlines}\n\nMedians (least to most), of pairs by turns where it is a ratio; on {places}; "
+        f"{days[0]} to {days[-1]}; shared machines, so ratios and not seconds. Every figure, its machine and commit: "
+        "[docs/benchmarks.md](docs/benchmarks.md); `make bench` measures them. "
+        f"Not measured yet: {', '.join(missing)}."
     )
-    README.write_text(MARKED.sub(lambda marks: f"{marks[1]}{figures}\n{marks[2]}", README.read_text()))
+    written, times = MARKED.subn(lambda marks: f"{marks[1]}{figures}\n{marks[2]}", README.read_text())
+    if times != 1:
+        raise SystemExit(f"{README.name} has {times} places for figures, not one")
+    README.write_text(written)
     WHOLE.write_text(HEAD + "".join(_chapter(report) for report in found))
 
 
@@ -43,8 +49,9 @@ def markdown(rows: Iterable[Row]) -> str:
 
 
 def _chapter(report: Report) -> str:
-    place = f"\nOn {report.made_on}.\n" if report.made_on else ""
-    return f"\n## {report.name}\n\n{markdown(report.rows)}\n{place}"
+    return (
+        f"\n## {report.name}\n\n{markdown(report.rows)}\n\nOn {report.machine}, {report.day}, commit {report.commit}.\n"
+    )
 
 
 if __name__ == "__main__":

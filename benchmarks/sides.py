@@ -141,6 +141,7 @@ class OurSide:
         self._settings = settings
         self._engine_pid = engine_pid
         self._ours = ours
+        self._is_fresh = True
 
     def run(self, file: Path) -> Leg:
         """From the batch's first moment in progress to its end, which is after its last durable result.
@@ -153,7 +154,8 @@ class OurSide:
         try:
             before = self._cpu_s()
             with SlotSampler(url, slots=slots, jobs=jobs) as sampler:
-                batch_id = stored(database, file, as_submitted(self._settings), max_output_tokens=1024)
+                cut = as_submitted(self._settings, is_fresh=self._is_fresh)
+                batch_id = stored(database, file, cut, max_output_tokens=1024)
                 progress = ended(database, batch_id, poll_s=POLL_S)
             outside_s, inside_s = (now - then for now, then in zip(self._cpu_s(), before, strict=True))
             _, tail_s = result_times(database, progress.id)
@@ -161,6 +163,7 @@ class OurSide:
             database.close()
         if progress.succeeded + progress.truncated != jobs:
             raise SystemExit(f"{progress.done} of {jobs} jobs done, {progress.failed} failed, {progress.empty} empty")
+        self._is_fresh = False
         seconds = seconds_of(progress)
         more = {
             "outside_s": outside_s,
@@ -169,6 +172,7 @@ class OurSide:
             "samples": sampler.samples,
             "tail": tail_s / seconds,
             "cached_tokens": progress.cached_tokens,
+            "shard_jobs": cut.shard.max_jobs or 0,
         }
         return Leg(seconds, jobs, progress.prompt_tokens, progress.completion_tokens, more)
 

@@ -25,14 +25,14 @@ from uuid import UUID, uuid4
 
 import psycopg
 
-from benchmarks.paired import PAIRS, Ratio, by_turns, keep, made_with
+from benchmarks.paired import PAIRS, Ratio, by_turns, is_default, keep, made_with
 from benchmarks.rows import Row, at_least, at_most, bold
 from benchmarks.submit_files import DOCUMENTS, fill_results, write_documents, write_files
 from store.database import Database
 from store.schema import migrate
+from tests.support.own_services import OwnPostgres, server_folder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SERVER = "postgresql://postgres@127.0.0.1:5432"
 COMMAND = "`make bench-submit`"
 STORES, FETCHES = ("submit", "write_row", "binary blocks"), ("download", "copy out")
 ORDERS = ("ordered", "as filed")
@@ -55,11 +55,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--pairs", type=int, default=PAIRS)
-    parser.add_argument("--server", default=os.environ.get("STOKER_TEST_POSTGRES") or SERVER)
     wishes = parser.parse_args()
     sizes, pairs = sorted(wishes.sizes), wishes.pairs
-    with tempfile.TemporaryDirectory(prefix="stoker-bench-") as folder, database_at(wishes.server) as url:
+    with (
+        tempfile.TemporaryDirectory(prefix="stoker-bench-") as folder,
+        server_folder() as servers,
+        OwnPostgres(servers / "postgres") as server,
+        database_at(server.url.rpartition("/")[0]) as url,
+    ):
         files = {size: write_files(Path(folder) / str(size), size) for size in sizes}
+        _turn(url, [], "submit", files[sizes[0]]["submit"], sizes[0])  # warms the server and the page cache
         stores = _taken(url, {size: {kind: files[size][kind] for kind in STORES} for size in files}, pairs)
         scattered = write_documents(Path(folder) / "documents", sizes[-1])
         orders = _taken(url, {sizes[-1]: dict.fromkeys(ORDERS, scattered)}, pairs)
@@ -70,8 +75,8 @@ def main() -> None:
             {size: stores[size] | fetches[size] | orders.get(size, {}) for size in files},
             file_bytes={size: files[size]["submit"].stat().st_size for size in files},
         )
-    keep("submit", report)
     show(report)
+    print(f"kept in {keep('submit', report, is_whole=is_default(parser, wishes))}")
 
 
 @contextmanager

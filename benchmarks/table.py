@@ -55,7 +55,9 @@ class Report:
 
     name: str
     rows: list[Row]
-    made_on: str
+    machine: str
+    day: str
+    commit: str
 
 
 def reports() -> list[Report]:
@@ -83,15 +85,10 @@ def _report(name: str, path: Path) -> Report | None:
         rows = READERS[name](found)
     else:
         return None
-    return Report(name, rows, _made_on(found)) if rows else None
-
-
-def _made_on(found: dict[str, Any]) -> str:
-    """Empty where an old report does not say."""
     made = found.get("made_with", found)
-    if "cpu" not in made:
-        return ""
-    return f"{made.get('cores', '?')} cores of an {made.get('cpu', 'unknown CPU')}, {str(made.get('date', '?'))[:10]}"
+    machine = f"{made.get('cores', '?')} cores of an {made['cpu']}" if "cpu" in made else "a machine that is not named"
+    day = str(made.get("date") or made.get("when") or "no day")[:10]
+    return Report(name, rows, machine, day, str(made.get("commit", "unknown"))) if rows else None
 
 
 def _end_to_end_rows(found: dict[str, Any]) -> list[Row]:
@@ -128,24 +125,6 @@ def _end_to_end_rows(found: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def _refill_rows(found: dict[str, Any]) -> list[Row]:
-    rows = []
-    for row in found["rows"]:
-        engines = row.get("engines", 1)
-        figure = (
-            f"starvation: slot-time empty while the batch has jobs to send, {engines} × {row['slots']:,} slots, "
-            f"{row['in_flight']:,} in flight each, {row['children']} children, {row['jobs']:,} jobs of lognormal "
-            "service times"
-        )
-        tail = ""
-        if "last_5_percent_of_the_time" in row:
-            tail = f"; the last 5% of the jobs ended in {row['last_5_percent_of_the_time']:.1%} of the time"
-        judged = at_most(100 * row["starvation"], 100 * STARVATION, "%")
-        measured = f"**{row['starvation']:.1%}**{tail}"
-        rows.append(Row(figure, measured, "`make bench-refill`", headline=row is found["rows"][0], **judged))
-    return rows
-
-
 def _dispatch_rows(found: dict[str, Any]) -> list[Row]:
     first, last = found["rows"][0], found["rows"][-1]
     figure = (
@@ -159,7 +138,7 @@ def _dispatch_rows(found: dict[str, Any]) -> list[Row]:
 def _chaos_rows(found: dict[str, Any]) -> list[Row]:
     figure = (
         f"{found['jobs']:,} jobs of {found['job_s']} s on {found['workers']} workers under {len(found['injected'])} "
-        "faults, one every 10 s: lost, doubled, wrongly blamed; run again"
+        "faults: lost, doubled, wrongly blamed; run again"
     )
     counts = f"**{found['lost']}, {found['duplicated']}, {found['blamed']}**"
     repeated = f"{found['repeated'] / found['jobs']:.2%}"
@@ -168,7 +147,6 @@ def _chaos_rows(found: dict[str, Any]) -> list[Row]:
 
 READERS: Final[dict[str, Callable[[dict[str, Any]], list[Row]]]] = {
     "end_to_end": _end_to_end_rows,
-    "refill": _refill_rows,
     "dispatch": _dispatch_rows,
     "chaos": _chaos_rows,
 }

@@ -129,7 +129,7 @@ class ScriptedEndpoint:
 class Calls(msgspec.Struct, frozen=True):
     """`count` requests came; `prompts` says how often each text did, `paths` how often each path.
 
-    From the first arrival to the last, `arrival_s` later, slots were taken for `slot_seconds` in all.
+    From the first arrival to the last, moments of time.monotonic(), slots were taken for `slot_seconds` in all.
     """
 
     count: int
@@ -137,7 +137,8 @@ class Calls(msgspec.Struct, frozen=True):
     paths: dict[str, int]
     running: int
     most_running: int
-    arrival_s: float = 0.0
+    first_at: float = 0.0
+    last_at: float = 0.0
     slot_seconds: float = 0.0
 
 

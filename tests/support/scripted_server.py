@@ -174,7 +174,8 @@ class Script:
                 "paths": self.paths,
                 "running": self.running,
                 "most_running": self.most_running,
-                "arrival_s": self.last_at - self.first_at,
+                "first_at": self.first_at,
+                "last_at": self.last_at,
                 "slot_seconds": self.slot_seconds_at_last,
             }
         )
