@@ -47,6 +47,12 @@ def quantization_of(folder: Path) -> str | None:
     return str(method) if method else None
 
 
+def has_experts(folder: Path) -> bool:
+    """Whether it is a mixture of experts, by its config.json."""
+    config = _config(folder)
+    return any(config.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+
+
 def is_packed(folder: Path) -> bool:
     """Whether its weights are packed, several in a word, as those of 4 bits are (AWQ, GPTQ, W4A16)."""
     found = _quantization(folder)
@@ -62,11 +68,15 @@ def quantized_sibling(folder: Path, *, packed: bool = True) -> Path | None:
 
 
 def _quantization(folder: Path) -> dict[str, Any]:
+    return _config(folder).get("quantization_config") or {}
+
+
+def _config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise BadInput(
             f"{folder} is no checkpoint: no readable config.json; name a Hugging Face folder "
             "or a .gguf file in STOKER_ENGINE__CHECKPOINT"
         ) from error
-    return config.get("quantization_config") or {}
+    return config

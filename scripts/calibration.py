@@ -18,7 +18,7 @@ Sample = dict[str, Any]
 def read_samples(file: Path) -> list[Sample]:
     """One sample a line, `{"text": …}` or `{"messages": […]}`. Raises BadInput that names the line and remedy."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # JSON strings may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"--calibration {file} cannot be read: {error}; name a UTF-8 text or JSONL file") from error
     filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]

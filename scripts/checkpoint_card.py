@@ -16,8 +16,9 @@ _LICENCE_FILE = re.compile(r"^(licen[cs]e|notice|copying)([.-].*)?$", re.IGNOREC
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files of a checkpoint."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Bytes of the weights that are loaded: safetensors, or PyTorch's where there are none; no other files."""
+    weights = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+    return sum(file.stat().st_size for file in weights)
 
 
 def not_measured(reason: str) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def rows_of(card: Card) -> list[tuple[str, str, str]]:
     speed = card["tokens_per_s"]
     spread = "" if "ratio" not in speed else " ({ratio:.2f}x, {ratio_least:.2f} to {ratio_most:.2f})".format(**speed)
     sides = [
-        ("size in bytes", card["size_bytes"]),
+        ("weights in bytes", card["size_bytes"]),
         (f"perplexity on {card['perplexity_tokens']:,} held-out tokens", card["perplexity"]),
         (f"tokens/s{spread}", speed),
     ]

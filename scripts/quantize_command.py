@@ -21,7 +21,7 @@ from typing import Any
 
 import click
 
-from inference.checkpoints import quantization_of
+from inference.checkpoints import has_experts, quantization_of
 from inference.engines import has_gpu
 from runtime.children import spawn, stop
 from runtime.errors import BadInput, Fatal, StokerError
@@ -109,7 +109,8 @@ def quantize(
         raise BadInput(f"-o {output}: its folder cannot be made: {error.strerror}; name another") from error
     engine = settings.engine if speed else None
     order = Order(checkpoint, scheme, calibration, samples, sequence_tokens, python, engine)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     try:
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
             folder = Path(temporary) / output.name
@@ -137,6 +138,11 @@ def check(checkpoint: Path, output: Path, *, scheme: str, calibration: Path | No
     if not (checkpoint / "config.json").is_file():
         raise BadInput(f"CHECKPOINT {checkpoint} has no config.json; name a Hugging Face folder")
     method = quantization_of(checkpoint)
+    if has_experts(checkpoint):
+        raise BadInput(
+            f"CHECKPOINT {checkpoint} is a mixture of experts: whether their weights would be quantized, and the "
+            "router left alone, is not tested; take one that its makers have quantized"
+        )
     if method:
         raise BadInput(f"CHECKPOINT {checkpoint} is quantized already ({method}); take the 16-bit one")
     _check_scheme(scheme, calibration)
@@ -196,12 +202,17 @@ def make(order: Order, folder: Path, *, parts: tuple[list[Sample], list[Sample]]
 
 
 def _perplexity(order: Order, folder: Path, held_out: Path, flags: list[str]) -> tuple[dict[str, Any], int]:
-    before, after = (
-        _child(order.python, "perplexity", checkpoint, held_out, *flags, scratch=folder.parent)
-        for checkpoint in (order.checkpoint, folder)
-    )
-    if not after["quantized_layers"]:
-        raise Fatal("the written checkpoint was loaded without a quantized layer: it is not kept")
+    def measured(checkpoint: Path) -> dict[str, Any]:
+        return _child(order.python, "perplexity", checkpoint, held_out, *flags, scratch=folder.parent)
+
+    try:
+        after = measured(folder)
+        if not after["quantized_layers"]:
+            raise BadInput("the written checkpoint was loaded without a quantized layer: it is not kept")
+        before = measured(order.checkpoint)
+    except Fatal as error:  # most often memory: what was made stays
+        say(f"the perplexity is not measured: {error}")
+        return not_measured(str(error).partition("\n")[0].rstrip(":")), 0
     return {"before": round(before["perplexity"], 4), "after": round(after["perplexity"], 4)}, after["tokens"]
 
 

@@ -59,6 +59,8 @@ def test_what_cannot_be_quantized_is_refused_by_name_and_remedy(checkpoint: Path
     assert "not empty" in refused(checkpoint, output)
     (checkpoint / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
     assert "quantized already (awq)" in refused(checkpoint, tmp_path / "new")
+    (checkpoint / "config.json").write_text('{"num_local_experts": 8}')
+    assert "mixture of experts" in refused(checkpoint, tmp_path / "new")
 
 
 def test_awq_is_refused_without_a_gpu(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +86,12 @@ def test_a_bad_calibration_file_is_refused(tmp_path: Path, name: str, content: s
     (tmp_path / name).write_text(content)
     with pytest.raises(BadInput, match=said):
         read_samples(tmp_path / name)
+
+
+def test_a_line_separator_within_a_json_string_ends_no_line(tmp_path: Path) -> None:
+    line = '{"text": "' + "one\u2028two " * 50 + '"}\n'
+    (tmp_path / "a.jsonl").write_text(line * 20)
+    assert len(read_samples(tmp_path / "a.jsonl")) == 20
 
 
 def test_the_last_fifth_is_held_out(tmp_path: Path) -> None:
