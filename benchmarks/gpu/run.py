@@ -48,6 +48,16 @@ _CACHE: Final = re.compile(r'^vllm:cache_config_info\{.*?block_size="(\d+)".*?nu
 _WEIGHTS: Final = re.compile(r"(?:Model loading took|Loading model weights took) ([0-9.]+) Gi?B")
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A server that is up: `settings` without its address, and the pid at its root."""
+
+    plan: EnginePlan
+    settings: EngineSettings
+    log: Path
+    pid: int
+
+
 @dataclass(slots=True)
 class Run:
     """What was asked for, what has been measured, and the time that is left."""
@@ -129,10 +139,8 @@ def _options() -> argparse.Namespace:
 
 
 @contextmanager
-def _served(
-    run: Run, checkpoint: Path, *, args: str, api_servers: int = 1, beside: bool = False
-) -> Iterator[tuple[EnginePlan, EngineSettings, Path]]:
-    """A server up and warm; `beside` another engine on the same GPU. Also its settings and its log."""
+def _served(run: Run, checkpoint: Path, *, args: str, api_servers: int = 1, beside: bool = False) -> Iterator[Served]:
+    """A server up and warm; `beside` another engine on the same GPU."""
     tiny = run.options.tiny
     memory = "" if tiny else f"--gpu-memory-utilization {0.45 if beside else 0.9}"
     made_up = "" if checkpoint == run.options.checkpoint else "--load-format dummy"
@@ -152,16 +160,18 @@ def _served(
     log = run.folder / f"{socket.stem}.log"
     plan = plan_engine(settings, socket=socket)
     assert plan is not None
-    with EngineSupervisor(plan, log_file=log, start_timeout_s=60 * run.options.minutes, stall_s=120):
+    with EngineSupervisor(plan, log_file=log, start_timeout_s=60 * run.options.minutes, stall_s=120) as server:
+        assert server.pid is not None
         run_http(plan.url, run.file(jobs=plan.slots, tokens=8, model=plan.alias), in_flight=2 * plan.slots)
-        yield plan, settings, log
+        yield Served(plan, settings, log, server.pid)
 
 
 def _end_to_end(run: Run, checkpoint: Path, *, args: str) -> dict[str, Any]:
     """Ours and plain HTTP beside `LLM.chat`, at several lengths of output, until the time is over."""
     found: dict[str, Any] = {}
     with ExitStack() as stack:
-        plan, engine, _ = stack.enter_context(_served(run, checkpoint, args=args, beside=True))
+        served = stack.enter_context(_served(run, checkpoint, args=args, beside=True))
+        plan = served.plan
         bare = stack.enter_context(BareEngine("chat", plan, log=run.folder / "chat.log"))
         bare.wait_ready()
         sides: dict[str, Callable[[Path], Leg]] = {
@@ -169,7 +179,7 @@ def _end_to_end(run: Run, checkpoint: Path, *, args: str) -> dict[str, Any]:
             "http": lambda file: run_http(plan.url, file, in_flight=2 * plan.slots),
         }
         try:
-            sides["ours"] = stack.enter_context(_ours(run, plan, engine)).run
+            sides["ours"] = stack.enter_context(_ours(run, served)).run
         except (StokerError, ImportError) as error:
             run.not_measured.append({"row": "end to end, ours", "reason": str(error)})
         for tokens in (8, 4) if run.options.tiny else OUTPUTS:
@@ -193,21 +203,23 @@ def _by_turns(
     def turn(side: Callable[[Path], Leg]) -> Callable[[], float]:
         return lambda: side(run.file(jobs=jobs, tokens=tokens, model=plan.alias)).tokens_per_s
 
-    speeds = by_turns({name: turn(side) for name, side in sides.items()}, pairs=run.options.pairs)
+    turns = {name: turn(side) for name, side in sides.items()}
+    by_turns(turns, pairs=1)  # not counted: nobody is cold
+    speeds = by_turns(turns, pairs=run.options.pairs)
     return {name: asdict(Ratio.of(speeds[name], speeds["chat"])) for name in sides if name != "chat"}
 
 
 @contextmanager
-def _ours(run: Run, plan: EnginePlan, engine: EngineSettings) -> Iterator[OurSide]:
+def _ours(run: Run, engine: Served) -> Iterator[OurSide]:
     """Our system with embedded services before this server."""
     home = run.folder / "home"
     home.mkdir()
     settings: Settings = load_settings().model_copy(update={"home": home})
     with local_services(settings) as services:
         prepare_schema(services)
-        served = services.model_copy(update={"engine": engine.model_copy(update={"url": plan.url})})
+        served = services.model_copy(update={"engine": engine.settings.model_copy(update={"url": engine.plan.url})})
         with local_worker(served) as worker:
-            yield OurSide(served, engine_pid=worker.process.pid, ours=[worker.process.pid])
+            yield OurSide(served, engine_pid=engine.pid, ours=[worker.process.pid])
 
 
 def _precision(run: Run, shape: str, precision: str, *, args: str) -> dict[str, Any]:
@@ -215,7 +227,8 @@ def _precision(run: Run, shape: str, precision: str, *, args: str) -> dict[str, 
     name = f"{shape}-{precision.replace(' ', '')}"
     four_bit = precision == "4 bit"
     folder = write_dummy(run.folder / name, SHAPES[shape], tokenizer=run.options.tokenizer, four_bit=four_bit)
-    with _served(run, folder, args=args) as (plan, _, log):
+    with _served(run, folder, args=args) as served:
+        plan, log = served.plan, served.log
         legs = [
             run_http(
                 plan.url, run.file(jobs=2 * plan.slots, tokens=128, model=plan.alias), in_flight=2 * plan.slots
@@ -235,7 +248,8 @@ def _precision(run: Run, shape: str, precision: str, *, args: str) -> dict[str, 
 
 def _front_ends(run: Run, folder: Path, *, count: int) -> dict[str, Any]:
     """Jobs a second of 8 tokens each."""
-    with _served(run, folder, args="", api_servers=count) as (plan, _, _):
+    with _served(run, folder, args="", api_servers=count) as served:
+        plan = served.plan
         jobs = (4 if run.options.tiny else 16) * plan.slots
         legs = []
         for _ in range(run.options.pairs):
