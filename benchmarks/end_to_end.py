@@ -1,6 +1,6 @@
 """The whole system beside the bare engine: six workloads, by turns, in one run.
 
-    python -m benchmarks.end_to_end [--pairs 5] [--only "64 tokens"] [--cores pinned|all|both] [--leg-s 15]
+    python -m benchmarks.end_to_end [--pairs 5] [--only "64 tokens"] [--cores pinned|all|both] [--leg-s 12]
 
 Sides: `chat`, offline `LLM.chat`; `run-batch`, vLLM's own batch runner; `http`, our client straight to our engine's
 server; `ours`, submit, RabbitMQ, a Celery worker and Postgres before that server. All three engines are one version
@@ -11,7 +11,7 @@ and Postgres too, the second; only one engine has work at a time. With all cores
 `http` take part where SIDES says so. How many jobs a workload has comes from a leg that is not counted, so that a leg
 takes about `--leg-s`; never fewer than FILLS times the engine's slots, so 256 tokens take what they take. Lengths
 are fixed and must agree between the sides to the token; answers in JSON end by themselves, so tokens a second are
-compared. Between legs it waits until the engine that had work no longer spins. The cache is off. About 40 minutes.
+compared. Between legs it waits until the engine that had work no longer spins. The cache is off. About 35 minutes.
 Writes benchmarks/results/end_to_end.json; while it runs, and with options of its own, end_to_end.partial.json.
 """
 
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", metavar="WORKLOAD")
     parser.add_argument("--skip", metavar="WORKLOAD", action="append", default=[])
     parser.add_argument("--cores", choices=["pinned", "all", "both"], default="both")
-    parser.add_argument("--leg-s", type=float, default=15)
+    parser.add_argument("--leg-s", type=float, default=12)
     parser.add_argument("--slots", type=int, default=8, help="the engine's --max-num-seqs")
     return parser
 

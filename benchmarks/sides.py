@@ -156,6 +156,7 @@ class OurSide:
             with SlotSampler(url, slots=slots, jobs=jobs) as sampler:
                 cut = as_submitted(self._settings, is_fresh=self._is_fresh)
                 batch_id = stored(database, file, cut, max_output_tokens=1024)
+                sampler.begin()
                 progress = ended(database, batch_id, poll_s=POLL_S)
             outside_s, inside_s = (now - then for now, then in zip(self._cpu_s(), before, strict=True))
             _, tail_s = result_times(database, progress.id)
