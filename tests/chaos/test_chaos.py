@@ -8,8 +8,8 @@ from tests.chaos.faults import FAULTS
 from tests.chaos.run import run_chaos, table
 
 SEED = 3
-BATCH_JOBS = 2500
-EVERY_S = 5.0  # twice as often as `make chaos`, so the share of repeated jobs is not held to its bound here
+BATCH_JOBS = 1500
+EVERY_S = 3.0  # three times as often as `make chaos`, so the share of repeated jobs is not held to its bound here
 
 
 @pytest.mark.alone

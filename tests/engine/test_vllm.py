@@ -19,8 +19,8 @@ from tests.support.waiting import wait_until
 
 ALIAS = "smollm2-135m"
 CHECKPOINT = REPOSITORY / ".checkpoints" / "smollm2-135m-w8a8"
-JOBS = 64
-MIDDLE = 16
+JOBS = 40
+MIDDLE = 10
 WATCH_S = 200.0
 
 pytestmark = [
@@ -32,7 +32,7 @@ pytestmark = [
 
 @pytest.fixture
 def chats_file(tmp_path: Path) -> Path:
-    """The first 64 chats of the examples."""
+    """The first chats of the examples."""
     file = tmp_path / "in.jsonl"
     with (REPOSITORY / "examples" / "prompts.jsonl").open() as examples:
         file.write_text("".join(islice(examples, JOBS)))
