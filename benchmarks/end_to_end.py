@@ -1,6 +1,6 @@
 """The whole system beside the bare engine: six workloads, by turns, in one run.
 
-    python -m benchmarks.end_to_end [--pairs 5] [--only "64 tokens"] [--cores pinned|all|both] [--leg-s 12]
+    python -m benchmarks.end_to_end [--pairs 5] [--only "64 tokens"] [--cores pinned|all|both] [--leg-s 16]
 
 Sides: `chat`, offline `LLM.chat`; `run-batch`, vLLM's own batch runner; `http`, our client straight to our engine's
 server; `ours`, submit, RabbitMQ, a Celery worker and Postgres before that server. All three engines are one version
@@ -42,7 +42,6 @@ OURS: Final = "ours"
 SIDES: Final = ("chat", "run-batch", "http", OURS)
 ALL_SIDES_IN: Final = ("64 tokens",)  # elsewhere `chat` and ours: a run stays under half an hour
 ALL_CORES_IN: Final = ("64 tokens",)  # with --cores both and without --only
-SIZED_BY_TOKENS: Final = 64  # outputs of the leg that says how many jobs a workload has are cut to this
 FILLS: Final = 3  # slots are filled so often, at least: once tells nothing of how they are filled again
 SETTLED_S: Final = 2.0  # vLLM's processes look for work without a pause for 1 s after they had some
 
@@ -54,16 +53,23 @@ class Room:
     folder: Path
     plan: EnginePlan
     runs: Mapping[str, Callable[[Path], Leg]]
+    starvation: Callable[[Path], float]
     slots: int
     leg: int = 0
 
     def run(self, side: str, workload: Workload) -> Leg:
         """One leg on a file that no engine has seen."""
+        with self.file(workload) as file:
+            return self.runs[side](file)
+
+    @contextmanager
+    def file(self, workload: Workload) -> Iterator[Path]:
+        """A new leg's, once the engine of the last one has settled."""
         self.leg += 1
         time.sleep(SETTLED_S)
         file = write_workload(self.folder / f"{self.leg}.jsonl", workload, model=self.plan.alias, leg=self.leg)
         try:
-            return self.runs[side](file)
+            yield file
         finally:
             file.unlink()
 
@@ -97,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", metavar="WORKLOAD")
     parser.add_argument("--skip", metavar="WORKLOAD", action="append", default=[])
     parser.add_argument("--cores", choices=["pinned", "all", "both"], default="both")
-    parser.add_argument("--leg-s", type=float, default=12)
+    parser.add_argument("--leg-s", type=float, default=16)
     parser.add_argument("--slots", type=int, default=8, help="the engine's --max-num-seqs")
     return parser
 
@@ -162,7 +168,10 @@ def _started(
         OURS: ours.run,
     }
     said = {kind: engine.not_taken for kind, engine in bare.items()}
-    return Room(folder, plan, runs, plan.slots), {"engine": {"version": server.version}, "flags_not_taken": said}
+    return Room(folder, plan, runs, ours.starvation, plan.slots), {
+        "engine": {"version": server.version},
+        "flags_not_taken": said,
+    }
 
 
 def _served(settings: Settings, url: str, planned: EngineSettings) -> Settings:
@@ -186,23 +195,24 @@ def _measured(room: Room, workload: Workload, jobs: dict[str, int], options: arg
 
     rates = by_turns({side: turn(side) for side in sides}, pairs=options.pairs)
     _expect_alike(workload, legs)
+    with room.file(workload) as file:
+        starvation = room.starvation(file)
     return {
         "workload": asdict(workload),
         "tokens_per_s": rates,
         "ratio": {side: asdict(Ratio.of(rates[OURS], rates[side])) for side in sides if side != OURS},
-        "ours": _of_ours(legs[OURS]),
+        "ours": {"starvation": round(starvation, 4)} | _of_ours(legs[OURS]),
         "legs": {side: [asdict(leg) for leg in ended] for side, ended in legs.items()},
     }
 
 
 def _sized(room: Room, workload: Workload, *, leg_s: float) -> int:
-    """How many jobs take about `leg_s`, from a short leg of the bare engine that warms it up, too."""
-    cut = tuple(min(SIZED_BY_TOKENS, tokens) for tokens in workload.output_tokens)
-    leg = room.run("chat", replace(workload, jobs=room.slots, output_tokens=cut))
-    whole_s = leg.seconds * sum(workload.output_tokens) / sum(cut)
-    if workload.schema:
-        room.run(OURS, replace(workload, jobs=room.slots))  # each engine compiles a grammar once
-    return max(FILLS * room.slots, round(room.slots * leg_s / whole_s))
+    """How many jobs take about `leg_s`, from the second of two short legs of the bare engine."""
+    some = replace(workload, jobs=2 * room.slots)
+    for side in (OURS, "chat"):  # each engine compiles a grammar once
+        room.run(side, some)
+    leg = room.run("chat", some)
+    return max(FILLS * room.slots, round(leg.jobs * leg_s / leg.seconds))
 
 
 def _expect_alike(workload: Workload, legs: Mapping[str, list[Leg]]) -> None:
@@ -222,7 +232,6 @@ def _of_ours(legs: list[Leg]) -> dict[str, Any]:
         return round(statistics.median(of(leg) for leg in legs), 4)
 
     return {
-        "starvation": median(lambda leg: leg.more["starvation"]),
         "last_twentieth_of_the_time": median(lambda leg: leg.more["tail"]),
         "outside_us_a_job": median(lambda leg: leg.more["outside_s"] / leg.jobs * 1e6),
         "outside_by_inside": median(lambda leg: leg.more["outside_s"] / leg.more["inside_s"]),

@@ -43,11 +43,6 @@ class SlotSampler:
         self._has_jobs.set()
 
     @property
-    def samples(self) -> int:
-        """How many were taken while the leg had unfinished jobs."""
-        return len(self._missing)
-
-    @property
     def starvation(self) -> float:
         """Slots for which the engine had no request though jobs were unfinished, as a share of all slots' time.
 

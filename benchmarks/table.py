@@ -108,7 +108,7 @@ def _end_to_end_rows(found: dict[str, Any]) -> list[Row]:
                 )
             )
         ours = measured["ours"]
-        figure = f"{workload}: slots empty while the batch has jobs to send; {where}"
+        figure = f"{workload}: slots empty while the batch has jobs to send, by vLLM's metrics in one more leg; {where}"
         starved = at_most(100 * ours["starvation"], 100 * STARVATION, "%")
         rows.append(
             Row(
