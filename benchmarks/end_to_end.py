@@ -1,6 +1,6 @@
 """The whole system beside the bare engine: six workloads, by turns, in one run.
 
-    python -m benchmarks.end_to_end [--pairs 5] [--only "64 tokens"] [--cores pinned|all|both] [--leg-s 16]
+    python -m benchmarks.end_to_end [--pairs 5] [--only "64 tokens"] [--cores pinned|all|both] [--leg-s 12]
 
 Sides: `chat`, offline `LLM.chat`; `run-batch`, vLLM's own batch runner; `http`, our client straight to our engine's
 server; `ours`, submit, RabbitMQ, a Celery worker and Postgres before that server. All three engines are one version
@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", metavar="WORKLOAD")
     parser.add_argument("--skip", metavar="WORKLOAD", action="append", default=[])
     parser.add_argument("--cores", choices=["pinned", "all", "both"], default="both")
-    parser.add_argument("--leg-s", type=float, default=16)
+    parser.add_argument("--leg-s", type=float, default=12)
     parser.add_argument("--slots", type=int, default=8, help="the engine's --max-num-seqs")
     return parser
 

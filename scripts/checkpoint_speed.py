@@ -1,7 +1,8 @@
 """Tokens/s of two checkpoints, each served by an engine of its own. It must not know of schemes or cards.
 
 Every leg sends the same requests, all with a fixed output length, twice max_num_seqs in flight, as a worker has.
-They are completions, not chats: a base model has no chat template. The first leg of an engine is not counted.
+They are completions, not chats: a base model has no chat template. The first leg of an engine is not counted; it says
+how many requests the others have. Between legs the engine that had work settles.
 """
 
 from __future__ import annotations
@@ -24,14 +25,18 @@ from runtime.settings import EngineSettings
 from scripts.checkpoint_card import size_of
 
 PAIRS = 5
-FILLS = 2  # requests a leg, in fills of the engine
+FILLS, MOST_FILLS = 2, 64  # requests a leg, in fills of the engine: the first, and at most
+LEG_S, LONGEST_LEG_S = (
+    10.0,
+    300.0,
+)  # vLLM computes float8 on a CPU without instructions for it at under a token a second
+SETTLED_S = 2.0  # vLLM's processes look for work without a pause for 1 s after they had some
 OUTPUT_TOKENS = 32
 IN_FLIGHT_A_SLOT = 2
 PROMPT = (
     "wrote to the shop about a parcel that was due on Friday and had not come. The clerk looked the order up, found "
     "that it was still in the depot of the carrier, and answered as follows:"
 )
-LEG_S = 300.0  # vLLM computes float8 on a CPU without instructions for it at less than a token a second
 GIB = 1024**3
 PROCESS_BYTES = 2 * GIB  # vLLM on a CPU beside weights and KV cache: chosen, with room to spare
 
@@ -46,6 +51,7 @@ class Speed:
     after: list[float]
     engine: str
     max_num_seqs: int
+    requests: int
     is_by_turns: bool
 
     @property
@@ -63,7 +69,7 @@ class Speed:
             "ratio_least": round(min(self.ratios), 3),
             "ratio_most": round(max(self.ratios), 3),
             "engine": self.engine,
-            "how": f"{len(self.before)} legs each, {order}; {FILLS * self.max_num_seqs} completions a leg, the same "
+            "how": f"{len(self.before)} legs each, {order}; {self.requests} completions a leg, the same "
             f"short prompts each time, {OUTPUT_TOKENS} tokens each, {IN_FLIGHT_A_SLOT * self.max_num_seqs} in flight",
         }
 
@@ -82,12 +88,13 @@ def compare_speed(before: Path, after: Path, *, engine: EngineSettings, show: Sh
         done = _counter(show, legs=2 * (PAIRS + 1))
         is_by_turns = _fit_together((before, after), plans)
         measure = _by_turns if is_by_turns else _one_after_the_other
-        rates, version = measure(plans, engine=engine, done=done)
+        rates, requests, version = measure(plans, engine=engine, done=done)
     return Speed(
         before=rates[0],
         after=rates[1],
         engine=f"{plans[1].kind} {version}",
         max_num_seqs=plans[1].slots,
+        requests=requests,
         is_by_turns=is_by_turns,
     )
 
@@ -111,28 +118,41 @@ def _fit_together(checkpoints: Sequence[Path], plans: Sequence[EnginePlan]) -> b
 
 def _by_turns(
     plans: Sequence[EnginePlan], *, engine: EngineSettings, done: Callable[[], None]
-) -> tuple[list[list[float]], str | None]:
+) -> tuple[list[list[float]], int, str | None]:
     """A B, B A, A B, …: what drifts on the machine, drifts for both."""
     rates: list[list[float]] = [[] for _ in plans]
     with _engine(plans[0], engine), _engine(plans[1], engine) as second:
-        for pair in range(PAIRS + 1):
+        requests = min(_sized(plan, done) for plan in plans)
+        for pair in range(PAIRS):
             for side in (0, 1) if pair % 2 == 0 else (1, 0):
-                rates[side].append(asyncio.run(_leg(plans[side])))
-                done()
-    return [counted for _, *counted in rates], second.version
+                rates[side].append(_counted(plans[side], requests, done))
+    return rates, requests, second.version
 
 
 def _one_after_the_other(
     plans: Sequence[EnginePlan], *, engine: EngineSettings, done: Callable[[], None]
-) -> tuple[list[list[float]], str | None]:
+) -> tuple[list[list[float]], int, str | None]:
     rates: list[list[float]] = []
+    requests = 0
     for plan in plans:
         with _engine(plan, engine) as running:
-            rates.append([])
-            for _ in range(PAIRS + 1):
-                rates[-1].append(asyncio.run(_leg(plan)))
-                done()
-    return [counted for _, *counted in rates], running.version
+            warmed = _sized(plan, done)
+            requests = requests or warmed
+            rates.append([_counted(plan, requests, done) for _ in range(PAIRS)])
+    return rates, requests, running.version
+
+
+def _sized(plan: EnginePlan, done: Callable[[], None]) -> int:
+    """A leg that is not counted: how many requests take about LEG_S."""
+    rate = _counted(plan, FILLS * plan.slots, done)
+    return max(FILLS * plan.slots, min(MOST_FILLS * plan.slots, round(rate * LEG_S / OUTPUT_TOKENS)))
+
+
+def _counted(plan: EnginePlan, requests: int, done: Callable[[], None]) -> float:
+    time.sleep(SETTLED_S)
+    rate = asyncio.run(_leg(plan, requests))
+    done()
+    return rate
 
 
 def _engine(plan: EnginePlan, settings: EngineSettings) -> EngineSupervisor:
@@ -140,9 +160,9 @@ def _engine(plan: EnginePlan, settings: EngineSettings) -> EngineSupervisor:
     return EngineSupervisor(plan, log_file=log, start_timeout_s=settings.start_timeout_s, stall_s=settings.stall_s)
 
 
-async def _leg(plan: EnginePlan) -> float:
+async def _leg(plan: EnginePlan, requests: int) -> float:
     """Tokens/s of one leg."""
-    in_flight, requests = IN_FLIGHT_A_SLOT * plan.slots, FILLS * plan.slots
+    in_flight = IN_FLIGHT_A_SLOT * plan.slots
     fixed = {"model": plan.alias, "max_tokens": OUTPUT_TOKENS, "ignore_eos": True, "temperature": 0}
     async with Endpoint(plan.url, api_key=None, timeout_s=3600, connections=in_flight) as endpoint:
 
@@ -155,10 +175,11 @@ async def _leg(plan: EnginePlan) -> float:
 
         started = time.monotonic()
         try:
-            async with asyncio.timeout(LEG_S):
+            async with asyncio.timeout(LONGEST_LEG_S):
                 tokens = sum(await asyncio.gather(*(ask(number) for number in range(requests))))
         except TimeoutError as error:
-            raise Fatal(f"less than {requests * OUTPUT_TOKENS / LEG_S:.1f} tokens/s: a leg took {LEG_S:g} s") from error
+            rate = requests * OUTPUT_TOKENS / LONGEST_LEG_S
+            raise Fatal(f"less than {rate:.1f} tokens/s: a leg took {LONGEST_LEG_S:g} s") from error
         seconds = time.monotonic() - started
     if tokens != requests * OUTPUT_TOKENS:
         raise Fatal(f"the engine wrote {tokens} tokens, not {requests * OUTPUT_TOKENS}")

@@ -12,6 +12,7 @@ import pytest
 from runtime.children import birth_of
 from runtime.errors import BadInput
 from runtime.settings import EngineSettings
+from scripts import checkpoint_speed
 from scripts.calibration import read_samples, split
 from scripts.checkpoint_card import write_card
 from scripts.checkpoint_speed import PAIRS, Speed, compare_speed
@@ -28,6 +29,7 @@ SPEED = Speed(
     after=[135.0, 140.0, 132.0],
     engine="vllm 1",
     max_num_seqs=4,
+    requests=8,
     is_by_turns=True,
 )
 
@@ -161,6 +163,8 @@ def test_engines_take_turns_but_follow_each_other_on_a_gpu(
     nvidia_smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "0")
+    monkeypatch.setattr(checkpoint_speed, "SETTLED_S", 0.0)
+    monkeypatch.setattr(checkpoint_speed, "LEG_S", 0.1)
     journal = tmp_path / "journal"
     started = install(tmp_path, journal=journal, latency_s=0.01)
     engine = EngineSettings(
