@@ -41,7 +41,7 @@ from store.database import Database
 COMMAND: Final = "`make bench-order`"
 POLL_S: Final = 0.1
 BLOCK_TOKENS: Final = 32  # of the KV cache, as the engine is started on a CPU
-SLOTS: Final = 6  # so many different documents fit the smaller room at once
+SLOTS: Final = 8  # of which a shuffled file fills 7 where the room is small: no more documents fit
 ROOM_SHARE: Final = 4  # the documents are so many times the room
 MODEL: Final = "smollm2-135m"
 MIXED_TOKENS: Final = (8, 8, 8, 96)
