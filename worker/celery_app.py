@@ -48,7 +48,6 @@ def make_app(settings: Settings) -> Celery:
         task_create_missing_queues=False,
         task_queues=[node_queue(delivery_limit=settings.broker.delivery_limit)],
         worker_pool="prefork",
-        worker_concurrency=parts.children,
         worker_consumer="worker.celery_app:Consumer",
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
@@ -77,6 +76,11 @@ def _wire(app: Celery, parts: WorkerParts) -> None:
         if child:
             child.pop().close()
 
+    def size_pool(conf: Any, **_: Any) -> None:
+        """Only a worker plans an engine: dispatchers and publishers, which use the app too, may have no checkpoint."""
+        conf.worker_concurrency = parts.children
+
+    signals.celeryd_init.connect(size_pool, weak=False)
     signals.setup_logging.connect(lambda **_: configure_logs(parts.settings.log), weak=False)
     signals.worker_process_init.connect(start_child, weak=False)
     signals.worker_process_shutdown.connect(end_child, weak=False)

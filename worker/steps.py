@@ -79,9 +79,11 @@ class WorkerParts:
     @property
     def children(self) -> int:
         """Prefork children, known before they are forked: one asyncio loop keeps some hundred slots full."""
+        if self.settings.worker.children:
+            return self.settings.worker.children
         plan, wanted = self.plan(), math.ceil(self.engine_slots / SLOTS_A_CHILD)
         least = LLAMACPP_CHILDREN if plan is not None and plan.kind == "llamacpp" else LEAST_CHILDREN
-        return self.settings.worker.children or max(least, min(MOST_CHILDREN, wanted))
+        return max(least, min(MOST_CHILDREN, wanted))
 
     @property
     def in_flight(self) -> int:

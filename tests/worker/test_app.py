@@ -1,0 +1,58 @@
+"""The Celery app where there is nothing to run an engine from, and how many children a worker has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from runtime.settings import BrokerSettings, EngineSettings, Settings, WorkerSettings
+from worker.celery_app import make_app
+from worker.shared import SharedState
+from worker.steps import LEAST_CHILDREN, MOST_CHILDREN, SLOTS_A_CHILD, WorkerParts
+
+ELSEWHERE = "http://127.0.0.1:1"
+
+
+@contextmanager
+def parts(engine: EngineSettings, *, children: int | None = None) -> Iterator[WorkerParts]:
+    settings = Settings.model_construct(engine=engine, worker=WorkerSettings(children=children))
+    found = WorkerParts(settings=settings, shared=SharedState())
+    yield found
+    found.end()
+
+
+def test_dispatchers_and_publishers_need_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    engine = EngineSettings(checkpoint=tmp_path / "none.gguf")
+    broker = BrokerSettings(url="amqp://guest@127.0.0.1:1//")
+
+    app = make_app(Settings.model_construct(broker=broker, engine=engine))
+
+    assert app.conf.worker_concurrency is None
+
+
+def test_children_that_are_set_need_no_plan_of_an_engine(tmp_path: Path) -> None:
+    with parts(EngineSettings(checkpoint=tmp_path / "none.gguf"), children=3) as found:
+        assert found.children == 3
+
+
+@pytest.mark.parametrize(
+    ("slots", "children"),
+    [(8, LEAST_CHILDREN), (3 * SLOTS_A_CHILD, 3), (100 * SLOTS_A_CHILD, MOST_CHILDREN)],
+)
+def test_children_follow_the_slots(slots: int, children: int) -> None:
+    with parts(EngineSettings(url=ELSEWHERE, max_num_seqs=slots)) as found:
+        assert found.children == children
+        assert found.in_flight * children >= 2 * slots
+
+
+def test_llamacpp_has_one_child(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "small-gguf" / "small.gguf"
+    checkpoint.parent.mkdir()
+    checkpoint.write_bytes(b"GGUF")
+
+    with parts(EngineSettings(checkpoint=checkpoint)) as found:
+        assert found.children == 1
