@@ -95,9 +95,10 @@ def _engine_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         (
             f"{found['lines']:,} lines, {len(found['labels'])} labels, `--cache {found['cache']}` before vLLM with "
-            f"{found['checkpoint']}: engine tokens cut; answered otherwise than without; "
+            f"{found['checkpoint']}: engine tokens cut; speed ÷ without; answered otherwise than without; "
             "an always-majority answer would be right for",
-            f"**{found['engine_tokens_cut']:.1%}**; {found['served_otherwise']:.2%}; "
+            f"**{found['engine_tokens_cut']:.1%}**; **{found['seconds_off'] / found['seconds_cached']:.2f}**, one run; "
+            f"{found['served_otherwise']:.2%}; "
             f"{found['always_majority_right']:.1%} ({found['label_entropy_bits']:.2f} bits)",
         )
     ]

@@ -58,8 +58,8 @@ def main() -> None:
     }
     report |= {"jobs": options.jobs, "group": options.group, "output_tokens": OUTPUT_TOKENS}
     row = Row(
-        f"vLLM's batch route, {options.group} chats of {OUTPUT_TOKENS} tokens a request ÷ single requests; used from "
-        f"{WORTH_IT} on (docs/decisions/0016)",
+        f"vLLM's batch route, {options.group} chats of {OUTPUT_TOKENS} tokens a request ÷ single requests: not used, "
+        f"would be from {WORTH_IT} on (docs/decisions/0016)",
         bold(ratio),
         "`make bench-front-end`",
     )

@@ -31,7 +31,7 @@ def main() -> None:
     figures = (
         f"{headlines}\n\nMedians (least to most), of pairs by turns where it is a ratio; on {places}; "
         f"{days[0]} to {days[-1]}; shared machines, so ratios and not seconds. Every figure, its machine and commit: "
-        "[docs/benchmarks.md](docs/benchmarks.md); `make bench` measures them. "
+        "[docs/benchmarks.md](docs/benchmarks.md); the command in its row measures it. "
         f"Not measured yet: {', '.join(missing)}."
     )
     written, times = MARKED.subn(lambda marks: f"{marks[1]}{figures}\n{marks[2]}", README.read_text())

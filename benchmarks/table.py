@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,6 +47,19 @@ BARE: Final = {
 SHOWN: Final = "64 tokens"
 MADE_BY: Final = "`make bench-end-to-end`"
 STARVATION: Final = 0.02
+# What is known to be wrong with a kept report: (report, its commit, what the figure has in it, what to say). A new run
+# has another commit, and the entry is to go with it.
+FAULTS: Final = (
+    (
+        "pipeline",
+        "be1ce7b",
+        "(prefork 8); on one core",
+        "pool chosen by one probe, where it did 687 jobs/s: by that 7.9",
+    ),
+    ("pipeline", "be1ce7b", "on all cores", "2 pairs"),
+    ("pipeline", "be1ce7b", "CPU of a job", "submit is not in it"),
+    ("submit", "da1590d", "1,000,000", "2 pairs at 1,000,000"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +101,15 @@ def _report(name: str, path: Path) -> Report | None:
     made = found.get("made_with", found)
     machine = f"{made.get('cores', '?')} cores of an {made['cpu']}" if "cpu" in made else "a machine that is not named"
     day = str(made.get("date") or made.get("when") or "no day")[:10]
-    return Report(name, rows, machine, day, str(made.get("commit", "unknown"))) if rows else None
+    commit = str(made.get("commit", "unknown"))
+    return Report(name, [_open(name, commit, row) for row in rows], machine, day, commit) if rows else None
+
+
+def _open(name: str, commit: str, row: Row) -> Row:
+    """The row with its known faults; one that falls short of its target stands in README.md, whatever it is of."""
+    said = [fault for of, at, part, fault in FAULTS if (of, at) == (name, commit) and part in row.figure]
+    measured = f"{row.measured}; **fault: {'; '.join(said)}**" if said else row.measured
+    return replace(row, measured=measured, headline=row.headline or row.is_met is False)
 
 
 def _end_to_end_rows(found: dict[str, Any]) -> list[Row]:
@@ -100,7 +121,7 @@ def _end_to_end_rows(found: dict[str, Any]) -> list[Row]:
             ratio, target = Ratio(**spread), END_TO_END.get((cores, workload, side))
             rows.append(
                 Row(
-                    f"{jobs:,} jobs of {workload}, through RabbitMQ and Postgres ÷ {BARE[side]}, same flags; {where}",
+                    f"tokens/s of {jobs:,} jobs ({workload}) through RabbitMQ and Postgres ÷ {BARE[side]}; {where}",
                     bold(ratio),
                     MADE_BY,
                     headline=cores == "pinned" and side != "http",
@@ -108,7 +129,7 @@ def _end_to_end_rows(found: dict[str, Any]) -> list[Row]:
                 )
             )
         ours = measured["ours"]
-        figure = f"{workload}: slots empty while the batch has jobs to send, by vLLM's metrics in one more leg; {where}"
+        figure = f"{workload}: slots empty while the batch has jobs to send, by vLLM's metrics, one leg; {where}"
         starved = at_most(100 * ours["starvation"], 100 * STARVATION, "%")
         rows.append(
             Row(
@@ -119,8 +140,9 @@ def _end_to_end_rows(found: dict[str, Any]) -> list[Row]:
                 **starved,
             )
         )
-        figure = f"{workload}: CPU outside ÷ inside the engine, the benchmark's own watching included; {where}"
-        rows.append(Row(figure, f"**{ours['outside_by_inside']:.3f}**", MADE_BY))
+        figure = f"{workload}: CPU outside ÷ inside the engine; µs outside it a job, our watching included; {where}"
+        outside = f"**{ours['outside_by_inside']:.3f}**; {ours['outside_us_a_job']:,.0f}"
+        rows.append(Row(figure, outside, MADE_BY))
     return rows
 
 

@@ -62,7 +62,7 @@ class Order:
     "--scheme",
     type=click.Choice(SCHEMES),
     required=True,
-    help="w8a8 and fp8 give memory and tokens/s, 4 bits (gptq, awq, w4a16) give memory: docs/quantize.md.",
+    help="4 bits (gptq, awq, w4a16) give memory; w8a8, and fp8 on a GPU that has it, tokens/s too: docs/quantize.md.",
 )
 @click.option(
     "--calibration",

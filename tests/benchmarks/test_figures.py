@@ -10,12 +10,12 @@ import sys
 from benchmarks.batch_lines import bodies, line
 from benchmarks.cores import kept_on, processes, tree, tree_cpu_s
 from benchmarks.paired import Ratio
-from benchmarks.readme import markdown
+from benchmarks.readme import README, markdown
 from benchmarks.rows import Row, at_least, at_most
 from benchmarks.sampled import folded
 from benchmarks.static_endpoint import ANSWER
 from benchmarks.submit_files import RESPONSE
-from benchmarks.table import reports
+from benchmarks.table import FAULTS, reports
 from inference.endpoint import Reply
 from inference.replies import result_of
 from models.states import Outcome
@@ -78,3 +78,12 @@ def test_what_was_pinned_is_free_again_after_the_block() -> None:
             assert os.sched_getaffinity(0) == os.sched_getaffinity(child.pid) == one
         assert os.sched_getaffinity(0) == os.sched_getaffinity(child.pid) == cores
         child.communicate(b"\n")
+
+
+def test_the_readme_shows_every_figure_that_falls_short_and_every_known_fault() -> None:
+    readme, rows = README.read_text(), [row for report in reports() for row in report.rows]
+    assert all(row.figure in readme for row in rows if row.is_met is False)
+    kept = {(report.name, report.commit) for report in reports()}
+    for name, commit, _, said in FAULTS:
+        assert (name, commit) in kept, "the report was measured anew: take its fault out of FAULTS"
+        assert any(said in row.measured for row in rows)
