@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ENDPOINT = "/v1/chat/completions"
@@ -65,6 +65,11 @@ def line(seq: int, body: str) -> str:
 
 def write_batch(path: Path, count: int, *, model: str) -> Path:
     """A batch file of so many lines."""
+    return write_lines(path, bodies(count, model=model))
+
+
+def write_lines(path: Path, found: Iterable[str]) -> Path:
+    """A batch file with these bodies."""
     with path.open("w") as opened:
-        opened.writelines(line(seq, body) for seq, body in enumerate(bodies(count, model=model)))
+        opened.writelines(line(seq, body) for seq, body in enumerate(found))
     return path

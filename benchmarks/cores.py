@@ -54,16 +54,23 @@ def tree_cpu_s(root: int, everyone: Mapping[int, Process]) -> float:
 
 def pin(root: int, cores: set[int]) -> bool:
     """Let a process, its threads and its descendants run on these cores only; False where we may not say."""
-    for process in tree(root, processes()):
-        try:
-            for task in Path(f"/proc/{process.pid}/task").iterdir():
-                with suppress(ProcessLookupError):
-                    os.sched_setaffinity(int(task.name), cores)
-        except PermissionError:
-            return False
-        except FileNotFoundError:  # it has ended meanwhile
-            continue
+    try:
+        for process in tree(root, processes()):
+            with suppress(FileNotFoundError):  # it has ended meanwhile
+                for task in Path(f"/proc/{process.pid}/task").iterdir():
+                    with suppress(ProcessLookupError):
+                        os.sched_setaffinity(int(task.name), cores)
+    except PermissionError:
+        return False
     return True
+
+
+def two_cores() -> list[int]:
+    """The cores that we may use, in their order; SystemExit if an endpoint cannot have one of its own."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise SystemExit("the endpoint wants a core of its own: this needs two cores or more")
+    return cores
 
 
 @contextmanager

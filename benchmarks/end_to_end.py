@@ -29,21 +29,21 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from benchmarks.cores import kept_on
-from benchmarks.paired import PAIRS, Ratio, by_turns, is_default, keep, made_with
+from benchmarks.paired import PAIRS, Ratio, by_turns, keep, keep_run, made_with
 from benchmarks.place import Place, own_place
 from benchmarks.sides import BareEngine, Leg, OurSide, run_http
 from benchmarks.workloads import WORKLOADS, Workload, write_workload
 from inference.engines import EnginePlan, plan_engine
 from inference.supervisor import EngineSupervisor
 from runtime.settings import EngineSettings, Settings, load_settings
+from scripts.checkpoint_speed import SETTLED_S
 from scripts.local import local_worker
 
 OURS: Final = "ours"
 SIDES: Final = ("chat", "run-batch", "http", OURS)
-ALL_SIDES_IN: Final = ("64 tokens",)  # elsewhere `chat` and ours: a run stays under half an hour
+ALL_SIDES_IN: Final = ("64 tokens",)  # elsewhere `chat` and ours, for the time that it takes
 ALL_CORES_IN: Final = ("64 tokens",)  # with --cores both and without --only
 FILLS: Final = 3  # slots are filled so often, at least: once tells nothing of how they are filled again
-SETTLED_S: Final = 2.0  # vLLM's processes look for work without a pause for 1 s after they had some
 
 
 @dataclass(slots=True)
@@ -94,7 +94,7 @@ def main() -> None:
                     rows.append({"cores": cores} | _measured(room, workload, jobs, options))
                     print(_line(rows[-1]), flush=True)
                     keep("end_to_end", report | {"rows": rows}, is_whole=False)
-    print(f"kept in {keep('end_to_end', report | {'rows': rows}, is_whole=is_default(parser, options))}")
+    keep_run("end_to_end", report | {"rows": rows}, parser, options)
 
 
 def _parser() -> argparse.ArgumentParser:

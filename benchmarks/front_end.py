@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import uvloop
 
-from benchmarks.paired import PAIRS, Ratio, by_turns, is_default, keep, made_with
+from benchmarks.paired import PAIRS, Ratio, by_turns, keep_run, made_with
 from benchmarks.rows import Row, bold
 from benchmarks.workloads import PATH, Workload, bodies_of
 from inference.endpoint import Endpoint
@@ -65,7 +65,7 @@ def main() -> None:
     )
     report |= {"jobs_per_s": rates, "ratio": asdict(ratio), "table": [row.as_json()]}
     print(f"{row.figure}: {row.measured}")
-    print(f"kept in {keep('front_end', report, is_whole=is_default(parser, options))}")
+    keep_run("front_end", report, parser, options)
 
 
 def _rates(url: str, model: str, in_flight: int, options: argparse.Namespace) -> dict[str, list[float]]:

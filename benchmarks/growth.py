@@ -10,7 +10,6 @@ About 25 minutes. Writes benchmarks/results/growth.json.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
 from functools import partial
@@ -20,10 +19,10 @@ from typing import Any, Final
 import psycopg
 
 from benchmarks.batch_lines import write_batch
-from benchmarks.cores import kept_on
+from benchmarks.cores import kept_on, two_cores
 from benchmarks.legs import Leg, run_ours
 from benchmarks.own_batch import stored
-from benchmarks.paired import PAIRS, Ratio, by_turns, is_default, keep, made_with
+from benchmarks.paired import PAIRS, Ratio, by_turns, keep_run, made_with
 from benchmarks.place import Place, own_place
 from benchmarks.rows import Row, at_most, bold
 from benchmarks.static_endpoint import MODEL, StaticEndpoint
@@ -47,9 +46,7 @@ def main() -> None:
     parser.add_argument("--finished", type=int, default=1_000_000)
     parser.add_argument("--pairs", type=int, default=PAIRS)
     options = parser.parse_args()
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        raise SystemExit("the endpoint wants a core of its own: this needs two cores or more")
+    cores = two_cores()
     legs: dict[str, list[Leg]] = {}
     with own_place() as place, tempfile.TemporaryDirectory() as name, StaticEndpoint(core=cores[0]) as endpoint:
         folder = Path(name)
@@ -77,7 +74,7 @@ def main() -> None:
         "legs": {side: [leg.as_json() for leg in found] for side, found in legs.items()},
     }
     report["table"] = [row.as_json() for row in rows(report)]
-    print(f"kept in {keep('growth', report, is_whole=is_default(parser, options))}")
+    keep_run("growth", report, parser, options)
     for row in rows(report):
         print(f"{row.figure}: {row.measured} {row.verdict}".replace("**", ""))
 

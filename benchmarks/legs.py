@@ -19,7 +19,6 @@ from scripts.terminal import seconds_of
 from store.database import Database
 
 POLL_S = 0.25
-RUN_S = 900.0
 OUTSIDE = ("submit", "worker", "worker parent", "worker children", "dispatcher", "postgres", "rabbitmq", "redis")
 
 
@@ -66,7 +65,7 @@ def run_ours(
     try:
         with local_worker(settings) as worker:
             pid = worker.process.pid
-            ended(database, stored(database, warm_up, settings), poll_s=POLL_S, most_s=RUN_S)
+            ended(database, stored(database, warm_up, settings), poll_s=POLL_S)
             checkpoint(settings)
             cut = as_submitted(settings)
             before = _cpu_s(pid, servers, endpoint_pid)
@@ -75,7 +74,7 @@ def run_ours(
             submit_s = time.process_time() - submit_s
             if meanwhile is not None:
                 meanwhile(children_of(pid)[0])
-            progress = ended(database, batch_id, poll_s=POLL_S, most_s=RUN_S)
+            progress = ended(database, batch_id, poll_s=POLL_S)
             after = _cpu_s(pid, servers, endpoint_pid)
     finally:
         database.close()

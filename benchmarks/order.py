@@ -22,13 +22,14 @@ import itertools
 import json
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.own_batch import ended, result_times, stored
-from benchmarks.paired import PAIRS, Ratio, by_turns, is_default, keep, made_with
+from benchmarks.paired import PAIRS, Ratio, by_turns, keep_run, made_with
 from benchmarks.place import as_submitted, own_place
 from benchmarks.rows import Row, at_least, bold
 from inference.engines import plan_engine
@@ -101,7 +102,7 @@ def main() -> None:
             report["fits"] = measured(place.settings, file, options, SIDES, numbers=numbers, outputs=alike)
             report["by_output"] = measured(place.settings, file, options, BY_OUTPUT, numbers=numbers, outputs=mixed)
     report["table"] = [row.as_json() for row in rows_of(report)]
-    print(f"kept in {keep('order', report, is_whole=is_default(parser, options))}")
+    keep_run("order", report, parser, options)
 
 
 def described(settings: Settings) -> dict[str, str]:
@@ -134,20 +135,18 @@ def measured(
     """Every side's legs by turns, after one of the first that is not counted."""
     legs: dict[str, list[Leg]] = {name: [] for name in sides}
 
-    def turn(name: str) -> Callable[[], float]:
-        def run() -> float:
-            write_file(file, options, leg=next(numbers), shuffled=sides[name].shuffled, outputs=outputs)
-            is_fresh = not any(legs.values())
-            legs[name].append(run_leg(settings, file, order=sides[name].order, is_fresh=is_fresh))
-            print(name, legs[name][-1], flush=True)
-            return legs[name][-1].seconds
+    def run(side: Side, *, is_fresh: bool = False) -> Leg:
+        write_file(file, options, leg=next(numbers), shuffled=side.shuffled, outputs=outputs)
+        return run_leg(settings, file, order=side.order, is_fresh=is_fresh)
 
-        return run
+    def turn(name: str) -> float:
+        legs[name].append(run(sides[name]))
+        print(name, legs[name][-1], flush=True)
+        return legs[name][-1].seconds
 
-    turn(next(iter(sides)))()
-    legs[next(iter(sides))].clear()
-    seconds = by_turns({name: turn(name) for name in sides}, pairs=options.pairs)
     names = list(sides)
+    run(sides[names[0]], is_fresh=True)
+    seconds = by_turns({name: partial(turn, name) for name in names}, pairs=options.pairs)
     ratios = {other: asdict(Ratio.of(seconds[names[0]], seconds[other])) for other in names[1:]}
     return {
         "ratio_of_speed_to": names[0],

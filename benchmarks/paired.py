@@ -97,9 +97,17 @@ def keep(name: str, report: Mapping[str, Any], *, is_whole: bool = True) -> Path
     return path
 
 
-def is_default(parser: argparse.ArgumentParser, options: argparse.Namespace) -> bool:
-    """Whether a run has the options of the published one: only then its report takes the published one's place."""
-    return all(value == parser.get_default(name) for name, value in vars(options).items())
+def keep_run(
+    name: str,
+    report: Mapping[str, Any],
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    *,
+    is_whole: bool = True,
+) -> None:
+    """Keep a run's report, and say where: in the published one's place only if it has the same options."""
+    is_default = all(value == parser.get_default(option) for option, value in vars(options).items())
+    print(f"kept in {keep(name, report, is_whole=is_whole and is_default)}")
 
 
 def _cpu() -> str:

@@ -5,14 +5,13 @@
 Postgres, RabbitMQ and Redis of its own; nginx with one ready-made answer on the first core, all else on the second,
 then once more on all. Sides take turns. Ours are submitted before the clock, which runs from the batch's first second
 in progress to its end; what the others' clocks leave out is in benchmarks/peers/. One more leg, unmeasured, is looked
-at with py-spy. All pools of Celery take turns; the one with the
-best median counts. About 20 minutes. Prints its figures and writes benchmarks/results/pipeline.json.
+at with py-spy. All pools of Celery take turns; the one with the best median counts. About 20 minutes. Prints its
+figures and writes benchmarks/results/pipeline.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,9 +20,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.batch_lines import write_batch
-from benchmarks.cores import kept_on
+from benchmarks.cores import kept_on, two_cores
 from benchmarks.legs import Leg, run_ours
-from benchmarks.paired import PAIRS, by_turns, is_default, keep, made_with
+from benchmarks.paired import PAIRS, by_turns, keep_run, made_with
 from benchmarks.peers import ray_leg
 from benchmarks.peers.celery_leg import run_celery
 from benchmarks.pipeline_report import CELERY, OURS, RAY, UNIX, UNSHARDED, celery_side, report_of, show
@@ -117,9 +116,7 @@ def main() -> None:
     parser.add_argument("--leg-s", type=float, default=6, help="how long a leg is to take")
     parser.add_argument("--pairs", type=int, default=PAIRS)
     options = parser.parse_args()
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        raise SystemExit("the endpoint wants a core of its own: this needs two cores or more")
+    cores = two_cores()
     if not ray_leg.is_there():
         print("without Ray Data: `make ray-env` has not been run")
     found: dict[str, Any] = {}
@@ -141,8 +138,7 @@ def main() -> None:
     made = made_with("celery", "httptools", "uvloop", "psycopg", "sqlalchemy")
     report = report_of({"made_with": made, "options": vars(options), **found})
     show(report)
-    is_whole = is_default(parser, options) and ray_leg.is_there()
-    print(f"kept in {keep('pipeline', report, is_whole=is_whole)}")
+    keep_run("pipeline", report, parser, options, is_whole=ray_leg.is_there())
 
 
 def _probed(sides: Sides, *, leg_s: float) -> dict[str, int]:

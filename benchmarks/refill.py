@@ -24,11 +24,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.own_batch import TAIL as LAST
-from benchmarks.own_batch import ended, result_times, stored
-from benchmarks.paired import PAIRS, is_default, keep, made_with
+from benchmarks.own_batch import before_tail, ended, result_times, stored
+from benchmarks.paired import PAIRS, keep_run, made_with
 from benchmarks.place import as_submitted, own_place
 from benchmarks.rows import Row, at_most
+from benchmarks.table import STARVATION
 from runtime.settings import Settings
 from scripts.local import local_worker
 from store.database import Database
@@ -36,7 +36,7 @@ from tests.support.scripted_endpoint import ScriptedEndpoint
 
 POLL_S: Final = 0.25
 COMMAND: Final = "`make bench-refill`"
-STARVATION, TAIL = 0.02, 0.1
+TAIL: Final = 0.1  # target
 SIMULATED: Final = 9
 
 
@@ -77,7 +77,7 @@ def main() -> None:
             found.append({"case": asdict(case) | {"in_flight": case.in_flight}, "runs": runs, "ideal_tail": at_best})
         report = {"made_with": made_with("celery", "httptools"), "servers": place.versions(), "options": vars(options)}
     table = [row.as_json() for each in found for row in rows(each, is_first=each is found[0])]
-    print(f"kept in {keep('refill', {**report, 'cases': found, 'table': table}, is_whole=is_default(parser, options))}")
+    keep_run("refill", {**report, "cases": found, "table": table}, parser, options)
 
 
 def rows(found: dict[str, Any], *, is_first: bool) -> list[Row]:
@@ -111,7 +111,7 @@ def ideal_tail(case: Case, *, sigma: float, seed: int) -> float:
         ends.append(free_at[0] + chance.lognormvariate(math.log(case.median_s), sigma))
         heapq.heapreplace(free_at, ends[-1])
     ends.sort()
-    return (ends[-1] - ends[math.ceil(len(ends) * (1 - LAST)) - 1]) / (ends[-1] - ends[0])
+    return (ends[-1] - before_tail(ends)) / (ends[-1] - ends[0])
 
 
 def measured(settings: Settings, case: Case, *, sigma: float) -> dict[str, Any]:

@@ -25,9 +25,10 @@ from uuid import UUID, uuid4
 
 import psycopg
 
-from benchmarks.paired import PAIRS, Ratio, by_turns, is_default, keep, made_with
+from benchmarks.batch_lines import documents, write_lines
+from benchmarks.paired import PAIRS, Ratio, by_turns, keep_run, made_with
 from benchmarks.rows import Row, at_least, at_most, bold
-from benchmarks.submit_files import DOCUMENTS, fill_results, write_documents, write_files
+from benchmarks.submit_files import MODEL, fill_results, write_files
 from store.database import Database
 from store.schema import migrate
 from tests.support.own_services import OwnPostgres, server_folder
@@ -36,6 +37,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 COMMAND = "`make bench-submit`"
 STORES, FETCHES = ("submit", "write_row", "binary blocks"), ("download", "copy out")
 ORDERS = ("ordered", "as filed")
+DOCUMENTS = 20_000
 NAMES = {
     "write_row": "plain psycopg COPY (write_row) of the same rows",
     "binary blocks": "COPY of ready-made binary blocks",
@@ -66,7 +68,8 @@ def main() -> None:
         files = {size: write_files(Path(folder) / str(size), size) for size in sizes}
         _turn(url, [], "submit", files[sizes[0]]["submit"], sizes[0])  # warms the server and the page cache
         stores = _taken(url, {size: {kind: files[size][kind] for kind in STORES} for size in files}, pairs)
-        scattered = write_documents(Path(folder) / "documents", sizes[-1])
+        about_documents = documents(sizes[-1], model=MODEL, about=DOCUMENTS)
+        scattered = write_lines(Path(folder) / "documents", about_documents)
         orders = _taken(url, {sizes[-1]: dict.fromkeys(ORDERS, scattered)}, pairs)
         outputs = _filled(url, Path(folder), files)
         fetches = _taken(url, {size: dict.fromkeys(FETCHES, path) for size, path in outputs.items()}, pairs)
@@ -76,7 +79,7 @@ def main() -> None:
             file_bytes={size: files[size]["submit"].stat().st_size for size in files},
         )
     show(report)
-    print(f"kept in {keep('submit', report, is_whole=is_default(parser, wishes))}")
+    keep_run("submit", report, parser, wishes)
 
 
 @contextmanager

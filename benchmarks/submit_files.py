@@ -9,11 +9,10 @@ from uuid import UUID, uuid4
 
 import psycopg
 
-from benchmarks.batch_lines import bodies, custom_id, documents, line
+from benchmarks.batch_lines import bodies, custom_id, line
 from benchmarks.submit_sides import ROWS_A_TRANSACTION
 
 MODEL = "smollm2-135m"
-DOCUMENTS = 20_000
 BLOCK_BYTES = 256 * 1024
 BINARY_START, BINARY_END = b"PGCOPY\n\xff\r\n\0" + bytes(8), b"\xff\xff"
 # About 400 bytes, as vLLM writes it; `{}` is the job's number.
@@ -54,13 +53,6 @@ def write_files(folder: Path, lines: int) -> dict[str, Path]:
                 blocks.write(len(block).to_bytes(4, "big") + block + (bytes(4) if ends else b""))
                 block = bytearray(BINARY_START if ends else b"")
     return files
-
-
-def write_documents(path: Path, lines: int) -> Path:
-    """A batch file whose lines are about DOCUMENTS in turn."""
-    with path.open("w") as batch:
-        batch.writelines(line(seq, body) for seq, body in enumerate(documents(lines, model=MODEL, about=DOCUMENTS)))
-    return path
 
 
 def fill_results(url: str, batch_id: UUID) -> None:

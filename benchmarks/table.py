@@ -102,10 +102,10 @@ def _report(name: str, path: Path) -> Report | None:
     machine = f"{made.get('cores', '?')} cores of an {made['cpu']}" if "cpu" in made else "a machine that is not named"
     day = str(made.get("date") or made.get("when") or "no day")[:10]
     commit = str(made.get("commit", "unknown"))
-    return Report(name, [_open(name, commit, row) for row in rows], machine, day, commit) if rows else None
+    return Report(name, [_with_faults(name, commit, row) for row in rows], machine, day, commit) if rows else None
 
 
-def _open(name: str, commit: str, row: Row) -> Row:
+def _with_faults(name: str, commit: str, row: Row) -> Row:
     """The row with its known faults; one that falls short of its target stands in README.md, whatever it is of."""
     said = [fault for of, at, part, fault in FAULTS if (of, at) == (name, commit) and part in row.figure]
     measured = f"{row.measured}; **fault: {'; '.join(said)}**" if said else row.measured

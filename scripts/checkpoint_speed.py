@@ -26,10 +26,8 @@ from scripts.checkpoint_card import size_of
 
 PAIRS = 5
 FILLS, MOST_FILLS = 2, 64  # requests a leg, in fills of the engine: the first, and at most
-LEG_S, LONGEST_LEG_S = (
-    10.0,
-    300.0,
-)  # vLLM computes float8 on a CPU without instructions for it at under a token a second
+LEG_S = 10.0
+LONGEST_LEG_S = 300.0  # vLLM computes float8 on a CPU without instructions for it at less than a token a second
 SETTLED_S = 2.0  # vLLM's processes look for work without a pause for 1 s after they had some
 OUTPUT_TOKENS = 32
 IN_FLIGHT_A_SLOT = 2

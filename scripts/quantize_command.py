@@ -137,12 +137,12 @@ def check(checkpoint: Path, output: Path, *, scheme: str, calibration: Path | No
         )
     if not (checkpoint / "config.json").is_file():
         raise BadInput(f"CHECKPOINT {checkpoint} has no config.json; name a Hugging Face folder")
-    method = quantization_of(checkpoint)
     if has_experts(checkpoint):
         raise BadInput(
             f"CHECKPOINT {checkpoint} is a mixture of experts: whether their weights would be quantized, and the "
             "router left alone, is not tested; take one that its makers have quantized"
         )
+    method = quantization_of(checkpoint)
     if method:
         raise BadInput(f"CHECKPOINT {checkpoint} is quantized already ({method}); take the 16-bit one")
     _check_scheme(scheme, calibration)
@@ -202,18 +202,18 @@ def make(order: Order, folder: Path, *, parts: tuple[list[Sample], list[Sample]]
 
 
 def _perplexity(order: Order, folder: Path, held_out: Path, flags: list[str]) -> tuple[dict[str, Any], int]:
-    def measured(checkpoint: Path) -> dict[str, Any]:
-        return _child(order.python, "perplexity", checkpoint, held_out, *flags, scratch=folder.parent)
-
+    found: dict[str, Any] = {}
+    failure: Fatal | None = None
     try:
-        after = measured(folder)
-        if not after["quantized_layers"]:
-            raise BadInput("the written checkpoint was loaded without a quantized layer: it is not kept")
-        before = measured(order.checkpoint)
+        for side, checkpoint in (("after", folder), ("before", order.checkpoint)):
+            found[side] = _child(order.python, "perplexity", checkpoint, held_out, *flags, scratch=folder.parent)
     except Fatal as error:  # most often memory: what was made stays
-        say(f"the perplexity is not measured: {error}")
-        return not_measured(str(error).partition("\n")[0].rstrip(":")), 0
-    return {"before": round(before["perplexity"], 4), "after": round(after["perplexity"], 4)}, after["tokens"]
+        failure = error
+    if "after" in found and not found["after"]["quantized_layers"]:
+        raise Fatal("the written checkpoint was loaded without a quantized layer: it is not kept")
+    if failure is not None:
+        return _given_up("perplexity", failure, folder), 0
+    return {side: round(found[side]["perplexity"], 4) for side in ("before", "after")}, found["after"]["tokens"]
 
 
 def _speed(order: Order, folder: Path) -> dict[str, Any]:
@@ -224,8 +224,13 @@ def _speed(order: Order, folder: Path) -> dict[str, Any]:
             say("speed: starting the engines")
             return compare_speed(order.checkpoint, folder, engine=order.engine, show=show).as_card()
     except StokerError as error:
-        say(f"the speed is not measured: {error}")
-        return not_measured(str(error).partition("\n")[0].rstrip(":").replace(str(folder), folder.name))
+        return _given_up("speed", error, folder)
+
+
+def _given_up(what: str, error: StokerError, folder: Path) -> dict[str, Any]:
+    """A figure that is left out, and why: said to the user, and in short on the card."""
+    say(f"the {what} is not measured: {error}")
+    return not_measured(str(error).partition("\n")[0].rstrip(":").replace(str(folder), folder.name))
 
 
 def _child(python: Path, script: str, *arguments: object, scratch: Path) -> dict[str, Any]:

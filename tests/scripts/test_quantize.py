@@ -208,3 +208,35 @@ def test_a_quantizer_that_fails_says_why_and_leaves_nothing(checkpoint: Path, tm
     assert ended.returncode == 3
     assert "status 9" in ended.stderr and "out of memory" in ended.stderr
     assert list(output.parent.iterdir()) == []
+
+
+def quantized(checkpoint: Path, folder: Path, *, perplexity: str) -> tuple[int, str, Path]:
+    """Exit code and stderr of the command with a quantizer that works and this for a perplexity; and its folder."""
+    python, output = folder / "python", folder / "small-w8a8"
+    python.write_text(
+        '#!/bin/sh\ncase "$*" in\n'
+        f"*scripts.perplexity*/.small-w8a8-*) {perplexity} ;;\n"
+        "*scripts.perplexity*) echo out of memory >&2; exit 9 ;;\n"
+        '*) while [ "$1" != -o ]; do shift; done; mkdir -p "$2"; echo "{\\"recipe\\": []}" ;;\nesac\n'
+    )
+    python.chmod(0o755)
+    (folder / "a.txt").write_text(TEXT)
+    arguments = ("quantize", checkpoint, "--scheme", "w8a8", "--calibration", folder / "a.txt", "--no-speed")
+    with Command(*arguments, "-o", output, "--python", python, env={}) as command:
+        ended = command.wait(30)
+    return ended.returncode, ended.stderr, output
+
+
+def test_a_perplexity_that_fails_loses_no_checkpoint_and_the_card_says_why(checkpoint: Path, tmp_path: Path) -> None:
+    status, said, output = quantized(checkpoint, tmp_path, perplexity="echo out of memory >&2; exit 9")
+    assert (status, "the perplexity is not measured" in said) == (0, True)
+    assert "perplexity ended with status 9" in (output / "stoker-card.json").read_text()
+
+
+def test_a_checkpoint_without_a_quantized_layer_is_not_kept_whatever_becomes_of_its_source(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    measured = r"""echo '{"perplexity": 1.0, "tokens": 9, "quantized_layers": 0}'"""
+    status, said, output = quantized(checkpoint, tmp_path, perplexity=measured)
+    assert (status, output.exists()) == (3, False)
+    assert "without a quantized layer" in said
