@@ -8,14 +8,17 @@ and figures are in docs/decisions/0017. It must not retry, and must not know wha
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections import deque
 from dataclasses import dataclass
 from typing import cast
 
+from aiohappyeyeballs import AddrInfoType, start_connection
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 CONNECT_TIMEOUT_S = 10.0
+NEXT_ADDRESS_S = 0.25  # until a host's next address is tried too (RFC 8305, section 8)
 # Below the 5 s after which uvicorn, vLLM's server, closes an idle connection: else a request may go out on
 # a connection that is being closed, and look like a dead server.
 KEEPALIVE_S = 4.0
@@ -102,11 +105,7 @@ class Connections:
             raise
         finally:
             timer.cancel()
-        if connection.is_open:
-            connection.idle_since = connection.loop.time()
-            self._idle.append(connection)
-        else:
-            connection.abort()
+        self._keep(connection)
         return whole
 
     async def close(self) -> None:
@@ -115,10 +114,21 @@ class Connections:
             self._idle.pop().abort()
         await asyncio.sleep(0)  # for what the loop does at their end
 
+    def _keep(self, connection: _Connection) -> None:
+        """Keep it for the next request, and let those go that were kept in vain."""
+        if connection.is_open:
+            connection.rest()
+            self._idle.append(connection)
+        else:
+            connection.abort()
+        while self._idle and not self._idle[0].is_fresh:
+            self._idle.popleft().abort()
+
     def _kept(self) -> _Connection | None:
+        """The one that was used last, so that those beyond the need grow old."""
         while self._idle:
             connection = self._idle.pop()
-            if connection.is_open and connection.loop.time() - connection.idle_since < KEEPALIVE_S:
+            if connection.is_fresh:
                 return connection
             connection.abort()
         return None
@@ -134,12 +144,23 @@ class Connections:
                 if address.socket is not None:
                     _, connection = await loop.create_unix_connection(protocol, address.socket)
                 else:
-                    _, connection = await loop.create_connection(protocol, address.host, address.port, ssl=self._tls)
+                    found = await addresses_of(address.host, address.port)
+                    connected = await start_connection(found, happy_eyeballs_delay=NEXT_ADDRESS_S)
+                    name = address.host if address.tls else None
+                    _, connection = await loop.create_connection(
+                        protocol, sock=connected, ssl=self._tls, server_hostname=name
+                    )
         except TimeoutError as error:
             raise ConnectFailed(f"no connection within {CONNECT_TIMEOUT_S:g} s") from error
         except (OSError, UnicodeError) as error:  # UnicodeError: a host that is no name
             raise ConnectFailed(str(error)) from error
         return connection
+
+
+async def addresses_of(host: str, port: int) -> list[AddrInfoType]:
+    """Where the host's server may listen, in the order of preference; OSError if the name is not known."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(found)
 
 
 def _head_of(headers: dict[str, str]) -> str:
@@ -154,29 +175,45 @@ class _Connection(asyncio.Protocol):
 
     def __init__(self, loop: asyncio.AbstractEventLoop, body_limit_bytes: int) -> None:
         self.loop = loop
-        self.idle_since = 0.0
         self.is_reusable = True
         self._body_limit_bytes = body_limit_bytes
         self._parser = HttpResponseParser(self)
-        self._answer: asyncio.Future[Answer] | None = None
-        self._headers: list[tuple[bytes, bytes]] = []
+        self._idle_since = 0.0
         self._begin()
+
+    def _begin(self, answer: asyncio.Future[Answer] | None = None) -> None:
+        self._answer = answer
+        self._status = 0
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._parts: list[bytes] = []
+        self._raw_bytes = self._size_bytes = 0
+        self._has_head = False
 
     @property
     def is_open(self) -> bool:
-        """Whether another request may go out on it."""
-        return self.is_reusable and not self._transport.is_closing()
+        """Whether another request may go out on it; not behind one that was answered before it was all sent."""
+        return self.is_reusable and not self._transport.is_closing() and not self._transport.get_write_buffer_size()
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether another request may go out on it now, after it rested."""
+        return self.is_open and self.loop.time() - self._idle_since < KEEPALIVE_S
 
     def ask(self, head: bytes, body: bytes) -> asyncio.Future[Answer]:
         """Send a request; the future has its whole answer, or why there is none."""
-        self._begin()
-        self._answer = self.loop.create_future()
+        answer: asyncio.Future[Answer] = self.loop.create_future()
+        self._begin(answer)
         if len(body) < ONE_WRITE_BYTES:
             self._transport.write(head + body)
         else:
             self._transport.write(head)
             self._transport.write(body)
-        return self._answer
+        return answer
+
+    def rest(self) -> None:
+        """It is idle from now on, and keeps nothing of the last answer."""
+        self._begin()
+        self._idle_since = self.loop.time()
 
     def fail(self, error: Exception) -> None:
         """End the exchange and the connection."""
@@ -225,12 +262,19 @@ class _Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         self._status = self._parser.get_status_code()
-        if self._status < 200:  # an interim answer, such as 100 Continue
+        if 100 <= self._status < 200:  # an interim answer, such as 100 Continue
             return
         self._has_head = True
         self.is_reusable = self.is_reusable and self._parser.should_keep_alive()
-        said = next((value for name, value in self._headers if name.lower() == b"content-length"), b"0")
-        if int(said) > self._body_limit_bytes:  # the parser has refused what is no number
+        said = {name.lower(): value for name, value in self._headers}
+        coding = said.get(b"transfer-encoding", b"chunked")
+        if self._status < 100:
+            self.fail(NotHttp(f"a status of {self._status}"))
+        elif coding.strip().lower() != b"chunked":  # we asked for none, and the parser undoes no other
+            self.fail(NotHttp(f"the transfer coding {coding.decode('latin-1')}"))
+        elif (
+            int(said.get(b"content-length", b"0")) > self._body_limit_bytes
+        ):  # the parser has refused what is no number
             self.fail(TooLarge())
 
     def on_body(self, body: bytes) -> None:
@@ -249,13 +293,6 @@ class _Connection(asyncio.Protocol):
     def _ends_with_the_connection(self) -> bool:
         names = {name.lower() for name, _ in self._headers}
         return not names & {b"content-length", b"transfer-encoding"}
-
-    def _begin(self) -> None:
-        self._status = 0
-        self._headers = []
-        self._parts: list[bytes] = []
-        self._raw_bytes = self._size_bytes = 0
-        self._has_head = False
 
     def _end(self, error: Exception) -> None:
         if self._answer is not None and not self._answer.done():

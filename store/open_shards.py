@@ -10,6 +10,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from models.lines import BYTES_PER_TOKEN
+from store.arrays import Int4s
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,25 +53,31 @@ def open_shards(session: Session, batch_id: UUID, *, after: int, upto: int, limi
 def jobs_to_run(session: Session, batch_id: UUID, shards: Sequence[OpenShard]) -> list[CutJob]:
     """The jobs of these shards that have no result and do not follow, in their order.
 
-    Their output tokens are their shard's, shared evenly: what each line wished for is not read again. Read by ranges
-    and joined here: Postgres knows nothing of rows that were just copied, and joins them badly.
+    Their output tokens are their shard's, shared evenly: what each line wished for is not read again. An ordered
+    shard's jobs may lie anywhere in a window of the file: each is looked up by its whole key, as in store/shards.py.
     """
-    bounds = {
-        "batch": batch_id,
-        "low": min(min(shard.seqs) for shard in shards),
-        "high": max(max(shard.seqs) for shard in shards),
-    }
-    within = "batch_id = :batch AND seq BETWEEN :low AND :high"
-    rows = session.execute(text(f"SELECT seq, octet_length(body) FROM jobs WHERE {within}"), bounds)
-    sizes: dict[int, int] = {seq: size for seq, size in rows}
-    ended = set(session.scalars(text(f"SELECT seq FROM results WHERE {within}"), bounds))
-    ended.update(session.scalars(text(f"SELECT seq FROM followers WHERE {within}"), bounds))
-    jobs = []
+    rows = session.execute(
+        text("""
+        SELECT octet_length(j.body), r.ended IS NULL AND f.follows IS NULL
+        FROM unnest(CAST(:seqs AS int4[])) WITH ORDINALITY AS u (seq, place)
+        CROSS JOIN LATERAL (SELECT body FROM jobs WHERE batch_id = :batch AND seq = u.seq OFFSET 0) AS j
+        LEFT JOIN LATERAL (
+            SELECT true AS ended FROM results WHERE batch_id = :batch AND seq = u.seq OFFSET 0) AS r ON true
+        LEFT JOIN LATERAL (
+            SELECT true AS follows FROM followers WHERE batch_id = :batch AND seq = u.seq OFFSET 0) AS f ON true
+        ORDER BY u.place"""),
+        {"batch": batch_id, "seqs": Int4s(seq for shard in shards for seq in shard.seqs)},
+    ).all()
+    jobs: list[CutJob] = []
+    start = 0
     for shard in shards:
-        prompts = sum(sizes[seq] // BYTES_PER_TOKEN for seq in shard.seqs)
-        outputs = (shard.tokens - prompts) // len(shard.seqs)
+        found = rows[start : start + len(shard.seqs)]
+        start += len(found)
+        outputs = (shard.tokens - sum(size // BYTES_PER_TOKEN for size, _ in found)) // len(found)
         jobs += [
-            CutJob(seq, sizes[seq] // BYTES_PER_TOKEN + outputs, sizes[seq]) for seq in shard.seqs if seq not in ended
+            CutJob(seq, size // BYTES_PER_TOKEN + outputs, size)
+            for seq, (size, is_to_run) in zip(shard.seqs, found, strict=True)
+            if is_to_run
         ]
     return jobs
 

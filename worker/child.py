@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from functools import partial
 from urllib.parse import urlsplit
 
 import uvloop
+from billiard.process import current_process
 
 from inference.endpoint import Endpoint
 from pipeline.cached import ExactCache
@@ -33,6 +35,9 @@ class Child:
             self._database, lease_s=settings.worker.lease_s, interval_s=settings.worker.heartbeat_s
         )
         in_flight = parts.in_flight
+        place = getattr(current_process(), "index", 0)  # in the pool: a child that dies leaves it to the next one
+        tell_service_s = partial(parts.shared.set_service_s, child=place)
+        tell_service_s(0.0)
         generation = Endpoint(
             parts.engine_url,
             api_key=settings.engine.api_key,
@@ -74,7 +79,7 @@ class Child:
             engine_id=parts.shared.engine_id,
             cache=self._cache,
             semantic=semantic,
-            pace=Pace(on_service=parts.shared.set_service_s),
+            pace=Pace(on_service=tell_service_s),
         )
 
     async def _open(self) -> None:

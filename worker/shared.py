@@ -7,14 +7,13 @@ parent writes here, and they look.
 from __future__ import annotations
 
 import mmap
-import os
 import struct
 
 _DRAINING = struct.Struct("B")
 _ENGINE_ID = struct.Struct("q")
 _ENGINE_ID_AT = 8
 _SECONDS = struct.Struct("d")
-_SERVICE_AT, _SERVICES = 64, 64  # a place for each child, by its process id: two in one place only blur a mean
+_SERVICE_AT, _SERVICES = 64, 64  # a place for each child of the pool; with more of them, some share one
 
 
 class SharedState:
@@ -35,12 +34,12 @@ class SharedState:
         """State which engine's row the results come from."""
         _ENGINE_ID.pack_into(self._memory, _ENGINE_ID_AT, engine_id)
 
-    def set_service_s(self, seconds: float) -> None:
-        """State how long requests of this child take."""
-        _SECONDS.pack_into(self._memory, _SERVICE_AT + os.getpid() % _SERVICES * _SECONDS.size, seconds)
+    def set_service_s(self, seconds: float, *, child: int) -> None:
+        """State how long requests of this child take, by its place in the pool; 0 when it has just begun."""
+        _SECONDS.pack_into(self._memory, _SERVICE_AT + child % _SERVICES * _SECONDS.size, seconds)
 
     def service_s(self) -> float:
-        """How long the children's requests take, on average; 0 before the first answer."""
+        """How long the children's requests take, on average over those that know; 0 before the first answer."""
         places = self._memory[_SERVICE_AT : _SERVICE_AT + _SERVICES * _SECONDS.size]
         known = [seconds for (seconds,) in _SECONDS.iter_unpack(places) if seconds]
         return sum(known) / len(known) if known else 0.0

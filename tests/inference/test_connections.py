@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import socket
+import ssl
+import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
+import trustme
 import uvloop
 
 from inference import connections
-from inference.connections import Address, Answer, ConnectFailed, ConnectionBroken, Connections, NotHttp, TooLarge
+from inference.connections import (
+    CONNECT_TIMEOUT_S,
+    Address,
+    Answer,
+    ConnectFailed,
+    ConnectionBroken,
+    Connections,
+    NotHttp,
+    TooLarge,
+)
 
 T = TypeVar("T")
 Served = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -40,7 +55,14 @@ def saying(*answers: bytes, then_close: bool = False) -> Served:
     return serve
 
 
-def with_server(serve: Served, work: Callable[[Connections], Awaitable[T]], *, limit_bytes: int = 1000) -> T:
+def with_server(
+    serve: Served,
+    work: Callable[[Connections], Awaitable[T]],
+    *,
+    limit_bytes: int = 1000,
+    host: str = "127.0.0.1",
+    tls: ssl.SSLContext | None = None,
+) -> T:
     """What `work` gives over connections to a server of its own; `serve` runs once for each connection."""
 
     async def run() -> T:
@@ -52,8 +74,8 @@ def with_server(serve: Served, work: Callable[[Connections], Awaitable[T]], *, l
             finally:
                 writer.close()
 
-        server = await asyncio.start_server(served, "127.0.0.1", 0)
-        address = Address(host="127.0.0.1", port=server.sockets[0].getsockname()[1])
+        server = await asyncio.start_server(served, "127.0.0.1", 0, ssl=tls)
+        address = Address(host=host, port=server.sockets[0].getsockname()[1], tls=tls is not None)
         pool = Connections(address, headers={"User-Agent": "stoker"}, body_limit_bytes=limit_bytes)
         try:
             return await work(pool)
@@ -62,6 +84,15 @@ def with_server(serve: Served, work: Callable[[Connections], Awaitable[T]], *, l
             server.close()
 
     return uvloop.run(run())
+
+
+def answering(found: T) -> Callable[..., Awaitable[T]]:
+    """A coroutine function that gives this, whatever it is asked."""
+
+    async def answer(*_: Any) -> T:
+        return found
+
+    return answer
 
 
 async def ask(pool: Connections, body: bytes = b"{}") -> Answer:
@@ -160,6 +191,9 @@ def test_a_connection_that_was_idle_too_long_is_not_used_again(monkeypatch: pyte
         b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nok",
         b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70_000,
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\nok",
+        b"HTTP/1.1 099 What\r\nContent-Length: 2\r\n\r\nno" + OK,
         b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\nConnection: upgrade\r\n\r\nPRI",
     ],
 )
@@ -258,3 +292,103 @@ def test_trailers_are_bounded_and_are_no_headers() -> None:
 def test_a_header_that_would_break_the_request_is_refused(value: str) -> None:
     with pytest.raises(ValueError, match="Authorization"):
         Connections(Address(host="h", port=1), headers={"Authorization": value}, body_limit_bytes=1)
+
+
+def test_a_request_that_was_answered_before_it_was_all_sent_is_the_last_on_its_connection() -> None:
+    asked: list[int] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(1)
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(OK)
+        await asyncio.sleep(1.0)
+
+    async def work(pool: Connections) -> list[bytes]:
+        return [(await ask(pool, b"x" * 50_000_000)).body, (await ask(pool)).body]
+
+    assert with_server(serve, work) == [b"ok", b"ok"]
+    assert len(asked) == 2
+
+
+def test_connections_that_were_kept_in_vain_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "KEEPALIVE_S", 0.2)
+    here: set[int] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        here.add(id(writer))
+        try:
+            while True:
+                await read_request(reader)
+                writer.write(OK)
+        finally:
+            here.discard(id(writer))
+
+    async def work(pool: Connections) -> tuple[int, int]:
+        await asyncio.gather(*(ask(pool) for _ in range(8)))
+        at_most = len(here)
+        for _ in range(10):
+            await asyncio.sleep(0.05)
+            await ask(pool)
+        return at_most, len(here)
+
+    assert with_server(serve, work) == (8, 1)
+
+
+def test_a_kept_connection_holds_no_answer() -> None:
+    def answers_held() -> int:
+        gc.collect()
+        return sum(isinstance(found, Answer) for found in gc.get_objects())
+
+    async def work(pool: Connections) -> int:
+        before = answers_held()
+        await ask(pool)
+        await asyncio.sleep(0)  # the turn of the loop that it came in holds it too
+        return answers_held() - before
+
+    assert with_server(saying(OK), work) == 0
+
+
+def test_an_address_that_is_silent_does_not_keep_the_next_one_from_being_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(pool: Connections) -> bytes:
+        port = pool._address.port
+        with socket.socket() as silent, socket.socket() as first:
+            silent.bind(("127.0.0.2", port))
+            silent.listen(0)
+            first.connect(silent.getsockname())  # its queue is full: who comes now hears nothing
+            found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port)) for host in ("127.0.0.2", "127.0.0.1")]
+            monkeypatch.setattr(connections, "addresses_of", answering(found))
+            return (await ask(pool)).body
+
+    began = time.monotonic()
+    assert with_server(saying(OK), work) == b"ok"
+    assert time.monotonic() - began < CONNECT_TIMEOUT_S / 2
+
+
+@pytest.mark.parametrize(
+    ("host", "trusted", "reason"),
+    [("localhost", True, None), ("127.0.0.1", True, "mismatch"), ("localhost", False, "local issuer")],
+)
+def test_a_server_must_prove_its_name(
+    host: str, trusted: bool, reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority, other = trustme.CA(), trustme.CA()
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(context)
+    (authority if trusted else other).cert_pem.write_to_path(tmp_path / "ca.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    seen: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append((await read_request(reader))[0])
+        writer.write(OK)
+        await reader.read()
+
+    def run() -> bytes:
+        return with_server(serve, ask, tls=context, host=host).body
+
+    if reason is None:
+        assert run() == b"ok"
+    else:
+        with pytest.raises(ConnectFailed, match=reason):
+            run()
+        assert not seen

@@ -19,6 +19,7 @@ from sqlalchemy import text
 from inference.endpoint import Endpoint
 from pipeline.feed import FeedContext, FeedReport, feed
 from pipeline.heartbeat import Heartbeat
+from pipeline.pace import Pace
 from runtime.clock import utc_now
 from runtime.settings import EmbeddingsSettings, LimitSettings, Settings, WorkerSettings
 from store.batches import request_cancel
@@ -60,6 +61,7 @@ def fed(
     yield_s: float = 600.0,
     drain: Event = NEVER,
     pack_inputs: int = 128,
+    pace: Pace | None = None,
 ) -> FeedReport:
     """What one call of feed does; an error if it takes longer than 20 s."""
     settings = Settings.model_construct(
@@ -84,6 +86,7 @@ def fed(
                     in_flight=in_flight,
                     draining=drain.is_set,
                     engine_id=lambda: None,
+                    pace=pace or Pace(),
                 )
             )
 
@@ -256,6 +259,44 @@ def test_the_next_shard_is_claimed_while_a_slow_job_is_in_flight(
     assert order[-1] == 0, "the others were written while the slow one ran"
     assert endpoint.calls().most_running == 2
     assert {shard.state for shard in shards_of(database, batch_id)} == {"done"}
+
+
+def test_no_shard_is_claimed_while_enough_waits(database: Database, tmp_path: Path, endpoint: ScriptedEndpoint) -> None:
+    batch_id, _ = stored(database, tmp_path, [f"{number} [[latency 0.4]]" for number in range(12)], shard_jobs=6)
+    with being_fed(lambda: fed(database, endpoint.url, in_flight=2)) as running:
+        wait_until(lambda: len(results_of(database, batch_id)) >= 2, 10, "the first answers")
+        assert [shard.state for shard in shards_of(database, batch_id)] == ["running", "dispatched"]
+        assert running.result(10).jobs == 12
+
+
+def test_no_shard_is_claimed_by_a_draining_feed(database: Database, tmp_path: Path, endpoint: ScriptedEndpoint) -> None:
+    batch_id, _ = stored(database, tmp_path, [f"{number} [[latency 0.7]]" for number in range(9)], shard_jobs=3)
+    drain = Event()
+    with being_fed(lambda: fed(database, endpoint.url, in_flight=3, drain=drain)) as running:
+        wait_until(lambda: endpoint.calls().running == 3, 10, "the first shard in flight")
+        drain.set()
+        assert running.result(5) == FeedReport(shards=1, jobs=3)
+    assert [shard.fence for shard in shards_of(database, batch_id)][1:] == [0, 0]
+
+
+def test_no_shard_is_claimed_beside_one_that_runs_alone(
+    database: Database, tmp_path: Path, endpoint: ScriptedEndpoint
+) -> None:
+    batch_id, _ = stored(database, tmp_path, ["quick", "slow [[latency 1.5]]", "c", "d"], shard_jobs=2)
+    execute(database, "UPDATE shards SET crashes = 2 WHERE id = (SELECT min(id) FROM shards)")
+    with being_fed(lambda: fed(database, endpoint.url)) as running:
+        wait_until(lambda: len(results_of(database, batch_id)) >= 1, 10, "the first answer")
+        assert [shard.state for shard in shards_of(database, batch_id)] == ["running", "dispatched"]
+        assert running.result(10) == FeedReport(shards=1, jobs=2)
+
+
+def test_only_what_the_engine_did_says_how_long_jobs_take(
+    database: Database, tmp_path: Path, endpoint: ScriptedEndpoint
+) -> None:
+    pace = Pace()
+    stored(database, tmp_path, ["slow [[latency 0.3]]", *(f"{number} [[status 400]]" for number in range(60))])
+    fed(database, endpoint.url, in_flight=64, pace=pace)
+    assert 0.3 <= pace.service_s < 0.6
 
 
 def test_a_feed_whose_fence_is_lost_writes_nothing_more(

@@ -13,7 +13,7 @@ import pytest
 from cache.pilot import pilot_size
 from models.lines import SubmitOptions
 from models.states import CacheMode, JobOrder
-from pipeline import submit
+from pipeline import arrange, submit
 from pipeline.export import write_lines
 from pipeline.submit import ORDERED, Submitted, Wishes, submit_file
 from runtime.settings import LimitSettings, Settings, ShardSettings
@@ -98,9 +98,11 @@ def test_a_long_batch_is_ordered_window_by_window(
         assert sum(one != other for one, other in pairwise(groups)) == GROUPS - 1
 
 
+@pytest.mark.parametrize("page_shards", [arrange.PAGE_SHARDS, 7])
 def test_the_pilot_of_the_semantic_cache_comes_first_and_the_groups_after_it(
-    database: Database, tmp_path: Path
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page_shards: int
 ) -> None:
+    monkeypatch.setattr(arrange, "PAGE_SHARDS", page_shards)
     file = write_file(tmp_path, groups=50, members=20)
 
     shards = seqs_of(database, submitted(database, file, cache="semantic"))

@@ -19,6 +19,7 @@ from store.answers import NewAnswer, answers_of, find_answers, keep_answers, liv
 from store.database import Database, Session
 from store.followers import leaders_among, settings_of_followers
 from store.namespaces import Verdict, find_answers_of, find_facts, judge_lookups, lookups_of, stocked
+from store.open_shards import OpenShard, jobs_to_run
 from store.results import PAGE_ROWS
 from store.shards import Claim, load_jobs, write_results
 from tests.support.batches import LEASE_S, answers, chats, claimed, dispatch_all, store_batch
@@ -39,6 +40,7 @@ QUESTIONS: dict[str, tuple[Question, int]] = {
     "a page after the 32,767th line": (lambda s, c: results._page(s, c.batch_id, first=32_000), 3 * PAGE_ROWS),
     "leaders of a page": (lambda s, c: results._leaders(s, c.batch_id, list(range(SHARD, 2_000))), 3 * PAGE_ROWS),
     "load_jobs": (load_jobs, FEW),
+    "jobs_to_run": (lambda s, c: jobs_to_run(s, c.batch_id, [scattered(s, c)]), FEW),
     "write_results": (lambda s, c: write_results(s, c, answers(c.seqs), engine_id=None, lease_s=LEASE_S), FEW),
     "write_results with followers": (
         lambda s, c: write_results(s, replace(c, followers=True), answers(c.seqs), engine_id=None, lease_s=LEASE_S),
@@ -59,6 +61,12 @@ QUESTIONS: dict[str, tuple[Question, int]] = {
         FEW,
     ),
 }
+
+
+def scattered(session: Session, claim: Claim) -> OpenShard:
+    """A shard of as many jobs from all over the batch, as an order for prefixes makes them."""
+    last = session.execute(text("SELECT max(seq) FROM jobs WHERE batch_id = :id"), {"id": claim.batch_id}).scalar_one()
+    return OpenShard(claim.shard_id, [place * last // SHARD for place in range(SHARD)], tokens=100 * SHARD)
 
 
 def key_of(seq: int) -> bytes:
