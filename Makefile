@@ -10,7 +10,7 @@ include engines.mk
 	bench bench-submit bench-pipeline bench-growth bench-dispatch bench-order bench-refill bench-end-to-end bench-front-end bench-cache nginx rabbitmq
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 demo: .venv/.demo checkpoint-gguf ## 64 prompts from file to results, with no server, GPU or account
 	@STOKER_ENGINE__KIND=llamacpp stoker run examples/prompts.jsonl -o out.jsonl
@@ -82,7 +82,7 @@ bench-order: .venv/.dev rabbitmq engine-vllm checkpoint ## the order of jobs on 
 bench-refill: .venv/.dev rabbitmq ## starvation and tail of scripted engines, one of them with 2,048 slots
 	@python -m benchmarks.refill
 
-bench-cache: .venv/.dev embedder gptcache engine-vllm checkpoint ## the cache: hits, errors, GPTCache, lookups, duplicates, a real engine: FOLDER=banking77
+bench-cache: .venv/.dev embedder gptcache engine-vllm checkpoint ## the cache: hits, errors, GPTCache, lookups, duplicates, a real engine: FOLDER=banking77 is a folder with its train.csv and test.csv
 	@OPENBLAS_NUM_THREADS=1 python -m benchmarks.cache --folder $(FOLDER)
 	@$(VENV_GPTCACHE)/bin/python -m benchmarks.cache_gptcache --folder $(FOLDER)
 	@python -m benchmarks.cache_lookup --folder $(FOLDER)

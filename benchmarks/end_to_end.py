@@ -32,6 +32,7 @@ from benchmarks.cores import kept_on
 from benchmarks.paired import PAIRS, Ratio, by_turns, keep, keep_run, made_with
 from benchmarks.place import Place, own_place
 from benchmarks.sides import BareEngine, Leg, OurSide, run_http
+from benchmarks.slots import FLAG
 from benchmarks.workloads import WORKLOADS, Workload, write_workload
 from inference.engines import EnginePlan, plan_engine
 from inference.supervisor import EngineSupervisor
@@ -43,6 +44,7 @@ OURS: Final = "ours"
 SIDES: Final = ("chat", "run-batch", "http", OURS)
 ALL_SIDES_IN: Final = ("64 tokens",)  # elsewhere `chat` and ours, for the time that it takes
 ALL_CORES_IN: Final = ("64 tokens",)  # with --cores both and without --only
+SAMPLED: Final = 3  # legs more, to look at the slots
 FILLS: Final = 3  # slots are filled so often, at least: once tells nothing of how they are filled again
 
 
@@ -116,7 +118,8 @@ def _room(cores: str, options: argparse.Namespace) -> Iterator[tuple[Room, dict[
         if len(ours) < 2:
             raise SystemExit("pinning needs two cores: run with --cores all")
         engines, ours = ours[:1], ours[1:2]
-    planned = load_settings().engine.model_copy(update={"max_num_seqs": options.slots, "url": None})
+    asked = load_settings().engine
+    planned = asked.model_copy(update={"max_num_seqs": options.slots, "url": None, "args": f"{asked.args} {FLAG}"})
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="stoker-bench-")))
         plan = _planned_on(planned, folder / "engine.sock", engines)
@@ -195,13 +198,15 @@ def _measured(room: Room, workload: Workload, jobs: dict[str, int], options: arg
 
     rates = by_turns({side: turn(side) for side in sides}, pairs=options.pairs)
     _expect_alike(workload, legs)
-    with room.file(workload) as file:
-        starvation = room.starvation(file)
+    starvation = []
+    for _ in range(SAMPLED):
+        with room.file(workload) as file:
+            starvation.append(round(room.starvation(file), 4))
     return {
         "workload": asdict(workload),
         "tokens_per_s": rates,
         "ratio": {side: asdict(Ratio.of(rates[OURS], rates[side])) for side in sides if side != OURS},
-        "ours": {"starvation": round(starvation, 4)} | _of_ours(legs[OURS]),
+        "ours": {"starvation": starvation} | _of_ours(legs[OURS]),
         "legs": {side: [asdict(leg) for leg in ended] for side, ended in legs.items()},
     }
 
@@ -247,7 +252,8 @@ def _line(row: Mapping[str, Any]) -> str:
     return (
         f"{row['cores']:6} {row['workload']['name']:15} {row['workload']['jobs']:5} jobs {rate:7.1f} tokens/s: "
         f"{ratios}; "
-        f"starvation {row['ours']['starvation']:.1%}, outside {row['ours']['outside_us_a_job']:.0f} µs a job, "
+        f"starvation {statistics.median(row['ours']['starvation']):.1%}, "
+        f"outside {row['ours']['outside_us_a_job']:.0f} µs a job, "
         f"{row['ours']['outside_by_inside']:.3f} of inside"
     )
 

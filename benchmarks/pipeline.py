@@ -5,14 +5,15 @@
 Postgres, RabbitMQ and Redis of its own; nginx with one ready-made answer on the first core, all else on the second,
 then once more on all. Sides take turns. Ours are submitted before the clock, which runs from the batch's first second
 in progress to its end; what the others' clocks leave out is in benchmarks/peers/. One more leg, unmeasured, is looked
-at with py-spy. All pools of Celery take turns; the one with the best median counts. About 20 minutes. Prints its
-figures and writes benchmarks/results/pipeline.json.
+at with py-spy. All pools of Celery take turns; of prefork's sizes the one with the best median counts, threads have a
+row of their own. About 20 minutes. Prints its figures and writes benchmarks/results/pipeline.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +25,7 @@ from benchmarks.cores import kept_on, two_cores
 from benchmarks.legs import Leg, run_ours
 from benchmarks.paired import PAIRS, by_turns, keep_run, made_with
 from benchmarks.peers import ray_leg
-from benchmarks.peers.celery_leg import run_celery
+from benchmarks.peers.celery_leg import Stalled, run_celery
 from benchmarks.pipeline_report import CELERY, OURS, RAY, UNIX, UNSHARDED, celery_side, report_of, show
 from benchmarks.place import Place, own_place
 from benchmarks.sampled import sampled
@@ -32,6 +33,7 @@ from benchmarks.static_endpoint import MODEL, StaticEndpoint
 from runtime.settings import Settings
 
 POOLS: Final = (("prefork", 8), ("prefork", 32), ("prefork", 128), ("threads", 32))
+MOST_STALLED: Final = 10  # legs of one side that have to be run again
 # Enough to say how fast a side is, from which the jobs of its legs follow.
 PROBE_JOBS: Final = {OURS: 8_000, UNSHARDED: 500, CELERY: 2_000, RAY: 8_000}
 WARM_UP_JOBS: Final = 256
@@ -47,6 +49,7 @@ class Sides:
     folder: Path
     endpoint: StaticEndpoint
     legs: dict[str, list[Leg]] = field(default_factory=dict)
+    stalled: Counter[str] = field(default_factory=Counter)
 
     def settings(self, *, unix: bool = False, unsharded: bool = False) -> Settings:
         """Of our worker."""
@@ -81,9 +84,16 @@ class Sides:
         )
 
     def celery(self, jobs: int, *, pool: str, pool_size: int) -> Leg:
-        """One leg of one task per prompt."""
-        servers = self.place.servers
-        return run_celery(self.place.settings, self.endpoint, servers, jobs=jobs, pool=pool, pool_size=pool_size)
+        """One leg of one task per prompt; one that stalls is counted, and run again."""
+        settings, servers, side = self.place.settings, self.place.servers, celery_side(pool, pool_size)
+        while True:
+            try:
+                return run_celery(settings, self.endpoint, servers, jobs=jobs, pool=pool, pool_size=pool_size)
+            except Stalled as stall:
+                print(f"  {side}: stopped for good: {stall}", flush=True)
+                self.stalled[side] += 1
+                if self.stalled[side] > MOST_STALLED:
+                    raise
 
     def ray(self, jobs: int) -> Leg:
         """One leg of Ray Data."""
@@ -169,6 +179,7 @@ def _measured(sides: Sides, jobs: Mapping[str, int], *, pairs: int) -> dict[str,
     return {
         "jobs_per_s": speeds,
         "legs": {name: [leg.as_json() for leg in legs] for name, legs in sides.legs.items()},
+        "stalled": dict(sides.stalled),
     }
 
 

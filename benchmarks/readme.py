@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.rows import Row
-from benchmarks.table import ORDER, Report, reports
+from benchmarks.table import ORDER, Report, markdown, reports
 
 REPOSITORY = Path(__file__).parents[1]
 README, WHOLE = REPOSITORY / "README.md", REPOSITORY / "docs" / "benchmarks.md"
@@ -22,14 +21,16 @@ is shared, so ratios hold where seconds do not.
 
 def main() -> None:
     """Write both."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     found = reports()
     shown = [report for report in found if any(row.headline for row in report.rows)]
     places = ", ".join(dict.fromkeys(report.machine for report in shown))
     days = sorted({report.day for report in shown if report.day[0].isdigit()})
     missing = [name for name in ORDER if name not in {report.name for report in found}] + ["anything on a GPU"]
+    notes = " ".join(report.note for report in shown if report.note)
     headlines = markdown(row for report in found for row in report.rows if row.headline)
     figures = (
-        f"{headlines}\n\nMedians (least to most), of pairs by turns where it is a ratio; on {places}; "
+        f"{headlines}\n\n{notes} Medians (least to most), of pairs by turns where it is a ratio; on {places}; "
         f"{days[0]} to {days[-1]}; shared machines, so ratios and not seconds. Every figure, its machine and commit: "
         "[docs/benchmarks.md](docs/benchmarks.md); the command in its row measures it. "
         f"Not measured yet: {', '.join(missing)}."
@@ -41,17 +42,8 @@ def main() -> None:
     WHOLE.write_text(HEAD + "".join(_chapter(report) for report in found))
 
 
-def markdown(rows: Iterable[Row]) -> str:
-    """A table, one row a figure."""
-    cells = [("figure", "measured", "target", "command"), ("---",) * 4]
-    cells += [(row.figure, row.measured, row.verdict, row.command) for row in rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
-
-
 def _chapter(report: Report) -> str:
-    return (
-        f"\n## {report.name}\n\n{markdown(report.rows)}\n\nOn {report.machine}, {report.day}, commit {report.commit}.\n"
-    )
+    return f"\n## {report.name}\n\n{markdown(report.rows)}\n\n{report.made}\n"
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
-import math
-import random
 import statistics
 import tempfile
 from contextlib import ExitStack
@@ -27,17 +25,17 @@ from typing import Any, Final
 from benchmarks.own_batch import before_tail, ended, result_times, stored
 from benchmarks.paired import PAIRS, keep_run, made_with
 from benchmarks.place import as_submitted, own_place
-from benchmarks.rows import Row, at_most
+from benchmarks.rows import Row, at_most, spread_of
 from benchmarks.table import STARVATION
 from runtime.settings import Settings
 from scripts.local import local_worker
 from store.database import Database
+from tests.support.scripted_answers import drawn_latency_s
 from tests.support.scripted_endpoint import ScriptedEndpoint
 
 POLL_S: Final = 0.25
 COMMAND: Final = "`make bench-refill`"
 TAIL: Final = 0.1  # target
-SIMULATED: Final = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +71,7 @@ def main() -> None:
             for _ in range(options.runs):
                 runs.append(measured(place.settings, case, sigma=options.sigma))
                 print(json.dumps(asdict(case) | runs[-1]), flush=True)
-            at_best = statistics.median(ideal_tail(case, sigma=options.sigma, seed=seed) for seed in range(SIMULATED))
+            at_best = ideal_tail(case, sigma=options.sigma)
             found.append({"case": asdict(case) | {"in_flight": case.in_flight}, "runs": runs, "ideal_tail": at_best})
         report = {"made_with": made_with("celery", "httptools"), "servers": place.versions(), "options": vars(options)}
     table = [row.as_json() for each in found for row in rows(each, is_first=each is found[0])]
@@ -90,25 +88,20 @@ def rows(found: dict[str, Any], *, is_first: bool) -> list[Row]:
     figure = (
         f"slots empty while the batch has jobs to send: {engines}, {case['jobs']:,} jobs of lognormal service times"
     )
-    tail_figure = "the same: time of the last 5% of the jobs; if every slot got its next job at once"
+    tail_figure = "the same: time of the last 5% of the jobs; simulated, if every slot got its next job at once"
     can_be_met: dict[str, Any] = {} if least > TAIL else at_most(100 * statistics.median(tail), 100 * TAIL, "%")
     return [
-        Row(figure, _spread(starvation), COMMAND, headline=is_first, **judged),
-        Row(tail_figure, f"{_spread(tail)}; {least:.1%}", COMMAND, **can_be_met),
+        Row(figure, spread_of(starvation), COMMAND, headline=is_first, **judged),
+        Row(tail_figure, f"{spread_of(tail)}; {least:.1%}", COMMAND, **can_be_met),
     ]
 
 
-def _spread(shares: list[float]) -> str:
-    return f"**{statistics.median(shares):.1%}** ({min(shares):.1%} to {max(shares):.1%}; {len(shares)} runs)"
-
-
-def ideal_tail(case: Case, *, sigma: float, seed: int) -> float:
-    """The tail of as many jobs with such service times where no slot ever waits."""
-    chance = random.Random(seed)
+def ideal_tail(case: Case, *, sigma: float) -> float:
+    """The tail of the same jobs, in their order, where no slot ever waits."""
     free_at = [0.0] * (case.engines * case.slots)
     ends = []
-    for _ in range(case.jobs):
-        ends.append(free_at[0] + chance.lognormvariate(math.log(case.median_s), sigma))
+    for number in range(case.jobs):
+        ends.append(free_at[0] + drawn_latency_s(prompt(number), median_s=case.median_s, sigma=sigma))
         heapq.heapreplace(free_at, ends[-1])
     ends.sort()
     return (ends[-1] - before_tail(ends)) / (ends[-1] - ends[0])
@@ -145,11 +138,16 @@ def served_by(settings: Settings, case: Case, url: str) -> Settings:
     return settings.model_copy(update={"worker": worker, "engine": engine})
 
 
+def prompt(number: int) -> str:
+    """Of one job; the engine draws its service time from it, so every run has the same."""
+    return f"question {number}"
+
+
 def write_file(path: Path, *, count: int) -> Path:
     """As many chats, all different."""
     with path.open("w") as opened:
         for number in range(count):
-            body = {"model": "scripted", "messages": [{"role": "user", "content": f"question {number}"}]}
+            body = {"model": "scripted", "messages": [{"role": "user", "content": prompt(number)}]}
             line = {"custom_id": f"q-{number}", "method": "POST", "url": "/v1/chat/completions", "body": body}
             opened.write(json.dumps(line) + "\n")
     return path

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.paired import PAIRS, Ratio
+
+COLUMNS = ("figure", "measured", "target", "command")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,11 @@ class Row:
         return asdict(self)
 
     @property
+    def cells(self) -> tuple[str, ...]:
+        """One for each of COLUMNS."""
+        return self.figure, self.measured, self.verdict, self.command
+
+    @property
     def verdict(self) -> str:
         """What to say of the target, in a few words."""
         if self.is_met is None:
@@ -38,6 +47,11 @@ def at_least(ratio: Ratio, target: float) -> dict[str, Any]:
 def at_most(figure: float, target: float, unit: str = "") -> dict[str, Any]:
     """The same of a figure that should not be above it."""
     return {"target": f"≤ {target:g}{unit}", "is_met": figure <= target}
+
+
+def spread_of(shares: Sequence[float]) -> str:
+    """The median of runs' shares, and the least and the most beside it."""
+    return f"**{statistics.median(shares):.1%}** ({min(shares):.1%} to {max(shares):.1%}; {len(shares)} runs)"
 
 
 def bold(ratio: Ratio) -> str:

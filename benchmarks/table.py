@@ -6,8 +6,10 @@ out, and a figure that falls short of its target says so.
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +19,7 @@ from rich.table import Table
 
 from benchmarks.cache_rows import PARTS, cache_rows
 from benchmarks.paired import RESULTS, Ratio
-from benchmarks.rows import Row, at_least, at_most, bold
+from benchmarks.rows import COLUMNS, Row, at_least, at_most, bold, spread_of
 
 # The order of the table; further reports with rows of their own follow by name.
 ORDER: Final = (
@@ -30,6 +32,7 @@ ORDER: Final = (
     "front_end",
     "dispatch",
     "chaos",
+    "chaos_long_jobs",
     *PARTS,
 )
 # Targets of ours ÷ the bare engine.
@@ -71,6 +74,12 @@ class Report:
     machine: str
     day: str
     commit: str
+    note: str = ""
+
+    @property
+    def made(self) -> str:
+        """What it is, and where and when it was measured."""
+        return f"{self.name}: on {self.machine}, {self.day}, commit {self.commit}. {self.note}".rstrip()
 
 
 def reports() -> list[Report]:
@@ -81,11 +90,23 @@ def reports() -> list[Report]:
 
 
 def main() -> None:
-    """Print the table."""
-    table = Table("figure", "measured", "target", "command", show_lines=True)
-    for row in (row for report in reports() for row in report.rows):
-        table.add_row(*(cell.replace("**", "") for cell in (row.figure, row.measured, row.verdict, row.command)))
-    Console().print(table)
+    """Print the table; a row a line where nobody looks at it."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    console, found = Console(), reports()
+    for report in found:
+        if not console.is_terminal:
+            print(f"{report.made}\n{markdown(report.rows)}\n")
+            continue
+        table = Table(*COLUMNS, title=report.made, title_justify="left", show_lines=True)
+        for row in report.rows:
+            table.add_row(*(cell.replace("**", "") for cell in row.cells))
+        console.print(table)
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """A table, one row a figure."""
+    cells = [COLUMNS, ("---",) * len(COLUMNS), *(row.cells for row in rows)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
 
 def _report(name: str, path: Path) -> Report | None:
@@ -102,7 +123,8 @@ def _report(name: str, path: Path) -> Report | None:
     machine = f"{made.get('cores', '?')} cores of an {made['cpu']}" if "cpu" in made else "a machine that is not named"
     day = str(made.get("date") or made.get("when") or "no day")[:10]
     commit = str(made.get("commit", "unknown"))
-    return Report(name, [_with_faults(name, commit, row) for row in rows], machine, day, commit) if rows else None
+    note = _end_to_end_note(found) if name == "end_to_end" else ""
+    return Report(name, [_with_faults(name, commit, row) for row in rows], machine, day, commit, note) if rows else None
 
 
 def _with_faults(name: str, commit: str, row: Row) -> Row:
@@ -116,12 +138,12 @@ def _end_to_end_rows(found: dict[str, Any]) -> list[Row]:
     rows = []
     for measured in found.get("rows", ()):
         workload, cores, jobs = measured["workload"]["name"], measured["cores"], measured["workload"]["jobs"]
-        where = "engine on one core, all else on another" if cores == "pinned" else "all cores"
+        where = "pinned" if cores == "pinned" else "all cores"
         for side, spread in measured["ratio"].items():
             ratio, target = Ratio(**spread), END_TO_END.get((cores, workload, side))
             rows.append(
                 Row(
-                    f"tokens/s of {jobs:,} jobs ({workload}) through RabbitMQ and Postgres ÷ {BARE[side]}; {where}",
+                    f"{workload}, {jobs:,} jobs: tokens/s end to end ÷ {BARE[side]}; {where}",
                     bold(ratio),
                     MADE_BY,
                     headline=cores == "pinned" and side != "http",
@@ -129,12 +151,13 @@ def _end_to_end_rows(found: dict[str, Any]) -> list[Row]:
                 )
             )
         ours = measured["ours"]
-        figure = f"{workload}: slots empty while the batch has jobs to send, by vLLM's metrics, one leg; {where}"
-        starved = at_most(100 * ours["starvation"], 100 * STARVATION, "%")
+        figure = f"{workload}: slots empty while there is something to send, by vLLM's /load; {where}"
+        starvation = ours["starvation"] if isinstance(ours["starvation"], list) else [ours["starvation"]]
+        starved = at_most(100 * statistics.median(starvation), 100 * STARVATION, "%")
         rows.append(
             Row(
                 figure,
-                f"**{ours['starvation']:.1%}**",
+                spread_of(starvation),
                 MADE_BY,
                 headline=cores == "pinned" and workload == SHOWN,
                 **starved,
@@ -146,11 +169,21 @@ def _end_to_end_rows(found: dict[str, Any]) -> list[Row]:
     return rows
 
 
+def _end_to_end_note(found: dict[str, Any]) -> str:
+    engine, slots = found["engine"], found["options"]["slots"]
+    return (
+        f"End to end is a batch of {engine['checkpoint']} on vLLM {engine['version']} with {slots} slots, through "
+        "RabbitMQ and Postgres; pinned: the engine on one core, all else on another; the cache is off."
+    )
+
+
 def _dispatch_rows(found: dict[str, Any]) -> list[Row]:
-    first, last = found["rows"][0], found["rows"][-1]
+    done = found["rows"][-1]["done_share"]
+    alike = [row for row in found["rows"] if row["done_share"] == done]
+    first, last = alike[0], alike[-1]
     figure = (
-        f"the dispatch leader's sweep at {first['shards']:,} and at {last['shards']:,} shards; shards claimed before a "
-        "new tenant's first"
+        f"the dispatch leader's sweep at {first['shards']:,} and at {last['shards']:,} shards, {done:.0%} of them "
+        "done; shards claimed before a new tenant's first"
     )
     sweeps = f"**{first['sweep_ms_median']:.1f} and {last['sweep_ms_median']:.1f} ms**"
     return [Row(figure, f"{sweeps}; {last['claims_before_the_newcomers_shards'][0]}", "`make bench-dispatch`")]
@@ -158,18 +191,19 @@ def _dispatch_rows(found: dict[str, Any]) -> list[Row]:
 
 def _chaos_rows(found: dict[str, Any]) -> list[Row]:
     figure = (
-        f"{found['jobs']:,} jobs of {found['job_s']} s on {found['workers']} workers under {len(found['injected'])} "
+        f"{found['jobs']:,} jobs of {found['job_s']:g} s on {found['workers']} workers under {len(found['injected'])} "
         "faults: lost, doubled, wrongly blamed; run again"
     )
     counts = f"**{found['lost']}, {found['duplicated']}, {found['blamed']}**"
     repeated = f"{found['repeated'] / found['jobs']:.2%}"
-    return [Row(figure, f"{counts}; {repeated}", "`make chaos`", headline=True)]
+    return [Row(figure, f"{counts}; {repeated}", f"`make chaos JOB_S={found['job_s']:g}`", headline=True)]
 
 
 READERS: Final[dict[str, Callable[[dict[str, Any]], list[Row]]]] = {
     "end_to_end": _end_to_end_rows,
     "dispatch": _dispatch_rows,
     "chaos": _chaos_rows,
+    "chaos_long_jobs": _chaos_rows,
 }
 
 

@@ -151,9 +151,9 @@ class Endpoint:
                 return known.version or known.build_info
         return None
 
-    async def metrics_text(self) -> str:
-        """The server's Prometheus text; empty where it has none. Raises EndpointDown if nothing answers."""
-        status, answer = await self._get("/metrics")
+    async def text(self, path: str) -> str:
+        """What it says at `path`, such as /metrics; empty unless with status 200. Raises EndpointDown if it is down."""
+        status, answer = await self._get(path)
         return answer.decode(errors="replace") if status == 200 else ""
 
     @property

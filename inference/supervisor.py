@@ -181,7 +181,7 @@ class EngineSupervisor:
         try:
             async with self._endpoint() as endpoint:
                 self.is_healthy = await endpoint.is_healthy()
-                text = await endpoint.metrics_text() if self.is_healthy else ""
+                text = await endpoint.text("/metrics") if self.is_healthy else ""
         except StokerError:  # it died, or was too busy, between the two
             self.is_healthy, text = False, ""
         if self.is_healthy:

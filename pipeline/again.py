@@ -23,6 +23,8 @@ from store.followers import copy_followers
 from store.open_shards import CutJob, newest_shard
 from store.submissions import Filled, NewBatch, extend_lease, insert_shards
 
+FOUND_AT_SUBMIT = frozenset({"reused", "order"})  # options that say what became of the earlier batch's own file
+
 
 def retry_batch(
     database: Database,
@@ -54,7 +56,7 @@ def retry_batch(
         input_name=earlier.input_name,
         input_digest=earlier.input_digest,
         submit_digest=digest,
-        options={name: value for name, value in earlier.options.items() if name != "reused"},
+        options={name: value for name, value in earlier.options.items() if name not in FOUND_AT_SUBMIT},
         max_output_tokens=earlier.max_output_tokens,
         priority=priority or earlier.priority,
         weight=weight or earlier.weight,

@@ -19,7 +19,8 @@ def cut_ordered(jobs: OrderedJobs, bounds: ShardSettings) -> list[tuple[int, int
 
     A shard keeps within the bounds, and in its second half it ends where its jobs share least with the next one: a
     group of like prompts that fits stays in one shard, and so on one engine. One that does not is computed again by
-    every engine that has a part of it, at most once in half a shard's jobs.
+    every engine that has a part of it, at most once in half a shard's jobs. A shard may thus be half as large
+    as asked for.
     """
     most_jobs = bounds.max_jobs or SHARD_JOBS
     sizes = [jobs.sizes_bytes[place] for place in jobs.places]

@@ -10,11 +10,11 @@ LEAST_S = 0.001  # of a service time, which is known in whole milliseconds
 CLAIMS = 2  # a reserve lasts as long as so many claims of the mean length
 
 SHARD_JOBS = 64  # where nothing is known of the workers
-LEAST_JOBS, MOST_JOBS = 16, 256
+LEAST_JOBS, MOST_JOBS = 16, 256  # chosen: the most that a crash runs again, and what one write holds (FLUSH_ROWS)
 # A shard costs some 16 ms of CPU outside the engine, whatever its size (claim, close, hint, dispatch): before an engine
 # that answers at once a job took 365 us with 64 in a shard and 171 with 256. So a child shall not claim more often.
 SHARDS_A_SECOND = 5.0
-MOST_S = 120.0
+MOST_S = 120.0  # chosen: so long may the last shard of a batch be waited for
 
 
 class Pace:

@@ -23,10 +23,11 @@ from models.states import JobOrder
 
 BLOCK_BYTES = 128  # 32 tokens of English text: what a block of vLLM's cache holds on a CPU, two of it on a GPU
 LEAST_BYTES = 4 * BLOCK_BYTES  # of a body that is looked into: what shorter ones share is computed in no time
-WINDOW_JOBS = 500_000  # jobs that are ordered among themselves: 12 bytes each until they are sorted
-MOST_NODES = 200_000  # blocks that can be found again
-RETURNS_SHARE = 0.05  # with fewer jobs than this that come back to a group, sorting moves little, so it is left
-LENGTHEN_AFTER = 64  # lines that kept to the common path, until a longer one is tried
+# Jobs that are ordered among themselves, and blocks that can be found again: 12 bytes a job until they are sorted.
+# As many as leave submit well below its 200 MB (`make bench-submit`).
+WINDOW_JOBS, MOST_NODES = 500_000, 200_000
+RETURNS_SHARE = 0.05  # chosen: with fewer jobs that come back to a group, sorting moves little, so it is left
+LENGTHEN_AFTER = 64  # chosen: lines that kept to the common path, until a longer one is tried
 MOST_DEPTH = 255
 _KEYS = {"/v1/chat/completions": b'"messages"', "/v1/completions": b'"prompt"'}
 

@@ -235,7 +235,7 @@ def _fill(
         total=total,
         open_shards=shards,
         skipped=source.skipped,
-        options=semantic.options,
+        options={**semantic.options, "order": (order if is_ordered else JobOrder.FILE).value},
         notices=(*semantic.notices, *((ORDERED,) if is_ordered else ())),
     )
 

@@ -19,8 +19,10 @@ def read_samples(file: Path) -> list[Sample]:
     """One sample a line, `{"text": …}` or `{"messages": […]}`. Raises BadInput that names the line and remedy."""
     try:
         lines = file.read_text(encoding="utf-8").split("\n")  # JSON strings may hold U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--calibration {file} cannot be read: {error}; name a UTF-8 text or JSONL file") from error
+    except OSError as error:
+        raise BadInput(f"--calibration {file} cannot be read: {error.strerror}; name a text or JSONL file") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"--calibration {file} is no UTF-8 at byte {error.start:,}; save it as UTF-8") from error
     filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not filled:
         raise BadInput(f"--calibration {file} is empty; give text lines or chats like those you will run")
@@ -29,8 +31,8 @@ def read_samples(file: Path) -> list[Sample]:
     characters = sum(map(_characters, samples))
     if len(samples) < LEAST_LINES or characters < LEAST_CHARACTERS:
         raise BadInput(
-            f"--calibration {file} is too short: {len(samples)} samples, {characters:,} characters of text; "
-            f"give at least {LEAST_LINES} and {LEAST_CHARACTERS:,}"
+            f"--calibration {file} is too short: {len(samples):,} of at least {LEAST_LINES} lines, {characters:,} of "
+            f"at least {LEAST_CHARACTERS:,} characters; add more of what you will run"
         )
     return samples
 
@@ -60,6 +62,8 @@ def _sample(file: Path, number: int, line: str) -> Sample:
         messages = body.get("messages")
         if isinstance(messages, list) and messages and all(_is_message(message) for message in messages):
             return {"messages": [{"role": one["role"], "content": one["content"]} for one in messages]}
+        if isinstance(messages, list) and any(_has_parts(message) for message in messages):
+            raise BadInput(f"{place}: body.messages: a content in parts; give chats whose contents are plain strings")
     raise BadInput(f"{place}: body.messages: no list of messages with a role and a text content; or give `text`")
 
 
@@ -70,3 +74,7 @@ def _characters(sample: Sample) -> int:
 
 def _is_message(message: object) -> bool:
     return isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))
+
+
+def _has_parts(message: object) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("content"), list)

@@ -15,6 +15,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from inference.engines import has_gpu
 from runtime.children import spawn, stop
 from runtime.errors import BadInput, Fatal, StokerError
 from runtime.settings import EngineSettings, Settings
-from scripts.calibration import Sample, read_samples, split, write_samples
+from scripts.calibration import LEAST_CHARACTERS, LEAST_LINES, Sample, read_samples, split, write_samples
 from scripts.checkpoint_card import Card, not_measured, rows_of, size_of, write_card
 from scripts.checkpoint_speed import compare_speed
 from scripts.schemes import CALIBRATED, ON_AN_ACCELERATOR, SCHEMES
@@ -39,6 +41,7 @@ LOG_TAIL_LINES = 15
 # Without progress bars, and never to a network. The log stays on: GPTQ needs the level that it defines.
 CHILD_ENV = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
 HELD_OUT_SHARE = 2  # held-out sequences that the perplexity takes: --samples divided by this
+_LACKING = re.compile(r"^ModuleNotFoundError: No module named '(\w+)", re.MULTILINE)
 _STEP = re.compile(r"^(\w+)(?: (\d+)/(\d+))?$")
 
 
@@ -67,7 +70,8 @@ class Order:
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
-    help="Text lines or a JSONL batch file of chats, like what you will run; the last fifth judges the result.",
+    help="Text lines or a JSONL batch file of chats, like what you will run: at least "
+    f"{LEAST_LINES} lines and {LEAST_CHARACTERS:,} characters. The last fifth judges the result.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The folder to write.")
 @click.option(
@@ -101,21 +105,19 @@ def quantize(
     python: Path,
 ) -> None:
     """Quantize CHECKPOINT, a Hugging Face folder, and say what it costs: size, perplexity on your text, tokens/s."""
-    check(checkpoint, output, scheme=scheme, calibration=calibration, python=python)
+    check(checkpoint, output, scheme=scheme, calibration=calibration)
     parts = split(read_samples(calibration)) if calibration else None
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"-o {output}: its folder cannot be made: {error.strerror}; name another") from error
+    if not python.exists():
+        raise BadInput(f"the quantizer's environment is missing: no {python}; run `make quantize-env`")
     engine = settings.engine if speed else None
     order = Order(checkpoint, scheme, calibration, samples, sequence_tokens, python, engine)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     try:
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
-            folder = Path(temporary) / output.name
+        with _workspace(output) as folder:
             card = make(order, folder, parts=parts)
             write_card(folder, card, source=checkpoint)
+            output.parent.mkdir(parents=True, exist_ok=True)
             if output.exists():
                 output.rmdir()  # empty: checked
             folder.rename(output)
@@ -126,7 +128,22 @@ def quantize(
     say(f"a worker serves it with STOKER_ENGINE__CHECKPOINT={output}")
 
 
-def check(checkpoint: Path, output: Path, *, scheme: str, calibration: Path | None, python: Path) -> None:
+@contextmanager
+def _workspace(output: Path) -> Iterator[Path]:
+    """Where to write the checkpoint until it is whole: in the nearest folder that there is, so on the same disk."""
+    try:
+        temporary = tempfile.TemporaryDirectory(dir=_nearest(output), prefix=f".{output.name}-")
+    except OSError as error:
+        raise BadInput(f"-o {output}: nothing can be written there: {error.strerror}; name another folder") from error
+    with temporary as name:
+        yield Path(name) / output.name
+
+
+def _nearest(output: Path) -> Path:
+    return next(folder for folder in output.resolve().parents if folder.exists())
+
+
+def check(checkpoint: Path, output: Path, *, scheme: str, calibration: Path | None) -> None:
     """Raise BadInput, with the remedy, for what can be known before anything is loaded."""
     if checkpoint.suffix == ".gguf":
         raise BadInput(f"CHECKPOINT {checkpoint} is a GGUF: take the Hugging Face folder that it was made from")
@@ -146,8 +163,6 @@ def check(checkpoint: Path, output: Path, *, scheme: str, calibration: Path | No
     if method:
         raise BadInput(f"CHECKPOINT {checkpoint} is quantized already ({method}); take the 16-bit one")
     _check_scheme(scheme, calibration)
-    if not python.exists():
-        raise BadInput(f"the quantizer's environment is missing: no {python}; run `make quantize-env`")
     _check_output(checkpoint, output)
 
 
@@ -166,7 +181,7 @@ def _check_output(checkpoint: Path, output: Path) -> None:
         raise BadInput(f"-o {output} lies inside the checkpoint; name a folder beside it")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise BadInput(f"-o {output} exists and is not empty; name another folder, or remove it")
-    nearest = next(folder for folder in output.resolve().parents if folder.exists())
+    nearest = _nearest(output)
     if shutil.disk_usage(nearest).free < size_of(checkpoint):
         raise BadInput(f"-o {output}: {nearest} has less free than {size_of(checkpoint):,} bytes; free some")
 
@@ -247,6 +262,10 @@ def _child(python: Path, script: str, *arguments: object, scratch: Path) -> dict
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
     if status == 2:
         raise BadInput(tail)
+    if lacking := _LACKING.search(tail):
+        raise BadInput(
+            f"{python} has no {lacking[1]}; run `make quantize-env`, or name a Python that has llmcompressor"
+        )
     if status or not report:
         raise Fatal(f"{script} ended with status {status}:\n{tail}")
     return report

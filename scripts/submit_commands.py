@@ -386,19 +386,21 @@ def _estimate(
             on_skipped=report,
             on_progress=lambda done_bytes, _: show(done_bytes),
         )
-    _say_all(found.notices)
+    _say_all([*found.notices, "whether a worker serves these models is checked when the file is submitted"])
     figures = {
         "lines": found.lines,
         "endpoint": found.endpoint,
         "models": dict(found.models),
         "estimated_prompt_tokens": found.prompt_tokens,
-        "max_output_tokens": found.output_tokens,
+        "most_output_tokens": found.output_tokens,
         "skipped": found.skipped,
     }
     if as_json:
         emit_json(figures)
-    else:
-        emit_table("dry run: nothing was stored", ("figure", "value"), list(figures.items()))
+        return
+    models = ", ".join(f"{name} ({lines:,} lines)" for name, lines in found.models.items())
+    rows = [(name.replace("_", " "), value) for name, value in (figures | {"models": models}).items()]
+    emit_table("dry run: nothing was stored", ("figure", "value"), rows)
 
 
 def _workers(settings: Settings) -> list[WorkerPresence]:

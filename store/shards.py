@@ -204,7 +204,7 @@ def extend_leases(session: Session, fences: Mapping[int, int], *, lease_s: float
                 FOR NO KEY UPDATE OF s SKIP LOCKED)
         )
         SELECT id, runnable FROM held"""),
-        {"ids": list(fences), "fences": list(fences.values()), "lease_s": lease_s},
+        {"ids": Int8s(fences), "fences": Int8s(fences.values()), "lease_s": lease_s},
     ).all()
     return {shard_id: runnable for shard_id, runnable in rows}
 
@@ -425,7 +425,7 @@ def quarantine(session: Session, claim: Claim, seqs: Sequence[int]) -> bool:
         text("""
         SELECT seqs @> CAST(:seqs AS int4[]) FROM shards
         WHERE id = :shard_id AND fence = :fence AND state = 'running' FOR NO KEY UPDATE"""),
-        {"seqs": list(seqs), "shard_id": claim.shard_id, "fence": claim.fence},
+        {"seqs": Int4s(seqs), "shard_id": claim.shard_id, "fence": claim.fence},
     ).scalar_one_or_none()
     if has_them:
         _split_off(session, claim, seqs, quarantined=True, crashes=0)
@@ -441,13 +441,13 @@ def _split_off(session: Session, claim: Claim, seqs: Sequence[int], *, quarantin
         UPDATE shards s SET tokens = old.tokens - old.cost,
             seqs = ARRAY(SELECT u FROM unnest(s.seqs) u WHERE u <> ALL(CAST(:seqs AS int4[])))
         FROM old WHERE s.id = old.id RETURNING old.cost"""),
-        {"seqs": list(seqs), "shard_id": claim.shard_id, "count": len(seqs)},
+        {"seqs": Int4s(seqs), "shard_id": claim.shard_id, "count": len(seqs)},
     ).scalar_one()
     session.execute(
         text("""
         INSERT INTO shards (batch_id, seqs, tokens, not_before, crashes, quarantined)
         VALUES (:batch_id, CAST(:seqs AS int4[]), :cost, clock_timestamp(), :crashes, :quarantined)"""),
-        {"batch_id": claim.batch_id, "seqs": list(seqs), "cost": cost, "crashes": crashes, "quarantined": quarantined},
+        {"batch_id": claim.batch_id, "seqs": Int4s(seqs), "cost": cost, "crashes": crashes, "quarantined": quarantined},
     )
     session.execute(
         text("UPDATE batches SET shards_left = shards_left + 1 WHERE id = :batch_id"), {"batch_id": claim.batch_id}

@@ -263,7 +263,7 @@ def _kv_room(plan: EnginePlan) -> int | None:
 
     async def ask() -> str:
         async with Endpoint(plan.url, api_key=None, timeout_s=10, connections=1) as endpoint:
-            return await endpoint.metrics_text()
+            return await endpoint.text("/metrics")
 
     found = _CACHE.search(asyncio.run(ask()))
     return int(found[1]) * int(found[2]) if found else None

@@ -22,13 +22,18 @@ from runtime.clock import uuid7
 from runtime.settings import Settings
 
 LEFT_OUT = 0.05  # of the jobs, at the beginning: the ramp
-START_S, RUN_S, POLL_S = 120.0, 600.0, 0.5
+START_S, POLL_S = 120.0, 0.5
+STALL_S = 20.0  # without a result: the slowest side has hundreds a second
+
+
+class Stalled(Exception):
+    """The worker has stopped for good before its jobs were done."""
 
 
 def run_celery(
     settings: Settings, endpoint: StaticEndpoint, servers: dict[str, int], *, jobs: int, pool: str, pool_size: int
 ) -> Leg:
-    """Jobs a second of a worker with this pool, and its CPU by stage."""
+    """Jobs a second of a worker with this pool, and its CPU by stage; raises Stalled."""
     database = settings.require_postgres()
     app = make_app(settings.require_broker(), pool=pool, pool_size=pool_size)
     with psycopg.connect(database, autocommit=True) as connection:
@@ -52,7 +57,9 @@ def run_celery(
 def publish(app: Celery, batch_id: UUID, jobs: int) -> None:
     """One message a prompt: raw, unconfirmed, which is 4 to 5 times as fast as `delay`."""
     with app.connection_for_write() as connection, connection.Producer(serializer="json") as producer:
-        app.amqp.queues[QUEUE](connection.default_channel).declare()
+        queue = app.amqp.queues[QUEUE](connection.default_channel)
+        queue.declare()
+        queue.purge()  # of what a worker that stalled has left
         for seq, body in enumerate(bodies(jobs, model=MODEL)):
             arguments = (str(batch_id), seq, body)
             message = app.amqp.create_task_message(f"{batch_id}-{seq}", TASK, args=arguments, ignore_result=True)
@@ -92,11 +99,13 @@ def _wait_answers(app: Celery) -> None:
 
 
 def _wait_done(connection: psycopg.Connection, batch_id: UUID, jobs: int) -> None:
-    end = time.monotonic() + RUN_S
+    done, since = 0, time.monotonic()
     query = "SELECT count(*) FROM peer_results WHERE batch_id = %s"
-    while (done := _number(connection, query, batch_id)) < jobs:
-        if time.monotonic() > end:
-            raise SystemExit(f"one Celery task per prompt: {done} of {jobs} after {RUN_S:.0f} s")
+    while (now_done := _number(connection, query, batch_id)) < jobs:
+        if now_done > done:
+            done, since = now_done, time.monotonic()
+        elif time.monotonic() > since + STALL_S:
+            raise Stalled(f"{done:,} of {jobs:,} jobs, and no other for {STALL_S:.0f} s")
         time.sleep(POLL_S)
 
 

@@ -11,8 +11,9 @@ What was chosen, so that nothing but the shape differs from ours:
   queues; a prefetch of 4 a process (with 1 each waits for its ack's round trip; more only makes a crash repeat more);
   each process connects before the clock starts; messages are published before it, raw and unconfirmed; the first 5% of
   the jobs are left out of its time.
-- Threads take part beside three sizes of prefork, and count where they are faster, though a warm shutdown of threads
-  sends no acks and so repeats what was running (docs/decisions/0003-celery.md).
+- Threads take part beside three sizes of prefork and have a row of their own. They are the fastest, but now and then
+  such a worker gets no message any more, for good, as if acks were lost (many threads send them over one connection);
+  its leg is then run again. A warm shutdown of it repeats what was running (docs/decisions/0003-celery.md).
 It must not be started by hand for more than a look: benchmarks/peers/celery_leg.py gives it its messages.
 """
 

@@ -10,12 +10,12 @@ import sys
 from benchmarks.batch_lines import bodies, line
 from benchmarks.cores import kept_on, processes, tree, tree_cpu_s
 from benchmarks.paired import Ratio
-from benchmarks.readme import README, markdown
+from benchmarks.readme import README
 from benchmarks.rows import Row, at_least, at_most
 from benchmarks.sampled import folded
 from benchmarks.static_endpoint import ANSWER
 from benchmarks.submit_files import RESPONSE
-from benchmarks.table import FAULTS, reports
+from benchmarks.table import FAULTS, markdown, reports
 from inference.endpoint import Reply
 from inference.replies import result_of
 from models.states import Outcome

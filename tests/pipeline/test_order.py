@@ -14,9 +14,10 @@ from cache.pilot import pilot_size
 from models.lines import SubmitOptions
 from models.states import CacheMode, JobOrder
 from pipeline import arrange, submit
-from pipeline.export import write_lines
+from pipeline.export import manifest, write_lines
 from pipeline.submit import ORDERED, Submitted, Wishes, submit_file
 from runtime.settings import LimitSettings, Settings, ShardSettings
+from store.batches import batch_progress
 from store.database import Database
 from tests.pipeline.test_feed import fed
 from tests.support.batches import dispatch_all, shards_of
@@ -28,6 +29,7 @@ GROUPS, MEMBERS = 10, 8
 
 def write_file(folder: Path, *, groups: int = GROUPS, members: int = MEMBERS) -> Path:
     """A chat about each of the documents, then another about each, and so on: no neighbours have anything in common."""
+    folder.mkdir(exist_ok=True)
     path = folder / "lines.jsonl"
     with path.open("w") as opened:
         for number in range(groups * members):
@@ -80,6 +82,24 @@ def test_whoever_submits_is_told_of_another_order(database: Database, tmp_path: 
     assert ORDERED in stored(database, file).notices
     assert ORDERED not in stored(database, file, order=JobOrder.FILE).notices
     assert ORDERED not in stored(database, write_file(tmp_path, groups=1)).notices
+
+
+def test_the_manifest_says_in_which_order_jobs_were_run(database: Database, tmp_path: Path) -> None:
+    file = write_file(tmp_path)
+    orders = [(file, JobOrder.PREFIX), (file, JobOrder.FILE), (write_file(tmp_path / "one", groups=1), JobOrder.PREFIX)]
+
+    assert [order_of(database, submitted(database, path, order=order)) for path, order in orders] == [
+        "prefix",
+        "file",
+        "file",
+    ]
+
+
+def order_of(database: Database, batch_id: UUID) -> str:
+    with database.transaction() as session:
+        progress = batch_progress(session, batch_id, tenant="local")
+    assert progress is not None
+    return str(manifest(database, progress)["input"]["order"])
 
 
 def test_a_long_batch_is_ordered_window_by_window(

@@ -109,6 +109,7 @@ def test_the_batch_is_in_progress_with_its_totals_window_and_manifest(
         "model": "m",
         "max_output_tokens": 64,
         "cache": "exact",
+        "order": "file",
         "file_name": "-",
         "file_bytes": path.stat().st_size,
         "file_sha256": batch[8],

@@ -42,9 +42,9 @@ def checkpoint(tmp_path: Path) -> Path:
     return folder
 
 
-def refused(checkpoint: Path, output: Path, *, scheme: str = "w8a8", python: Path = Path("/bin/sh")) -> str:
+def refused(checkpoint: Path, output: Path, *, scheme: str = "w8a8") -> str:
     with pytest.raises(BadInput) as raised:
-        check(checkpoint, output, scheme=scheme, calibration=None, python=python)
+        check(checkpoint, output, scheme=scheme, calibration=None)
     return str(raised.value)
 
 
@@ -55,7 +55,6 @@ def test_what_cannot_be_quantized_is_refused_by_name_and_remedy(checkpoint: Path
     assert "nothing is fetched from a hub" in refused(Path("some/hub-name"), output)
     assert "inside the checkpoint" in refused(checkpoint, checkpoint / "out")
     assert "needs --calibration" in refused(checkpoint, output, scheme="gptq")
-    assert "make quantize-env" in refused(checkpoint, output, python=tmp_path / "none")
     output.mkdir()
     (output / "kept").touch()
     assert "not empty" in refused(checkpoint, output)
@@ -78,8 +77,9 @@ def test_awq_is_refused_without_a_gpu(checkpoint: Path, tmp_path: Path, monkeypa
     ("name", "content", "said"),
     [
         ("a.txt", "", "is empty"),
-        ("a.txt", "short\n", "too short: 1 samples, 5 characters of text"),
-        ("a.jsonl", '{"body": {"messages": [{"role": "user", "content": "short"}]}}\n' * 99, "99 samples, 495 char"),
+        ("a.txt", "short\n", "too short: 1 of at least 10 lines, 5 of at least 4,000 characters"),
+        ("a.jsonl", '{"body": {"messages": [{"role": "user", "content": "short"}]}}\n' * 99, "99 of .* lines, 495 of"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}\n', "line 1: .* in parts"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n{"mess', "line 2: no JSON"),
         ("a.jsonl", '{"body": {"messages": [{"role": "user"}]}}\n', "line 1: body.messages"),
     ],
@@ -88,6 +88,14 @@ def test_a_bad_calibration_file_is_refused(tmp_path: Path, name: str, content: s
     (tmp_path / name).write_text(content)
     with pytest.raises(BadInput, match=said):
         read_samples(tmp_path / name)
+
+
+def test_a_calibration_file_that_cannot_be_read_is_named_once(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"^--calibration \S+/none.txt cannot be read: No such file or directory; name"):
+        read_samples(tmp_path / "none.txt")
+    (tmp_path / "latin.txt").write_bytes("größer".encode("latin-1"))
+    with pytest.raises(BadInput, match="no UTF-8 at byte 2; save it"):
+        read_samples(tmp_path / "latin.txt")
 
 
 def test_a_line_separator_within_a_json_string_ends_no_line(tmp_path: Path) -> None:
@@ -190,24 +198,40 @@ def test_an_interrupt_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "out" / "small-w8a8"
     arguments = ("quantize", checkpoint, "--scheme", "w8a8", "-o", output, "--python", python)
     with Command(*arguments, env={}) as command:
-        wait_until(lambda: any(output.parent.glob(".small-w8a8-*")), 30, "the workspace is there")
+        wait_until(lambda: any(tmp_path.glob(".small-w8a8-*")), 30, "the workspace is there")
         command.process.send_signal(signal.SIGINT)
         ended = command.wait(30)
     assert ended.returncode == 130
     assert "nothing was written" in ended.stderr
-    assert list(output.parent.iterdir()) == []
+    assert {one.name for one in tmp_path.iterdir()} == {"small-bf16", "python"}
 
 
-def test_a_quantizer_that_fails_says_why_and_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        ("out of memory", 3, "status 9:\nout of memory"),
+        ("Traceback\nModuleNotFoundError: No module named 'torch.nn'", 2, "has no torch; run `make quantize-env`"),
+    ],
+)
+def test_a_quantizer_that_fails_says_why_and_leaves_nothing(
+    checkpoint: Path, tmp_path: Path, error: str, status: int, said: str
+) -> None:
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho out of memory >&2\nexit 9\n")
+    python.write_text(f"#!/bin/sh\ncat >&2 <<'END'\n{error}\nEND\nexit 9\n")
     python.chmod(0o755)
     output = tmp_path / "out" / "small-w8a8"
     with Command("quantize", checkpoint, "--scheme", "w8a8", "-o", output, "--python", python, env={}) as command:
         ended = command.wait(30)
-    assert ended.returncode == 3
-    assert "status 9" in ended.stderr and "out of memory" in ended.stderr
-    assert list(output.parent.iterdir()) == []
+    assert (ended.returncode, said in ended.stderr) == (status, True), ended.stderr
+    assert {one.name for one in tmp_path.iterdir()} == {"small-bf16", "python"}
+
+
+def test_a_missing_environment_is_named_after_what_is_wrong_with_the_input(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ("--scheme", "w8a8", "-o", tmp_path / "out", "--python", tmp_path / "none")
+    for calibration, said in (((), "make quantize-env"), (("--calibration", tmp_path / "a.txt"), "cannot be read")):
+        with Command("quantize", checkpoint, *arguments, *calibration, env={}) as command:
+            ended = command.wait(30)
+        assert (ended.returncode, said in ended.stderr) == (2, True), ended.stderr
 
 
 def quantized(checkpoint: Path, folder: Path, *, perplexity: str) -> tuple[int, str, Path]:

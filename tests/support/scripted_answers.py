@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import statistics
 from array import array
 from base64 import b64encode
 from typing import Any
 
 DIMENSIONS = 8
 THOUGHTS = "thinking it over"
+
+
+def drawn_latency_s(prompt: str, *, median_s: float, sigma: float) -> float:
+    """A lognormal service time, drawn from the prompt."""
+    share = (int.from_bytes(digest(prompt, 4)) + 0.5) / 2**32
+    return median_s * math.exp(sigma * statistics.NormalDist().inv_cdf(share))
 
 
 def prompts_of(body: dict[str, Any], path: str) -> list[str]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import math
 import os
 import re
-import statistics
 import time
 from collections import Counter
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from tests.support.scripted_answers import completion, digest, embeddings, prompts_of
+from tests.support.scripted_answers import completion, drawn_latency_s, embeddings, prompts_of
 
 MODEL = "scripted"
 JSON = "application/json"
@@ -125,8 +123,7 @@ class Script:
         stated = next((float(order.split()[1]) for order in orders if order.startswith("latency ")), None)
         if stated is not None or not self.latency_s or not self.latency_sigma:
             return self.latency_s if stated is None else stated
-        share = (int.from_bytes(digest(prompts[0], 4)) + 0.5) / 2**32
-        return self.latency_s * math.exp(self.latency_sigma * statistics.NormalDist().inv_cdf(share))
+        return drawn_latency_s(prompts[0], median_s=self.latency_s, sigma=self.latency_sigma)
 
     async def _trouble(
         self, request: web.BaseRequest, prompts: list[str], orders: list[str]
