@@ -29,6 +29,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from benchmarks.cores import kept_on
+from benchmarks.end_to_end_report import note_of, rows_of
 from benchmarks.paired import PAIRS, Ratio, by_turns, keep, keep_run, made_with
 from benchmarks.place import Place, own_place
 from benchmarks.sides import BareEngine, Leg, OurSide, run_http
@@ -96,7 +97,8 @@ def main() -> None:
                     rows.append({"cores": cores} | _measured(room, workload, jobs, options))
                     print(_line(rows[-1]), flush=True)
                     keep("end_to_end", report | {"rows": rows}, is_whole=False)
-    keep_run("end_to_end", report | {"rows": rows}, parser, options)
+    report |= {"rows": rows, "note": note_of(report)}
+    keep_run("end_to_end", report | {"table": [row.as_json() for row in rows_of(report)]}, parser, options)
 
 
 def _parser() -> argparse.ArgumentParser:

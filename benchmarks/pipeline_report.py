@@ -108,7 +108,7 @@ def _against(report: Mapping[str, Any], place: str, side: str, *, headline: bool
     if is_judged:
         named = f"{side}, the best of three sizes"
     elif side == RAY:
-        named = f"{side}, which has no durability a job"
+        named = f"{side} with aiohttp, which has no durability a job"
     else:
         stalled = found["stalled"].get(side, 0)
         named = f"{side}, which stopped for good in {stalled} of {len(found['legs'][side]) + stalled} legs"

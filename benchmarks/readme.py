@@ -22,6 +22,13 @@ is shared, so ratios hold where seconds do not.
 def main() -> None:
     """Write both."""
     argparse.ArgumentParser(description=__doc__).parse_args()
+    readme, whole = texts()
+    README.write_text(readme)
+    WHOLE.write_text(whole)
+
+
+def texts() -> tuple[str, str]:
+    """README.md with the main figures in their place, and docs/benchmarks.md."""
     found = reports()
     shown = [report for report in found if any(row.headline for row in report.rows)]
     places = ", ".join(dict.fromkeys(report.machine for report in shown))
@@ -38,8 +45,7 @@ def main() -> None:
     written, times = MARKED.subn(lambda marks: f"{marks[1]}{figures}\n{marks[2]}", README.read_text())
     if times != 1:
         raise SystemExit(f"{README.name} has {times} places for figures, not one")
-    README.write_text(written)
-    WHOLE.write_text(HEAD + "".join(_chapter(report) for report in found))
+    return written, HEAD + "".join(_chapter(report) for report in found)
 
 
 def _chapter(report: Report) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.paired import PAIRS, Ratio
 
+STARVATION = 0.02  # target: slots' time without a request while there are jobs
 COLUMNS = ("figure", "measured", "target", "command")
 
 
@@ -35,7 +36,7 @@ class Row:
     def verdict(self) -> str:
         """What to say of the target, in a few words."""
         if self.is_met is None:
-            return ""
+            return self.target
         return f"{self.target} met" if self.is_met else f"**short of {self.target}**"
 
 

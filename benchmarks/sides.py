@@ -27,6 +27,7 @@ from inference.endpoint import Endpoint
 from inference.engines import EnginePlan
 from inference.replies import result_of
 from models.jobs import JobResult
+from models.states import Outcome
 from runtime.settings import Settings
 from scripts.terminal import seconds_of
 from store.database import Database
@@ -127,6 +128,8 @@ async def _ask(url: str, bodies: list[bytes], *, in_flight: int) -> Leg:
         started = time.monotonic()
         results = await asyncio.gather(*(ask(number, body) for number, body in enumerate(bodies)))
         seconds = time.monotonic() - started
+    if bad := [result for result in results if result.outcome not in (Outcome.SUCCEEDED, Outcome.TRUNCATED)]:
+        raise SystemExit(f"{len(bad)} of {len(results)} requests over HTTP were not answered: {bad[0].response}")
     usages = [result.usage for result in results]
     return Leg(
         seconds, len(results), sum(usage.prompt_tokens for usage in usages), sum(u.completion_tokens for u in usages)

@@ -1,7 +1,8 @@
 """How full an engine's slots are while a leg runs: its own /load and /metrics, read five times a second.
 
 vLLM's gauges of running and waiting requests are no measure: they are as of the end of the last step, so that all slots
-seem empty during the first one, which may take a second. /load counts the requests that are in the server now.
+seem empty during the first one, which may take a second. /load counts the requests that are in the server now. It is
+looked at from when submit has returned, so that the moment between a batch's commit and its first request is mostly over.
 """
 
 from __future__ import annotations

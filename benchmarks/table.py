@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cache_rows import PARTS, cache_rows
-from benchmarks.paired import RESULTS, Ratio
-from benchmarks.rows import COLUMNS, Row, at_least, at_most, bold, spread_of
+from benchmarks.paired import RESULTS
+from benchmarks.rows import COLUMNS, Row
 
 # The order of the table; further reports with rows of their own follow by name.
 ORDER: Final = (
@@ -34,34 +33,6 @@ ORDER: Final = (
     "chaos",
     "chaos_long_jobs",
     *PARTS,
-)
-# Targets of ours ÷ the bare engine.
-END_TO_END: Final = {
-    ("pinned", "8 tokens", "chat"): 0.85,
-    ("pinned", "64 tokens", "chat"): 0.95,
-    ("pinned", "256 tokens", "chat"): 0.95,
-    ("pinned", "64 tokens", "run-batch"): 0.97,
-}
-BARE: Final = {
-    "chat": "vLLM's offline LLM.chat",
-    "run-batch": "vLLM's run-batch",
-    "http": "our client straight to vLLM's server",
-}
-SHOWN: Final = "64 tokens"
-MADE_BY: Final = "`make bench-end-to-end`"
-STARVATION: Final = 0.02
-# What is known to be wrong with a kept report: (report, its commit, what the figure has in it, what to say). A new run
-# has another commit, and the entry is to go with it.
-FAULTS: Final = (
-    (
-        "pipeline",
-        "be1ce7b",
-        "(prefork 8); on one core",
-        "pool chosen by one probe, where it did 687 jobs/s: by that 7.9",
-    ),
-    ("pipeline", "be1ce7b", "on all cores", "2 pairs"),
-    ("pipeline", "be1ce7b", "CPU of a job", "submit is not in it"),
-    ("submit", "da1590d", "1,000,000", "2 pairs at 1,000,000"),
 )
 
 
@@ -123,58 +94,12 @@ def _report(name: str, path: Path) -> Report | None:
     machine = f"{made.get('cores', '?')} cores of an {made['cpu']}" if "cpu" in made else "a machine that is not named"
     day = str(made.get("date") or made.get("when") or "no day")[:10]
     commit = str(made.get("commit", "unknown"))
-    note = _end_to_end_note(found) if name == "end_to_end" else ""
-    return Report(name, [_with_faults(name, commit, row) for row in rows], machine, day, commit, note) if rows else None
+    return Report(name, [_shown(row) for row in rows], machine, day, commit, found.get("note", "")) if rows else None
 
 
-def _with_faults(name: str, commit: str, row: Row) -> Row:
-    """The row with its known faults; one that falls short of its target stands in README.md, whatever it is of."""
-    said = [fault for of, at, part, fault in FAULTS if (of, at) == (name, commit) and part in row.figure]
-    measured = f"{row.measured}; **fault: {'; '.join(said)}**" if said else row.measured
-    return replace(row, measured=measured, headline=row.headline or row.is_met is False)
-
-
-def _end_to_end_rows(found: dict[str, Any]) -> list[Row]:
-    rows = []
-    for measured in found.get("rows", ()):
-        workload, cores, jobs = measured["workload"]["name"], measured["cores"], measured["workload"]["jobs"]
-        where = "pinned" if cores == "pinned" else "all cores"
-        for side, spread in measured["ratio"].items():
-            ratio, target = Ratio(**spread), END_TO_END.get((cores, workload, side))
-            rows.append(
-                Row(
-                    f"{workload}, {jobs:,} jobs: tokens/s end to end ÷ {BARE[side]}; {where}",
-                    bold(ratio),
-                    MADE_BY,
-                    headline=cores == "pinned" and side != "http",
-                    **({} if target is None else at_least(ratio, target)),
-                )
-            )
-        ours = measured["ours"]
-        figure = f"{workload}: slots empty while there is something to send, by vLLM's /load; {where}"
-        starvation = ours["starvation"] if isinstance(ours["starvation"], list) else [ours["starvation"]]
-        starved = at_most(100 * statistics.median(starvation), 100 * STARVATION, "%")
-        rows.append(
-            Row(
-                figure,
-                spread_of(starvation),
-                MADE_BY,
-                headline=cores == "pinned" and workload == SHOWN,
-                **starved,
-            )
-        )
-        figure = f"{workload}: CPU outside ÷ inside the engine; µs outside it a job, our watching included; {where}"
-        outside = f"**{ours['outside_by_inside']:.3f}**; {ours['outside_us_a_job']:,.0f}"
-        rows.append(Row(figure, outside, MADE_BY))
-    return rows
-
-
-def _end_to_end_note(found: dict[str, Any]) -> str:
-    engine, slots = found["engine"], found["options"]["slots"]
-    return (
-        f"End to end is a batch of {engine['checkpoint']} on vLLM {engine['version']} with {slots} slots, through "
-        "RabbitMQ and Postgres; pinned: the engine on one core, all else on another; the cache is off."
-    )
+def _shown(row: Row) -> Row:
+    """One that falls short of its target stands in README.md, whatever it is of."""
+    return replace(row, headline=row.headline or row.is_met is False)
 
 
 def _dispatch_rows(found: dict[str, Any]) -> list[Row]:
@@ -200,7 +125,6 @@ def _chaos_rows(found: dict[str, Any]) -> list[Row]:
 
 
 READERS: Final[dict[str, Callable[[dict[str, Any]], list[Row]]]] = {
-    "end_to_end": _end_to_end_rows,
     "dispatch": _dispatch_rows,
     "chaos": _chaos_rows,
     "chaos_long_jobs": _chaos_rows,

@@ -152,7 +152,7 @@ class Connections:
                     )
         except TimeoutError as error:
             raise ConnectFailed(f"no connection within {CONNECT_TIMEOUT_S:g} s") from error
-        except (OSError, UnicodeError) as error:  # UnicodeError: a host that is no name
+        except (OSError, UnicodeError, RuntimeError) as error:  # a host that is no name; uvloop's, of aiohappyeyeballs
             raise ConnectFailed(str(error)) from error
         return connection
 

@@ -10,7 +10,7 @@ from datetime import timedelta
 from uuid import UUID
 
 from models.names import batch_name
-from models.states import TERMINAL, Priority
+from models.states import TERMINAL, JobOrder, Priority
 from pipeline.arrange import cut_again
 from pipeline.begin import CHUNK_JOBS, LEASE, TENANT, Submitted, begin_batch, same_submit
 from pipeline.cutting import ShardCutter
@@ -23,7 +23,9 @@ from store.followers import copy_followers
 from store.open_shards import CutJob, newest_shard
 from store.submissions import Filled, NewBatch, extend_lease, insert_shards
 
-FOUND_AT_SUBMIT = frozenset({"reused", "order"})  # options that say what became of the earlier batch's own file
+FOUND_AT_SUBMIT = frozenset(
+    {"reused", "order", "pilot"}
+)  # options that say what became of the earlier batch's own file
 
 
 def retry_batch(
@@ -117,7 +119,8 @@ def _copy_failed(
         followers = copy_followers(session, earlier.id, batch_id=batch.id)
         if followers:
             shards = cut_again(session, batch.id, upto=newest_shard(session, batch.id), bounds=bounds)
-    return Filled(total=total, open_shards=shards, followers=followers)
+    options = {"order": JobOrder.FILE.value}
+    return Filled(total=total, open_shards=shards, followers=followers, options=options)
 
 
 def _cut(jobs: list[CutJob], *, bounds: ShardSettings, first: int) -> list[tuple[int, int, int]]:

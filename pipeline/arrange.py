@@ -57,7 +57,8 @@ def arrange(
             return filled
         places = draw_pilot(filled.total - taken - followers, seed=batch.id.bytes) if pilot else NOBODY
         cut = cut_again(session, batch.id, upto=upto, pilot=places, bounds=bounds)
-    return replace(filled, open_shards=cut, taken=taken, followers=followers)
+    options = {**filled.options, **({"pilot": len(places)} if pilot else {})}
+    return replace(filled, open_shards=cut, taken=taken, followers=followers, options=options)
 
 
 def cut_again(

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from inference.embeddings import Pack
@@ -39,6 +39,7 @@ class Attempt:
     def __init__(self, claim: Claim, loaded: LoadedJobs) -> None:
         self.claim = claim
         self.looked = Looked()
+        self.held_bytes = 0  # of bodies that were to be run: the requests to keep hold theirs until the shard is over
         self.repeated: dict[int, bool] = {}  # of jobs that were asked twice: whether the answers were the same
         self.waiting: deque[Unit] = deque()
         self.in_flight: set[asyncio.Task[None]] = set()
@@ -54,7 +55,8 @@ class Attempt:
 
     def begin(self, looked: Looked, units: Iterable[Unit]) -> None:
         """What its jobs' lookups gave is known: results are kept for the next write, the rest waits to be sent."""
-        self.looked = looked
+        self.looked = replace(looked, results=[], jobs=[])
+        self.held_bytes = sum(len(job.body) for job in looked.jobs)
         for result in looked.results:
             self.record(result)
         if not self.is_stopped:

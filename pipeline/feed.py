@@ -48,6 +48,7 @@ from store.shards import (
 log = get_logger(__name__)
 
 TICK_S = 0.2  # how soon a drain, a due write or a newly dispatched shard is noticed while nothing else happens
+HELD_BYTES = 256 * 1024 * 1024  # chosen: of bodies in one child, with one more shard at most when it claims
 DOWN_PATIENCE_S = 60.0
 DOWN_WAIT_S = 2.0  # how long a shard stays away from workers after its endpoint refused connections
 
@@ -182,6 +183,8 @@ class _Feeder:
         if now < self._next_claim_at or self._is_stopping(now):
             return False
         if any(attempt.endpoint_is_down or attempt.claim.runs_alone for attempt in attempts):
+            return False
+        if sum(attempt.held_bytes for attempt in attempts) >= HELD_BYTES:
             return False
         waiting = sum(len(attempt.waiting) for attempt in attempts)
         return waiting - self._free() < self._context.pace.reserve(self._context.in_flight)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import BadInput
+from scripts.terminal import say
 
 LEAST_LINES = 10  # a fifth is held out: fewer would leave one line to judge by
 LEAST_CHARACTERS = 4000  # about 1,000 tokens, 200 of them held out
+MOST_BYTES = 64 * 1024**2  # many times what the default 256 sequences of 512 tokens take
 HELD_OUT = 5  # the last fifth is not used for calibration
 
 Sample = dict[str, Any]
 
 
 def read_samples(file: Path) -> list[Sample]:
-    """One sample a line, `{"text": …}` or `{"messages": […]}`. Raises BadInput that names the line and remedy."""
+    """One sample a line, `{"text": …}` or `{"messages": […]}`; chats in a seeded order, as they may be sorted by kind.
+
+    Raises BadInput that names the line and remedy.
+    """
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # JSON strings may hold U+2028
+        lines = _read(file).split("\n")  # JSON strings may hold U+2028
     except OSError as error:
         raise BadInput(f"--calibration {file} cannot be read: {error.strerror}; name a text or JSONL file") from error
     except UnicodeDecodeError as error:
@@ -28,6 +34,8 @@ def read_samples(file: Path) -> list[Sample]:
         raise BadInput(f"--calibration {file} is empty; give text lines or chats like those you will run")
     is_batch = file.suffix == ".jsonl" or filled[0][1].lstrip().startswith("{")
     samples = [_sample(file, number, line) if is_batch else {"text": line} for number, line in filled]
+    if is_batch:  # a file may be sorted by kind; texts run on from line to line
+        random.Random(0).shuffle(samples)  # noqa: S311
     characters = sum(map(_characters, samples))
     if len(samples) < LEAST_LINES or characters < LEAST_CHARACTERS:
         raise BadInput(
@@ -37,8 +45,18 @@ def read_samples(file: Path) -> list[Sample]:
     return samples
 
 
+def _read(file: Path) -> str:
+    """The file, or of a larger one its whole lines within MOST_BYTES."""
+    with file.open("rb") as opened:
+        content = opened.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        content = content[: content.rindex(b"\n", 0, MOST_BYTES) if b"\n" in content[:MOST_BYTES] else MOST_BYTES]
+        say(f"--calibration {file}: its first {MOST_BYTES // 1024**2} MB are read, which is more than is used")
+    return content.decode("utf-8")
+
+
 def split(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """Those to calibrate with, and the last fifth, which is held out for the perplexity."""
+    """Those to calibrate with, and the last fifth of them, which is held out for the perplexity."""
     held_out = max(1, len(samples) // HELD_OUT)
     return samples[:-held_out], samples[-held_out:]
 

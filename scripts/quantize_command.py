@@ -71,7 +71,7 @@ class Order:
     "--calibration",
     type=click.Path(path_type=Path),
     help="Text lines or a JSONL batch file of chats, like what you will run: at least "
-    f"{LEAST_LINES} lines and {LEAST_CHARACTERS:,} characters. The last fifth judges the result.",
+    f"{LEAST_LINES} lines and {LEAST_CHARACTERS:,} characters. A fifth is held out and judges the result.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The folder to write.")
 @click.option(

@@ -4,7 +4,7 @@
 
 `ray.data.read_json` → `map_batches` with an async actor (aiohttp, 64 requests at once, its connections kept open) →
 `map_batches` that writes each batch with one COPY into a table like `results`. What was chosen:
-- Two actors with 64 requests each, as our two pool processes have; batches of 64 rows, as our shards.
+- Two actors with 64 requests each, as our two pool processes have; batches of 64 rows.
 - Its client is aiohttp, as users would take it; ours costs about a third of that a request (docs/decisions/0017).
 - In its favour: no durability a job. Ray keeps which block is done in memory; a job that is lost with its process runs
   again only as part of its block, and a restart of the driver runs all again. Nothing is written but the results.

@@ -16,6 +16,7 @@ from uuid import UUID
 import pytest
 from sqlalchemy import text
 
+import pipeline.feed as feeding
 from inference.endpoint import Endpoint
 from pipeline.feed import FeedContext, FeedReport, feed
 from pipeline.heartbeat import Heartbeat
@@ -267,6 +268,18 @@ def test_no_shard_is_claimed_while_enough_waits(database: Database, tmp_path: Pa
         wait_until(lambda: len(results_of(database, batch_id)) >= 2, 10, "the first answers")
         assert [shard.state for shard in shards_of(database, batch_id)] == ["running", "dispatched"]
         assert running.result(10).jobs == 12
+
+
+def test_no_shard_is_claimed_while_large_bodies_fill_the_memory(
+    database: Database, tmp_path: Path, endpoint: ScriptedEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeding, "HELD_BYTES", 150_000)
+    prompts = [f"{number} [[latency 0.3]] {'x' * 100_000}" for number in range(8)]
+    stored(database, tmp_path, prompts, shard_jobs=1)
+    pace = Pace()
+    pace.served(0.1)
+    assert fed(database, endpoint.url, pace=pace).jobs == 8
+    assert endpoint.calls().most_running == 2
 
 
 def test_no_shard_is_claimed_by_a_draining_feed(database: Database, tmp_path: Path, endpoint: ScriptedEndpoint) -> None:

@@ -125,13 +125,17 @@ def test_the_pilot_of_the_semantic_cache_comes_first_and_the_groups_after_it(
     monkeypatch.setattr(arrange, "PAGE_SHARDS", page_shards)
     file = write_file(tmp_path, groups=50, members=20)
 
-    shards = seqs_of(database, submitted(database, file, cache="semantic"))
+    batch_id = submitted(database, file, cache="semantic")
 
-    seqs = [seq for seqs in shards for seq in seqs]
+    seqs = [seq for seqs in seqs_of(database, batch_id) for seq in seqs]
     pilot = pilot_size(1000)
     groups = [seq % 50 for seq in seqs[pilot:]]
     assert sorted(seqs) == list(range(1000))
     assert sum(one != other for one, other in pairwise(groups)) < 50
+    with database.transaction() as session:
+        progress = batch_progress(session, batch_id, tenant="local")
+    assert progress is not None
+    assert (progress.options["order"], progress.options["pilot"]) == ("prefix", pilot)
 
 
 def test_results_are_in_the_files_order(database: Database, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from runtime.children import birth_of
 from runtime.errors import BadInput
 from runtime.settings import EngineSettings
-from scripts import checkpoint_speed
+from scripts import calibration, checkpoint_speed
 from scripts.calibration import read_samples, split
 from scripts.checkpoint_card import write_card
 from scripts.checkpoint_speed import PAIRS, Speed, compare_speed
@@ -102,6 +102,22 @@ def test_a_line_separator_within_a_json_string_ends_no_line(tmp_path: Path) -> N
     line = '{"text": "' + "one\u2028two " * 50 + '"}\n'
     (tmp_path / "a.jsonl").write_text(line * 20)
     assert len(read_samples(tmp_path / "a.jsonl")) == 20
+
+
+def test_of_a_file_of_any_size_the_beginning_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(calibration, "MOST_BYTES", len(TEXT) + 10)
+    (tmp_path / "a.txt").write_text(TEXT * 3)
+    assert [sample["text"] for sample in read_samples(tmp_path / "a.txt")] == TEXT.splitlines()
+    assert "its first" in capsys.readouterr().err
+
+
+def test_chats_that_are_sorted_by_kind_are_calibrated_and_judged_by_all_kinds(tmp_path: Path) -> None:
+    chats = [{"messages": [{"role": "user", "content": f"{kind} {'text ' * 20}"}]} for kind in "abc" for _ in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    for part in split(read_samples(tmp_path / "a.jsonl")):
+        assert {sample["messages"][0]["content"][0] for sample in part} == {"a", "b", "c"}
 
 
 def test_the_last_fifth_is_held_out(tmp_path: Path) -> None:
@@ -228,8 +244,8 @@ def test_a_quantizer_that_fails_says_why_and_leaves_nothing(
 
 def test_a_missing_environment_is_named_after_what_is_wrong_with_the_input(checkpoint: Path, tmp_path: Path) -> None:
     arguments = ("--scheme", "w8a8", "-o", tmp_path / "out", "--python", tmp_path / "none")
-    for calibration, said in (((), "make quantize-env"), (("--calibration", tmp_path / "a.txt"), "cannot be read")):
-        with Command("quantize", checkpoint, *arguments, *calibration, env={}) as command:
+    for text, said in (((), "make quantize-env"), (("--calibration", tmp_path / "a.txt"), "cannot be read")):
+        with Command("quantize", checkpoint, *arguments, *text, env={}) as command:
             ended = command.wait(30)
         assert (ended.returncode, said in ended.stderr) == (2, True), ended.stderr
 
