@@ -2,7 +2,7 @@
 
 vLLM's gauges of running and waiting requests are no measure: they are as of the end of the last step, so that all slots
 seem empty during the first one, which may take a second. /load counts the requests that are in the server now. It is
-looked at from when submit has returned, so that the moment between a batch's commit and its first request is mostly over.
+looked at from when submit has returned, so the moment between a batch's commit and its first request is mostly over.
 """
 
 from __future__ import annotations
