@@ -52,6 +52,11 @@ class JobResult:
     namespace: int | None = None
     similarity: float | None = None
 
+    @property
+    def was_generated(self) -> bool:
+        """Whether an engine did the job just now: a refusal comes at once and says nothing of how long jobs take."""
+        return self.source is Source.ENGINE and self.outcome is not Outcome.FAILED
+
 
 @dataclass(frozen=True, slots=True)
 class CachedAnswer:

@@ -19,7 +19,7 @@ from inference.embeddings import PATH as EMBEDDINGS
 from inference.embeddings import Pack, pack
 from inference.endpoint import EndpointDown, ServerFault
 from models.jobs import Job, JobResult, failed
-from models.states import Outcome, Source
+from models.states import Source
 from pipeline.asking import ask
 from pipeline.attempt import Attempt, Unit, Unwritten
 from pipeline.cached import ExactCache, Looked, Semantic
@@ -237,7 +237,7 @@ class _Feeder:
         try:
             for result in await ask(self._context, attempt, unit):
                 attempt.record(result)
-                if isinstance(unit, Job) and isinstance(result, JobResult) and _was_generated(result):
+                if isinstance(unit, Job) and isinstance(result, JobResult) and result.was_generated:
                     self._context.pace.served(result.duration_ms / 1000)
         except (EndpointDown, ServerFault) as error:
             is_absent = isinstance(error, EndpointDown) and not error.was_sent
@@ -480,11 +480,6 @@ class _Feeder:
             if write_results(session, held, unwritten.results, engine_id=engine_id, lease_s=lease_s) is None:
                 return False
         return not unwritten.retries or write_retries(session, held, unwritten.retries)
-
-
-def _was_generated(result: JobResult) -> bool:
-    """Whether the engine did the job just now: a refusal, which comes at once, says nothing of how long jobs take."""
-    return result.source is Source.ENGINE and result.outcome is not Outcome.FAILED
 
 
 def _wait_s(attempt: Attempt) -> float:
