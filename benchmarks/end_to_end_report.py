@@ -38,7 +38,7 @@ def rows_of(found: Mapping[str, Any]) -> list[Row]:
                     f"{workload}, {jobs:,} jobs: tokens/s end to end ÷ {BARE[side]}; {where}",
                     bold(ratio),
                     COMMAND,
-                    headline=cores == "pinned" and side != "http",
+                    headline=side != "http",
                     **({} if target is None else at_least(ratio, target)),
                 )
             )
@@ -55,7 +55,10 @@ def rows_of(found: Mapping[str, Any]) -> list[Row]:
                 **starved,
             )
         )
-        figure = f"{workload}: CPU outside ÷ inside the engine; µs outside it a job, our watching included; {where}"
+        figure = (
+            f"{workload}: CPU outside ÷ inside the engine; µs outside it a job, what idle processes and our watching "
+            f"take included; {where}"
+        )
         outside = f"**{ours['outside_by_inside']:.3f}**; {ours['outside_us_a_job']:,.0f}"
         rows.append(Row(figure, outside, COMMAND, headline=cores == "pinned" and workload == SHOWN))
     return rows
@@ -66,5 +69,6 @@ def note_of(found: Mapping[str, Any]) -> str:
     engine, slots = found["engine"], found["options"]["slots"]
     return (
         f"End to end is a batch of {engine['checkpoint']} on vLLM {engine['version']} with {slots} slots, through "
-        "RabbitMQ and Postgres; pinned: the engine on one core, all else on another; the cache is off."
+        "RabbitMQ and Postgres; pinned: the engine on one core, all else on another; the cache is off. run-batch "
+        "stands beside it at 64 tokens only, for the time that it takes."
     )

@@ -140,7 +140,7 @@ def rows(report: dict[str, Any]) -> list[Row]:
                 f"CPU a job of submit, worker, dispatch, Postgres {words} ÷ one of {jobs['small']:,} in empty tables",
                 f"{bold(ratio)}; {statistics.median(costs[side]):.0f} and {small:.0f} µs",
                 COMMAND,
-                headline=side == "small, late",
+                headline=True,
                 **at_most(ratio.median, TARGET),
             )
         )

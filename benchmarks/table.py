@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,6 +64,7 @@ def reports() -> list[Report]:
 def main() -> None:
     """Print the table; a row a line where nobody looks at it."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
     console, found = Console(), reports()
     for report in found:
         if not console.is_terminal:
@@ -98,8 +100,8 @@ def _report(name: str, path: Path) -> Report | None:
 
 
 def _shown(row: Row) -> Row:
-    """One that falls short of its target stands in README.md, whatever it is of."""
-    return replace(row, headline=row.headline or row.is_met is False)
+    """One that does not meet its target, or cannot, stands in README.md, whatever it is of."""
+    return replace(row, headline=row.headline or (row.target != "" and not row.is_met))
 
 
 def _dispatch_rows(found: dict[str, Any]) -> list[Row]:
