@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -56,7 +57,7 @@ class Attempt:
     def begin(self, looked: Looked, units: Iterable[Unit]) -> None:
         """What its jobs' lookups gave is known: results are kept for the next write, the rest waits to be sent."""
         self.looked = replace(looked, results=[], jobs=[])
-        self.held_bytes = sum(len(job.body) for job in looked.jobs)
+        self.held_bytes = sum(sys.getsizeof(job.body) for job in looked.jobs)
         for result in looked.results:
             self.record(result)
         if not self.is_stopped:

@@ -34,7 +34,7 @@ def read_samples(file: Path) -> list[Sample]:
         raise BadInput(f"--calibration {file} is empty; give text lines or chats like those you will run")
     is_batch = file.suffix == ".jsonl" or filled[0][1].lstrip().startswith("{")
     samples = [_sample(file, number, line) if is_batch else {"text": line} for number, line in filled]
-    if is_batch:  # a file may be sorted by kind; texts run on from line to line
+    if all("messages" in sample for sample in samples):  # a file may be sorted by kind; texts run on from line to line
         random.Random(0).shuffle(samples)  # noqa: S311
     characters = sum(map(_characters, samples))
     if len(samples) < LEAST_LINES or characters < LEAST_CHARACTERS:
@@ -51,7 +51,7 @@ def _read(file: Path) -> str:
         content = opened.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
         content = content[: content.rindex(b"\n", 0, MOST_BYTES) if b"\n" in content[:MOST_BYTES] else MOST_BYTES]
-        say(f"--calibration {file}: its first {MOST_BYTES // 1024**2} MB are read, which is more than is used")
+        say(f"--calibration {file}: its first {MOST_BYTES // 1024**2} MB are read")
     return content.decode("utf-8")
 
 

@@ -196,6 +196,7 @@ def make(order: Order, folder: Path, *, parts: tuple[list[Sample], list[Sample]]
     if parts:
         file = write_samples(folder.parent / "calibration.jsonl", parts[0])
         made_with += ["--calibration", str(file), "--samples", str(order.samples)]
+    digest = _digest(order.calibration) if order.calibration else None
     goal = ["-o", folder, "--scheme", order.scheme]
     report = _child(order.python, "quantize_checkpoint", order.checkpoint, *goal, *made_with, scratch=folder.parent)
     perplexity, tokens = not_measured("no --calibration"), 0
@@ -208,12 +209,17 @@ def make(order: Order, folder: Path, *, parts: tuple[list[Sample], list[Sample]]
         "scheme": order.scheme,
         "command": shlex.join(["stoker", *sys.argv[1:]]),
         **report,
-        "calibration_sha256": hashlib.sha256(order.calibration.read_bytes()).hexdigest() if order.calibration else None,
+        "calibration_sha256": digest,
         "size_bytes": {"before": size_of(order.checkpoint), "after": size_of(folder)},
         "perplexity": perplexity,
         "perplexity_tokens": tokens,
         "tokens_per_s": _speed(order, folder),
     }
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _perplexity(order: Order, folder: Path, held_out: Path, flags: list[str]) -> tuple[dict[str, Any], int]:
