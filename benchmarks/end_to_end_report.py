@@ -28,7 +28,7 @@ SHOWN: Final = "64 tokens"
 def rows_of(found: Mapping[str, Any]) -> list[Row]:
     """Every row, the targets with it."""
     rows = []
-    for measured in found.get("rows", ()):
+    for measured in found["rows"]:
         workload, cores, jobs = measured["workload"]["name"], measured["cores"], measured["workload"]["jobs"]
         where = "pinned" if cores == "pinned" else "all cores"
         for side, spread in measured["ratio"].items():

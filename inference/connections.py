@@ -272,9 +272,7 @@ class _Connection(asyncio.Protocol):
             self.fail(NotHttp(f"a status of {self._status}"))
         elif coding.strip().lower() != b"chunked":  # we asked for none, and the parser undoes no other
             self.fail(NotHttp(f"the transfer coding {coding.decode('latin-1')}"))
-        elif (
-            int(said.get(b"content-length", b"0")) > self._body_limit_bytes
-        ):  # the parser has refused what is no number
+        elif int(said.get(b"content-length", b"0")) > self._body_limit_bytes:  # the parser refused what is no number
             self.fail(TooLarge())
 
     def on_body(self, body: bytes) -> None:

@@ -237,9 +237,8 @@ def _fault_of(parts: SplitResult) -> str | None:
         return None if parts.path and not parts.netloc else "names no absolute path"
     if parts.scheme not in {"http", "https"}:
         return "has neither http, https nor unix as its scheme"
-    if (
-        not parts.hostname or not parts.hostname.isprintable() or " " in parts.hostname or parts.port == 0
-    ):  # a port that is no number raises ValueError
+    host = parts.hostname or " "
+    if not host.isprintable() or " " in host or parts.port == 0:  # a port that is no number raises ValueError
         return "names no host or port that there can be"
     return None
 

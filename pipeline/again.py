@@ -23,9 +23,8 @@ from store.followers import copy_followers
 from store.open_shards import CutJob, newest_shard
 from store.submissions import Filled, NewBatch, extend_lease, insert_shards
 
-FOUND_AT_SUBMIT = frozenset(
-    {"reused", "order", "pilot"}
-)  # options that say what became of the earlier batch's own file
+# Options that say what became of the earlier batch's own file.
+FOUND_AT_SUBMIT = frozenset({"reused", "order", "pilot"})
 
 
 def retry_batch(

@@ -73,10 +73,8 @@ class Run:
     def row(self, name: str, measure: Callable[[], dict[str, Any]]) -> None:
         """Measure one, unless there is no time for one as slow as the slowest of its kind; write what there is."""
         began, kind = time.monotonic(), name.partition(":")[0]
-        left, slowest_s = (
-            60 * self.options.minutes - (began - self.began),
-            self.slowest_s.get(kind, min(self.slowest_s.values(), default=0.0)),
-        )
+        left = 60 * self.options.minutes - (began - self.began)
+        slowest_s = self.slowest_s.get(kind, min(self.slowest_s.values(), default=0.0))  # of a new kind: the quickest
         if left <= slowest_s:
             reason = f"{left:.0f} s were left, such a row takes {slowest_s:.0f}"
             self.not_measured.append({"row": name, "reason": reason})
