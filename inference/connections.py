@@ -266,13 +266,12 @@ class _Connection(asyncio.Protocol):
             return
         self._has_head = True
         self.is_reusable = self.is_reusable and self._parser.should_keep_alive()
-        said = {name.lower(): value for name, value in self._headers}
-        coding = said.get(b"transfer-encoding", b"chunked")
+        codings = b", ".join(self._said(b"transfer-encoding"))
         if self._status < 100:
             self.fail(NotHttp(f"a status of {self._status}"))
-        elif coding.strip().lower() != b"chunked":  # we asked for none, and the parser undoes no other
-            self.fail(NotHttp(f"the transfer coding {coding.decode('latin-1')}"))
-        elif int(said.get(b"content-length", b"0")) > self._body_limit_bytes:  # the parser refused what is no number
+        elif codings.strip().lower() not in (b"", b"chunked"):  # we asked for none, and the parser undoes no other
+            self.fail(NotHttp(f"the transfer coding {codings.decode('latin-1')}"))
+        elif any(int(length) > self._body_limit_bytes for length in self._said(b"content-length")):  # numbers: parsed
             self.fail(TooLarge())
 
     def on_body(self, body: bytes) -> None:
@@ -289,8 +288,10 @@ class _Connection(asyncio.Protocol):
 
     @property
     def _ends_with_the_connection(self) -> bool:
-        names = {name.lower() for name, _ in self._headers}
-        return not names & {b"content-length", b"transfer-encoding"}
+        return not (self._said(b"content-length") or self._said(b"transfer-encoding"))
+
+    def _said(self, wanted: bytes) -> list[bytes]:
+        return [value for name, value in self._headers if name.lower() == wanted]
 
     def _end(self, error: Exception) -> None:
         if self._answer is not None and not self._answer.done():

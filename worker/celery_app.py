@@ -65,7 +65,7 @@ def _wire(app: Celery, parts: WorkerParts) -> None:
     """Attach the task, the process signals and the bootsteps."""
     child: list[Child] = []
 
-    @app.task(name=RunShard.wire_name)  # type: ignore[untyped-decorator]
+    @app.task(name=RunShard.wire_name, shared=False)  # type: ignore[untyped-decorator]
     def _run_shard(**message: Any) -> None:
         run_shard(child[0].context, child[0].runner, RunShard.model_validate(message))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from models.messages import RunShard
 from runtime.settings import BrokerSettings, EngineSettings, Settings, WorkerSettings
 from worker.celery_app import make_app
 from worker.shared import SharedState
@@ -32,6 +33,17 @@ def test_dispatchers_and_publishers_need_no_checkpoint(tmp_path: Path, monkeypat
     app = make_app(Settings.model_construct(broker=broker, engine=engine))
 
     assert app.conf.worker_concurrency is None
+
+
+def test_an_app_runs_its_own_task_beside_another_app() -> None:
+    settings = Settings.model_construct(broker=BrokerSettings(url="amqp://guest@127.0.0.1:1//"))
+    first, second = make_app(settings), make_app(settings)
+
+    first.finalize()
+    second.finalize()
+
+    assert first.tasks[RunShard.wire_name].app is first
+    assert first.tasks[RunShard.wire_name].run is not second.tasks[RunShard.wire_name].run
 
 
 def test_children_that_are_set_need_no_plan_of_an_engine(tmp_path: Path) -> None:
