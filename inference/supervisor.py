@@ -141,7 +141,7 @@ class EngineSupervisor:
         Path(self.plan.url.removeprefix("unix://")).unlink(missing_ok=True)
         try:
             self._child = spawn(
-                self.plan.command, env=self.plan.env, log=self._log_file, session=True, death_signal=signal.SIGTERM
+                self.plan.command, env=self.plan.env, log=self._log_file, session=True, guard_s=STOP_GRACE_S
             )
         except OSError as error:
             raise Fatal(f"the engine cannot be started: {error}") from error

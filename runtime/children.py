@@ -26,13 +26,15 @@ KILL_GRACE_S = 5.0
 # Runs in the child before the command takes its place: an interpreter of its own, because code between fork
 # and exec of a process with threads may deadlock (preexec_fn warns of it from Python 3.12 on). The order
 # matters: another account may not be able to read the standard library, its choice clears the death signal,
-# and a parent that died before that was set must be noticed by hand.
+# and a parent that died before that was set must be noticed by hand. The guard is a fork that waits in the
+# child's session for the parent's end.
 _TRAMPOLINE = """
 import os, sys
-parent, death_signal, account, *command = sys.argv[1:]
+parent, death_signal, account, guard_s, *command = sys.argv[1:]
 if sys.platform == "linux":
-    import ctypes
+    import ctypes, select, signal, time
     libc = ctypes.CDLL(None, use_errno=True)
+    watched = os.pidfd_open(int(parent)) if guard_s else None
 if account:
     import pwd
     entry = pwd.getpwnam(account)
@@ -42,6 +44,13 @@ if sys.platform == "linux":
         sys.exit(f"prctl(PR_SET_PDEATHSIG): {os.strerror(ctypes.get_errno())}")
 if os.getppid() != int(parent):
     sys.exit("the parent is gone")
+if sys.platform == "linux" and guard_s and os.fork() == 0:
+    libc.prctl(15, b"stoker-guard", 0, 0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.closerange(0, 3)
+    select.select([watched], [], [])
+    time.sleep(float(guard_s))
+    os.killpg(0, signal.SIGKILL)
 os.execv(command[0], command)
 """
 
@@ -63,6 +72,7 @@ def spawn(
     log: Path | None,
     session: bool,
     death_signal: int = signal.SIGTERM,
+    guard_s: float | None = None,
     account: str | None = None,
     stdout: int | None = None,
 ) -> subprocess.Popen[bytes]:
@@ -72,23 +82,24 @@ def spawn(
     as the child should (the main thread, as a rule), not from a pool. `death_signal` is what the child then
     gets; on systems other than Linux it gets nothing. stdout and stderr are appended to `log`; without one
     the child shares ours. `stdout` may be subprocess.PIPE: the log then has stderr alone. `session` shields
-    the child from the terminal's Ctrl-C and from signals to our group. With `account` it runs as that user,
-    which needs root.
+    the child from the terminal's Ctrl-C and from signals to our group. With `guard_s` it has a session, and
+    what is left of it so long after our process's end is killed, on Linux: for a child that may ignore its
+    signal, or has children of its own. With `account` it runs as that user, which needs root.
     """
     program = shutil.which(command[0], path=env.get("PATH", os.defpath))
     if program is None:
         raise FileNotFoundError(f"no such program: {command[0]}")
     trampoline = [sys.executable, "-I", "-S", "-c", _TRAMPOLINE]
-    orders = [str(os.getpid()), str(int(death_signal)), account or "", str(Path(program).absolute())]
+    orders = [os.getpid(), int(death_signal), account or "", guard_s or "", Path(program).absolute()]
     output = None if log is None else log.open("ab")
     try:
         return subprocess.Popen(
-            [*trampoline, *orders, *command[1:]],
+            [*trampoline, *map(str, orders), *command[1:]],
             env=dict(env),
             stdin=subprocess.DEVNULL,
             stdout=output if stdout is None else stdout,
             stderr=output,
-            start_new_session=session,
+            start_new_session=session or guard_s is not None,
         )
     finally:
         if output is not None:

@@ -255,6 +255,26 @@ def test_a_child_dies_with_the_thread_that_started_it_not_with_the_process() -> 
     assert started[0].wait(TIMEOUT_S) == -signal.SIGINT
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")
+def test_a_guarded_child_that_ignores_its_signal_and_its_own_child_end_soon_after_the_parent(folder: Path) -> None:
+    deaf = 'trap "" TERM; sleep 600 & echo $$ $! > "$1.new"; mv "$1.new" "$1"; while :; do sleep 1; done'
+    note = folder / "pids"
+    script = (
+        "import sys, time\nfrom runtime.children import spawn\n"
+        "spawn(['sh', '-c', *sys.argv[1:]], env={'PATH': '/usr/bin:/bin'}, log=None, session=True, guard_s=0.3)\n"
+        "time.sleep(600)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script, deaf, "sh", str(note)])
+    wait_until(note.exists, "the shell ignores SIGTERM")
+    births = [(int(pid), birth_of(int(pid))) for pid in note.read_text().split()]
+    assert all(birth for _, birth in births)
+
+    parent.kill()
+    parent.wait()
+
+    wait_until(lambda: all(birth_of(pid) != birth for pid, birth in births), "the session is gone")
+
+
 def program_of(pid: int) -> str:
     return Path(f"/proc/{pid}/comm").read_text().strip()
 
