@@ -22,15 +22,22 @@ from runtime.clock import utc_now
 
 RESULTS = Path(__file__).parent / "results"
 PAIRS = 5
+WRITTEN_BY_RUNS = ("benchmarks/results", "README.md", "docs/benchmarks.md")
 
 
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
-    asked = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or "unknown"
+def commit_of(repository: Path) -> str:
+    """Its commit, with `-dirty` if anything else has changed than what runs write themselves."""
+
+    def git(*arguments: str) -> str:
+        asked = subprocess.run(["git", *arguments], cwd=repository, capture_output=True, text=True, check=False)
+        return asked.stdout.strip()
+
+    others = git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{path}" for path in WRITTEN_BY_RUNS))
+    commit = git("rev-parse", "--short=7", "HEAD") or "unknown"
+    return f"{commit}-dirty" if others else commit
 
 
-COMMIT = _commit()  # when the process starts: a run may outlive its commit
+COMMIT = commit_of(RESULTS.parents[1])  # when the process starts: a run may outlive its commit
 LOAD_BEFORE = os.getloadavg()[0]
 
 

@@ -6,10 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from benchmarks.batch_lines import bodies, line
 from benchmarks.cores import kept_on, processes, tree, tree_cpu_s
-from benchmarks.paired import RESULTS, Ratio
+from benchmarks.paired import RESULTS, WRITTEN_BY_RUNS, Ratio, commit_of
 from benchmarks.readme import README, WHOLE, texts
 from benchmarks.rows import Row, at_least, at_most
 from benchmarks.sampled import folded
@@ -92,3 +93,25 @@ def test_the_readme_shows_every_figure_that_falls_short() -> None:
 def test_where_no_slot_waits_no_tail_is_longer_than_where_one_does() -> None:
     for case in json.loads((RESULTS / "refill.json").read_text())["cases"]:
         assert case["ideal_tail"] < 1.02 * max(run["tail"] for run in case["runs"])
+
+
+def test_a_commit_is_dirty_by_what_was_changed_not_by_what_runs_write(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x", *arguments], cwd=tmp_path, check=True)
+
+    written, code = tmp_path / WRITTEN_BY_RUNS[0] / "a.json", tmp_path / "code.py"
+    written.parent.mkdir(parents=True)
+    for file in (written, code, tmp_path / "README.md"):
+        file.write_text("before")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message=all")
+    clean = commit_of(tmp_path)
+
+    written.write_text("after")
+    (tmp_path / "README.md").write_text("after")
+    assert commit_of(tmp_path) == clean
+    assert len(clean) == 7
+
+    code.write_text("after")
+    assert commit_of(tmp_path) == f"{clean}-dirty"

@@ -6,20 +6,15 @@ python -m tests.chaos.run --minutes 10 --seed 1 --job-s 0.2      (make chaos MIN
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
 import secrets
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
 
+from benchmarks.paired import keep, made_with
 from tests.chaos.checks import duplicated_lines, is_over, lost_and_blamed, problems
 from tests.chaos.faults import FAULTS
 from tests.chaos.system import WORKERS, System, running_system
@@ -30,7 +25,6 @@ CHILDREN = 2
 IN_FLIGHT = 4  # a child; chosen, not tuned: leaves room on two cores, so that a dip in speed is the fault's
 END_S = 600.0
 REPEATED_SHARE = 0.05
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +168,6 @@ def fair_schedule(chance: random.Random, *, until: float) -> Iterable[str]:
             yield name
 
 
-def _machine() -> dict[str, Any]:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return {"cores": os.cpu_count(), "python": sys.version.split()[0], "commit": commit.stdout.strip()}
-
-
 def main() -> int:
     """0 when every promise held."""
     parser = argparse.ArgumentParser()
@@ -195,10 +184,9 @@ def main() -> int:
     outcome = run_chaos(schedule, seed=given.seed, job_s=given.job_s, batch_jobs=batch_jobs)
     print(table(outcome))
     if not given.faults:
-        when = datetime.now(UTC).isoformat(timespec="seconds")
         settings = {"workers": WORKERS, "children": CHILDREN, "in_flight": IN_FLIGHT}
-        result_file = RESULTS / ("chaos.json" if given.job_s < 5 else "chaos_long_jobs.json")
-        result_file.write_text(json.dumps({"when": when, **_machine(), **settings, **asdict(outcome)}, indent=1) + "\n")
+        name = "chaos" if given.job_s < 5 else "chaos_long_jobs"
+        keep(name, {"made_with": made_with("celery", "kombu"), **settings, **asdict(outcome)})
     return 1 if outcome.problems else 0
 
 
