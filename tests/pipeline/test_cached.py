@@ -203,7 +203,7 @@ def test_equal_requests_in_flight_in_two_workers_run_once(database: Database, tm
         dispatch_all(database)
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda _: fed(database, slow.url, redis_url), range(2)))
-        while sources(database, second).count("engine") + sources(database, second).count("exact") < 10:
+        while len(sources(database, first) + sources(database, second)) < 20:  # either may be the one that waits
             execute(database, "UPDATE job_tries SET not_before = now()")
             execute(database, "UPDATE shards SET not_before = now() WHERE state = 'pending'")
             dispatch_all(database)
