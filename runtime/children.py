@@ -26,13 +26,12 @@ KILL_GRACE_S = 5.0
 # Runs in the child before the command takes its place: an interpreter of its own, because code between fork
 # and exec of a process with threads may deadlock (preexec_fn warns of it from Python 3.12 on). The order
 # matters: another account may not be able to read the standard library, its choice clears the death signal,
-# and a parent that died before that was set must be noticed by hand. The guard is a fork that waits in the
-# child's session for the parent's end.
+# and a parent that died before that was set must be noticed by hand.
 _TRAMPOLINE = """
 import os, sys
-parent, death_signal, account, guard_s, *command = sys.argv[1:]
+parent, death_signal, account, guard, guard_s, *command = sys.argv[1:]
 if sys.platform == "linux":
-    import ctypes, select, signal, time
+    import ctypes
     libc = ctypes.CDLL(None, use_errno=True)
     watched = os.pidfd_open(int(parent)) if guard_s else None
 if account:
@@ -45,13 +44,20 @@ if sys.platform == "linux":
 if os.getppid() != int(parent):
     sys.exit("the parent is gone")
 if sys.platform == "linux" and guard_s and os.fork() == 0:
-    libc.prctl(15, b"stoker-guard", 0, 0, 0)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.closerange(0, 3)
-    select.select([watched], [], [])
-    time.sleep(float(guard_s))
-    os.killpg(0, signal.SIGKILL)
+    os.set_inheritable(watched, True)
+    os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", guard, str(watched), guard_s])
 os.execv(command[0], command)
+"""
+
+# Waits in the child's session for the end of the parent, and then kills what is left of that session.
+_GUARD = """
+import os, select, signal, sys, time
+watched, guard_s = sys.argv[1:]
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.closerange(0, 3)
+select.select([int(watched)], [], [])
+time.sleep(float(guard_s))
+os.killpg(0, signal.SIGKILL)
 """
 
 
@@ -90,7 +96,7 @@ def spawn(
     if program is None:
         raise FileNotFoundError(f"no such program: {command[0]}")
     trampoline = [sys.executable, "-I", "-S", "-c", _TRAMPOLINE]
-    orders = [os.getpid(), int(death_signal), account or "", guard_s or "", Path(program).absolute()]
+    orders = [os.getpid(), int(death_signal), account or "", _GUARD, guard_s or "", Path(program).absolute()]
     output = None if log is None else log.open("ab")
     try:
         return subprocess.Popen(
