@@ -30,10 +30,12 @@ KILL_GRACE_S = 5.0
 _TRAMPOLINE = """
 import os, sys
 parent, death_signal, account, guard, guard_s, *command = sys.argv[1:]
+watched = []
 if sys.platform == "linux":
     import ctypes
     libc = ctypes.CDLL(None, use_errno=True)
-    watched = os.pidfd_open(int(parent)) if guard_s else None
+    if guard_s:
+        watched = [os.pidfd_open(int(parent)), os.pidfd_open(os.getpid())]
 if account:
     import pwd
     entry = pwd.getpwnam(account)
@@ -43,20 +45,22 @@ if sys.platform == "linux":
         sys.exit(f"prctl(PR_SET_PDEATHSIG): {os.strerror(ctypes.get_errno())}")
 if os.getppid() != int(parent):
     sys.exit("the parent is gone")
-if sys.platform == "linux" and guard_s and os.fork() == 0:
-    os.set_inheritable(watched, True)
-    os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", guard, str(watched), guard_s])
+if watched and os.fork() == 0:
+    for end in watched:
+        os.set_inheritable(end, True)
+    os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", guard, *map(str, watched), guard_s])
 os.execv(command[0], command)
 """
 
-# Waits in the child's session for the end of the parent, and then kills what is left of that session.
+# Waits in the child's session for the end of the parent and then, not for ever, of the child, and kills what is
+# left of the session.
 _GUARD = """
-import os, select, signal, sys, time
-watched, guard_s = sys.argv[1:]
+import os, select, signal, sys
+parent, child, guard_s = sys.argv[1:]
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 os.closerange(0, 3)
-select.select([int(watched)], [], [])
-time.sleep(float(guard_s))
+select.select([int(parent)], [], [])
+select.select([int(child)], [], [], float(guard_s))
 os.killpg(0, signal.SIGKILL)
 """
 
@@ -89,8 +93,9 @@ def spawn(
     gets; on systems other than Linux it gets nothing. stdout and stderr are appended to `log`; without one
     the child shares ours. `stdout` may be subprocess.PIPE: the log then has stderr alone. `session` shields
     the child from the terminal's Ctrl-C and from signals to our group. With `guard_s` it has a session, and
-    what is left of it so long after our process's end is killed, on Linux: for a child that may ignore its
-    signal, or has children of its own. With `account` it runs as that user, which needs root.
+    on Linux what is left of it is killed when our process and the child have ended, or so long after our end:
+    for a child that may ignore its signal, or has children of its own. With `account` it runs as that user,
+    which needs root.
     """
     program = shutil.which(command[0], path=env.get("PATH", os.defpath))
     if program is None:

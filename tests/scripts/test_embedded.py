@@ -256,16 +256,19 @@ def test_a_child_dies_with_the_thread_that_started_it_not_with_the_process() -> 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")
-def test_a_guarded_child_that_ignores_its_signal_and_its_own_child_end_soon_after_the_parent(folder: Path) -> None:
-    deaf = 'trap "" TERM; sleep 600 & echo $$ $! > "$1.new"; mv "$1.new" "$1"; while :; do sleep 1; done'
-    note = folder / "pids"
+@pytest.mark.parametrize(("trap", "guard_s"), [('trap "" TERM;', 0.3), ("", 600)])
+def test_a_guard_ends_the_childs_session_with_the_child_or_some_time_after_the_parent(
+    folder: Path, trap: str, guard_s: float
+) -> None:
+    shell = trap + 'sleep 600 & echo $$ $! > "$1.new"; mv "$1.new" "$1"; while :; do sleep 0.1; done'
+    note = folder / f"pids-{guard_s}"
     script = (
         "import sys, time\nfrom runtime.children import spawn\n"
-        "spawn(['sh', '-c', *sys.argv[1:]], env={'PATH': '/usr/bin:/bin'}, log=None, session=True, guard_s=0.3)\n"
+        f"spawn(['sh', '-c', *sys.argv[1:]], env={{'PATH': '/bin'}}, log=None, session=True, guard_s={guard_s})\n"
         "time.sleep(600)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", script, deaf, "sh", str(note)])
-    wait_until(note.exists, "the shell ignores SIGTERM")
+    parent = subprocess.Popen([sys.executable, "-c", script, shell, "sh", str(note)])
+    wait_until(note.exists, "the shell runs")
     births = [(int(pid), birth_of(int(pid))) for pid in note.read_text().split()]
     assert all(birth for _, birth in births)
 
