@@ -94,7 +94,7 @@ def _report(name: str, path: Path) -> Report | None:
         return None
     made = found.get("made_with", found)
     machine = f"{made.get('cores', '?')} cores of an {made['cpu']}" if "cpu" in made else "a machine that is not named"
-    day = str(made.get("date") or made.get("when") or "no day")[:10]
+    day = str(made.get("date") or "no day")[:10]
     commit = str(made.get("commit", "unknown"))
     return Report(name, [_shown(row) for row in rows], machine, day, commit, found.get("note", "")) if rows else None
 
