@@ -34,8 +34,10 @@ watched = []
 if sys.platform == "linux":
     import ctypes
     libc = ctypes.CDLL(None, use_errno=True)
-    if guard_s:
-        watched = [os.pidfd_open(int(parent)), os.pidfd_open(os.getpid())]
+    try:
+        watched = [os.pidfd_open(int(parent)), os.pidfd_open(os.getpid())] if guard_s else []
+    except (AttributeError, OSError):
+        pass  # before Linux 5.3, or where a container forbids it, there is no guard
 if account:
     import pwd
     entry = pwd.getpwnam(account)
