@@ -18,7 +18,6 @@ import csv
 import json
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -30,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cache_replay import Order, Outcome, Queries, run, run_cosine
+from benchmarks.paired import COMMIT
 from cache.embedder import OnnxEmbedder
 from cache.guards import signature
 from cache.payload import SharedAffixes, declared, split
@@ -139,7 +139,6 @@ def main() -> None:
     """Measure, print the table, write the result."""
     options = _options()
     began = time.monotonic()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     rows = read(options.folder) if options.folder else read_csv(options.csv, options.text, options.answer)
     texts, labels = [text for text, _ in rows], [label for _, label in rows]
     _shared["bare"] = embedded(texts, labels)
@@ -171,7 +170,7 @@ def main() -> None:
             done[name] = many
             print(_line(name, many), flush=True)
             found["rows"][name] = _summary(many)
-    found |= {"commit": commit.stdout.strip(), "seconds": round(time.monotonic() - began)}
+    found |= {"commit": COMMIT, "seconds": round(time.monotonic() - began)}
     options.result.write_text(_text(found))
 
 
