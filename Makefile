@@ -103,6 +103,6 @@ bench-front-end: .venv/.dev engine-vllm checkpoint ## vLLM's batch route beside 
 	@touch $@
 
 .venv/.dev: .venv/.demo requirements/compose.txt
-	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,dev,cache]'
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,dev,cache,documents]'
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --require-hashes -r requirements/compose.txt
 	@touch $@

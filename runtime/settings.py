@@ -129,6 +129,20 @@ class CacheSettings(_Group):
     max_served_error: Share = Field(0.05, description="wrong decisions by decisions to serve, at most; certified")
 
 
+class DocumentSettings(_Group):
+    """Documents on the documents node: what one may be, and how it is cut."""
+
+    file_bytes: Count = Field(64 * 1024 * 1024, description="bytes of one document")
+    text_bytes: Count = Field(16 * 1024 * 1024, description="bytes of text that one may become")
+    unpacked_bytes: Count = Field(256 * 1024 * 1024, description="bytes that the parts of a DOCX or the like may be")
+    convert_s: Seconds = Field(60, description="reading one document; then it ends `conversion_timeout`")
+    convert_memory_bytes: Count = Field(2 * 1024**3, description="memory of the process that reads one")
+    fetch_s: Seconds = Field(60, description="fetching one from a URL")
+    passage_tokens: Annotated[int, Field(ge=16, le=254)] = Field(
+        200, description="tokens of the embedder in a passage, at most"
+    )
+
+
 class LimitSettings(_Group):
     """Hard limits; a job or file beyond them is refused or ended with a stated error."""
 
@@ -169,6 +183,7 @@ class Settings(BaseSettings):
     dispatch: DispatchSettings = DispatchSettings()
     shard: ShardSettings = ShardSettings()
     cache: CacheSettings = CacheSettings()
+    documents: DocumentSettings = DocumentSettings()
     limits: LimitSettings = LimitSettings()
     log: LogSettings = LogSettings()
 
