@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import msgspec
 
-from models.line_settings import LineSettings
+from models.line_settings import MOST_PASSAGES, MOST_TURNS, LineSettings
 from runtime.errors import Problem
 
 # What msgspec and UTF-8 decoding raise for bytes that are no good line.
@@ -42,6 +42,15 @@ _SETTINGS_RULES = {
     "template": 'must be a string with slots, such as "Sort this message: {text}"',
     "variables": 'must be an object of strings, one for each slot of the template, such as {"text": "…"}',
     "sources": "must be a list of non-empty strings: the names of the documents that the prompt was made from",
+    "turns": f"must be a list of 1 to {MOST_TURNS:,} non-empty strings: what the user says, one after each reply",
+    "conversation": 'must be the id of an ended conversation, such as "batch_req_01a2…_7", from its result line',
+    "window_tokens": "must be a whole number of at least 64: the most tokens of a conversation in one prompt",
+    "collection": "must be the name of a collection; `stoker documents list` shows them",
+    "top_k": f"must be a whole number from 1 to {MOST_PASSAGES}: how many passages go into the prompt",
+    "context_tokens": "must be a whole number of at least 16: the most tokens of all passages in the prompt",
+    "recipe": "must be the name of a recipe; `stoker submit --help` lists them",
+    "document": "must be the id of a document, a whole number; `stoker documents list` shows them",
+    "options": "must be an object: the options of the recipe",
 }
 _MESSAGE_RULE = 'must be as in {"role": "user", "content": …}, with a string for the role'
 _UNSHOWN = frozenset({"messages", "prompt", "input"})  # what a problem shows may end in a log
@@ -101,9 +110,11 @@ def explain_body(body: bytes, number: int, *, error: Exception, replaced: Contai
     return Problem(number, "invalid_request", field, f"{given} {rule}{origin}".lstrip())
 
 
-def settings_problem(settings: LineSettings, number: int) -> Problem | None:
+def settings_problem(settings: LineSettings, url: str, number: int) -> Problem | None:
     """What is wrong with a `stoker` object of which every field is well formed."""
-    if settings.template is None and settings.variables is not None:
+    if fault := _steps_fault(settings, url):
+        pass
+    elif settings.template is None and settings.variables is not None:
         fault = "template", "is missing, but stoker.variables is there; write the template that they fill"
     elif settings.variables is None and settings.template is not None:
         fault = "variables", "is missing, but stoker.template is there; give each of its slots a value"
@@ -114,11 +125,39 @@ def settings_problem(settings: LineSettings, number: int) -> Problem | None:
     return Problem(number, "invalid_request", f"stoker.{fault[0]}", fault[1])
 
 
+_NEEDS = (
+    ("conversation", "turns"),
+    ("window_tokens", "turns"),
+    ("top_k", "collection"),
+    ("context_tokens", "collection"),
+    ("recipe", "document"),
+    ("document", "recipe"),
+    ("options", "recipe"),
+)
+
+
+def _steps_fault(settings: LineSettings, url: str) -> tuple[str, str] | None:
+    """Fields that need another one, exclude each other, or fit no other endpoint than chats."""
+    given = {name for name in _SETTINGS_RULES if getattr(settings, name) is not None}
+    for name, needed in _NEEDS:
+        if name in given and needed not in given:
+            return needed, f"is missing, but stoker.{name} is there; it {_SETTINGS_RULES[needed]}"
+    if settings.has_steps and url != "/v1/chat/completions":
+        return ("turns" if "turns" in given else "recipe"), f"needs /v1/chat/completions, and url is {url}"
+    if "collection" in given and url == "/v1/embeddings":
+        return "collection", "has no sense for embeddings: leave it out"
+    if "recipe" in given and given & {"turns", "collection", "template"}:
+        other = min(given & {"turns", "collection", "template"})
+        return "recipe", f"cannot be with stoker.{other}: put them on lines of their own"
+    return None
+
+
 def _holds_nul(value: object) -> bool:
     if isinstance(value, dict):
-        return any("\0" in name or "\0" in text for name, text in value.items())
+        return any("\0" in name or _holds_nul(member) for name, member in value.items())
     return isinstance(value, str | list) and any(
-        "\0" in text for text in ([value] if isinstance(value, str) else value)
+        _holds_nul(text) if not isinstance(text, str) else "\0" in text
+        for text in ([value] if isinstance(value, str) else value)
     )
 
 
@@ -224,7 +263,7 @@ def _settings_shape_problem(raw: bytes, number: int) -> Problem | None:
             msgspec.convert({name: value}, LineSettings)
         except msgspec.ValidationError:
             given = _shown(value) if name == "cache" and isinstance(value, str) else _kind(value)
-            fault = f"is {given if value else 'empty'}; it {_SETTINGS_RULES[name]}"
+            fault = f"is {given if value or value == 0 else 'empty'}; it {_SETTINGS_RULES[name]}"
             return Problem(number, "invalid_request", f"stoker.{name}", fault)
     return None
 

@@ -138,6 +138,12 @@ class ChatBody(_Sampled, gc=False, kw_only=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
 
 
+class ConversationBody(ChatBody, gc=False, kw_only=True):
+    """The checked part of the body of a line with turns: what was said before them, if anything."""
+
+    messages: list[_Message] = []
+
+
 class CompletionBody(_Sampled, gc=False, kw_only=True):
     """The checked part of a /v1/completions body; a prompt may be texts or token ids."""
 
@@ -154,6 +160,7 @@ class EmbeddingsBody(Struct, gc=False, kw_only=True):
 
 _decode_line = msgspec.json.Decoder(_Line).decode
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
+_decode_conversation = msgspec.json.Decoder(ConversationBody).decode
 _decode_body: Mapping[str, Callable[[bytes], Any]] = {
     "/v1/chat/completions": msgspec.json.Decoder(ChatBody).decode,
     "/v1/completions": msgspec.json.Decoder(CompletionBody).decode,
@@ -180,7 +187,7 @@ def parse_line(raw: bytes, number: int, *, rules: LineRules, endpoint: str | Non
         return explain_line(raw, number, line_bytes=rules.line_bytes)
     if line.url != endpoint and (endpoint is not None or line.url not in _decode_body):
         return explain_url(line.url, number, endpoint=endpoint, endpoints=ENDPOINTS)
-    if line.stoker is not None and (problem := settings_problem(line.stoker, number)):
+    if line.stoker is not None and (problem := settings_problem(line.stoker, line.url, number)):
         return problem
     try:
         body = bytes(line.body)
@@ -217,7 +224,8 @@ def _is_text(value: str) -> bool:
 
 def _checked(line: _Line, body: bytes, rules: LineRules) -> ParsedLine:
     """Raises msgspec's errors when the body breaks the rules of its endpoint."""
-    fields = _decode_body[line.url](body)
+    is_conversation = line.stoker is not None and line.stoker.turns is not None
+    fields = _decode_conversation(body) if is_conversation else _decode_body[line.url](body)
     cache = rules.cache
     output_tokens, may_share = 0, cache is not _OFF
     kind = type(fields)
@@ -232,7 +240,7 @@ def _checked(line: _Line, body: bytes, rules: LineRules) -> ParsedLine:
             output_tokens = wish  # most lines of most files
         else:
             body, output_tokens = _limited(body, fields, rules)
-        if kind is CompletionBody:
+        if isinstance(fields, CompletionBody):
             output_tokens *= _prompts_in(fields.prompt)
         output_tokens *= fields.n or 1
         if fields.temperature == 0 and fields.tools is UNSET and fields.functions is UNSET:
@@ -248,16 +256,18 @@ def _checked(line: _Line, body: bytes, rules: LineRules) -> ParsedLine:
 def _with_settings(line: _Line, fields: Any, body: bytes, output_tokens: int, rules: LineRules) -> ParsedLine:
     """A line that states some of its own."""
     cache = rules.cache if line.stoker is None or line.stoker.cache is None else line.stoker.cache
+    settings = line.stoker or LineSettings()
+    shares = cache is not _OFF and not settings.stands_alone
     return ParsedLine(
         line.custom_id,
         line.url,
         fields.model,
         body,
-        len(body) // BYTES_PER_TOKEN,
-        output_tokens,
+        len(body) // BYTES_PER_TOKEN + sum(map(len, settings.turns or ())) // BYTES_PER_TOKEN,
+        output_tokens * len(settings.turns or "1"),
         msgspec.json.encode(line.stoker),
         cache,
-        cache is not _OFF and (type(fields) is EmbeddingsBody or _has_one_answer(fields, sampled=rules.sampled)),
+        shares and (type(fields) is EmbeddingsBody or _has_one_answer(fields, sampled=rules.sampled)),
     )
 
 
@@ -281,7 +291,7 @@ def _limited(body: bytes, fields: _Sampled, rules: LineRules) -> tuple[bytes, in
     Where a chat states both limits the newer one rules, as in the API; the other is held to ours as well,
     because not every server reads them in that order.
     """
-    if type(fields) is ChatBody and type(fields.max_completion_tokens) is int:
+    if isinstance(fields, ChatBody) and type(fields.max_completion_tokens) is int:
         body, tokens = _clamp(body, "max_completion_tokens", fields.max_completion_tokens, rules)
         if type(fields.max_tokens) is int:
             body, _ = _clamp(body, "max_tokens", fields.max_tokens, rules)

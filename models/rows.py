@@ -1,4 +1,6 @@
-"""The rows (PROTOCOL.md). One file shows the whole schema; SQL that reads or writes it is in store/.
+"""The rows of jobs, results and the cache (PROTOCOL.md); those of documents are in document_rows.py.
+
+SQL that reads or writes them is in store/.
 
 jobs and results are partitioned by batch id (UUIDv7, so by week) and carry no foreign key: it would make
 COPY 2.1 to 2.5 times slower. Bodies and responses are text holding JSON, not jsonb, which refuses \\u0000.
@@ -50,7 +52,7 @@ class Base(DeclarativeBase):
     }
 
 
-def _word(states: type[StrEnum], name: str) -> Enum:
+def word(states: type[StrEnum], name: str) -> Enum:
     """A string column with a CHECK that holds it to an enum's values."""
     return Enum(
         states,
@@ -69,15 +71,15 @@ class Batch(Base):
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
     tenant: Mapped[str] = mapped_column(server_default="local")
-    state: Mapped[BatchState] = mapped_column(_word(BatchState, "state"))
-    ending: Mapped[Ending | None] = mapped_column(_word(Ending, "ending"))
+    state: Mapped[BatchState] = mapped_column(word(BatchState, "state"))
+    ending: Mapped[Ending | None] = mapped_column(word(Ending, "ending"))
     endpoint: Mapped[str]
     input_name: Mapped[str]
     input_digest: Mapped[str]  # sha256 of the file
     submit_digest: Mapped[str]  # sha256 of the file's digest and the options: the same submit twice
     options: Mapped[dict[str, Any]]
     max_output_tokens: Mapped[int | None]
-    priority: Mapped[Priority] = mapped_column(_word(Priority, "priority"), server_default="normal")
+    priority: Mapped[Priority] = mapped_column(word(Priority, "priority"), server_default="normal")
     weight: Mapped[float] = mapped_column(server_default="1")  # its share among its tenant's batches
     retry_of: Mapped[UUID | None]  # the batch whose failed lines these are
     skipped: Mapped[int] = mapped_column(server_default="0")  # bad lines that submit was told to leave out
@@ -141,8 +143,8 @@ class Result(Base):
 
     batch_id: Mapped[UUID] = mapped_column(primary_key=True)
     seq: Mapped[int] = mapped_column(INTEGER, primary_key=True, autoincrement=False)
-    outcome: Mapped[Outcome] = mapped_column(_word(Outcome, "outcome"))
-    source: Mapped[Source] = mapped_column(_word(Source, "source"))
+    outcome: Mapped[Outcome] = mapped_column(word(Outcome, "outcome"))
+    source: Mapped[Source] = mapped_column(word(Source, "source"))
     status_code: Mapped[int | None] = mapped_column(SmallInteger)
     response: Mapped[str | None]  # JSON as the endpoint sent it
     error_code: Mapped[str | None]
@@ -156,6 +158,7 @@ class Result(Base):
     cache_entry_id: Mapped[int | None] = mapped_column(BIGINT)
     namespace_id: Mapped[int | None] = mapped_column(BIGINT)  # of a semantic one
     similarity: Mapped[float | None] = mapped_column(REAL)
+    stoker: Mapped[str | None]  # JSON, members of the result line's `stoker`: passages, conversation, document
     created_at: Mapped[datetime] = mapped_column(server_default=text("clock_timestamp()"))
 
     __table_args__ = ({"postgresql_partition_by": "RANGE (batch_id)"},)
@@ -173,7 +176,7 @@ class Shard(Base):
     quarantined: Mapped[bool] = mapped_column(server_default=text("false"))  # runs with nothing else on its engine
     engine: Mapped[str | None]  # where the running attempt sends its jobs
     worker: Mapped[str | None]  # whose child runs it: what dies together
-    state: Mapped[ShardState] = mapped_column(_word(ShardState, "state"), server_default="pending")
+    state: Mapped[ShardState] = mapped_column(word(ShardState, "state"), server_default="pending")
     fence: Mapped[int] = mapped_column(BIGINT, server_default="0")
     crashes: Mapped[int] = mapped_column(SmallInteger, server_default="0")
     holder: Mapped[str | None]
@@ -225,6 +228,20 @@ class JobTry(Base):
     engine_deaths: Mapped[int] = mapped_column(SmallInteger, server_default="0")
     not_before: Mapped[datetime]
     last_error: Mapped[str]
+
+
+class JobStep(Base):
+    """A reply that a job of several requests has had (pipeline/steps.py); gone with the job's result.
+
+    Redis has it sooner; this one is written with results, so that a Redis which is emptied loses half a second.
+    """
+
+    __tablename__ = "job_steps"
+
+    batch_id: Mapped[UUID] = mapped_column(ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True)
+    seq: Mapped[int] = mapped_column(INTEGER, primary_key=True, autoincrement=False)
+    step: Mapped[str] = mapped_column(primary_key=True)
+    reply: Mapped[str]  # JSON
 
 
 class CacheEntry(Base):

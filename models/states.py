@@ -58,6 +58,15 @@ class ShardState(StrEnum):
     DONE = "done"
 
 
+class DocumentState(StrEnum):
+    """pending → running → ready | failed; running falls back to pending when its worker died or it is to wait."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    READY = "ready"
+    FAILED = "failed"
+
+
 class Outcome(StrEnum):
     """What a job's result is worth.
 
