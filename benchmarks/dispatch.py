@@ -42,6 +42,9 @@ class CountingBroker:
     def ready_count(self) -> int:
         return 0
 
+    def invite(self, readers: int) -> None:
+        raise AssertionError("no document was added")
+
 
 def main() -> None:
     """Measure and print."""

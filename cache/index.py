@@ -1,4 +1,6 @@
-"""Which entries are near: one Chroma collection a namespace, in a Chroma server. It holds ids and vectors only.
+"""Which vectors are near: one Chroma collection a namespace, or a collection of passages, in a Chroma server.
+
+It holds ids and vectors only.
 
 A filter on metadata is 10 to 30 times slower than a collection of its own (measured), so there is none. What it
 answers is a hint: whether an entry may still answer is Postgres's to say. It may be emptied at any time.
@@ -97,6 +99,13 @@ class Index:
             for start in range(0, len(ids), ADDED_AT_ONCE):
                 end = start + ADDED_AT_ONCE
                 collection.upsert(ids=[str(one) for one in ids[start:end]], embeddings=vectors[start:end])
+
+    def remove(self, name: str, ids: Sequence[int]) -> None:
+        """Take entries out; harmless for those that are not there. Raises Emptied."""
+        with self._reached(name):
+            collection = self._collection(name)
+            for start in range(0, len(ids), ADDED_AT_ONCE):
+                collection.delete(ids=[str(one) for one in ids[start : start + ADDED_AT_ONCE]])
 
     def size(self, name: str) -> int:
         """How many entries a namespace has here. Raises Emptied."""

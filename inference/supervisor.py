@@ -32,6 +32,7 @@ READ_EVERY_S = 5.0
 UNHEALTHY_AFTER_S = 30.0  # a front end under full load may miss a probe or two
 BACKOFF_S = (1.0, 2.0, 5.0, 15.0, 60.0)  # after starts that failed in a row; a prompt may kill a sound engine
 STOP_GRACE_S = 10.0
+LEFT_GRACE_S = 1.0  # for what the engine leaves: multiprocessing's resource tracker then unlinks its shared memory
 LOG_TAIL_LINES = 15
 
 _METRIC = re.compile(r"^(?:vllm:|llamacpp:)(\w+)(?:\{[^}]*\})? ([0-9.eE+-]+)$", re.MULTILINE)
@@ -218,7 +219,12 @@ class EngineSupervisor:
                 child.wait(STOP_GRACE_S)
             except subprocess.TimeoutExpired:
                 log.warning("engine_killed", engine=self.plan.kind)
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):  # nothing of it is left
+            os.killpg(child.pid, signal.SIGTERM)
+            until = time.monotonic() + LEFT_GRACE_S
+            while time.monotonic() < until:
+                os.killpg(child.pid, 0)
+                time.sleep(0.02)
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
 

@@ -21,7 +21,7 @@ class Collection(Base):
     tenant: Mapped[str]
     name: Mapped[str]
     embedder: Mapped[str | None]  # of its first passages; others would not be comparable
-    secret: Mapped[bytes]  # its name in Chroma is made from it, so no other installation has the same
+    index_name: Mapped[str]  # in Chroma: no other installation has the same
     created_at: Mapped[datetime] = mapped_column(server_default=text("clock_timestamp()"))
 
     __table_args__ = (UniqueConstraint("tenant", "name", name="uq_collections_tenant_name"),)

@@ -51,6 +51,8 @@ class JobResult:
     """The cache entry that it came from."""
     namespace: int | None = None
     similarity: float | None = None
+    stoker: str | None = None
+    """A JSON object: members of the result line's `stoker`."""
 
     @property
     def was_generated(self) -> bool:

@@ -44,9 +44,10 @@ _SETTINGS_RULES = {
     "sources": "must be a list of non-empty strings: the names of the documents that the prompt was made from",
     "turns": f"must be a list of 1 to {MOST_TURNS:,} non-empty strings: what the user says, one after each reply",
     "conversation": 'must be the id of an ended conversation, such as "batch_req_01a2…_7", from its result line',
-    "window_tokens": "must be a whole number of at least 64: the most tokens of a conversation in one prompt",
+    "window_tokens": "must be a whole number of at least 64: the most tokens of one prompt with its answer",
     "collection": "must be the name of a collection; `stoker documents list` shows them",
     "top_k": f"must be a whole number from 1 to {MOST_PASSAGES}: how many passages go into the prompt",
+    "query": "must be a non-empty string: what the passages are to be about, if not the last user message",
     "context_tokens": "must be a whole number of at least 16: the most tokens of all passages in the prompt",
     "recipe": "must be the name of a recipe; `stoker submit --help` lists them",
     "document": "must be the id of a document, a whole number; `stoker documents list` shows them",
@@ -127,8 +128,8 @@ def settings_problem(settings: LineSettings, url: str, number: int) -> Problem |
 
 _NEEDS = (
     ("conversation", "turns"),
-    ("window_tokens", "turns"),
     ("top_k", "collection"),
+    ("query", "collection"),
     ("context_tokens", "collection"),
     ("recipe", "document"),
     ("document", "recipe"),
@@ -142,6 +143,8 @@ def _steps_fault(settings: LineSettings, url: str) -> tuple[str, str] | None:
     for name, needed in _NEEDS:
         if name in given and needed not in given:
             return needed, f"is missing, but stoker.{name} is there; it {_SETTINGS_RULES[needed]}"
+    if "window_tokens" in given and not settings.has_steps:
+        return "window_tokens", "is for lines with turns or a recipe: leave it out"
     if settings.has_steps and url != "/v1/chat/completions":
         return ("turns" if "turns" in given else "recipe"), f"needs /v1/chat/completions, and url is {url}"
     if "collection" in given and url == "/v1/embeddings":

@@ -20,9 +20,10 @@ class LineSettings(Struct, frozen=True, gc=False, forbid_unknown_fields=True, om
 
     `template` with its slots filled from `variables` is the text of the request. `sources` names the documents that
     the prompt was made from. `turns` are what the user says after the body's messages, one after each reply;
-    `conversation` is the id of an earlier one that they continue, `window_tokens` the most of it in one prompt.
-    `top_k` passages of `collection`, of at most `context_tokens` together, go into the prompt. `recipe`, with its
-    `options`, is done to `document`, the id of one that was added.
+    `conversation` is the id of an earlier one that they continue. `top_k` passages of `collection`, of at most
+    `context_tokens` together, go into the prompt: those that `query`, else its last user message, is about. `recipe`,
+    with its `options`, is done to `document`, the id of one that was added. `window_tokens`: the most of one prompt
+    with its answer.
     """
 
     cache: CacheMode | None = None
@@ -34,6 +35,7 @@ class LineSettings(Struct, frozen=True, gc=False, forbid_unknown_fields=True, om
     window_tokens: Annotated[int, Meta(ge=64)] | None = None
     collection: Text | None = None
     top_k: Annotated[int, Meta(ge=1, le=MOST_PASSAGES)] | None = None
+    query: Text | None = None
     context_tokens: Annotated[int, Meta(ge=16)] | None = None
     recipe: Text | None = None
     document: Annotated[int, Meta(ge=1)] | None = None

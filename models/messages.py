@@ -17,3 +17,12 @@ class RunShard(BaseModel):
 
     shard_id: int
     batch_id: str
+
+
+class Ingest(BaseModel):
+    """A hint that documents wait to be read; losing or repeating it harms nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    wire_name: ClassVar[str] = "stoker.ingest"
+    queue: ClassVar[str] = "documents"

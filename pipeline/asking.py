@@ -1,4 +1,4 @@
-"""Asking the engine for one unit: a job, one that waits for an equal one, one asked twice, or a pack."""
+"""Asking the engine for one unit: a job, waiting for an equal one, asked twice or in several requests, or a pack."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from contextlib import suppress
 
 from inference.replies import result_of
 from models.jobs import Job, JobResult
+from models.line_settings import read_settings
 from models.names import request_name
 from models.states import Outcome
 from pipeline.attempt import Attempt, Unit
 from pipeline.cached import says_the_same
 from pipeline.context import FeedContext
+from pipeline.converse import converse
 from pipeline.retry import waiting
+from pipeline.steps import StepFailed, Steps, Stopped
 from runtime.clock import utc_now
 from runtime.errors import StokerError
-from store.shards import Retry
+from store.shards import Claim, Retry
 
 
 async def ask(context: FeedContext, attempt: Attempt, unit: Unit) -> list[JobResult | Retry]:
@@ -25,6 +28,8 @@ async def ask(context: FeedContext, attempt: Attempt, unit: Unit) -> list[JobRes
     """
     path = attempt.claim.endpoint
     if isinstance(unit, Job):
+        if unit.seq in attempt.looked.steps:
+            return await _ask_in_steps(context, attempt, unit)
         return [await _awaited(context, attempt, unit) or await _ask_one(context, attempt, unit)]
     reply = await context.endpoint(path).post(
         path, unit.body, request_id=request_name(attempt.claim.batch_id, unit.jobs[0].seq)
@@ -33,6 +38,34 @@ async def ask(context: FeedContext, attempt: Attempt, unit: Unit) -> list[JobRes
         attempt.ask_again(unit.singles())
         return []
     return [*unit.split(reply)]
+
+
+async def _ask_in_steps(context: FeedContext, attempt: Attempt, job: Job) -> list[JobResult | Retry]:
+    """What became of a job of several requests: nothing if its attempt ended between two of them."""
+    steps = Steps(
+        attempt,
+        job,
+        server=context.endpoint(attempt.claim.endpoint),
+        states=context.steps,
+        served=context.pace.served,
+    )
+    try:
+        async with steps:
+            return [await _done_in(steps, context, attempt.claim, job)]
+    except StepFailed as error:
+        return [error.result]
+    except Stopped:
+        return []
+
+
+async def _done_in(steps: Steps, context: FeedContext, claim: Claim, job: Job) -> JobResult:
+    settings = read_settings(job.stoker or "{}")
+    if settings.turns is not None:
+        window_tokens = settings.window_tokens or context.settings.engine.context_tokens
+        return await converse(steps, job, settings, claim, database=context.database, window_tokens=window_tokens)
+    if context.recipes is None:
+        return steps.failed(code="recipe_unavailable", message=f"this worker has no recipe {settings.recipe!r}")
+    return await context.recipes(steps, job, settings, claim)
 
 
 async def _ask_one(context: FeedContext, attempt: Attempt, job: Job) -> JobResult:

@@ -14,6 +14,7 @@ from inference.embeddings import Pack
 from models.jobs import Job, JobResult
 from pipeline.cached import Looked
 from store.shards import Claim, LoadedJobs, Retry
+from store.steps import FinishedStep
 
 # A write transaction costs one fsync whatever its size. Measured: 10.8x the rows/s of single rows at 64 a
 # commit, 13x at 256. Half a second's worth at most is there to repeat after a kill.
@@ -32,6 +33,7 @@ class Unwritten:
     results: list[JobResult]
     retries: list[Retry] = field(default_factory=list)
     suspects: list[int] = field(default_factory=list)
+    steps: list[FinishedStep] = field(default_factory=list)
 
 
 class Attempt:
@@ -40,7 +42,7 @@ class Attempt:
     def __init__(self, claim: Claim, loaded: LoadedJobs) -> None:
         self.claim = claim
         self.looked = Looked()
-        self.held_bytes = 0  # of bodies that were to be run: the requests to keep hold theirs until the shard is over
+        self.held_bytes = 0  # of bodies and finished steps: the requests to keep hold theirs until the shard is over
         self.repeated: dict[int, bool] = {}  # of jobs that were asked twice: whether the answers were the same
         self.waiting: deque[Unit] = deque()
         self.in_flight: set[asyncio.Task[None]] = set()
@@ -51,6 +53,7 @@ class Attempt:
         self._next_due: datetime | None = loaded.next_due
         self._results: list[JobResult] = []
         self._retries: list[Retry] = []
+        self._steps: list[FinishedStep] = []
         self._unwritten_bytes = 0
         self._unwritten_since = 0.0
 
@@ -58,6 +61,7 @@ class Attempt:
         """What its jobs' lookups gave is known: results are kept for the next write, the rest waits to be sent."""
         self.looked = replace(looked, results=[], jobs=[])
         self.held_bytes = sum(sys.getsizeof(job.body) for job in looked.jobs)
+        self.held_bytes += sum(sys.getsizeof(reply) for replies in looked.steps.values() for reply in replies.values())
         for result in looked.results:
             self.record(result)
         if not self.is_stopped:
@@ -75,18 +79,31 @@ class Attempt:
 
     def record(self, outcome: JobResult | Retry) -> None:
         """Keep a result or a retry until the next write."""
-        if not self._results and not self._retries:
-            self._unwritten_since = time.monotonic()
+        self._begin_unwritten()
         if isinstance(outcome, Retry):
             self._retries.append(outcome)
             self._next_due = min(filter(None, (self._next_due, outcome.not_before)))
         else:
             self._results.append(outcome)
-            self._unwritten_bytes += len(outcome.response or "")
+            self._unwritten_bytes += len(outcome.response or "") + len(outcome.stoker or "")
+
+    def record_step(self, step: FinishedStep) -> None:
+        """Keep a finished step until the next write."""
+        self._begin_unwritten()
+        self._steps.append(step)
+        self._unwritten_bytes += len(step.reply)
+
+    def _begin_unwritten(self) -> None:
+        if not self._unwritten_rows:
+            self._unwritten_since = time.monotonic()
+
+    @property
+    def _unwritten_rows(self) -> int:
+        return len(self._results) + len(self._retries) + len(self._steps)
 
     def wants_write(self) -> bool:
         """Whether what is recorded should be written now."""
-        rows = len(self._results) + len(self._retries)
+        rows = self._unwritten_rows
         return (
             self.is_over
             or rows >= FLUSH_ROWS
@@ -95,9 +112,11 @@ class Attempt:
         )
 
     def take_unwritten(self) -> Unwritten:
-        """Everything recorded since the last call."""
-        taken = Unwritten(self._results, self._retries, self.suspects)
-        self._results, self._retries, self.suspects, self._unwritten_bytes = [], [], [], 0
+        """Everything recorded since the last call, but for steps of jobs that have ended."""
+        ended = {result.seq for result in self._results} if self._steps else set()
+        steps = [step for step in self._steps if step.seq not in ended]
+        taken = Unwritten(self._results, self._retries, self.suspects, steps)
+        self._results, self._retries, self.suspects, self._steps, self._unwritten_bytes = [], [], [], [], 0
         return taken
 
     def stop(self) -> None:

@@ -67,8 +67,9 @@ class Place:
 class Looked:
     """What looking a shard up gave: results for some jobs, the jobs that are to run, and what is known of these.
 
-    `awaited` jobs equal one that runs at this moment. `twice` are asked twice. All by seq. `engine_id` is the engine
-    whose checkpoint is in the requests' keys.
+    `awaited` jobs equal one that runs at this moment. `twice` are asked twice. `steps` has the jobs of several
+    requests, each with the replies that it has had, by step. All by seq. `engine_id` is the engine whose checkpoint is
+    in the requests' keys.
     """
 
     results: list[JobResult] = field(default_factory=list)
@@ -77,6 +78,7 @@ class Looked:
     places: dict[int, Place] = field(default_factory=dict)
     awaited: frozenset[int] = frozenset()
     twice: frozenset[int] = frozenset()
+    steps: dict[int, dict[str, str]] = field(default_factory=dict)
     engine_id: int | None = None
 
 
@@ -283,7 +285,7 @@ class ExactCache:
     def _read(self, claim: Claim, job: Job) -> _Read | None:
         line = read_settings(job.stoker) if job.stoker else _NO_SETTINGS
         mode = cache_mode_of(line, claim.cache)
-        if mode is CacheMode.OFF:
+        if mode is CacheMode.OFF or line.has_steps:
             return None
         try:
             fields = read_body(job.body)

@@ -10,13 +10,15 @@ from inference.endpoint import Endpoint
 from pipeline.cached import ExactCache, Semantic
 from pipeline.heartbeat import Heartbeat
 from pipeline.pace import Pace
+from pipeline.steps import Recipes
 from runtime.settings import Settings
 from store.database import Database
+from store.step_states import StepStates
 
 
 @dataclass(frozen=True, slots=True)
 class FeedContext:
-    """The parts of a child. `semantic` is None where no index is set."""
+    """The parts of a child. `semantic` is None where no index is set, `recipes` where no documents are."""
 
     database: Database
     heartbeat: Heartbeat
@@ -35,6 +37,8 @@ class FeedContext:
     """Endpoints that refused a connection and have not been seen healthy since."""
     cache: ExactCache | None = None
     semantic: Semantic | None = None
+    steps: StepStates | None = None
+    recipes: Recipes | None = None
     pace: Pace = field(default_factory=Pace)
 
     def endpoint(self, path: str) -> Endpoint:

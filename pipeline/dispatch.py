@@ -37,8 +37,9 @@ from store.dispatching import (
     touch_dispatched,
     unclaimed_count,
 )
+from store.documents import recover_documents, waiting_documents
 from store.notifications import leadership
-from store.presence import PresenceBoard
+from store.presence import PresenceBoard, WorkerPresence
 from store.retention import delete_past_retention
 from store.schema import make_partitions
 from store.shards import (
@@ -72,13 +73,16 @@ _ENDINGS = {
 
 
 class Publisher(Protocol):
-    """Sends hints through the broker. Both methods raise ServiceUnreachable."""
+    """Sends hints through the broker. Every method raises ServiceUnreachable."""
 
     def publish(self, shards: Sequence[tuple[int, UUID]]) -> None:
         """Send one hint for each (shard, batch), confirmed by the broker; routable or an error."""
 
     def ready_count(self) -> int:
         """How many hints wait in the broker's queue, not delivered to any worker."""
+
+    def invite(self, readers: int) -> None:
+        """Let so many hints wait in the queue of the documents node, those that are there included."""
 
 
 def dispatch_until(
@@ -111,7 +115,7 @@ class Dispatcher:
         self._board = board
         self._settings = settings
         self._fairness = FairShare(settings.dispatch.tenant_weights)
-        self._window = BLIND_WINDOW
+        self._window = self._readers = BLIND_WINDOW
         self._unsent: list[tuple[int, UUID]] = []
         self._sweep_at = 0.0
         self._house_at = 0.0
@@ -158,15 +162,17 @@ class Dispatcher:
             for batch_id, reason in screen(session):
                 log.warning("batch_paused", batch_id=str(batch_id), reason=reason)
         self._send_lost_hints()
+        self._invite_readers()
         self._keep_house()
 
     def _read_presence(self) -> None:
         try:
-            workers = self._board.workers()
+            workers = self._board.workers(node=None)
         except ServiceUnreachable as error:
             log.warning("presence_unknown", error=str(error))
             return
-        self._window = sum(worker.children for worker in workers) or BLIND_WINDOW
+        self._window = _children(workers, "generation") or BLIND_WINDOW
+        self._readers = _children(workers, "documents") or BLIND_WINDOW
 
     def _recover(self) -> None:
         with self._database.transaction() as session:
@@ -243,6 +249,20 @@ class Dispatcher:
             with self._database.transaction() as session:
                 touch_dispatched(session, [shard_id for shard_id, _ in stale])
 
+    def _invite_readers(self) -> None:
+        """Recover documents whose reader died, and let as many hints wait as readers are free and documents due."""
+        with self._database.transaction() as session:
+            for document_id, crashes in recover_documents(session):
+                log.warning("document_recovered", document=document_id, crashes=crashes)
+            waiting = waiting_documents(
+                session, limit=self._readers, with_index=self._settings.cache.chroma_url is not None
+            )
+        if waiting:
+            try:
+                self._publisher.invite(min(waiting, self._readers))
+            except ServiceUnreachable as error:
+                log.warning("broker_unreachable", error=str(error))
+
     def _keep_house(self) -> None:
         now = time.monotonic()
         if now < self._house_at:
@@ -270,3 +290,7 @@ class Dispatcher:
         except ServiceUnreachable as error:
             log.warning("publish_failed", shards=len(hints), error=str(error))
             self._unsent = hints
+
+
+def _children(workers: Sequence[WorkerPresence], node: str) -> int:
+    return sum(worker.children for worker in workers if worker.node == node)

@@ -22,8 +22,8 @@ TEXTS_AT_ONCE = 128
 class LocalEmbedder:
     """An ONNX model in a thread of this process."""
 
-    def __init__(self, settings: CacheSettings) -> None:
-        self._embedder = OnnxEmbedder(settings.embedder)
+    def __init__(self, settings: CacheSettings, *, threads: int = 2) -> None:
+        self._embedder = OnnxEmbedder(settings.embedder, threads=threads)
         self.id = self._embedder.id
 
     async def __call__(self, texts: Sequence[str]) -> Vectors:

@@ -66,7 +66,7 @@ def line(batch_id: UUID, row: ResultRow) -> bytes:
         error = _json({"code": row.error_code, "message": row.error_message})
     return (
         f'{{"id":"{name}","custom_id":{_json(row.custom_id)},"response":{response},"error":{error},'
-        f'"stoker":{{"outcome":"{row.outcome.value}","source":"{row.source}"{_origin(row)}}}}}\n'
+        f'"stoker":{{"outcome":"{row.outcome.value}","source":"{row.source}"{_origin(row)}{_members(row)}}}}}\n'
     ).encode()
 
 
@@ -125,6 +125,12 @@ def _origin(row: ResultRow) -> str:
     entry = "" if row.entry is None else f',"entry":{row.entry}'
     namespace = "" if row.namespace is None else f',"namespace":{row.namespace}'
     return leader + entry + namespace + ("" if row.similarity is None else f',"similarity":{row.similarity:.4f}')
+
+
+def _members(row: ResultRow) -> str:
+    """What else its `stoker` has, as further members of an object that has some."""
+    inside = "" if row.stoker is None else _one_line(row.stoker).strip()[1:-1].strip()
+    return f",{inside}" if inside else ""
 
 
 def _one_line(text: str) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,15 +21,14 @@ from models.jobs import Job, JobResult, failed
 from models.states import Source
 from pipeline.asking import ask
 from pipeline.attempt import Attempt, Unit, Unwritten
-from pipeline.cached import ExactCache, Looked, Semantic
 from pipeline.context import FeedContext as FeedContext
+from pipeline.lookups import Lookups
 from pipeline.quarantine import DEATHS_TO_QUARANTINE, isolate
 from pipeline.retry import after_engine_death, after_failure
 from runtime.clock import utc_now
 from runtime.errors import LostFence, Permanent, ServiceUnreachable, Transient, Unstorable
 from runtime.logs import get_logger
 from store.database import Session
-from store.namespaces import count_unlooked
 from store.shards import (
     Claim,
     LoadedJobs,
@@ -44,6 +42,7 @@ from store.shards import (
     write_results,
     write_retries,
 )
+from store.steps import delete_steps, write_steps
 
 log = get_logger(__name__)
 
@@ -82,7 +81,7 @@ class _Feeder:
         self._yield_at = time.monotonic() + context.settings.worker.yield_s
         self._grace_until: float | None = None
         self._next_claim_at = 0.0
-        self._chores: asyncio.Task[None] | None = None
+        self._lookups = Lookups(context)
         self._claiming: asyncio.Task[None] | None = None
 
     async def run(self) -> FeedReport:
@@ -98,8 +97,7 @@ class _Feeder:
             for attempt in self._attempts.values():  # after a defect only: their leases end and are recovered
                 self._context.heartbeat.remove(attempt.claim)
                 attempt.lose()
-            if self._chores is not None:
-                await self._chores
+            await self._lookups.finish()
         return self._report
 
     async def _is_served(self) -> bool:
@@ -237,7 +235,8 @@ class _Feeder:
         try:
             for result in await ask(self._context, attempt, unit):
                 attempt.record(result)
-                if isinstance(unit, Job) and isinstance(result, JobResult) and result.was_generated:
+                is_one_request = isinstance(unit, Job) and unit.seq not in attempt.looked.steps
+                if is_one_request and isinstance(result, JobResult) and result.was_generated:
                     self._context.pace.served(result.duration_ms / 1000)
         except (EndpointDown, ServerFault) as error:
             is_absent = isinstance(error, EndpointDown) and not error.was_sent
@@ -306,7 +305,7 @@ class _Feeder:
 
         self._context.heartbeat.add(claimed, on_beat)
         try:
-            looked = await self._look_up(claimed, loaded)
+            looked = await self._lookups.look_up(claimed, loaded)
             is_plain = claimed.runnable and not claimed.runs_alone
             attempt.begin(looked, self._units(claimed, looked.jobs) if is_plain else ())
         except BaseException:  # nobody knows of it yet: its lease must end
@@ -332,55 +331,6 @@ class _Feeder:
                 worker=context.worker,
             )
             return None if claimed is None else (claimed, load_jobs(session, claimed))
-
-    async def _look_up(self, claimed: Claim, loaded: LoadedJobs) -> Looked:
-        """Ask the caches, which may answer nothing but never stop a job: what of them fails is logged, and jobs run."""
-        looked = Looked(jobs=loaded.jobs)
-        cache, semantic = self._context.cache, self._context.semantic
-        if cache is None:
-            return looked
-        with self._never_stopping(claimed):
-            looked = await asyncio.to_thread(self._look_up_exactly, cache, claimed, loaded)
-        if claimed.runs_alone:
-            return looked
-        if semantic is None:
-            with self._never_stopping(claimed):
-                await asyncio.to_thread(self._count_unlooked, claimed, looked)
-            return looked
-        with self._never_stopping(claimed):
-            found = await semantic.look_up(claimed, looked)
-            await asyncio.to_thread(cache.release, claimed, looked, found)
-            looked = found
-        self._begin_chores(claimed, semantic)
-        return looked
-
-    def _look_up_exactly(self, cache: ExactCache, claimed: Claim, loaded: LoadedJobs) -> Looked:
-        with self._context.database.transaction() as session:
-            return cache.look_up(session, claimed, loaded.jobs)
-
-    def _count_unlooked(self, claimed: Claim, looked: Looked) -> None:
-        lost = sum(looked.requests[job.seq].split is not None for job in looked.jobs if job.seq in looked.requests)
-        if lost:
-            with self._context.database.transaction() as session:
-                count_unlooked(session, claimed, lost)
-
-    @contextmanager
-    def _never_stopping(self, claimed: Claim) -> Iterator[None]:
-        """A cache that fails in this block is none; the next write finds out which jobs are still ours."""
-        try:
-            yield
-        except (ServiceUnreachable, LostFence) as error:
-            log.warning("cache_failed", batch_id=str(claimed.batch_id), error=str(error))
-        except Exception:  # a defect of the cache must not become one of the batch
-            log.exception("cache_defect", batch_id=str(claimed.batch_id))
-
-    def _begin_chores(self, claimed: Claim, semantic: Semantic) -> None:
-        if semantic.has_chores and (self._chores is None or self._chores.done()):
-            self._chores = self._loop.create_task(self._do_chores(claimed, semantic))
-
-    async def _do_chores(self, claimed: Claim, semantic: Semantic) -> None:
-        with self._never_stopping(claimed):
-            await asyncio.to_thread(semantic.do_chores)
 
     def _units(self, claimed: Claim, jobs: list[Job]) -> Iterator[Unit]:
         if claimed.endpoint != EMBEDDINGS:
@@ -412,8 +362,7 @@ class _Feeder:
             if not attempt.is_lost:
                 await self._persistently(lambda: self._write(attempt, unwritten, is_over=is_over))
                 self._report.jobs += len(unwritten.results)
-                if self._context.semantic is not None:
-                    self._begin_chores(attempt.claim, self._context.semantic)
+                self._lookups.begin_chores(attempt.claim)
         except LostFence:
             attempt.lose()
             log.warning("fence_lost", shard_id=attempt.claim.shard_id, fence=attempt.claim.fence)
@@ -449,14 +398,17 @@ class _Feeder:
             self._transact(attempt, Unwritten([refused]), is_over=False)
 
     def _transact(self, attempt: Attempt, unwritten: Unwritten, *, is_over: bool) -> None:
-        """One transaction: results, retries, suspects apart, and the end of the attempt if it is over.
+        """One transaction: results, retries, steps, suspects apart, and the end of the attempt if it is over.
 
         Raises LostFence if another attempt owns the shard; nothing was written then.
         """
         cache, semantic, kept = self._context.cache, self._context.semantic, None
+        ended = [result.seq for result in unwritten.results if result.seq in attempt.looked.steps]
         with self._context.database.transaction() as session:
             if not self._write_under_fence(session, attempt.claim, unwritten):
                 raise LostFence
+            if ended:
+                delete_steps(session, attempt.claim.batch_id, ended)
             if cache is not None:
                 kept = cache.keep(session, attempt.claim, attempt.looked, unwritten.results, attempt.repeated)
             # Last: both lock the batch's row, for which other shards wait.
@@ -466,9 +418,11 @@ class _Feeder:
                 close(session, attempt.claim) or give_back(session, attempt.claim, wait_s=_wait_s(attempt))
             ):
                 raise LostFence
+        if self._context.steps is not None:
+            self._context.steps.forget(attempt.claim.batch_id, ended)
         if cache is None or kept is None:
             return
-        with self._never_stopping(attempt.claim):
+        with self._lookups.never_stopping(attempt.claim):
             cache.publish(kept)
             if semantic is not None and kept.entries:
                 semantic.add(kept.entries)
@@ -479,7 +433,9 @@ class _Feeder:
             engine_id = self._context.engine_id()
             if write_results(session, held, unwritten.results, engine_id=engine_id, lease_s=lease_s) is None:
                 return False
-        return not unwritten.retries or write_retries(session, held, unwritten.retries)
+        if unwritten.retries and not write_retries(session, held, unwritten.retries):
+            return False
+        return not unwritten.steps or write_steps(session, held, unwritten.steps, lease_s=lease_s)
 
 
 def _wait_s(attempt: Attempt) -> float:

@@ -54,15 +54,19 @@ if watched and os.fork() == 0:
 os.execv(command[0], command)
 """
 
-# Waits in the child's session for the end of the parent and then, not for ever, of the child, and kills what is
-# left of the session.
+# Waits in the child's session for the end of the parent and then, not for ever, of the child, and ends what is left
+# of the session: first those that clean up, such as multiprocessing's resource tracker, which unlinks shared memory
+# when the others are gone. A parent that ends the session itself, with SIGTERM after the child's end, needs no guard.
 _GUARD = """
-import os, select, signal, sys
+import os, select, signal, sys, time
 parent, child, guard_s = sys.argv[1:]
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, lambda *_: select.select([int(child)], [], [], 0)[0] and os._exit(0))
 os.closerange(0, 3)
 select.select([int(parent)], [], [])
 select.select([int(child)], [], [], float(guard_s))
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.killpg(0, signal.SIGTERM)
+time.sleep(1)
 os.killpg(0, signal.SIGKILL)
 """
 

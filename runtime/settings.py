@@ -82,8 +82,13 @@ class EmbeddingsSettings(_Group):
 class WorkerSettings(_Group):
     """A Celery worker process and its children."""
 
+    node: Literal["generation", "documents"] = Field(
+        "generation", description="generation: runs batches on an engine; documents: reads documents, without one"
+    )
     children: Count | None = Field(
-        None, description="prefork children, each with its own asyncio loop; unset: from max_num_seqs"
+        None,
+        description="prefork children, each with its own asyncio loop; unset: from max_num_seqs, or, on the documents "
+        "node, one a core",
     )
     in_flight: Count | None = Field(None, description="jobs a child keeps in flight; unset: from max_num_seqs")
     lease_s: Seconds = Field(30, description="how long a silent attempt keeps its shard")

@@ -13,17 +13,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from runtime.children import birth_of, spawn, stop
 from runtime.errors import BadInput, ServiceUnreachable
 from runtime.settings import Settings, environment_of
 from scripts.embedded import default_home, embedded_services
+from scripts.terminal import bar
 from store.database import Database
 from store.presence import PresenceBoard
 from store.schema import migrate
+
+Node = Literal["generation", "documents"]
 
 STOP_MARGIN_S = 30.0  # beyond the grace: the pool's end, the engine's, the dispatcher's
 LOG_TAIL_LINES = 15
@@ -86,6 +90,17 @@ def has_semantic_parts(settings: Settings) -> bool:
     return has_embedder and all(importlib.util.find_spec(name) for name in ("chromadb", "onnxruntime", "tokenizers"))
 
 
+def has_reading_parts(settings: Settings) -> bool:
+    """Whether documents can be read on this machine: their libraries are there, and what the semantic cache needs."""
+    libraries = ("markitdown", "semantic_text_splitter")
+    return has_semantic_parts(settings) and all(importlib.util.find_spec(name) for name in libraries)
+
+
+def _expect_reading(settings: Settings) -> None:
+    if not has_reading_parts(settings):
+        raise BadInput("reading documents needs its libraries and an embedder: run `make documents`")
+
+
 @dataclass(frozen=True, slots=True)
 class LocalWorker:
     """A worker that this command started."""
@@ -101,9 +116,13 @@ class LocalWorker:
 
 @contextmanager
 def local_worker(
-    settings: Settings, *, name: str = "local", on_wait: Callable[[float], None] | None = None
+    settings: Settings,
+    *,
+    name: str = "local",
+    node: Node = "generation",
+    on_wait: Callable[[float], None] | None = None,
 ) -> Iterator[LocalWorker]:
-    """A worker process for this block, up and announced. Ended by SIGTERM, so it drains.
+    """A worker process of a node for this block, up and announced. Ended by SIGTERM, so it drains.
 
     Raises ServiceUnreachable with the end of its log if it does not come up.
     """
@@ -112,7 +131,7 @@ def local_worker(
     name = f"{name}-{os.getpid()}@{os.uname().nodename}"
     worker = spawn(
         [sys.executable, "-m", "celery", "-A", "worker.main", "worker", "-n", name],
-        env={**os.environ, **environment_of(settings)},
+        env={**os.environ, **environment_of(settings), "STOKER_WORKER__NODE": node},
         log=log,
         session=True,
     )
@@ -121,6 +140,21 @@ def local_worker(
         yield LocalWorker(process=worker, log=log)
     finally:
         stop(worker, grace_s=settings.worker.grace_s + STOP_MARGIN_S)
+
+
+def ensure_node(settings: Settings, stack: ExitStack, node: Node) -> LocalWorker | None:
+    """Start a worker of a node until the stack is left, unless one is live; None if one is."""
+    board = PresenceBoard(settings.require_redis())
+    try:
+        if board.workers(node=node):
+            return None
+    finally:
+        board.close()
+    if node == "documents":
+        _expect_reading(settings)
+    with bar("starting the engine" if node == "generation" else "starting to read", total=None) as show:
+        name = "local" if node == "generation" else node
+        return stack.enter_context(local_worker(settings, name=name, node=node, on_wait=show))
 
 
 def prepare_schema(settings: Settings) -> None:
@@ -143,7 +177,7 @@ def _wait_announced(
     board = PresenceBoard(settings.require_redis())
     started = time.monotonic()
     try:
-        while not any(found.name == name for found in board.workers()):
+        while not any(found.name == name for found in board.workers(node=None)):
             waited_s = time.monotonic() - started
             if worker.poll() is not None or waited_s > settings.engine.start_timeout_s:
                 raise ServiceUnreachable(f"the worker did not come up; the end of {log}:\n{_tail(log)}")
@@ -157,7 +191,7 @@ def _wait_announced(
 def _forget_workers(redis_url: str) -> None:
     """Workers of an earlier run died with its services; what they announced may outlive them by some seconds."""
     board = PresenceBoard(redis_url)
-    for worker in board.workers():
+    for worker in board.workers(node=None):
         board.withdraw(worker.name)
     board.close()
 

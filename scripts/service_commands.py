@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 
 import click
@@ -15,6 +17,7 @@ from runtime.settings import Settings, environment_of
 from scripts.local import (
     LocalWorker,
     connected,
+    has_reading_parts,
     has_semantic_parts,
     home_of,
     local_services,
@@ -29,12 +32,17 @@ EXIT_UNREACHABLE = 3
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
+@click.option(
+    "--node",
+    type=click.Choice(["generation", "documents"]),
+    help="generation: an engine and its batches; documents: reading documents. Default: STOKER_WORKER__NODE.",
+)
 @click.argument("celery_options", nargs=-1, type=click.UNPROCESSED)
 @click.pass_obj
-def worker(settings: Settings, celery_options: tuple[str, ...]) -> None:
+def worker(settings: Settings, node: str | None, celery_options: tuple[str, ...]) -> None:
     """Run a worker with its engine: short for `celery -A worker.main worker`; options go to Celery."""
     served = connected(settings)
-    environment = {**os.environ, **environment_of(served)}
+    environment = {**os.environ, **environment_of(served)} | ({"STOKER_WORKER__NODE": node} if node else {})
     command = [sys.executable, "-m", "celery", "-A", "worker.main", "worker", *celery_options]
     os.execve(sys.executable, command, environment)  # noqa: S606  # the worker takes this process's place
 
@@ -59,18 +67,17 @@ def up(settings: Settings) -> None:
         say(f"without Chroma: the semantic cache needs its libraries and an embedder in {settings.cache.embedder}")
     with local_services(settings, with_chroma=with_chroma) as served:
         prepare_schema(served)
-        with bar("starting the engine", total=None) as show:
-            running = local_worker(served, on_wait=show)
-            started = running.__enter__()
-        try:
+        with ExitStack() as stack:
+            with bar("starting the engine", total=None) as show:
+                started = [stack.enter_context(local_worker(served, on_wait=show))]
+            if has_reading_parts(served):
+                started.append(stack.enter_context(local_worker(served, name="documents", node="documents")))
+            stack.callback(say, "stopping")
             say(
-                f"up; logs in {home_of(settings) / 'logs'} (worker: {started.log.name})\n"
+                f"up; logs in {home_of(settings) / 'logs'} ({', '.join(one.log.name for one in started)})\n"
                 "submit from another terminal: stoker submit FILE.jsonl; stop with Ctrl-C"
             )
             _wait_for_signal(started)
-        finally:
-            say("stopping")
-            running.__exit__(None, None, None)
 
 
 @click.command()
@@ -100,9 +107,10 @@ def doctor(settings: Settings, as_json: bool) -> int:
     return 0 if all(finding.is_well for finding in findings) else 1
 
 
-def _wait_for_signal(started: LocalWorker) -> None:
+def _wait_for_signal(started: Sequence[LocalWorker]) -> None:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     while not stop.wait(1.0):
-        started.expect_alive()
+        for one in started:
+            one.expect_alive()

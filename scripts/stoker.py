@@ -14,6 +14,7 @@ from runtime.logs import configure_logs
 from runtime.settings import LogSettings, load_settings
 from scripts.batch_commands import cancel, results, resume, status, watch
 from scripts.cache_commands import cache
+from scripts.documents_commands import documents
 from scripts.quantize_command import quantize
 from scripts.service_commands import dispatch, doctor, migrate, up, worker
 from scripts.submit_commands import retry, run, submit
@@ -51,6 +52,7 @@ for command in (
     migrate,
     doctor,
     cache,
+    documents,
     quantize,
 ):
     cli.add_command(command)

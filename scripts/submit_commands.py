@@ -20,7 +20,7 @@ from pipeline.again import retry_batch
 from pipeline.cutting import for_workers
 from pipeline.submit import Submitted, Wishes, dry_run, submit_file
 from runtime.settings import LEAST_WEIGHT, MOST_WEIGHT, Settings
-from scripts.local import LocalWorker, connected, local_services, local_worker, prepare_schema
+from scripts.local import connected, ensure_node, local_services, prepare_schema
 from scripts.lookup import TENANT, named_batch, opened_database
 from scripts.result_files import check_writable, write_files
 from scripts.skipped_lines import SkippedLines, skipped_file, skipped_lines
@@ -160,7 +160,7 @@ def run(
     needs_chroma = options.cache is CacheMode.SEMANTIC
     with local_services(settings, with_chroma=needs_chroma) as served, ExitStack() as stack:
         prepare_schema(served)
-        started = _ensure_worker(served, stack)
+        started = ensure_node(served, stack, "generation")
         database = stack.enter_context(opened_database(served))
         submitted = _submit(
             served,
@@ -414,14 +414,6 @@ def _workers(settings: Settings) -> list[WorkerPresence]:
 def _models_of(workers: Sequence[WorkerPresence]) -> frozenset[str] | None:
     # One queue feeds all workers: only what every one of them serves is sure to be answered.
     return frozenset.intersection(*(frozenset(worker.models) for worker in workers)) if workers else None
-
-
-def _ensure_worker(settings: Settings, stack: ExitStack) -> LocalWorker | None:
-    """Start a worker for this run unless one is live; None if one is."""
-    if _workers(settings):
-        return None
-    with bar("starting the engine", total=None) as show:
-        return stack.enter_context(local_worker(settings, on_wait=show))
 
 
 @contextmanager

@@ -25,6 +25,7 @@ POLL_S = 0.25
 PLAIN_LINE_EVERY_S = 5.0
 
 stderr = Console(stderr=True, highlight=False)
+stdout = Console(highlight=False)
 
 
 def say(message: str) -> None:
@@ -49,10 +50,26 @@ def emit_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
         table.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
-    Console(highlight=False).print(table)
+    stdout.print(table)
 
 
-_NUMBERS = frozenset({"jobs", "done", "failed", "truncated", "empty", "tokens in", "tokens out", "shards"})
+_NUMBERS = frozenset(
+    {
+        "jobs",
+        "done",
+        "failed",
+        "truncated",
+        "empty",
+        "tokens in",
+        "tokens out",
+        "shards",
+        "ready",
+        "waiting",
+        "passages",
+        "bytes",
+        "not yet in Chroma",
+    }
+)
 
 
 @contextmanager

@@ -32,6 +32,9 @@ _TOKENS = f"""octet_length(j.body) / 4 + CASE WHEN b.endpoint = '/v1/embeddings'
             AND json_typeof({_FIELDS} -> 'prompt' -> 0) <> 'number'
         THEN json_array_length({_FIELDS} -> 'prompt') ELSE 1 END
     END"""
+# As models/line_settings.py has it, of a job j.
+_STANDS_ALONE = """(j.stoker IS NOT NULL AND coalesce(CAST(j.stoker AS json) -> 'turns',
+    CAST(j.stoker AS json) -> 'recipe', CAST(j.stoker AS json) -> 'collection') IS NOT NULL)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,20 +111,21 @@ def take_results(session: Session, earlier_id: UUID, *, batch_id: UUID) -> int:
     """Give jobs of the new batch the succeeded results of equal jobs of the earlier one, in done shards: how many.
 
     Equal: the same custom_id and the same bytes of body; a line that states `"cache": "off"` itself is to run, and
-    takes none. No tokens are counted, nothing was spent. The jobs stay in their open shards as well: cut these again.
+    takes none; one whose answer depends on more than its body neither takes nor gives one. No tokens are counted,
+    nothing was spent. The jobs stay in their open shards as well: cut these again.
     """
     session.execute(text("CREATE TEMP TABLE taken (seq int4, earlier_seq int4) ON COMMIT DROP"))
     # Postgres knows nothing of rows that were just copied; a nested loop over two batches would never end.
     session.execute(text("SET LOCAL enable_nestloop = off"))
     session.execute(
-        text("""
+        text(f"""
         WITH old AS MATERIALIZED (
             SELECT j.seq, j.custom_id, sha256(convert_to(j.body, 'UTF8')) AS digest
             FROM jobs j JOIN results r ON r.batch_id = j.batch_id AND r.seq = j.seq
-            WHERE j.batch_id = :earlier AND r.batch_id = :earlier AND r.outcome = 'succeeded'
+            WHERE j.batch_id = :earlier AND r.batch_id = :earlier AND r.outcome = 'succeeded' AND NOT {_STANDS_ALONE}
         ), new AS MATERIALIZED (
-            SELECT seq, custom_id, sha256(convert_to(body, 'UTF8')) AS digest FROM jobs
-            WHERE batch_id = :batch AND coalesce(CAST(stoker AS json) ->> 'cache', '') <> 'off'
+            SELECT seq, custom_id, sha256(convert_to(body, 'UTF8')) AS digest FROM jobs j
+            WHERE batch_id = :batch AND coalesce(CAST(stoker AS json) ->> 'cache', '') <> 'off' AND NOT {_STANDS_ALONE}
         )
         INSERT INTO taken SELECT new.seq, old.seq FROM new JOIN old USING (custom_id, digest)"""),
         {"earlier": earlier_id, "batch": batch_id},
@@ -140,9 +144,9 @@ def _insert_taken(session: Session, earlier_id: UUID, *, batch_id: UUID) -> int:
         text("""
         WITH i AS (
             INSERT INTO results (batch_id, seq, outcome, source, status_code, response, error_code, error_message,
-                prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, duration_ms, engine_id)
+                prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, duration_ms, stoker, engine_id)
             SELECT :batch, t.seq, r.outcome, 'reused', r.status_code, r.response, r.error_code, r.error_message,
-                0, 0, 0, 0, 0, r.engine_id
+                0, 0, 0, 0, 0, r.stoker, r.engine_id
             FROM taken t JOIN results r ON r.batch_id = :earlier AND r.seq = t.earlier_seq
             RETURNING 1
         )

@@ -24,9 +24,9 @@ FOLLOWERS_OF_WRITTEN = """
 ), d AS (
     INSERT INTO results (batch_id, seq, outcome, source, status_code, response, error_code, error_message,
         prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, duration_ms, cache_entry_id,
-        namespace_id, similarity, engine_id)
+        namespace_id, similarity, stoker, engine_id)
     SELECT w.batch_id, w.follower, w.outcome, 'duplicate', w.status_code, w.response, w.error_code, w.error_message,
-        0, 0, 0, 0, 0, w.cache_entry_id, w.namespace_id, w.similarity, w.engine_id FROM w
+        0, 0, 0, 0, 0, w.cache_entry_id, w.namespace_id, w.similarity, w.stoker, w.engine_id FROM w
     ON CONFLICT (batch_id, seq) DO NOTHING
     RETURNING outcome
 ), k AS (

@@ -25,6 +25,7 @@ class WorkerPresence(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     name: str
+    node: str = "generation"
     children: int
     models: list[str]
     engine: str
@@ -54,12 +55,13 @@ class PresenceBoard:
         with self._translated():
             self._redis.delete(KEY_PREFIX + name)
 
-    def workers(self) -> list[WorkerPresence]:
-        """Every live worker."""
+    def workers(self, *, node: str | None = "generation") -> list[WorkerPresence]:
+        """Every live worker of a node; None: of all."""
         with self._translated():
             keys = list(self._redis.scan_iter(match=KEY_PREFIX + "*", count=1000))
             values = self._redis.mget(keys) if keys else []
-        return sorted(_parsed(values), key=lambda worker: worker.name)
+        found = [worker for worker in _parsed(values) if node in (None, worker.node)]
+        return sorted(found, key=lambda worker: worker.name)
 
     def close(self) -> None:
         """Close the connections."""

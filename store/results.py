@@ -19,7 +19,10 @@ PAGE_ROWS = 2_000
 
 @dataclass(frozen=True, slots=True)
 class ResultRow:
-    """One finished job as the result file shows it; `response` is JSON text, `leader` the custom_id that it follows."""
+    """One finished job as the result file shows it; `response` is JSON text, `leader` the custom_id that it follows.
+
+    `stoker` is a JSON object whose members belong into the line's.
+    """
 
     seq: int
     custom_id: str
@@ -32,6 +35,7 @@ class ResultRow:
     entry: int | None = None
     similarity: float | None = None
     namespace: int | None = None
+    stoker: str | None = None
     leader: str | None = None
 
 
@@ -85,6 +89,18 @@ def engines_of(session: Session, batch_id: UUID) -> list[dict[str, Any]]:
     )
 
 
+def find_stoker(session: Session, batch_id: UUID, seq: int, *, tenant: str) -> str | None:
+    """What a job's result has for its line's `stoker`; None also for a job that is not there, or not this tenant's."""
+    found: str | None = session.execute(
+        text("""
+        SELECT r.stoker FROM batches b JOIN results r ON r.batch_id = b.id
+        WHERE b.id = :batch AND b.tenant = :tenant AND b.deleted_at IS NULL
+          AND r.batch_id = :batch AND r.seq = :seq"""),
+        {"batch": batch_id, "seq": seq, "tenant": tenant},
+    ).scalar_one_or_none()
+    return found
+
+
 def dead_jobs(session: Session, *, tenant: str, batch_id: UUID | None, limit: int) -> list[DeadJob]:
     """The jobs that ended as poison_job, with their followers, of one batch or of all of the tenant's, newest first.
 
@@ -130,7 +146,7 @@ def _page(session: Session, batch_id: UUID, *, first: int) -> list[ResultRow]:
     rows = session.execute(
         text("""
         SELECT r.seq, j.custom_id, r.outcome, r.source, r.status_code, r.response, r.error_code, r.error_message,
-            r.cache_entry_id, r.similarity, r.namespace_id
+            r.cache_entry_id, r.similarity, r.namespace_id, r.stoker
         FROM results r CROSS JOIN LATERAL (
             SELECT custom_id FROM jobs WHERE batch_id = :id AND seq = r.seq OFFSET 0) AS j
         WHERE r.batch_id = :id AND r.seq >= :first AND r.seq < :end ORDER BY r.seq"""),

@@ -35,6 +35,7 @@ _PARTS = (
     ("followers", "seq"),
     ("cache_lookups", "seq"),
     ("job_tries", "seq"),
+    ("job_steps", "seq"),
     ("shards", "id"),
 )
 # But for an audit that its policy has not heard of: without it the certificate would be false.

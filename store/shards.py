@@ -218,13 +218,13 @@ WITH f AS (
 ), i AS (
     INSERT INTO results (batch_id, seq, outcome, source, status_code, response, error_code, error_message,
         prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, duration_ms, cache_entry_id,
-        namespace_id, similarity, engine_id)
+        namespace_id, similarity, stoker, engine_id)
     SELECT f.batch_id, u.*, CAST(:engine_id AS int4) FROM f, unnest(
         CAST(:seqs AS int4[]), CAST(:outcomes AS text[]), CAST(:sources AS text[]), CAST(:status_codes AS int2[]),
         CAST(:responses AS text[]), CAST(:error_codes AS text[]), CAST(:error_messages AS text[]),
         CAST(:prompt_tokens AS int4[]), CAST(:completion_tokens AS int4[]), CAST(:cached_tokens AS int4[]),
         CAST(:reasoning_tokens AS int4[]), CAST(:durations AS int4[]), CAST(:entries AS int8[]),
-        CAST(:namespaces AS int8[]), CAST(:similarities AS float4[])) AS u
+        CAST(:namespaces AS int8[]), CAST(:similarities AS float4[]), CAST(:stokers AS text[])) AS u
     ON CONFLICT (batch_id, seq) DO NOTHING
     RETURNING {returned}
 ), c AS (
@@ -251,7 +251,7 @@ FROM f, {total} t WHERE s.id = f.id RETURNING s.done""")
 
 
 _COUNTED = "outcome, prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, cache_entry_id, namespace_id"
-_COPIED = "batch_id, seq, status_code, response, error_code, error_message, similarity, engine_id"
+_COPIED = "batch_id, seq, status_code, response, error_code, error_message, similarity, stoker, engine_id"
 WRITE = _write_of(_COUNTED)
 WRITE_WITH_FOLLOWERS = _write_of(f"{_COUNTED}, {_COPIED}", followers=FOLLOWERS_OF_WRITTEN, total="with_followers")
 
@@ -287,6 +287,7 @@ def write_results(
             "entries": Int8s(r.entry for r in results),
             "namespaces": Int8s(r.namespace for r in results),
             "similarities": Float4s(r.similarity for r in results),
+            "stokers": Texts(r.stoker for r in results),
         },
     ).scalar_one_or_none()
 

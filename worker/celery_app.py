@@ -1,4 +1,4 @@
-"""The Celery app: its settings, its one queue, its task, and the steps a worker process adds.
+"""The Celery app: its settings, its node's one queue, its task, and the steps a worker process adds.
 
 Settled by measurement (docs/decisions/0003-celery.md): prefork, late acks, prefetch of one, JSON only,
 no result backend, no countdowns or retries. Recovery is the lease's, in Postgres; acks are flow control.
@@ -6,12 +6,12 @@ no result backend, no countdowns or retries. Recovery is the lease's, in Postgre
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery import Celery, signals
 from celery.worker.consumer.consumer import Consumer as CeleryConsumer
 
-from models.messages import RunShard
+from models.messages import Ingest, RunShard
 from runtime.logs import configure_logs
 from runtime.settings import Settings
 from tasks.generation import run_shard
@@ -19,6 +19,9 @@ from worker.child import Child
 from worker.queues import node_queue
 from worker.shared import SharedState
 from worker.steps import DispatchStep, EngineStep, WorkerParts
+
+if TYPE_CHECKING:
+    from worker.reader import Reader
 
 # A visibility timeout above the longest task (yield after 10 min, then a request of at most 15 min); the two
 # sweeps bring a killed worker's hint back in 6.7 s instead of 96 s. Read only by the Redis transport.
@@ -36,6 +39,7 @@ def make_app(settings: Settings) -> Celery:
     """The app for workers and publishers. Raises BadInput if no broker is named."""
     broker_url = settings.require_broker()
     parts = WorkerParts(settings=settings, shared=SharedState())
+    queue = RunShard.queue if parts.has_engine else Ingest.queue
     app = Celery("stoker", broker=broker_url, set_as_current=True)
     app.conf.update(
         task_serializer="json",
@@ -44,9 +48,9 @@ def make_app(settings: Settings) -> Celery:
         task_acks_late=True,
         worker_prefetch_multiplier=1,
         worker_cancel_long_running_tasks_on_connection_loss=False,
-        task_default_queue=RunShard.queue,
+        task_default_queue=queue,
         task_create_missing_queues=False,
-        task_queues=[node_queue(delivery_limit=settings.broker.delivery_limit)],
+        task_queues=[node_queue(queue, delivery_limit=settings.broker.delivery_limit)],
         worker_pool="prefork",
         worker_consumer="worker.celery_app:Consumer",
         broker_connection_retry_on_startup=True,
@@ -64,17 +68,30 @@ def make_app(settings: Settings) -> Celery:
 def _wire(app: Celery, parts: WorkerParts) -> None:
     """Attach the task, the process signals and the bootsteps."""
     child: list[Child] = []
+    reader: list[Reader] = []
 
     @app.task(name=RunShard.wire_name, shared=False)  # type: ignore[untyped-decorator]
     def _run_shard(**message: Any) -> None:
         run_shard(child[0].context, child[0].runner, RunShard.model_validate(message))
 
+    @app.task(name=Ingest.wire_name, shared=False)  # type: ignore[untyped-decorator]
+    def _ingest(**message: Any) -> None:
+        from tasks.documents import read_documents  # noqa: PLC0415  # its libraries are an extra
+
+        read_documents(reader[0].context, reader[0].runner, Ingest.model_validate(message))
+
     def start_child(**_: Any) -> None:
-        child.append(Child(parts))
+        if parts.has_engine:
+            child.append(Child(parts))
+        else:
+            from worker.reader import Reader  # noqa: PLC0415
+
+            reader.append(Reader(parts))
 
     def end_child(**_: Any) -> None:
-        if child:
-            child.pop().close()
+        for held in (child, reader):
+            while held:
+                held.pop().close()
 
     def size_pool(conf: Any, **_: Any) -> None:
         """Only a worker plans an engine: dispatchers and publishers, which use the app too, may have no checkpoint."""

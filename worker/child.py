@@ -19,6 +19,7 @@ from pipeline.pace import Pace
 from runtime.children import die_with_parent
 from store.database import Database
 from store.recent import RecentAnswers
+from store.step_states import StepStates
 from worker.semantic import semantic_cache
 from worker.steps import WorkerParts
 
@@ -61,6 +62,7 @@ class Child:
             engine_id=parts.shared.engine_id,
             embeddings_url=settings.embeddings.url,
         )
+        self._steps = StepStates(settings.require_redis())
         semantic, embedder_endpoints = semantic_cache(self._database, settings, engine_id=parts.shared.engine_id)
         self._endpoints |= embedder_endpoints
         self.runner.run(self._open())
@@ -79,6 +81,7 @@ class Child:
             engine_id=parts.shared.engine_id,
             cache=self._cache,
             semantic=semantic,
+            steps=self._steps,
             pace=Pace(on_service=tell_service_s),
         )
 
@@ -96,6 +99,7 @@ class Child:
         self.runner.run(self._close_endpoints())
         self.runner.close()
         self._cache.close()
+        self._steps.close()
         self._database.close()
 
 

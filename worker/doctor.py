@@ -105,7 +105,7 @@ def _broker(settings: Settings) -> list[Finding]:
 def _workers(settings: Settings) -> list[Finding]:
     board = PresenceBoard(settings.require_redis())
     try:
-        workers = board.workers()
+        workers = board.workers(node=None)
     finally:
         board.close()
     if not workers:

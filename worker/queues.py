@@ -10,11 +10,11 @@ from uuid import UUID
 
 from amqp import spec  # type: ignore[import-untyped]
 from celery import Celery
-from kombu import Connection, Queue
+from kombu import Connection, Producer, Queue
 from kombu.exceptions import OperationalError
 from kombu.transport import pyamqp
 
-from models.messages import RunShard
+from models.messages import Ingest, RunShard
 from runtime.errors import ServiceUnreachable
 from runtime.settings import without_secrets
 
@@ -28,15 +28,15 @@ SLOW_S = 1.0
 _AMQP_TRANSPORT = {"read_timeout": ANSWER_S, "write_timeout": ANSWER_S, "confirm_publish": True}
 
 
-def node_queue(*, delivery_limit: int) -> Queue:
-    """The generation node's queue, on the default exchange: quorum, with an explicit delivery limit.
+def node_queue(name: str = RunShard.queue, *, delivery_limit: int) -> Queue:
+    """A node's queue, on the default exchange: quorum, with an explicit delivery limit.
 
     RabbitMQ 3.x has no limit of its own and 4.x has 20: both behave alike here. A hint beyond it goes to the
     dead queue, which ends no job: its shard is dispatched again.
     """
     return Queue(
-        RunShard.queue,
-        routing_key=RunShard.queue,
+        name,
+        routing_key=name,
         queue_arguments={
             "x-queue-type": "quorum",
             "x-delivery-limit": delivery_limit,
@@ -73,7 +73,7 @@ class _WatchedTransport(pyamqp.Transport):  # type: ignore[misc]  # kombu has no
 
 
 class HintPublisher:
-    """Publishes RunShard hints on a connection of its own, each confirmed by the broker.
+    """Publishes hints on a connection of its own, each confirmed by the broker.
 
     Declares the queues itself, so that submitting before the first worker starts loses no time. Every method
     raises ServiceUnreachable within about 10 s; after an alarm or a silence the next few seconds' calls raise at
@@ -82,7 +82,9 @@ class HintPublisher:
 
     def __init__(self, app: Celery, *, delivery_limit: int) -> None:
         self._app = app
-        self._queues = (node_queue(delivery_limit=delivery_limit), dead_queue())
+        self._queues = {
+            name: node_queue(name, delivery_limit=delivery_limit) for name in (RunShard.queue, Ingest.queue)
+        } | {DEAD_QUEUE: dead_queue()}
         self._address = without_secrets(app.conf.broker_url)
         self._connection: Connection | None = None
         self._rests_until = 0.0
@@ -92,27 +94,19 @@ class HintPublisher:
         """One hint a shard; mandatory, so that a queue that is gone is an error and not a loss."""
         with self._channel() as connection, connection.Producer(serializer="json") as producer:
             for shard_id, batch_id in shards:
-                hint = RunShard(shard_id=shard_id, batch_id=str(batch_id))
-                message = self._app.amqp.create_task_message(
-                    f"{shard_id}-{secrets.token_hex(4)}",
-                    RunShard.wire_name,
-                    kwargs=hint.model_dump(),
-                    ignore_result=True,
-                )
-                producer.publish(
-                    message.body,
-                    exchange="",
-                    routing_key=RunShard.queue,
-                    mandatory=True,
-                    confirm_timeout=CONFIRM_S,
-                    headers=message.headers,
-                    **message.properties,
-                )
+                self._send(producer, RunShard(shard_id=shard_id, batch_id=str(batch_id)), name=str(shard_id))
 
-    def ready_count(self) -> int:
-        """Hints in the queue that are delivered to no worker."""
+    def invite(self, readers: int) -> None:
+        """Let so many hints wait for readers of documents, those that are there included."""
+        missing = readers - self.ready_count(Ingest.queue)
+        with self._channel() as connection, connection.Producer(serializer="json") as producer:
+            for _ in range(missing):
+                self._send(producer, Ingest(), name="ingest")
+
+    def ready_count(self, queue: str = RunShard.queue) -> int:
+        """Hints in a queue that are delivered to no worker."""
         with self._channel() as connection:
-            return int(self._queues[0](connection.default_channel).queue_declare().message_count)
+            return int(self._queues[queue](connection.default_channel).queue_declare().message_count)
 
     def probe(self) -> None:
         """Publish a message that nobody gets; it fails under an alarm, which nothing but a publish shows."""
@@ -149,6 +143,20 @@ class HintPublisher:
                 self._rests_until = time.monotonic() + BACKOFF_S
             raise ServiceUnreachable(self._failure) from error
 
+    def _send(self, producer: Producer, hint: RunShard | Ingest, *, name: str) -> None:
+        message = self._app.amqp.create_task_message(
+            f"{name}-{secrets.token_hex(4)}", hint.wire_name, kwargs=hint.model_dump(), ignore_result=True
+        )
+        producer.publish(
+            message.body,
+            exchange="",
+            routing_key=hint.queue,
+            mandatory=True,
+            confirm_timeout=CONFIRM_S,
+            headers=message.headers,
+            **message.properties,
+        )
+
     def _explain(self, error: Exception) -> str:
         if isinstance(error, BrokerAlarm):
             setting = "disk_free_limit" if "disk" in str(error) else "vm_memory_high_watermark"
@@ -171,7 +179,7 @@ class HintPublisher:
             connection.transport_options |= _AMQP_TRANSPORT
         try:
             connection.ensure_connection(max_retries=1, timeout=CONNECT_S)
-            for queue in self._queues:
+            for queue in self._queues.values():
                 queue(connection.default_channel).declare()
         except BaseException:
             connection.collect()

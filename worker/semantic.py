@@ -43,14 +43,14 @@ def semantic_cache(
     return made, endpoints
 
 
-def embedder_of(settings: CacheSettings) -> tuple[Embedder, set[Endpoint]]:
+def embedder_of(settings: CacheSettings, *, threads: int = 2) -> tuple[Embedder, set[Endpoint]]:
     """The embedder, and the endpoint to open for it. Raises BadInput for a missing library or folder."""
     try:
         from pipeline.embedders import EndpointEmbedder, LocalEmbedder  # noqa: PLC0415
     except ImportError as error:
         raise _lacks(error) from error
     if settings.embedder_url is None:
-        return LocalEmbedder(settings), set()
+        return LocalEmbedder(settings, threads=threads), set()
     endpoint = Endpoint(
         settings.embedder_url,
         api_key=settings.embedder_api_key,

@@ -1,5 +1,7 @@
 """What a worker process starts beside Celery's pool: its engine, its presence, a standby dispatch leader.
 
+A worker of the documents node has no engine.
+
 Steps start after the pool and before the consumer, so no hint is taken before the engine is up. Their parts
 end by `WorkerParts.end`, after the pool has drained: Celery would stop the steps before it.
 """
@@ -19,7 +21,7 @@ from celery.worker.components import Pool
 
 from inference.engines import EnginePlan, plan_engine
 from inference.supervisor import EngineSupervisor
-from pipeline.identity import identify_endpoint, register
+from pipeline.identity import EngineIdentity, identify_endpoint, register
 from runtime.children import spawn, stop
 from runtime.errors import ServiceUnreachable
 from runtime.logs import get_logger
@@ -49,6 +51,11 @@ class WorkerParts:
         self.dispatcher: DispatcherThread | None = None
         self.presence: PresenceThread | None = None
         self._owner = 0
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether its node sends jobs to an engine."""
+        return self.settings.worker.node == "generation"
 
     def plan(self) -> EnginePlan | None:
         """The engine to start, planned once in the parent before it forks: the children need its address."""
@@ -81,6 +88,8 @@ class WorkerParts:
         """Prefork children, known before they are forked: one asyncio loop keeps some hundred slots full."""
         if self.settings.worker.children:
             return self.settings.worker.children
+        if not self.has_engine:
+            return os.cpu_count() or 1
         plan, wanted = self.plan(), math.ceil(self.engine_slots / SLOTS_A_CHILD)
         least = LLAMACPP_CHILDREN if plan is not None and plan.kind == "llamacpp" else LEAST_CHILDREN
         return max(least, min(MOST_CHILDREN, wanted))
@@ -101,7 +110,7 @@ class WorkerParts:
 
     def end(self) -> None:
         """End everything that was started; called when the pool has drained, and once more is harmless."""
-        if self._owner != os.getpid():
+        if self._owner not in (0, os.getpid()):
             return
         if self.presence is not None:
             self.presence.stop()
@@ -114,18 +123,28 @@ class WorkerParts:
 
 
 class EngineStep(StartStopStep):  # type: ignore[misc]  # celery has no types
-    """Starts the engine, waits until it is healthy, and registers it."""
+    """Starts the engine, if its node has one, waits until it is healthy, registers it, and announces the worker."""
 
     requires = {Pool}  # noqa: RUF012  # celery's own protocol
 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
         self._parts: WorkerParts = worker.app.stoker_parts
-        self._parts.plan()
+        if self._parts.has_engine:
+            self._parts.plan()
 
     def start(self, worker: Any) -> None:
         """Block until the engine answers; Celery ends the worker if it cannot."""
-        parts, plan = self._parts, self._parts.plan()
+        parts = self._parts
+        if parts.has_engine:
+            identity = self._started(parts)
+            parts.presence = PresenceThread(parts, worker.hostname, models=identity.models, engine=identity.label)
+        else:
+            parts.presence = PresenceThread(parts, worker.hostname, models=[], engine="reads documents")
+        parts.presence.start()
+
+    def _started(self, parts: WorkerParts) -> EngineIdentity:
+        plan = parts.plan()
         if plan is not None:
             if plan.warning:
                 log.warning("checkpoint_16_bit", advice=plan.warning)
@@ -141,8 +160,7 @@ class EngineStep(StartStopStep):  # type: ignore[misc]  # celery has no types
             parts.engine.start()
         identity = identify_endpoint(parts.engine_url, plan=plan, settings=parts.settings)
         parts.shared.set_engine_id(register(parts.settings, identity))
-        parts.presence = PresenceThread(parts, worker.hostname, models=identity.models, engine=identity.label)
-        parts.presence.start()
+        return identity
 
     def terminate(self, worker: Any) -> None:
         """A cold shutdown: do not wait for anything."""
@@ -225,8 +243,9 @@ class PresenceThread(threading.Thread):
         engine = self._parts.engine
         return WorkerPresence(
             name=self._name_in_redis,
+            node=self._parts.settings.worker.node,
             children=self._parts.children,
-            in_flight=self._parts.in_flight,
+            in_flight=self._parts.in_flight if self._parts.has_engine else 0,
             service_s=self._parts.shared.service_s(),
             models=self._models,
             engine=self._engine_label,

@@ -21,7 +21,7 @@ def upgrade() -> None:
     sa.Column('tenant', sa.Text(), nullable=False),
     sa.Column('name', sa.Text(), nullable=False),
     sa.Column('embedder', sa.Text(), nullable=True),
-    sa.Column('secret', sa.LargeBinary(), nullable=False),
+    sa.Column('index_name', sa.Text(), nullable=False),
     sa.Column('created_at', sa.DateTime(timezone=True), server_default=sa.text('clock_timestamp()'), nullable=False),
     sa.PrimaryKeyConstraint('id', name=op.f('pk_collections')),
     sa.UniqueConstraint('tenant', 'name', name='uq_collections_tenant_name')

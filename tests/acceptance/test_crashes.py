@@ -76,7 +76,7 @@ def test_children_whose_parent_was_killed_harm_nothing_and_do_not_stay(
         with WorkerProcess("next", env=env, folder=tmp_path):
             assert_each_once(batch, batch_ids, env)
         print(f"\nkill -9 of a worker's parent process: {repeated(endpoint)} of {JOBS} jobs ran twice")
-        wait_until(lambda: not killed.processes(), 10, "the killed worker's children are gone")
+        wait_until(lambda: not killed.processes(), 15, "the killed worker's children are gone")
     assert repeated(endpoint) <= unwritten
 
 

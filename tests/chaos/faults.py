@@ -49,7 +49,7 @@ def kill_parent(system: System, chance: random.Random) -> None:
     """kill -9 of a worker's parent process alone; what it had started must end by itself."""
     worker = _ready_worker(system, chance)
     worker.kill9()
-    wait_until(lambda: not worker.processes(), 10, "what the killed parent had started has ended")
+    wait_until(lambda: not worker.processes(), 15, "what the killed parent had started has ended")
     system.replace(worker)
 
 

@@ -110,7 +110,7 @@ def test_a_killed_worker_takes_its_engine_along_and_the_next_one_ends_the_batch(
     wait_until(lambda: _results_in(room, batch) >= MIDDLE, 120, "the batch is in its middle")
     assert [process for process in killed.processes() if "vllm" in process.command.lower()]
     killed.kill9()
-    wait_until(lambda: not killed.processes(), 10, "nothing of the killed worker runs, no vLLM either")
+    wait_until(lambda: not killed.processes(), 15, "nothing of the killed worker runs, no vLLM either")
     written = _results_in(room, batch)
     before = _requests(room.engine_log(killed), batch)
     assert written < JOBS

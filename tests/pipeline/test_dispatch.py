@@ -46,6 +46,9 @@ class MemoryBroker:
             raise ServiceUnreachable("the broker is down")
         return self.ready
 
+    def invite(self, readers: int) -> None:
+        raise AssertionError("no document was added")
+
 
 @pytest.fixture
 def broker() -> MemoryBroker:

@@ -37,6 +37,9 @@ class Broker:
     def ready_count(self) -> int:
         return 10_000
 
+    def invite(self, readers: int) -> None:
+        raise AssertionError("no document was added")
+
 
 class Worker:
     """Runs shards as badly as a worker can, until it is told to stop."""

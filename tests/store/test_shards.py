@@ -60,6 +60,9 @@ class Broker:
     def ready_count(self) -> int:
         return 10_000
 
+    def invite(self, readers: int) -> None:
+        raise AssertionError("no document was added")
+
 
 @pytest.fixture
 def dispatcher(database: Database, redis_url: str) -> Iterator[Dispatcher]:

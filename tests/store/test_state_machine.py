@@ -59,6 +59,9 @@ class SilentBroker:
     def ready_count(self) -> int:
         return 10_000
 
+    def invite(self, readers: int) -> None:
+        raise AssertionError("no document was added")
+
 
 class Protocol(RuleBasedStateMachine):
     """Batches of a few jobs, honest and late workers, a leader, an impatient user."""

@@ -1,0 +1,506 @@
+"""Which passages are found for a question: by meaning, by words in Postgres, by both fused; how long passages are best.
+
+    python -m benchmarks.retrieval [--folder .checkpoints/debian-docs] [--postgres URL]
+
+The questions are benchmarks.retrieval_questions'. A passage answers one if it has half of the answer, or the answer
+half of it. Recall@5 is the share of the questions with such a passage among the first five; in 1,000 tokens, among as
+many as have no more tokens than that together, since longer passages answer more easily and cost a prompt more. MRR is
+the mean of 1 / the rank of the first one, to rank 100. Brackets are 95% of 2,000 bootstraps over the questions; the
+methods' differences are of the same questions.
+
+Everything that is chosen (the passages' length, the headings, the rank function, the depth) is chosen by the first half
+of the questions, by their numbers' parity; the second half says what that is worth. Passages are searched exactly, in
+one numpy product. Embeddings are kept in the folder between runs. Rates of embedding are of by-turns rounds, on cores
+that others may use as well. Writes benchmarks/results/retrieval.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from uuid import uuid4
+
+import numpy as np
+import psycopg
+from numpy.typing import NDArray
+from psycopg import sql
+from rich.console import Console
+from rich.table import Table
+
+import cache.embedder
+from benchmarks.banking77 import EMBEDDER
+from benchmarks.paired import by_turns, keep_run, made_with
+from benchmarks.retrieval_questions import FOLDER, Question, QuestionSet, question_set
+from benchmarks.rows import Row
+from cache.embedder import OnnxEmbedder
+from cache.score import Vectors
+from documents.fusion import fuse
+from documents.passages import MOST_TOKENS, Passage, Splitter, embedded_text
+
+LENGTHS: Final = (100, 150, 200, 254)
+FOUND: Final = 100  # passages of each ranking that are looked at
+TOP: Final = 5
+PROMPT_TOKENS: Final = 1_000
+DEPTHS: Final = (20, 50, 100)
+DEPTH: Final = 50
+BOOTSTRAPS: Final = 2_000
+EMBEDDED: Final = 128  # passages of a round of the rates
+TURNS: Final = 3
+EMBEDDED_AT_ONCE: Final = 2_000  # between two writes of the vectors that are kept
+COMMAND: Final = "`python -m benchmarks.retrieval`"
+
+# A question as the OR of its lexemes. A cast, since to_tsquery would stem the stems again.
+BY_RANK: Final = f"""
+SELECT place FROM passage, (SELECT replace(plainto_tsquery('english', %(question)s)::text, '&', '|')::tsquery AS query)
+    AS asked
+WHERE words @@ query ORDER BY $score DESC, place LIMIT {FOUND}"""
+# ts_rank knows no rare words. Here each lexeme has its own rank, times the logarithm of how rare it is.
+BY_RARITY: Final = f"""
+WITH lexeme AS (
+    SELECT quote_literal(word)::tsquery AS query
+    FROM unnest(tsvector_to_array(to_tsvector('english', %(question)s))) AS word
+), counted AS (
+    SELECT query, (SELECT count(*) FROM passage WHERE words @@ query) AS passages FROM lexeme
+), asked AS MATERIALIZED (
+    SELECT query, ln((SELECT count(*) FROM passage)::float8 / passages) AS rarity FROM counted WHERE passages > 0
+)
+SELECT place FROM passage JOIN asked ON words @@ query
+GROUP BY place ORDER BY sum(rarity * $score) DESC, place LIMIT {FOUND}"""
+TEXT_ONLY, BOTH_ALIKE, HEADING_FIRST, HEADING_LITTLE = "{0,0,1,0}", "{0,0,1,1}", "{0,0,0.4,1}", "{0,0,1,0.4}"
+# Weights are those of D, C, B, A: the text is B and the headings are A. Flags: 1 divides by 1 + log(length), 2 by the
+# length, 4 by the mean distance between matches, 8 by the number of different words.
+RANKS: Final = (
+    *(("ts_rank", TEXT_ONLY, flags) for flags in (0, 1, 2, 8)),
+    *(("ts_rank", weights, 1) for weights in (BOTH_ALIKE, HEADING_FIRST, HEADING_LITTLE)),
+    *(("ts_rank_cd", TEXT_ONLY, flags) for flags in (0, 1, 2, 8)),
+    *(("ts_rank_cd", weights, 1) for weights in (BOTH_ALIKE, HEADING_FIRST, HEADING_LITTLE)),
+    ("rarity", TEXT_ONLY, 1),
+    *(("rarity", weights, flags) for weights in (BOTH_ALIKE, HEADING_FIRST, HEADING_LITTLE) for flags in (0, 1)),
+)
+
+Floats = NDArray[np.float64]
+Rankings = list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """All documents' passages of one length; `answers`: which of them answer each question."""
+
+    most_tokens: int
+    passages: list[Passage]
+    answers: list[frozenset[int]]
+    cut_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """A rank function of Postgres, its weights and flags. `rarity`: the sum of each lexeme's ts_rank times its idf."""
+
+    function: str
+    weights: str
+    flags: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.function} {self.weights} {self.flags}"
+
+    @property
+    def select(self) -> str:
+        """The best passages for %(question)s, best first."""
+        score = f"{self.function.replace('rarity', 'ts_rank')}('{self.weights}', words, query, {self.flags})"
+        statement = BY_RARITY if self.function == "rarity" else BY_RANK
+        return statement.replace("$score", score)
+
+
+def main() -> None:
+    """Measure, print, write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--postgres", default="postgresql://postgres@127.0.0.1:5432")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    options = parser.parse_args()
+    asked = question_set(options.folder)
+    print(f"{len(asked.documents)} documents, {len(asked.questions)} questions", flush=True)
+    report: dict[str, Any] = {"made_with": {**made_with("onnxruntime", "semantic-text-splitter"), **asked.packages}}
+    report |= {"documents": len(asked.documents), "questions": len(asked.questions), "found": FOUND}
+    report["rates"] = rates(cut_of(asked, MOST_TOKENS).passages)
+    with database(options.postgres) as connection:
+        report["made_with"]["postgres"] = connection.info.parameter_status("server_version")
+        report |= measured(connection, asked, options)
+    report["table"] = [row.as_json() for row in table_rows(report)]
+    show(report)
+    keep_run("retrieval", report, parser, options)
+
+
+def measured(connection: psycopg.Connection[Any], asked: QuestionSet, options: argparse.Namespace) -> dict[str, Any]:
+    """Every length with and without headings; at the default length, every rank function, depth and weight."""
+    embedder = OnnxEmbedder(EMBEDDER)
+    texts = [question.text for question in asked.questions]
+    questions = embedder.embed(texts)
+    cut = cut_of(asked, MOST_TOKENS)
+    store(connection, cut)
+    ranked = {rank.name: searched(connection, rank, texts) for rank in (Rank(*parts) for parts in RANKS)}
+    ranks = [{"rank": name, **figures(cut, found), "ms": ms} for name, (found, ms) in ranked.items()]
+    for row in ranks:
+        print(row, flush=True)
+    best = {
+        kind: max((row for row in ranks if row["rank"].startswith("rarity") is is_rarity), key=chosen_by)["rank"]
+        for kind, is_rarity in (("text", False), ("rarity", True))
+    }
+    chosen = {kind: next(Rank(*parts) for parts in RANKS if Rank(*parts).name == name) for kind, name in best.items()}
+    lengths, methods = [], {}
+    for length in options.lengths:
+        one = cut_of(asked, length)
+        found = rankings_of(connection, one, chosen, texts, questions, embedder, options.folder)
+        lengths.append(length_row(one, found))
+        print(lengths[-1], flush=True)
+        if length == MOST_TOKENS:
+            methods = found
+    return {
+        "ranks": ranks,
+        "chosen": {kind: {"rank": rank.name, "sql": rank.select} for kind, rank in chosen.items()},
+        "lengths": lengths,
+        "fusions": fusions(cut, methods) if methods else [],
+        "differences": differences(cut, methods) if methods else [],
+    }
+
+
+def rankings_of(
+    connection: psycopg.Connection[Any],
+    cut: Cut,
+    chosen: dict[str, Rank],
+    texts: Sequence[str],
+    questions: Vectors,
+    embedder: OnnxEmbedder,
+    folder: Path,
+) -> dict[str, Rankings]:
+    """What every method finds, by its name."""
+    store(connection, cut)
+    found = {kind: searched(connection, rank, texts)[0] for kind, rank in chosen.items()}
+    for name, text_of in (("dense", embedded_text), ("dense, text only", lambda passage: passage.text)):
+        vectors = embedded([text_of(passage) for passage in cut.passages], embedder, folder)
+        found[name] = nearest(vectors, questions)
+    for dense in ("dense", "dense, text only"):
+        for kind in chosen:
+            found[f"{dense} + {kind}"] = fused([found[dense], found[kind]], depth=DEPTH)
+    return found
+
+
+def cut_of(asked: QuestionSet, most_tokens: int) -> Cut:
+    """The passages of all documents, and those that answer each question."""
+    splitter = Splitter(EMBEDDER / "tokenizer.json", most_tokens=most_tokens)
+    began = time.monotonic()
+    cut = [splitter.cut(document.markdown) for document in asked.documents]
+    cut_s = time.monotonic() - began
+    firsts = np.concatenate(([0], np.cumsum([len(passages) for passages in cut]))).tolist()
+    answers = [
+        frozenset(
+            firsts[asked_.document] + passage.place for passage in cut[asked_.document] if answered(asked_, passage)
+        )
+        for asked_ in asked.questions
+    ]
+    return Cut(most_tokens, [passage for passages in cut for passage in passages], answers, cut_s)
+
+
+def answered(question: Question, passage: Passage) -> bool:
+    """Whether a passage of its document has half of the answer, or the answer half of the passage."""
+    shared = min(question.end, passage.end) - max(question.start, passage.start)
+    return 2 * shared >= min(question.end - question.start, passage.end - passage.start)
+
+
+def embedded(texts: Sequence[str], embedder: OnnxEmbedder, folder: Path) -> Vectors:
+    """Their vectors: those that the folder has not yet are computed and kept there."""
+    names = [hashlib.sha256(f"{embedder.id}\0{text}".encode()).hexdigest() for text in texts]
+    path = folder / "vectors.npz"
+    known: dict[str, Any] = {}
+    if path.is_file():
+        with np.load(path) as kept:
+            known = dict(zip(kept["names"].tolist(), kept["vectors"], strict=True))
+    missing = {name: text for name, text in zip(names, texts, strict=True) if name not in known}
+    for part in batched(list(missing), EMBEDDED_AT_ONCE):
+        known |= zip(part, embedder.embed([missing[name] for name in part]), strict=True)
+        np.savez(path, names=np.array(list(known)), vectors=np.array(list(known.values()), np.float32))
+    return np.array([known[name] for name in names], np.float32)
+
+
+def batched(names: Sequence[str], count: int) -> Iterator[Sequence[str]]:
+    """Slices of so many."""
+    return (names[at : at + count] for at in range(0, len(names), count))
+
+
+def nearest(vectors: Vectors, questions: Vectors) -> Rankings:
+    """The passages of the highest cosine."""
+    order = np.argsort(-(questions @ vectors.T), axis=1, kind="stable")[:, :FOUND]
+    return [[int(place) for place in row] for row in order]
+
+
+@contextmanager
+def database(url: str) -> Iterator[psycopg.Connection[Any]]:
+    """A connection to a database of its own, which is dropped after the block."""
+    name = sql.Identifier(f"stoker_bench_{uuid4().hex[:8]}")
+    with psycopg.connect(url, dbname="postgres", autocommit=True) as admin:
+        admin.execute(sql.SQL("CREATE DATABASE {}").format(name))
+        try:
+            with psycopg.connect(url, dbname=name.as_string(admin).strip('"'), autocommit=True) as connection:
+                yield connection
+        finally:
+            admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(name))
+
+
+def store(connection: psycopg.Connection[Any], cut: Cut) -> None:
+    """The passages as rows with their words, the headings of weight A and the text of weight B, and the index."""
+    connection.execute("DROP TABLE IF EXISTS passage")
+    connection.execute(
+        "CREATE TABLE passage (place int PRIMARY KEY, heading text, body text NOT NULL, words tsvector "
+        "GENERATED ALWAYS AS (setweight(to_tsvector('english', coalesce(heading, '')), 'A') || "
+        "setweight(to_tsvector('english', body), 'B')) STORED)"
+    )
+    with connection.cursor() as cursor, cursor.copy("COPY passage (place, heading, body) FROM STDIN") as copy:
+        for place, passage in enumerate(cut.passages):
+            copy.write_row((place, passage.heading, passage.text.replace("\0", "")))
+    connection.execute("CREATE INDEX ON passage USING gin (words)")
+    connection.execute("VACUUM ANALYZE passage")
+
+
+def searched(connection: psycopg.Connection[Any], rank: Rank, texts: Sequence[str]) -> tuple[Rankings, float]:
+    """What Postgres finds for each question, and the milliseconds that one takes."""
+    began = time.monotonic()
+    found = [[place for (place,) in connection.execute(sql.SQL(rank.select), {"question": text})] for text in texts]
+    return found, round(1000 * (time.monotonic() - began) / len(texts), 1)
+
+
+def fused(methods: Sequence[Rankings], *, depth: int) -> Rankings:
+    """The methods' rankings of each question, to a depth, fused."""
+    return [
+        [place for place, _ in fuse([ranking[:depth] for ranking in rankings], most=FOUND)]
+        for rankings in zip(*methods, strict=True)
+    ]
+
+
+def figures(cut: Cut, found: Rankings) -> dict[str, Any]:
+    """Recall and MRR of all questions, with their intervals, and of both halves."""
+    hits, ranks, in_prompt = hits_of(cut, found), ranks_of(cut, found), hits_in_prompt(cut, found)
+    return {
+        "recall": round(float(hits.mean()), 4),
+        "recall_interval": interval(hits),
+        "recall_chosen_by": round(float(hits[::2].mean()), 4),
+        "recall_held_out": round(float(hits[1::2].mean()), 4),
+        "mrr": round(float(ranks.mean()), 4),
+        "mrr_interval": interval(ranks),
+        "mrr_chosen_by": round(float(ranks[::2].mean()), 4),
+        "recall_in_1000_tokens": round(float(in_prompt.mean()), 4),
+        "recall_of_50": round(float(hits_of(cut, found, top=50).mean()), 4),
+    }
+
+
+def chosen_by(row: dict[str, Any]) -> float:
+    """What a rank function is chosen by: recall and MRR of the first half of the questions."""
+    return float(row["recall_chosen_by"] + row["mrr_chosen_by"])
+
+
+def hits_of(cut: Cut, found: Rankings, *, top: int = TOP) -> Floats:
+    """1 for each question that is answered by one of the first."""
+    pairs = zip(cut.answers, found, strict=True)
+    return np.array([not right.isdisjoint(ranking[:top]) for right, ranking in pairs], np.float64)
+
+
+def hits_in_prompt(cut: Cut, found: Rankings) -> Floats:
+    """1 for each question that is answered within PROMPT_TOKENS."""
+    hits = []
+    for right, ranking in zip(cut.answers, found, strict=True):
+        ends = np.cumsum([cut.passages[place].tokens for place in ranking])
+        hits.append(not right.isdisjoint(ranking[: int(np.searchsorted(ends, PROMPT_TOKENS, side="right"))]))
+    return np.array(hits, np.float64)
+
+
+def ranks_of(cut: Cut, found: Rankings) -> Floats:
+    """1 / rank of each question's first passage that answers it, 0 where there is none."""
+    pairs = zip(cut.answers, found, strict=True)
+    return np.array(
+        [next((1 / rank for rank, place in enumerate(ranking, 1) if place in right), 0.0) for right, ranking in pairs]
+    )
+
+
+def interval(values: Floats) -> list[float]:
+    """95% of the means of bootstraps over the questions."""
+    draw = np.random.default_rng(0)
+    means = values[draw.integers(len(values), size=(BOOTSTRAPS, len(values)))].mean(axis=1)
+    return [round(float(bound), 4) for bound in np.percentile(means, (2.5, 97.5))]
+
+
+def length_row(cut: Cut, found: dict[str, Rankings]) -> dict[str, Any]:
+    """One length: what it is cut into, and what every method makes of it."""
+    return {
+        "most_tokens": cut.most_tokens,
+        "passages": len(cut.passages),
+        "mean_tokens": round(statistics.mean(passage.tokens for passage in cut.passages), 1),
+        "cut_chars_per_s": round(sum(len(passage.text) for passage in cut.passages) / cut.cut_s),
+        "unanswerable": sum(not right for right in cut.answers),
+        "methods": {name: figures(cut, rankings) for name, rankings in found.items()},
+    }
+
+
+def fusions(cut: Cut, found: dict[str, Rankings]) -> list[dict[str, Any]]:
+    """Depths and weights of the fusion; a ranking that is there twice weighs twice."""
+    rows = []
+    for kind in ("text", "rarity"):
+        for dense, words in ((1, 1), (2, 1), (3, 1), (1, 2)):
+            for depth in DEPTHS:
+                ranking = fused([found["dense"]] * dense + [found[kind]] * words, depth=depth)
+                rows.append({"of": f"dense × {dense} + {kind} × {words}", "depth": depth, **figures(cut, ranking)})
+    return rows
+
+
+def differences(cut: Cut, found: dict[str, Rankings]) -> list[dict[str, Any]]:
+    """Of the methods, question by question."""
+    pairs = (
+        ("dense + text", "dense"),
+        ("dense + text", "text"),
+        ("dense + rarity", "dense"),
+        ("dense + rarity", "rarity"),
+        ("dense + rarity", "dense + text"),
+        ("rarity", "text"),
+        ("dense", "text"),
+        ("dense", "dense, text only"),
+    )
+    rows = []
+    for one, other in pairs:
+        recall = hits_of(cut, found[one]) - hits_of(cut, found[other])
+        ranks = ranks_of(cut, found[one]) - ranks_of(cut, found[other])
+        rows.append(
+            {
+                "of": f"{one} − {other}",
+                "recall": round(float(recall.mean()), 4),
+                "recall_interval": interval(recall),
+                "mrr": round(float(ranks.mean()), 4),
+                "mrr_interval": interval(ranks),
+            }
+        )
+    return rows
+
+
+def rates(passages: Sequence[Passage]) -> list[dict[str, Any]]:
+    """Passages a second by ways of using two cores, and by how many texts are computed together."""
+    texts = [embedded_text(passage) for passage in passages[:: max(1, len(passages) // EMBEDDED)]][:EMBEDDED]
+    spawned = multiprocessing.get_context("spawn")
+    rows = []
+    with ExitStack() as stack:
+        processes = stack.enter_context(ProcessPoolExecutor(2, spawned, initializer=start_embedder))
+        threads = stack.enter_context(ThreadPoolExecutor(2))
+        whole, halves = OnnxEmbedder(EMBEDDER, threads=2), [OnnxEmbedder(EMBEDDER, threads=1) for _ in range(2)]
+
+        def alone(embedder: OnnxEmbedder, at_once: int) -> Callable[[], float]:
+            return lambda: rate(threads, [embedder.embed], texts, at_once)
+
+        def in_threads(at_once: int) -> Callable[[], float]:
+            return lambda: rate(threads, [halves[0].embed, halves[1].embed], texts, at_once)
+
+        def in_processes(at_once: int) -> Callable[[], float]:
+            return lambda: rate(processes, [EmbedHere(at_once), EmbedHere(at_once)], texts, at_once)
+
+        for at_once in (8, 16, 32, 64):
+            sides = {
+                "one, threads=2": alone(whole, at_once),
+                "one, threads=1": alone(halves[0], at_once),
+                "two threads of threads=1": in_threads(at_once),
+                "two processes of threads=1": in_processes(at_once),
+            }
+            for way, found in by_turns(sides, pairs=TURNS).items():
+                rows.append(
+                    {"way": way, "texts_at_once": at_once, "passages_per_s": round(statistics.median(found), 1)}
+                )
+                print(rows[-1], flush=True)
+    return rows
+
+
+def rate(
+    executor: Executor, embedders: Sequence[Callable[[Sequence[str]], object]], texts: Sequence[str], at_once: int
+) -> float:
+    """Texts a second, each embedder with its share of them."""
+    set_at_once(at_once)
+    began = time.monotonic()
+    runs = [executor.submit(embed, texts[at :: len(embedders)]) for at, embed in enumerate(embedders)]
+    for run in runs:
+        run.result()
+    return len(texts) / (time.monotonic() - began)
+
+
+def set_at_once(at_once: int) -> None:
+    """How many texts the embedder computes together in this process."""
+    vars(cache.embedder)["TEXTS_AT_ONCE"] = at_once
+
+
+_HERE: list[OnnxEmbedder] = []  # of a process of the rates
+
+
+def start_embedder() -> None:
+    """In a process of its own."""
+    _HERE.append(OnnxEmbedder(EMBEDDER, threads=1))
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedHere:
+    """Embeds in the process that it is called in."""
+
+    at_once: int
+
+    def __call__(self, texts: Sequence[str]) -> int:
+        set_at_once(self.at_once)
+        return len(_HERE[0].embed(texts))
+
+
+def table_rows(report: dict[str, Any]) -> list[Row]:
+    """The figures of the table."""
+    for length in report["lengths"]:
+        if length["most_tokens"] == MOST_TOKENS:
+            methods = length["methods"]
+            figure = (
+                f"{report['questions']} questions of Debian's FAQs about {length['passages']:,} passages: recall@5 by "
+                "meaning, by words, by both fused"
+            )
+            shown = (f"{methods[name]['recall']:.1%}" for name in ("dense", "text", "dense + text"))
+            return [Row(figure, f"**{', '.join(shown)}**", COMMAND)]
+    return []
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the main tables."""
+    console = Console(width=160)
+    table = Table("passages of", "method", "recall@5", "95%", "MRR", "95%", "in 1,000 tokens", "of 50")
+    for length in report["lengths"]:
+        for name, row in length["methods"].items():
+            table.add_row(f"≤ {length['most_tokens']} ({length['passages']:,})", name, *cells(row))
+    console.print(table)
+    table = Table("fused", "depth", "recall@5", "95%", "MRR", "95%", "in 1,000 tokens", "of 50")
+    for row in report["fusions"]:
+        table.add_row(row["of"], str(row["depth"]), *cells(row))
+    console.print(table)
+    for row in report["differences"]:
+        console.print(f"{row['of']}: recall {row['recall']:+.3f} {row['recall_interval']}, MRR {row['mrr']:+.3f}")
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A method's figures."""
+    spans = {name: "{:.3f} to {:.3f}".format(*row[f"{name}_interval"]) for name in ("recall", "mrr")}
+    recall, mrr = f"{row['recall']:.3f}", f"{row['mrr']:.3f}"
+    return [
+        recall,
+        spans["recall"],
+        mrr,
+        spans["mrr"],
+        f"{row['recall_in_1000_tokens']:.3f}",
+        f"{row['recall_of_50']:.3f}",
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Adding documents: files, folders and URLs become rows that the documents node reads; and those gone are removed.
+
+It must not convert anything: what a file is shows when it is read. One that cannot be read is a failed document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from runtime.settings import DocumentSettings
+from store.database import Database, Session
+from store.documents import Added, NewDocument, add_document, list_documents, remove_documents
+
+CHUNK_DOCUMENTS: Final = 200  # in one transaction
+CHUNK_BYTES: Final = 32 * 1024 * 1024
+# What a folder is searched for. A file that is named itself is read whatever it is called.
+EXTENSIONS: Final = frozenset(
+    (".pdf", ".docx", ".xlsx", ".pptx", ".html", ".htm", ".xhtml", ".md", ".rst", ".txt", ".text", ".csv", ".tsv")
+)
+
+
+@dataclass(slots=True)
+class Gathered:
+    """What the arguments name: sources in order, names that are nothing, and how many files of other kinds there were.
+
+    A source is a URL, or the absolute path of a file.
+    """
+
+    sources: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(slots=True)
+class AddedDocuments:
+    """What adding did: the ids of all, and how many were new, changed and so on."""
+
+    ids: list[int] = field(default_factory=list)
+    done: Counter[Added] = field(default_factory=Counter)
+    removed: int = 0
+
+
+def is_url(source: str) -> bool:
+    """Whether it is to be fetched."""
+    return urlsplit(source).scheme in ("http", "https")
+
+
+def gather(names: Sequence[str]) -> Gathered:
+    """What paths, folders and URLs name; a folder's files in order, without hidden ones and links to folders."""
+    found = Gathered()
+    for name in names:
+        path = Path(name)
+        if is_url(name):
+            found.sources.append(name)
+        elif path.is_dir():
+            _gather_folder(path.resolve(), found)
+        elif path.exists():
+            found.sources.append(str(path.resolve()))
+        else:
+            found.missing.append(name)
+    found.sources = list(dict.fromkeys(found.sources))
+    return found
+
+
+def add_documents(
+    database: Database,
+    sources: Sequence[str],
+    *,
+    tenant: str,
+    collection_id: int | None,
+    limits: DocumentSettings,
+    force: bool = False,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> AddedDocuments:
+    """Store all of them, some hundred in a transaction; again after a crash it changes nothing that was stored."""
+    added = AddedDocuments()
+    pending = iter(sources)
+    while chunk := list(_chunk(pending, limits)):
+        with database.transaction() as session:
+            for document in chunk:
+                identifier, done = add_document(
+                    session, document, tenant=tenant, collection_id=collection_id, force=force
+                )
+                added.ids.append(identifier)
+                added.done[done] += 1
+        on_progress(len(added.ids))
+    return added
+
+
+def remove_missing(
+    session: Session,
+    folders: Sequence[str],
+    present: Sequence[str],
+    *,
+    tenant: str,
+    collection: str,
+    collection_id: int,
+) -> list[str]:
+    """Remove a collection's documents that lie in these folders and are not among those present: their sources."""
+    inside = tuple(str(Path(folder).resolve()) + os.sep for folder in folders if Path(folder).is_dir())
+    known = set(present)
+    gone = [
+        row.source
+        for row in list_documents(session, tenant=tenant, collection=collection)
+        if row.source.startswith(inside) and row.source not in known
+    ]
+    return remove_documents(session, gone, tenant=tenant, collection_id=collection_id) if gone else []
+
+
+def _gather_folder(folder: Path, found: Gathered) -> None:
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            suffix = Path(name).suffix.lower()
+            if name.startswith("."):
+                continue
+            if suffix in EXTENSIONS:
+                found.sources.append(str(Path(place) / name))
+            else:
+                found.left_out[suffix or "no extension"] += 1
+
+
+def _chunk(sources: Iterator[str], limits: DocumentSettings) -> Iterator[NewDocument]:
+    size = 0
+    for count, source in enumerate(sources, 1):
+        document = NewDocument(source) if is_url(source) else _read(source, limits)
+        yield document
+        size += document.size_bytes or 0
+        if count == CHUNK_DOCUMENTS or size >= CHUNK_BYTES:
+            return
+
+
+def _read(source: str, limits: DocumentSettings) -> NewDocument:
+    path = Path(source)
+    try:
+        size = path.stat().st_size
+        if size > limits.file_bytes:
+            message = (
+                f"{path.name}: has {size:,} bytes, and a document may have {limits.file_bytes:,}; split it, "
+                "or raise STOKER_DOCUMENTS__FILE_BYTES"
+            )
+            return NewDocument(source, size_bytes=size, failure=("too_large", message))
+        if not path.is_file():
+            return NewDocument(source, failure=("unreadable", f"{path.name}: is no regular file"))
+        content = path.read_bytes()
+    except OSError as error:
+        return NewDocument(source, failure=("unreadable", f"{path.name}: {error.strerror}; check its permissions"))
+    return NewDocument(source, content, hashlib.sha256(content).hexdigest(), len(content))

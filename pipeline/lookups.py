@@ -1,0 +1,128 @@
+"""What is asked of a claimed shard's jobs before they run: what they have finished of their steps, then the caches.
+
+Only a lookup of steps waits for Postgres; a cache that fails answers nothing and never stops a job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from models.jobs import Job
+from models.line_settings import read_settings
+from pipeline.cached import ExactCache, Looked
+from pipeline.context import FeedContext
+from runtime.errors import LostFence, ServiceUnreachable
+from runtime.logs import get_logger
+from store.namespaces import count_unlooked
+from store.shards import Claim, LoadedJobs
+from store.steps import FinishedStep, steps_of, write_steps
+
+log = get_logger(__name__)
+
+WAIT_S = 1.0  # between two questions to a Postgres that does not answer
+
+
+class Lookups:
+    """Looks shards up for one feed, and does the semantic cache's chores beside it."""
+
+    def __init__(self, context: FeedContext) -> None:
+        self._context = context
+        self._chores: asyncio.Task[None] | None = None
+
+    async def look_up(self, claimed: Claim, loaded: LoadedJobs) -> Looked:
+        """What is known of the shard's jobs before they run."""
+        jobs = loaded.jobs
+        steps = await self._finished_steps(claimed, jobs)
+        # Retrieval's place: the caches below must see the prompts with their passages.
+        looked = await self._ask_caches(claimed, jobs)
+        return replace(looked, steps=steps)
+
+    async def _finished_steps(self, claimed: Claim, jobs: Sequence[Job]) -> dict[int, dict[str, str]]:
+        """The finished steps of the jobs of several requests, by seq; without them all would be asked again."""
+        seqs = [job.seq for job in jobs if job.stoker and read_settings(job.stoker).has_steps]
+        while seqs and claimed.runnable:
+            try:
+                return await asyncio.to_thread(self._load_steps, claimed, seqs)
+            except ServiceUnreachable as error:
+                log.warning("steps_wait", error=str(error))
+                if self._context.draining():
+                    break
+                await asyncio.sleep(WAIT_S)
+        return {seq: {} for seq in seqs}
+
+    def _load_steps(self, claimed: Claim, seqs: Sequence[int]) -> dict[int, dict[str, str]]:
+        """What Postgres and Redis have; what only Redis has is written at once, since that may be emptied."""
+        states = self._context.steps
+        recent = {} if states is None else states.find(claimed.batch_id, seqs)
+        with self._context.database.transaction() as session:
+            stored = steps_of(session, claimed.batch_id, seqs)
+            ahead = [
+                FinishedStep(seq, step, reply)
+                for seq, replies in recent.items()
+                for step, reply in replies.items()
+                if step not in stored.get(seq, {})
+            ]
+            if ahead:
+                # If the fence is lost, the next write finds out.
+                write_steps(session, claimed, ahead, lease_s=self._context.settings.worker.lease_s)
+        return {seq: recent.get(seq, {}) | stored.get(seq, {}) for seq in seqs}
+
+    async def _ask_caches(self, claimed: Claim, jobs: list[Job]) -> Looked:
+        looked = Looked(jobs=jobs)
+        cache, semantic = self._context.cache, self._context.semantic
+        if cache is None:
+            return looked
+        with self.never_stopping(claimed):
+            looked = await asyncio.to_thread(self._look_up_exactly, cache, claimed, jobs)
+        if claimed.runs_alone:
+            return looked
+        if semantic is None:
+            with self.never_stopping(claimed):
+                await asyncio.to_thread(self._count_unlooked, claimed, looked)
+            return looked
+        with self.never_stopping(claimed):
+            found = await semantic.look_up(claimed, looked)
+            await asyncio.to_thread(cache.release, claimed, looked, found)
+            looked = found
+        self.begin_chores(claimed)
+        return looked
+
+    def _look_up_exactly(self, cache: ExactCache, claimed: Claim, jobs: Sequence[Job]) -> Looked:
+        with self._context.database.transaction() as session:
+            return cache.look_up(session, claimed, jobs)
+
+    def _count_unlooked(self, claimed: Claim, looked: Looked) -> None:
+        lost = sum(looked.requests[job.seq].split is not None for job in looked.jobs if job.seq in looked.requests)
+        if lost:
+            with self._context.database.transaction() as session:
+                count_unlooked(session, claimed, lost)
+
+    @contextmanager
+    def never_stopping(self, claimed: Claim) -> Iterator[None]:
+        """A cache that fails in this block is none; the next write finds out which jobs are still ours."""
+        try:
+            yield
+        except (ServiceUnreachable, LostFence) as error:
+            log.warning("cache_failed", batch_id=str(claimed.batch_id), error=str(error))
+        except Exception:  # a defect of the cache must not become one of the batch
+            log.exception("cache_defect", batch_id=str(claimed.batch_id))
+
+    def begin_chores(self, claimed: Claim) -> None:
+        """Begin what the semantic cache has to do beside jobs, if there is some and none is under way."""
+        semantic = self._context.semantic
+        if semantic is not None and semantic.has_chores and (self._chores is None or self._chores.done()):
+            self._chores = asyncio.get_running_loop().create_task(self._do_chores(claimed))
+
+    async def _do_chores(self, claimed: Claim) -> None:
+        semantic = self._context.semantic
+        if semantic is not None:
+            with self.never_stopping(claimed):
+                await asyncio.to_thread(semantic.do_chores)
+
+    async def finish(self) -> None:
+        """Wait for the chores that are under way."""
+        if self._chores is not None:
+            await self._chores

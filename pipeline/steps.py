@@ -1,0 +1,237 @@
+"""A job of several requests: each is a step with a name, and is done once, whichever attempt did it.
+
+A finished step's reply is in Redis before the next request is sent, and in Postgres with the attempt's next write, so
+a worker that is killed repeats at most the requests that were in flight. The first reply that was kept is the step's:
+an attempt that lost its fence unawares and the one after it go on from the same replies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Final, Self
+
+import msgspec
+
+from inference import endpoint
+from inference.replies import LARGEST_COUNT, result_of
+from models.jobs import Job, JobResult, Usage, failed
+from models.line_settings import LineSettings
+from models.names import request_name
+from models.states import Outcome
+from pipeline.attempt import Attempt
+from runtime.errors import Permanent, StokerError, Transient
+from store.shards import Claim
+from store.step_states import StepStates
+from store.steps import FinishedStep
+
+STEPS_AT_ONCE: Final = 4  # of one job; chosen: a long document's parts side by side, beside the jobs of others
+
+
+class Stopped(StokerError):
+    """Its attempt starts nothing more: the job stays unfinished, with what it has finished of its steps."""
+
+
+class StepFailed(StokerError):
+    """The job has ended with `result`, at one of its requests."""
+
+    def __init__(self, result: JobResult) -> None:
+        super().__init__(result.error_message)
+        self.result = result
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What one request of a job was answered. `response` is the endpoint's JSON, `text` what its first choice says.
+
+    No lone surrogate is in `text`, so it may go into another request. `calls_tools`: it asks for a tool to be called.
+    """
+
+    text: str
+    usage: Usage
+    finish_reason: str
+    response: str
+    status_code: int
+    outcome: Outcome
+    duration_ms: int
+    calls_tools: bool
+
+
+class Steps:
+    """One job's requests. Use it in `async with`: what it still asks when the block ends with the job is abandoned."""
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        job: Job,
+        *,
+        server: endpoint.Endpoint,
+        states: StepStates | None,
+        served: Callable[[float], None] = lambda _: None,
+    ) -> None:
+        """`served` hears how many seconds each request took; `seq` is the job's."""
+        self._attempt = attempt
+        self.seq = job.seq
+        self._server = server
+        self._states = states
+        self._served = served
+        self._finished = attempt.looked.steps[job.seq]
+        self._replies: dict[str, Reply] = {}
+        self._room = asyncio.Semaphore(STEPS_AT_ONCE)
+        self._asking: set[asyncio.Task[Any] | None] = set()
+        self._is_open = True
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """If the job goes on in a later attempt, wait for the replies to what is in flight."""
+        self._is_open = False
+        left = {task for task in self._asking if task is not None and task is not asyncio.current_task()}
+        try:
+            if left and isinstance(error, Stopped | Transient):
+                await asyncio.wait(left)
+        finally:
+            for task in left:
+                task.cancel()
+
+    async def ask(self, name: str, fields: Mapping[str, Any]) -> Reply:
+        """The reply to the request with this body, sent only if no attempt has finished the step `name`.
+
+        Names are a job's own, and the same in each of its attempts. STEPS_AT_ONCE are in flight at most. Raises
+        Stopped, StepFailed if the endpoint refuses it or it fails for good, and else what Endpoint.post raises.
+        """
+        if name not in self._finished:
+            task = asyncio.current_task()
+            self._asking.add(task)
+            try:
+                async with self._room:
+                    await self._finish(name, fields)
+            finally:
+                self._asking.discard(task)
+        reply = self._replies[name] = _read(self._finished[name], self.seq, self._attempt.claim.endpoint)
+        return reply
+
+    def result(self, reply: Reply, *, outcome: Outcome | None = None, stoker: str | None = None) -> JobResult:
+        """The job's result: this reply, the last one say, with the tokens and time of all steps."""
+        return JobResult(
+            self.seq,
+            outcome or reply.outcome,
+            status_code=reply.status_code,
+            response=reply.response,
+            usage=self._usage,
+            duration_ms=self._duration_ms,
+            stoker=stoker,
+        )
+
+    def failed(self, *, code: str, message: str) -> JobResult:
+        """The job's result where its replies are of no use, with the tokens that they took."""
+        return self._billed(failed(self.seq, code=code, message=message))
+
+    async def _finish(self, name: str, fields: Mapping[str, Any]) -> None:
+        if self._attempt.is_stopped or not self._is_open:
+            raise Stopped
+        batch_id, path = self._attempt.claim.batch_id, self._attempt.claim.endpoint
+        body, request_id = msgspec.json.encode(fields), f"{request_name(batch_id, self.seq)}_{name}"
+        try:
+            answer = await self._server.post(path, body, request_id=request_id)
+        except Permanent as error:
+            raise StepFailed(self.failed(code=error.code, message=str(error))) from error
+        result = result_of(self.seq, path, answer)
+        if result.outcome is Outcome.FAILED:
+            raise StepFailed(self._billed(result))
+        self._served(answer.duration_ms / 1000)
+        kept = _Kept(answer.status_code, answer.duration_ms, result.response or "")
+        reply = msgspec.json.encode(kept).decode()
+        if self._states is not None:
+            stands = await asyncio.to_thread(self._states.keep, batch_id, self.seq, name, reply)
+            reply = stands or reply
+        self._finished[name] = reply
+        self._attempt.record_step(FinishedStep(self.seq, name, reply))
+
+    def _billed(self, result: JobResult) -> JobResult:
+        return replace(result, usage=self._usage, duration_ms=self._duration_ms + result.duration_ms)
+
+    @property
+    def _usage(self) -> Usage:
+        usages = [reply.usage for reply in self._replies.values()]
+        return Usage(
+            prompt_tokens=_sum(usage.prompt_tokens for usage in usages),
+            completion_tokens=_sum(usage.completion_tokens for usage in usages),
+            cached_tokens=_sum(usage.cached_tokens for usage in usages),
+            reasoning_tokens=_sum(usage.reasoning_tokens for usage in usages),
+        )
+
+    @property
+    def _duration_ms(self) -> int:
+        return _sum(reply.duration_ms for reply in self._replies.values())
+
+
+Recipes = Callable[[Steps, Job, LineSettings, Claim], Awaitable[JobResult]]
+"""What does the jobs that state a recipe."""
+
+
+class _Kept(msgspec.Struct):
+    status_code: int
+    duration_ms: int
+    response: str
+
+
+class _Part(msgspec.Struct):
+    type: str | None = None
+    text: str | None = None
+
+
+class _Message(msgspec.Struct):
+    content: str | list[_Part] | None = None
+    refusal: str | None = None
+    tool_calls: list[msgspec.Raw] | None = None
+    function_call: dict[str, msgspec.Raw] | None = None
+
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(part.text or "" for part in self.content if part.type in (None, "text"))
+        return self.content or self.refusal or ""
+
+
+class _Choice(msgspec.Struct):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _Chat(msgspec.Struct):
+    choices: list[_Choice]
+
+
+_DECODER = msgspec.json.Decoder(_Chat)
+
+
+def _read(kept: str, seq: int, path: str) -> Reply:
+    """A finished step's reply, from what was kept of it."""
+    stored = msgspec.json.decode(kept, type=_Kept)
+    result = result_of(seq, path, endpoint.Reply(stored.status_code, stored.response.encode(), stored.duration_ms))
+    try:
+        choices = _DECODER.decode(stored.response).choices
+    except msgspec.DecodeError:  # a lone surrogate, which msgspec refuses: a question mark for it
+        plain = json.dumps(json.loads(stored.response), ensure_ascii=False).encode("utf-8", "replace")
+        choices = _DECODER.decode(plain).choices
+    first = choices[0] if choices else _Choice(_Message())
+    return Reply(
+        text=first.message.text(),
+        usage=result.usage,
+        finish_reason=first.finish_reason or "",
+        response=stored.response,
+        status_code=stored.status_code,
+        outcome=result.outcome,
+        duration_ms=stored.duration_ms,
+        calls_tools=bool(first.message.tool_calls or first.message.function_call),
+    )
+
+
+def _sum(counts: Iterable[int]) -> int:
+    return min(sum(counts), LARGEST_COUNT)
