@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
@@ -38,7 +38,7 @@ from rich.table import Table
 
 import cache.embedder
 from benchmarks.banking77 import EMBEDDER
-from benchmarks.paired import by_turns, keep_run, made_with
+from benchmarks.paired import Ratio, by_turns, keep_run, made_with
 from benchmarks.retrieval_questions import FOLDER, Question, QuestionSet, question_set
 from benchmarks.rows import Row
 from cache.embedder import OnnxEmbedder
@@ -226,15 +226,11 @@ def embedded(texts: Sequence[str], embedder: OnnxEmbedder, folder: Path) -> Vect
         with np.load(path) as kept:
             known = dict(zip(kept["names"].tolist(), kept["vectors"], strict=True))
     missing = {name: text for name, text in zip(names, texts, strict=True) if name not in known}
-    for part in batched(list(missing), EMBEDDED_AT_ONCE):
+    for at in range(0, len(missing), EMBEDDED_AT_ONCE):
+        part = list(missing)[at : at + EMBEDDED_AT_ONCE]
         known |= zip(part, embedder.embed([missing[name] for name in part]), strict=True)
         np.savez(path, names=np.array(list(known)), vectors=np.array(list(known.values()), np.float32))
     return np.array([known[name] for name in names], np.float32)
-
-
-def batched(names: Sequence[str], count: int) -> Iterator[Sequence[str]]:
-    """Slices of so many."""
-    return (names[at : at + count] for at in range(0, len(names), count))
 
 
 def nearest(vectors: Vectors, questions: Vectors) -> Rankings:
@@ -389,7 +385,9 @@ def differences(cut: Cut, found: dict[str, Rankings]) -> list[dict[str, Any]]:
 
 
 def rates(passages: Sequence[Passage]) -> list[dict[str, Any]]:
-    """Passages a second by ways of using two cores, and by how many texts are computed together."""
+    """Passages a second by ways of using two cores and by how many are computed together, beside the first way's.
+
+    Milliseconds of CPU do not depend on who else uses the cores, as the rates do."""
     texts = [embedded_text(passage) for passage in passages[:: max(1, len(passages) // EMBEDDED)]][:EMBEDDED]
     spawned = multiprocessing.get_context("spawn")
     rows = []
@@ -397,41 +395,41 @@ def rates(passages: Sequence[Passage]) -> list[dict[str, Any]]:
         processes = stack.enter_context(ProcessPoolExecutor(2, spawned, initializer=start_embedder))
         threads = stack.enter_context(ThreadPoolExecutor(2))
         whole, halves = OnnxEmbedder(EMBEDDER, threads=2), [OnnxEmbedder(EMBEDDER, threads=1) for _ in range(2)]
-
-        def alone(embedder: OnnxEmbedder, at_once: int) -> Callable[[], float]:
-            return lambda: rate(threads, [embedder.embed], texts, at_once)
-
-        def in_threads(at_once: int) -> Callable[[], float]:
-            return lambda: rate(threads, [halves[0].embed, halves[1].embed], texts, at_once)
-
-        def in_processes(at_once: int) -> Callable[[], float]:
-            return lambda: rate(processes, [EmbedHere(at_once), EmbedHere(at_once)], texts, at_once)
-
         for at_once in (8, 16, 32, 64):
-            sides = {
-                "one, threads=2": alone(whole, at_once),
-                "one, threads=1": alone(halves[0], at_once),
-                "two threads of threads=1": in_threads(at_once),
-                "two processes of threads=1": in_processes(at_once),
+            ways = {
+                "one, threads=2": Way(threads, [whole.embed], texts, at_once),
+                "one, threads=1": Way(threads, [halves[0].embed], texts, at_once),
+                "two threads of threads=1": Way(threads, [half.embed for half in halves], texts, at_once),
+                "two processes of threads=1": Way(processes, [EmbedHere(at_once)] * 2, texts, at_once),
             }
-            for way, found in by_turns(sides, pairs=TURNS).items():
-                rows.append(
-                    {"way": way, "texts_at_once": at_once, "passages_per_s": round(statistics.median(found), 1)}
-                )
+            found = by_turns(ways, pairs=TURNS)
+            for name, way in ways.items():
+                beside = Ratio.of(found[name], found["one, threads=2"])
+                row = {"way": name, "texts_at_once": at_once, "passages_per_s": statistics.median(found[name])}
+                rows.append({**row, "beside_one_threads_2": asdict(beside), "cpu_ms": statistics.median(way.cpu_ms)})
                 print(rows[-1], flush=True)
     return rows
 
 
-def rate(
-    executor: Executor, embedders: Sequence[Callable[[Sequence[str]], object]], texts: Sequence[str], at_once: int
-) -> float:
-    """Texts a second, each embedder with its share of them."""
-    set_at_once(at_once)
-    began = time.monotonic()
-    runs = [executor.submit(embed, texts[at :: len(embedders)]) for at, embed in enumerate(embedders)]
-    for run in runs:
-        run.result()
-    return len(texts) / (time.monotonic() - began)
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way to embed: each embedder its share of the texts. What is called gives texts a second."""
+
+    executor: Executor
+    embedders: Sequence[Callable[[Sequence[str]], object]]
+    texts: Sequence[str]
+    at_once: int
+    cpu_ms: list[float] = field(default_factory=list)
+
+    def __call__(self) -> float:
+        set_at_once(self.at_once)
+        began, cpu_began = time.monotonic(), time.process_time()
+        shares = [self.texts[at :: len(self.embedders)] for at in range(len(self.embedders))]
+        runs = [self.executor.submit(embed, share) for embed, share in zip(self.embedders, shares, strict=True)]
+        elsewhere_s = sum(found for run in runs if isinstance(found := run.result(), float))
+        cpu_s = time.process_time() - cpu_began + elsewhere_s
+        self.cpu_ms.append(round(1000 * cpu_s / len(self.texts), 2))
+        return round(len(self.texts) / (time.monotonic() - began), 2)
 
 
 def set_at_once(at_once: int) -> None:
@@ -449,13 +447,15 @@ def start_embedder() -> None:
 
 @dataclass(frozen=True, slots=True)
 class EmbedHere:
-    """Embeds in the process that it is called in."""
+    """Embeds in the process that it is called in, and gives its seconds of CPU."""
 
     at_once: int
 
-    def __call__(self, texts: Sequence[str]) -> int:
+    def __call__(self, texts: Sequence[str]) -> float:
         set_at_once(self.at_once)
-        return len(_HERE[0].embed(texts))
+        began = time.process_time()
+        _HERE[0].embed(texts)
+        return time.process_time() - began
 
 
 def table_rows(report: dict[str, Any]) -> list[Row]:

@@ -135,6 +135,13 @@ _NEEDS = (
     ("document", "recipe"),
     ("options", "recipe"),
 )
+_EXCLUDING = (
+    ("recipe", "turns"),
+    ("recipe", "collection"),
+    ("recipe", "template"),
+    ("turns", "collection"),
+    ("turns", "template"),
+)
 
 
 def _steps_fault(settings: LineSettings, url: str) -> tuple[str, str] | None:
@@ -149,9 +156,9 @@ def _steps_fault(settings: LineSettings, url: str) -> tuple[str, str] | None:
         return ("turns" if "turns" in given else "recipe"), f"needs /v1/chat/completions, and url is {url}"
     if "collection" in given and url == "/v1/embeddings":
         return "collection", "has no sense for embeddings: leave it out"
-    if "recipe" in given and given & {"turns", "collection", "template"}:
-        other = min(given & {"turns", "collection", "template"})
-        return "recipe", f"cannot be with stoker.{other}: put them on lines of their own"
+    for name, other in _EXCLUDING:
+        if name in given and other in given:
+            return name, f"cannot be with stoker.{other}: put them on lines of their own"
     return None
 
 

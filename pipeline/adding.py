@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
+from documents.convert import check_size
+from runtime.errors import Permanent
 from runtime.settings import DocumentSettings
 from store.database import Database, Session
 from store.documents import Added, NewDocument, add_document, list_documents, remove_documents
@@ -141,15 +143,12 @@ def _read(source: str, limits: DocumentSettings) -> NewDocument:
     path = Path(source)
     try:
         size = path.stat().st_size
-        if size > limits.file_bytes:
-            message = (
-                f"{path.name}: has {size:,} bytes, and a document may have {limits.file_bytes:,}; split it, "
-                "or raise STOKER_DOCUMENTS__FILE_BYTES"
-            )
-            return NewDocument(source, size_bytes=size, failure=("too_large", message))
+        check_size(size, path.name, limits)
         if not path.is_file():
             return NewDocument(source, failure=("unreadable", f"{path.name}: is no regular file"))
         content = path.read_bytes()
+    except Permanent as error:
+        return NewDocument(source, size_bytes=size, failure=(error.code, str(error)))
     except OSError as error:
         return NewDocument(source, failure=("unreadable", f"{path.name}: {error.strerror}; check its permissions"))
     return NewDocument(source, content, hashlib.sha256(content).hexdigest(), len(content))

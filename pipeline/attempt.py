@@ -62,8 +62,8 @@ class Attempt:
         self.looked = replace(looked, results=[], jobs=[])
         self.held_bytes = sum(sys.getsizeof(job.body) for job in looked.jobs)
         self.held_bytes += sum(sys.getsizeof(reply) for replies in looked.steps.values() for reply in replies.values())
-        for result in looked.results:
-            self.record(result)
+        for outcome in looked.results:
+            self.record(outcome)
         if not self.is_stopped:
             self.waiting.extend(units)
 
@@ -84,8 +84,10 @@ class Attempt:
             self._retries.append(outcome)
             self._next_due = min(filter(None, (self._next_due, outcome.not_before)))
         else:
-            self._results.append(outcome)
-            self._unwritten_bytes += len(outcome.response or "") + len(outcome.stoker or "")
+            retrieved = self.looked.retrieved.get(outcome.seq)
+            result = outcome if retrieved is None else retrieved.tell(outcome)
+            self._results.append(result)
+            self._unwritten_bytes += len(result.response or "") + len(result.stoker or "")
 
     def record_step(self, step: FinishedStep) -> None:
         """Keep a finished step until the next write."""

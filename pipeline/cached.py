@@ -18,6 +18,7 @@ from models.jobs import CachedAnswer, Job, JobResult
 from models.line_settings import LineSettings, cache_mode_of, read_settings
 from models.names import request_name
 from models.states import CacheMode, Outcome, Source
+from runtime.errors import Transient
 from runtime.settings import CacheSettings, without_secrets
 from store.answers import (
     TENANT_SCOPE,
@@ -35,7 +36,7 @@ from store.engines import checkpoint_of
 from store.followers import settings_of_followers
 from store.namespaces import OpenNamespace, Verdict, judge_lookups
 from store.recent import RecentAnswers
-from store.shards import Claim
+from store.shards import Claim, Retry
 
 _NO_SETTINGS = LineSettings()
 
@@ -68,17 +69,18 @@ class Looked:
     """What looking a shard up gave: results for some jobs, the jobs that are to run, and what is known of these.
 
     `awaited` jobs equal one that runs at this moment. `twice` are asked twice. `steps` has the jobs of several
-    requests, each with the replies that it has had, by step. All by seq. `engine_id` is the engine whose checkpoint is
-    in the requests' keys.
+    requests, each with the replies that it has had, by step; `retrieved` those that have passages in their prompts. All
+    by seq. `engine_id` is the engine whose checkpoint is in the requests' keys.
     """
 
-    results: list[JobResult] = field(default_factory=list)
+    results: list[JobResult | Retry] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     requests: dict[int, Request] = field(default_factory=dict)
     places: dict[int, Place] = field(default_factory=dict)
     awaited: frozenset[int] = frozenset()
     twice: frozenset[int] = frozenset()
     steps: dict[int, dict[str, str]] = field(default_factory=dict)
+    retrieved: Mapping[int, WithPassages] = field(default_factory=dict)
     engine_id: int | None = None
 
 
@@ -89,6 +91,29 @@ class Kept:
     answers: dict[bytes, CachedAnswer]
     ended: list[tuple[bytes, str]]
     entries: list[tuple[Place, int]]
+
+
+class WithPassages(Protocol):
+    """A job's prompt with passages of documents in it."""
+
+    @property
+    def body(self) -> str: ...
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Of the passages, in their order."""
+        ...
+
+    def tell(self, result: JobResult) -> JobResult:
+        """The job's result with what it was told of the passages."""
+        ...
+
+
+class Retrieval(Protocol):
+    """Passages for jobs, as feeding sees it; pipeline/retrieval.py needs libraries that a worker may lack."""
+
+    async def retrieve(
+        self, claim: Claim, jobs: Sequence[Job]
+    ) -> Mapping[int, WithPassages | JobResult | Transient]: ...
 
 
 class Semantic(Protocol):
@@ -124,19 +149,23 @@ class ExactCache:
         self._embeddings_url = None if embeddings_url is None else without_secrets(embeddings_url)
         self._checkpoints: dict[int, str] = {}
 
-    def look_up(self, session: Session, claim: Claim, jobs: Sequence[Job]) -> Looked:
+    def look_up(
+        self, session: Session, claim: Claim, jobs: Sequence[Job], retrieved: Mapping[int, WithPassages]
+    ) -> Looked:
         """Find answers for the jobs of a claimed shard.
 
         Jobs that run elsewhere go last: by their turn there may be an answer.
         """
-        requests = self._requests(session, claim, jobs)
+        passages = {seq: found.digests for seq, found in retrieved.items()}
+        requests = self._requests(session, claim, jobs, passages)
         wanted = list(dict.fromkeys(request.key for request in requests.values()))
         found = self._recently(session, claim.tenant, wanted)
         if missing := [key for key in wanted if key not in found]:
             stored = find_answers(session, claim.tenant, missing)
             self._recent.keep(stored)
             found |= stored
-        results, left = [], []
+        results: list[JobResult | Retry] = []
+        left = []
         for job in jobs:
             request = requests.get(job.seq)
             answer = None if request is None else found.get(request.key)
@@ -245,7 +274,9 @@ class ExactCache:
             if job.seq in requests and (requests[job.seq].key in elsewhere or first[requests[job.seq].key] != job.seq)
         )
 
-    def _requests(self, session: Session, claim: Claim, jobs: Sequence[Job]) -> dict[int, Request]:
+    def _requests(
+        self, session: Session, claim: Claim, jobs: Sequence[Job], passages: Mapping[int, Sequence[str]]
+    ) -> dict[int, Request]:
         engine_id = self._engine_id()
         if engine_id is None or not claim.runnable:
             return {}
@@ -266,7 +297,8 @@ class ExactCache:
                 *(name for line in named.get(one.seq, ()) for name in read_settings(line).sources or ()),
             )
             with suppress(RecursionError):  # a body nested so deep has no key, and is not cached
-                made[one.seq] = Request(one.fields, scope, exact_key(one.fields, scope), one.split, sources)
+                key = exact_key(one.fields, scope, passages=passages.get(one.seq, ()))
+                made[one.seq] = Request(one.fields, scope, key, one.split, sources)
         return made
 
     def _checkpoint(self, session: Session, engine_id: int, endpoint: str) -> str:
@@ -294,7 +326,8 @@ class ExactCache:
         fits = is_deterministic(fields, endpoint=claim.endpoint) or self._settings.sampled
         if not (fits and asks_for_one(fields)):
             return None
-        place = _split(fields, line, claim.affixes) if mode is CacheMode.SEMANTIC else None
+        is_similar = mode is CacheMode.SEMANTIC and not line.stands_alone
+        place = _split(fields, line, claim.affixes) if is_similar else None
         return _Read(job.seq, fields, place, tuple(line.sources or ()))
 
 

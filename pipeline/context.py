@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from inference.embeddings import PATH as EMBEDDINGS
 from inference.endpoint import Endpoint
-from pipeline.cached import ExactCache, Semantic
+from pipeline.cached import ExactCache, Retrieval, Semantic
 from pipeline.heartbeat import Heartbeat
 from pipeline.pace import Pace
 from pipeline.steps import Recipes
@@ -18,7 +18,7 @@ from store.step_states import StepStates
 
 @dataclass(frozen=True, slots=True)
 class FeedContext:
-    """The parts of a child. `semantic` is None where no index is set, `recipes` where no documents are."""
+    """The parts of a child. `semantic`, `retrieval` and `recipes` are None where no Chroma is set."""
 
     database: Database
     heartbeat: Heartbeat
@@ -38,6 +38,7 @@ class FeedContext:
     cache: ExactCache | None = None
     semantic: Semantic | None = None
     steps: StepStates | None = None
+    retrieval: Retrieval | None = None
     recipes: Recipes | None = None
     pace: Pace = field(default_factory=Pace)
 

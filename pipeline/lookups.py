@@ -1,4 +1,4 @@
-"""What is asked of a claimed shard's jobs before they run: what they have finished of their steps, then the caches.
+"""What is asked of a claimed shard's jobs before they run: their finished steps, their passages, then the caches.
 
 Only a lookup of steps waits for Postgres; a cache that fails answers nothing and never stops a job.
 """
@@ -6,15 +6,17 @@ Only a lookup of steps waits for Postgres; a cache that fails answers nothing an
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from models.jobs import Job
+from models.jobs import Job, JobResult, failed
 from models.line_settings import read_settings
-from pipeline.cached import ExactCache, Looked
+from pipeline.cached import ExactCache, Looked, WithPassages
 from pipeline.context import FeedContext
-from runtime.errors import LostFence, ServiceUnreachable
+from pipeline.retry import after_failure
+from runtime.clock import utc_now
+from runtime.errors import LostFence, ServiceUnreachable, Transient
 from runtime.logs import get_logger
 from store.namespaces import count_unlooked
 from store.shards import Claim, LoadedJobs
@@ -22,6 +24,7 @@ from store.steps import FinishedStep, steps_of, write_steps
 
 log = get_logger(__name__)
 
+NO_RETRIEVAL = "this worker has no way to documents: set STOKER_CACHE__CHROMA_URL for it, after `make documents`"
 WAIT_S = 1.0  # between two questions to a Postgres that does not answer
 
 
@@ -34,11 +37,47 @@ class Lookups:
 
     async def look_up(self, claimed: Claim, loaded: LoadedJobs) -> Looked:
         """What is known of the shard's jobs before they run."""
-        jobs = loaded.jobs
-        steps = await self._finished_steps(claimed, jobs)
-        # Retrieval's place: the caches below must see the prompts with their passages.
-        looked = await self._ask_caches(claimed, jobs)
-        return replace(looked, steps=steps)
+        steps = await self._finished_steps(claimed, loaded.jobs)
+        ready = await self._retrieve(claimed, loaded.jobs)
+        looked = await self._ask_caches(claimed, ready)
+        return replace(looked, results=[*ready.results, *looked.results], retrieved=ready.retrieved, steps=steps)
+
+    async def _retrieve(self, claimed: Claim, jobs: list[Job]) -> Looked:
+        """The jobs that may run, with passages in the prompts of those that name a collection; and how others ended.
+
+        Before the caches, since passages are part of what is asked.
+        """
+        wanting = [job for job in jobs if job.stoker and read_settings(job.stoker).collection is not None]
+        if not wanting or not claimed.runnable:
+            return Looked(jobs=jobs)
+        found = await self._passages(claimed, wanting)
+        retrieved, results = {}, []
+        for job in wanting:
+            one = found[job.seq]
+            if isinstance(one, Transient):
+                most = self._context.settings.limits.max_tries
+                results.append(after_failure(job, one, max_tries=most, now=utc_now()))
+            elif isinstance(one, JobResult):
+                results.append(one)
+            else:
+                retrieved[job.seq] = one
+        return Looked(
+            results=results,
+            jobs=[
+                replace(job, body=retrieved[job.seq].body) if job.seq in retrieved else job
+                for job in jobs
+                if job.seq in retrieved or job.seq not in found
+            ],
+            retrieved=retrieved,
+        )
+
+    async def _passages(
+        self, claimed: Claim, wanting: Sequence[Job]
+    ) -> Mapping[int, WithPassages | JobResult | Transient]:
+        retrieval = self._context.retrieval
+        if retrieval is None:
+            return {job.seq: failed(job.seq, code="retrieval_unavailable", message=NO_RETRIEVAL) for job in wanting}
+        return await retrieval.retrieve(claimed, wanting)
 
     async def _finished_steps(self, claimed: Claim, jobs: Sequence[Job]) -> dict[int, dict[str, str]]:
         """The finished steps of the jobs of several requests, by seq; without them all would be asked again."""
@@ -70,13 +109,13 @@ class Lookups:
                 write_steps(session, claimed, ahead, lease_s=self._context.settings.worker.lease_s)
         return {seq: recent.get(seq, {}) | stored.get(seq, {}) for seq in seqs}
 
-    async def _ask_caches(self, claimed: Claim, jobs: list[Job]) -> Looked:
-        looked = Looked(jobs=jobs)
+    async def _ask_caches(self, claimed: Claim, ready: Looked) -> Looked:
+        looked = Looked(jobs=ready.jobs)
         cache, semantic = self._context.cache, self._context.semantic
         if cache is None:
             return looked
         with self.never_stopping(claimed):
-            looked = await asyncio.to_thread(self._look_up_exactly, cache, claimed, jobs)
+            looked = await asyncio.to_thread(self._look_up_exactly, cache, claimed, ready)
         if claimed.runs_alone:
             return looked
         if semantic is None:
@@ -90,9 +129,9 @@ class Lookups:
         self.begin_chores(claimed)
         return looked
 
-    def _look_up_exactly(self, cache: ExactCache, claimed: Claim, jobs: Sequence[Job]) -> Looked:
+    def _look_up_exactly(self, cache: ExactCache, claimed: Claim, ready: Looked) -> Looked:
         with self._context.database.transaction() as session:
-            return cache.look_up(session, claimed, jobs)
+            return cache.look_up(session, claimed, ready.jobs, ready.retrieved)
 
     def _count_unlooked(self, claimed: Claim, looked: Looked) -> None:
         lost = sum(looked.requests[job.seq].split is not None for job in looked.jobs if job.seq in looked.requests)

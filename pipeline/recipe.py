@@ -89,7 +89,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """`options` is a msgspec Struct; `instruction` what is asked unless the user says something else.
+    """`options` is a msgspec Struct; `instruction` what is asked, and `max_tokens` of answer, unless the user says.
 
     With `needs_passages` its documents must be in a collection.
     """
@@ -99,6 +99,7 @@ class Recipe:
     options: type[msgspec.Struct]
     run: Callable[[Task], Awaitable[JobResult]]
     instruction: str = ""
+    max_tokens: int = 256
     needs_passages: bool = False
 
 

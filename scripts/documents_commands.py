@@ -84,7 +84,7 @@ def add(
     if not wanted:
         raise click.UsageError("name a file, a folder or a URL, or a list of them with --from-file")
     found = gather(wanted)
-    _say_gathered(found)
+    say_gathered(found)
     began = time.monotonic()
     with local_services(settings, with_chroma=settings.is_embedded) as served, ExitStack() as stack:
         prepare_schema(served)
@@ -214,7 +214,8 @@ def _listed(file: Any) -> list[str]:
     return [] if file is None else [line.strip() for line in file if line.strip() and not line.startswith("#")]
 
 
-def _say_gathered(found: Gathered) -> None:
+def say_gathered(found: Gathered) -> None:
+    """What of the arguments is no document."""
     for name in found.missing:
         say(f"{name}: no such file or folder")
     if found.left_out:
@@ -274,7 +275,7 @@ def _report(database: Database, found: Gathered, added: AddedDocuments, *, secon
             say(f"{row.error_code}: {row.error_message}")
         for row in rows:
             if row.note and row.state is DocumentState.READY:
-                say(f"note: {row.note}")
+                say(f"note: {row.source}: {row.note}")
         if len(failures) > SHOWN_FAILURES:
             say(f"… and {len(failures) - SHOWN_FAILURES:,} more: `stoker documents list --failed`")
         if tally.unindexed:

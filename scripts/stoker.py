@@ -16,6 +16,7 @@ from scripts.batch_commands import cancel, results, resume, status, watch
 from scripts.cache_commands import cache
 from scripts.documents_commands import documents
 from scripts.quantize_command import quantize
+from scripts.recipe_lines import list_recipes
 from scripts.service_commands import dispatch, doctor, migrate, up, worker
 from scripts.submit_commands import retry, run, submit
 from scripts.terminal import say
@@ -53,6 +54,7 @@ for command in (
     doctor,
     cache,
     documents,
+    list_recipes,
     quantize,
 ):
     cli.add_command(command)

@@ -22,6 +22,7 @@ from pipeline.submit import Submitted, Wishes, dry_run, submit_file
 from runtime.settings import LEAST_WEIGHT, MOST_WEIGHT, Settings
 from scripts.local import connected, ensure_node, local_services, prepare_schema
 from scripts.lookup import TENANT, named_batch, opened_database
+from scripts.recipe_lines import RecipeWish, recipe_lines, with_recipe_options
 from scripts.result_files import check_writable, write_files
 from scripts.skipped_lines import SkippedLines, skipped_file, skipped_lines
 from scripts.terminal import (
@@ -124,8 +125,14 @@ def _with_submit_options(command: Any) -> Any:
     return command
 
 
+_file_argument = click.argument(
+    "file", required=False, type=click.Path(path_type=Path, exists=True, dir_okay=False, allow_dash=True)
+)
+
+
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False, allow_dash=True))
+@_file_argument
+@with_recipe_options
 @click.option(
     "-o",
     "--output",
@@ -138,7 +145,8 @@ def _with_submit_options(command: Any) -> Any:
 @click.pass_obj
 def run(
     settings: Settings,
-    file: Path,
+    file: Path | None,
+    wish: RecipeWish | None,
     output: Path,
     sets: tuple[str, ...],
     model: str | None,
@@ -150,14 +158,14 @@ def run(
     weight: float | None,
     as_json: bool,
 ) -> int:
-    """Submit FILE, work, wait and write the results: the main job in one command.
+    """Submit FILE, or documents with a --recipe, work, wait and write the results: the main job in one command.
 
     Uses the services that are set or that `stoker up` runs, else starts embedded ones for this run; starts a
     worker if none is live. Always makes a new batch.
     """
-    check_writable(output, beside=file)
+    check_writable(output, beside=file or output)
     options = _options(settings, sets, model, max_output_tokens, cache)
-    needs_chroma = options.cache is CacheMode.SEMANTIC
+    needs_chroma = options.cache is CacheMode.SEMANTIC or wish is not None
     with local_services(settings, with_chroma=needs_chroma) as served, ExitStack() as stack:
         prepare_schema(served)
         started = ensure_node(served, stack, "generation")
@@ -166,6 +174,7 @@ def run(
             served,
             database,
             file,
+            wish,
             options=options,
             window_s=window,
             wishes=_wishes(priority, weight, order),
@@ -185,7 +194,8 @@ def run(
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False, allow_dash=True))
+@_file_argument
+@with_recipe_options
 @_with_submit_options
 @click.option("--dry-run", is_flag=True, help="Check every line and estimate tokens; store nothing.")
 @click.option("--force", is_flag=True, help="A new batch although the same was submitted within the hour.")
@@ -202,7 +212,8 @@ def run(
 @click.pass_obj
 def submit(
     settings: Settings,
-    file: Path,
+    file: Path | None,
+    wish: RecipeWish | None,
     sets: tuple[str, ...],
     model: str | None,
     max_output_tokens: int | None,
@@ -218,16 +229,18 @@ def submit(
     reuse: str | None,
     as_json: bool,
 ) -> None:
-    """Store FILE's jobs and answer with the batch's id; from then on every job ends with one result.
+    """Store FILE's jobs, or one for each document of a --recipe; answer with the batch's id, and every job will end.
 
     The same file with the same options within an hour is the same batch, while it is live or completed.
     """
     options = _options(settings, sets, model, max_output_tokens, cache)
+    if wish is not None and (dry_run or skip_bad or skipped):
+        raise click.UsageError("--dry-run and --skip-bad are for a FILE")
     with ExitStack() as stack:
         report = None
-        if skip_bad or skipped is not None:
+        if file is not None and (skip_bad or skipped is not None):
             report = stack.enter_context(skipped_lines(None if dry_run else skipped_file(file, skipped)))
-        if dry_run:
+        if dry_run and file is not None:
             _estimate(settings, file, options=options, report=report, as_json=as_json)
             return
         served = connected(settings)
@@ -236,6 +249,7 @@ def submit(
             served,
             database,
             file,
+            wish,
             options=options,
             window_s=window,
             wishes=_wishes(priority, weight, order, results_of=named_batch(database, reuse) if reuse else None),
@@ -346,7 +360,8 @@ def _options(
 def _submit(
     settings: Settings,
     database: Database,
-    file: Path,
+    file: Path | None,
+    wish: RecipeWish | None,
     *,
     options: SubmitOptions,
     window_s: float | None,
@@ -358,11 +373,16 @@ def _submit(
     served = _models_of(workers)
     if served is None:
         say("no worker is live: model names are checked when one runs the jobs")
-    with _seekable(file) as path, bar("storing", total=path.stat().st_size) as show:
+    with ExitStack() as stack:
+        if wish is None:
+            path = stack.enter_context(_seekable(file or Path("-")))
+        else:
+            path = stack.enter_context(recipe_lines(settings, database, wish, model=options.model, served=served))
+        show = stack.enter_context(bar("storing", total=path.stat().st_size))
         return submit_file(
             database,
             path,
-            input_name=str(file),
+            input_name=str(file) if wish is None else wish.title,
             options=options,
             settings=for_workers(_with_window(settings, window_s), workers),
             served_models=served,

@@ -84,10 +84,11 @@ class ReadDocument:
 
 @dataclass(frozen=True, slots=True)
 class DocumentRow:
-    """A document as it is listed."""
+    """A document as it is listed; `digest` is the sha256 of its newest bytes."""
 
     id: int
     source: str
+    digest: str | None
     collection: str | None
     state: DocumentState
     kind: str | None
@@ -346,7 +347,7 @@ def list_documents(
     """The tenant's documents by collection and source: of one collection, or these, or all."""
     rows = session.execute(
         text("""
-        SELECT d.id, d.source, c.name, d.state, d.kind, d.size_bytes, d.passages, d.note, d.error_code,
+        SELECT d.id, d.source, d.digest, c.name, d.state, d.kind, d.size_bytes, d.passages, d.note, d.error_code,
             d.error_message, d.seconds
         FROM documents d LEFT JOIN collections c ON c.id = d.collection_id
         WHERE d.tenant = :tenant AND c.name IS NOT DISTINCT FROM coalesce(CAST(:collection AS text), c.name)
@@ -355,8 +356,8 @@ def list_documents(
         {"tenant": tenant, "collection": collection, "ids": None if ids is None else list(ids)},
     )
     return [
-        DocumentRow(identifier, source, name, DocumentState(state), *rest)
-        for identifier, source, name, state, *rest in rows
+        DocumentRow(identifier, source, digest, name, DocumentState(state), *rest)
+        for identifier, source, digest, name, state, *rest in rows
     ]
 
 

@@ -165,7 +165,7 @@ def highlights(session: Session, ids: Sequence[int], query: str) -> dict[int, st
         {
             "ids": Int8s(ids),
             "query": query,
-            "options": f"{_MARKS}, MaxFragments=2, MaxWords=40, MinWords=15, FragmentDelimiter= … ",
+            "options": f'{_MARKS}, MaxFragments=2, MaxWords=40, MinWords=15, FragmentDelimiter=" … "',
         },
     )
     return {identifier: headline for identifier, headline in rows}

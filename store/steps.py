@@ -74,6 +74,9 @@ def write_steps(session: Session, claim: Claim, steps: Sequence[FinishedStep], *
 def delete_steps(session: Session, batch_id: UUID, seqs: Sequence[int]) -> None:
     """Delete the steps of jobs that have their results, in the transaction that wrote these."""
     session.execute(
-        text("DELETE FROM job_steps WHERE batch_id = :batch AND seq = ANY(CAST(:seqs AS int4[]))"),
+        text("""
+        DELETE FROM job_steps WHERE ctid = ANY(ARRAY(
+            SELECT x.ctid FROM unnest(CAST(:seqs AS int4[])) AS u (seq) CROSS JOIN LATERAL (
+                SELECT ctid FROM job_steps WHERE batch_id = :batch AND seq = u.seq OFFSET 0) AS x))"""),
         {"batch": batch_id, "seqs": Int4s(seqs)},
     )

@@ -20,7 +20,8 @@ from runtime.children import die_with_parent
 from store.database import Database
 from store.recent import RecentAnswers
 from store.step_states import StepStates
-from worker.semantic import semantic_cache
+from worker.library import document_jobs
+from worker.semantic import semantic_cache, vector_parts
 from worker.steps import WorkerParts
 
 
@@ -63,8 +64,12 @@ class Child:
             embeddings_url=settings.embeddings.url,
         )
         self._steps = StepStates(settings.require_redis())
-        semantic, embedder_endpoints = semantic_cache(self._database, settings, engine_id=parts.shared.engine_id)
-        self._endpoints |= embedder_endpoints
+        vectors = vector_parts(settings.cache)
+        semantic = retrieval = recipes = None
+        if vectors is not None:
+            self._endpoints |= vectors.endpoints
+            semantic = semantic_cache(self._database, settings, vectors, engine_id=parts.shared.engine_id)
+            retrieval, recipes = document_jobs(self._database, settings, vectors)
         self.runner.run(self._open())
         self._heartbeat.__enter__()
         self.context = FeedContext(
@@ -82,6 +87,8 @@ class Child:
             cache=self._cache,
             semantic=semantic,
             steps=self._steps,
+            retrieval=retrieval,
+            recipes=recipes,
             pace=Pace(on_service=tell_service_s),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from inference.endpoint import Endpoint
@@ -21,26 +22,44 @@ EMBEDDER_TIMEOUT_S: Final = 10.0
 EMBEDDER_CONNECTIONS: Final = 4
 
 
-def semantic_cache(
-    database: Database, settings: Settings, *, engine_id: Callable[[], int | None]
-) -> tuple[SemanticCache | None, set[Endpoint]]:
-    """The semantic cache and what of its embedder is an endpoint; None if there is no Chroma, or it lacks a part.
+@dataclass(frozen=True, slots=True)
+class VectorParts:
+    """What both the semantic cache and retrieval need. `endpoints` are to be opened: the embedder's, if it is one."""
 
-    A worker without it works: lookups are misses, and the log says why.
+    embed: Embedder
+    index: Index
+    endpoints: set[Endpoint]
+
+
+def vector_parts(settings: CacheSettings) -> VectorParts | None:
+    """The embedder and the index; None if there is no Chroma, or it lacks a part.
+
+    A worker without them works: semantic lookups are misses, jobs that name a collection fail, and the log says why.
     """
-    if settings.cache.chroma_url is None:
-        return None, set()
+    if settings.chroma_url is None:
+        return None
     try:
-        from pipeline.semantic import SemanticCache  # noqa: PLC0415
-
-        embed, endpoints = embedder_of(settings.cache)
-        index = index_of(settings.cache)
-    except (ImportError, StokerError) as error:
+        embed, endpoints = embedder_of(settings)
+        return VectorParts(embed, index_of(settings), endpoints)
+    except StokerError as error:
         log.error("semantic_cache_off", error=str(error))
-        return None, set()
-    lease_s = settings.worker.lease_s
-    made = SemanticCache(database, index, embed, settings=settings.cache, engine_id=engine_id, lease_s=lease_s)
-    return made, endpoints
+        return None
+
+
+def semantic_cache(
+    database: Database, settings: Settings, parts: VectorParts, *, engine_id: Callable[[], int | None]
+) -> SemanticCache:
+    """The semantic cache."""
+    from pipeline.semantic import SemanticCache  # noqa: PLC0415
+
+    return SemanticCache(
+        database,
+        parts.index,
+        parts.embed,
+        settings=settings.cache,
+        engine_id=engine_id,
+        lease_s=settings.worker.lease_s,
+    )
 
 
 def embedder_of(settings: CacheSettings, *, threads: int = 2) -> tuple[Embedder, set[Endpoint]]:

@@ -56,4 +56,5 @@ RECIPE = Recipe(
     Options,
     _run,
     instruction="Which label fits the document best?",
+    max_tokens=64,
 )

@@ -63,4 +63,5 @@ RECIPE = Recipe(
     Options,
     _run,
     instruction="Extract the fields from the document. Answer with JSON only.",
+    max_tokens=512,
 )

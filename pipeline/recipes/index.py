@@ -20,4 +20,12 @@ async def _run(task: Task) -> JobResult:
     )
 
 
-RECIPE = Recipe("index", "put documents into a collection, to be searched", NoOptions, _run, needs_passages=True)
+RECIPE = Recipe(
+    "index",
+    "put documents into a collection, to be searched",
+    NoOptions,
+    _run,
+    instruction="(the engine is not asked)",
+    max_tokens=1,
+    needs_passages=True,
+)

@@ -13,9 +13,13 @@ import pytest
 from sqlalchemy import text
 
 from models.names import read_request_name, request_name
+from pipeline.cached import ExactCache
 from pipeline.converse import TOKENS_PER_BYTE
 from pipeline.export import write_lines
+from runtime.settings import CacheSettings
 from store.database import Database
+from store.engines import register_engine
+from store.recent import RecentAnswers
 from tests.support.batches import execute, results_of
 from tests.support.conversing import Child, ShownEndpoint, answer, said, store_lines, talk, told_of
 from tests.support.scripted_endpoint import ScriptedEndpoint
@@ -197,6 +201,25 @@ def test_a_conversation_of_another_tenant_or_a_deleted_batch_is_unknown(
     theirs, nobodys = results_of(database, batch_id)
     assert theirs.error_code == nobodys.error_code == "conversation_not_found"
     assert (theirs.error_message or "").replace(names[0], "") == (nobodys.error_message or "").replace(names[1], "")
+
+
+def test_no_answer_to_an_equal_body_stands_for_a_conversation(
+    database: Database, tmp_path: Path, redis_url: str
+) -> None:
+    body = {"temperature": 0, "messages": [{"role": "user", "content": "hello"}]}
+    with ShownEndpoint(numbered) as endpoint:
+        child = Child(database, endpoint.url, redis_url=redis_url)
+        with database.transaction() as session:
+            child.engine_id = register_engine(session, {"checkpoint_digest": "1234"})
+        child.cache = ExactCache(RecentAnswers(redis_url), CacheSettings(), engine_id=lambda: child.engine_id)
+        store_lines(database, tmp_path, [{"body": {"model": "scripted", **body}}])
+        child.feed()
+        batch_id = store_lines(database, tmp_path, [talk("and?", body=body), talk("and?", body=body)])
+        store_lines(database, tmp_path, [{"body": {"model": "scripted", **body}}])
+        assert child.feed().jobs == 3
+        child.cache.close()
+    assert len(endpoint.bodies) == 3, "the plain line was served, and no conversation followed the other"
+    assert [said(told_of(database, batch_id, seq))[:2] for seq in (0, 1)] == [["hello", "and?"]] * 2
 
 
 @pytest.mark.parametrize("order", ["surrogate", "nul"])

@@ -27,6 +27,7 @@ from tests.support.conversing import (
     Child,
     ShownEndpoint,
     answer,
+    empty_redis,
     kept_steps,
     said,
     store_lines,
@@ -54,11 +55,6 @@ def child(database: Database, endpoint: ScriptedEndpoint, redis_url: str) -> Chi
 def keys_in(redis_url: str) -> list[str]:
     with redis.Redis.from_url(redis_url, decode_responses=True) as client:
         return list(client.scan_iter(f"{STEPS_PREFIX}*"))
-
-
-def lose_steps(redis_url: str) -> None:
-    with redis.Redis.from_url(redis_url) as client:
-        client.flushdb()
 
 
 def asked(endpoint: ScriptedEndpoint) -> dict[str, int]:
@@ -122,7 +118,7 @@ def test_redis_emptied_in_the_middle_costs_nothing_that_postgres_has(
     drain = Event()
     with child.feeding(drain=drain, grace_s=0.1) as running:
         wait_until(lambda: kept_steps(database, batch_id) == {"turn-1", "turn-2"}, 10, "two turns in Postgres")
-        lose_steps(redis_url)
+        empty_redis(redis_url)
         drain.set()
         running.result(10)
     child.feed_again()
@@ -139,7 +135,7 @@ def test_what_only_redis_has_is_used_and_written(
     drain = Event()
     with child.feeding(drain=drain, grace_s=0.1) as running:
         wait_until(lambda: kept_steps(database, batch_id) == {"turn-1"}, 10, "it is in Postgres before the next turn")
-        lose_steps(redis_url)
+        empty_redis(redis_url)
         drain.set()
         running.result(10)
     child.feed_again()
@@ -208,7 +204,7 @@ def test_a_shard_that_runs_alone_finds_its_steps_and_those_of_its_halves_do_too(
         database, tmp_path, [talk("one", f"two {SLOW}", "three"), talk("four", f"five {SLOW}", "six")]
     )
     interrupt_at(child, endpoint, 4)
-    lose_steps(redis_url)
+    empty_redis(redis_url)
     execute(database, "UPDATE shards SET crashes = 2, seqs = '{0}'")
     execute(
         database,

@@ -14,10 +14,12 @@ from threading import Event
 from typing import Any
 from uuid import UUID, uuid4
 
+import redis
 from sqlalchemy import text
 
 from inference.endpoint import Endpoint
 from models.lines import SubmitOptions
+from pipeline.cached import ExactCache
 from pipeline.feed import FeedContext, FeedReport, feed
 from pipeline.heartbeat import Heartbeat
 from pipeline.pace import Pace
@@ -68,6 +70,8 @@ class Child:
         self.url = url
         self.redis_url = redis_url
         self.pace = Pace()
+        self.cache: ExactCache | None = None
+        self.engine_id: int | None = None
 
     def feed(
         self,
@@ -102,7 +106,8 @@ class Child:
                         worker="worker",
                         in_flight=in_flight,
                         draining=drain.is_set,
-                        engine_id=lambda: None,
+                        engine_id=lambda: self.engine_id,
+                        cache=self.cache,
                         steps=states,
                         recipes=recipes,
                         pace=self.pace,
@@ -128,6 +133,13 @@ class Child:
         execute(self.database, "UPDATE shards SET not_before = clock_timestamp() WHERE not_before IS NOT NULL")
         dispatch_all(self.database)
         return self.feed(**options)
+
+
+def empty_redis(url: str) -> None:
+    """FLUSHDB, but for the mark that this database is ours."""
+    with redis.Redis.from_url(url, decode_responses=True) as client:
+        if keys := [key for key in client.scan_iter(count=1000) if not key.startswith("stoker:test:")]:
+            client.delete(*keys)
 
 
 def kept_steps(database: Database, batch_id: UUID, seq: int = 0) -> set[str]:
