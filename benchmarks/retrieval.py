@@ -21,7 +21,7 @@ import hashlib
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -56,7 +56,6 @@ BOOTSTRAPS: Final = 2_000
 EMBEDDED: Final = 128  # passages of a round of the rates
 TURNS: Final = 3
 EMBEDDED_AT_ONCE: Final = 2_000  # between two writes of the vectors that are kept
-COMMAND: Final = "`python -m benchmarks.retrieval`"
 
 # A question as the OR of its lexemes. A cast, since to_tsquery would stem the stems again.
 BY_RANK: Final = f"""
@@ -77,15 +76,9 @@ SELECT place FROM passage JOIN asked ON words @@ query
 GROUP BY place ORDER BY sum(rarity * $score) DESC, place LIMIT {FOUND}"""
 TEXT_ONLY, BOTH_ALIKE, HEADING_FIRST, HEADING_LITTLE = "{0,0,1,0}", "{0,0,1,1}", "{0,0,0.4,1}", "{0,0,1,0.4}"
 # Weights are those of D, C, B, A: the text is B and the headings are A. Flags: 1 divides by 1 + log(length), 2 by the
-# length, 4 by the mean distance between matches, 8 by the number of different words.
-RANKS: Final = (
-    *(("ts_rank", TEXT_ONLY, flags) for flags in (0, 1, 2, 8)),
-    *(("ts_rank", weights, 1) for weights in (BOTH_ALIKE, HEADING_FIRST, HEADING_LITTLE)),
-    *(("ts_rank_cd", TEXT_ONLY, flags) for flags in (0, 1, 2, 8)),
-    *(("ts_rank_cd", weights, 1) for weights in (BOTH_ALIKE, HEADING_FIRST, HEADING_LITTLE)),
-    ("rarity", TEXT_ONLY, 1),
-    *(("rarity", weights, flags) for weights in (BOTH_ALIKE, HEADING_FIRST, HEADING_LITTLE) for flags in (0, 1)),
-)
+# length, 8 by the number of different words.
+DENSE_HEADINGS: Final = "dense, headings before the text"
+PATH_CHARS: Final = 160  # of the heading path: some 40 tokens
 
 Floats = NDArray[np.float64]
 Rankings = list[list[int]]
@@ -121,12 +114,21 @@ class Rank:
         return statement.replace("$score", score)
 
 
+RANKS: Final = tuple(
+    Rank(function, weights, flags)
+    for function in ("ts_rank", "ts_rank_cd", "rarity")
+    for weights, flags in (
+        *((TEXT_ONLY, flags) for flags in (0, 1, 2, 8)),
+        *((weights, flags) for weights in (BOTH_ALIKE, HEADING_FIRST, HEADING_LITTLE) for flags in (0, 1)),
+    )
+)
+
+
 def main() -> None:
     """Measure, print, write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--postgres", default="postgresql://postgres@127.0.0.1:5432")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     options = parser.parse_args()
     asked = question_set(options.folder)
     print(f"{len(asked.documents)} documents, {len(asked.questions)} questions", flush=True)
@@ -135,64 +137,83 @@ def main() -> None:
     report["rates"] = rates(cut_of(asked, MOST_TOKENS).passages)
     with database(options.postgres) as connection:
         report["made_with"]["postgres"] = connection.info.parameter_status("server_version")
-        report |= measured(connection, asked, options)
+        report |= measured(connection, asked, options.folder)
     report["table"] = [row.as_json() for row in table_rows(report)]
     show(report)
     keep_run("retrieval", report, parser, options)
 
 
-def measured(connection: psycopg.Connection[Any], asked: QuestionSet, options: argparse.Namespace) -> dict[str, Any]:
-    """Every length with and without headings; at the default length, every rank function, depth and weight."""
+def measured(connection: psycopg.Connection[Any], asked: QuestionSet, folder: Path) -> dict[str, Any]:
+    """At the default length every rank function, depth and weight; then every length, with what was chosen."""
     embedder = OnnxEmbedder(EMBEDDER)
     texts = [question.text for question in asked.questions]
-    questions = embedder.embed(texts)
+    bench = Bench(connection, embedder, folder, texts, embedder.embed(texts))
     cut = cut_of(asked, MOST_TOKENS)
+    dense = bench.dense(cut, embedded_text)
     store(connection, cut)
-    ranked = {rank.name: searched(connection, rank, texts) for rank in (Rank(*parts) for parts in RANKS)}
-    ranks = [{"rank": name, **figures(cut, found), "ms": ms} for name, (found, ms) in ranked.items()]
-    for row in ranks:
-        print(row, flush=True)
-    best = {
-        kind: max((row for row in ranks if row["rank"].startswith("rarity") is is_rarity), key=chosen_by)["rank"]
-        for kind, is_rarity in (("text", False), ("rarity", True))
-    }
-    chosen = {kind: next(Rank(*parts) for parts in RANKS if Rank(*parts).name == name) for kind, name in best.items()}
-    lengths, methods = [], {}
-    for length in options.lengths:
-        one = cut_of(asked, length)
-        found = rankings_of(connection, one, chosen, texts, questions, embedder, options.folder)
-        lengths.append(length_row(one, found))
-        print(lengths[-1], flush=True)
-        if length == MOST_TOKENS:
-            methods = found
+    ranks = [rank_row(cut, rank, *bench.searched(rank), dense) for rank in RANKS]
+    chosen = {kind: best_of(ranks, is_rarity=is_rarity) for kind, is_rarity in (("text", False), ("rarity", True))}
+    lengths = [length_row(one := cut_of(asked, length), bench.methods(one, chosen)) for length in LENGTHS]
+    methods = bench.methods(cut, chosen)
     return {
         "ranks": ranks,
         "chosen": {kind: {"rank": rank.name, "sql": rank.select} for kind, rank in chosen.items()},
         "lengths": lengths,
-        "fusions": fusions(cut, methods) if methods else [],
-        "differences": differences(cut, methods) if methods else [],
+        "fusions": fusions(cut, methods),
+        "differences": differences(cut, methods),
     }
 
 
-def rankings_of(
-    connection: psycopg.Connection[Any],
-    cut: Cut,
-    chosen: dict[str, Rank],
-    texts: Sequence[str],
-    questions: Vectors,
-    embedder: OnnxEmbedder,
-    folder: Path,
-) -> dict[str, Rankings]:
-    """What every method finds, by its name."""
-    store(connection, cut)
-    found = {kind: searched(connection, rank, texts)[0] for kind, rank in chosen.items()}
-    for name, text_of in (("dense", embedded_text), ("dense, text only", lambda passage: passage.text)):
-        vectors = embedded([text_of(passage) for passage in cut.passages], embedder, folder)
-        found[name] = nearest(vectors, questions)
-    for dense in ("dense", "dense, text only"):
-        for kind in chosen:
-            found[f"{dense} + {kind}"] = fused([found[dense], found[kind]], depth=DEPTH)
-    return found
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What finds passages for all questions: `texts` and their `vectors`."""
+
+    connection: psycopg.Connection[Any]
+    embedder: OnnxEmbedder
+    folder: Path
+    texts: Sequence[str]
+    vectors: Vectors
+
+    def methods(self, cut: Cut, chosen: Mapping[str, Rank]) -> dict[str, Rankings]:
+        """What every method finds, by its name."""
+        store(self.connection, cut)
+        found = {"dense": self.dense(cut, embedded_text), DENSE_HEADINGS: self.dense(cut, with_headings)}
+        for kind, rank in chosen.items():
+            found[kind] = self.searched(rank)[0]
+            found[f"dense + {kind}"] = fused([found["dense"], found[kind]], depth=DEPTH)
+        return found
+
+    def dense(self, cut: Cut, text_of: Callable[[Passage], str]) -> Rankings:
+        """The passages of the highest cosine."""
+        vectors = embedded([text_of(passage) for passage in cut.passages], self.embedder, self.folder)
+        order = np.argsort(-(self.vectors @ vectors.T), axis=1, kind="stable")[:, :FOUND]
+        return [[int(place) for place in row] for row in order]
+
+    def searched(self, rank: Rank) -> tuple[Rankings, float]:
+        """What Postgres finds among the passages that are stored, and the milliseconds that a question takes."""
+        began, statement = time.monotonic(), sql.SQL(rank.select)
+        rows = [self.connection.execute(statement, {"question": text}).fetchall() for text in self.texts]
+        return [[place for (place,) in found] for found in rows], 1000 * (time.monotonic() - began) / len(self.texts)
+
+
+def with_headings(passage: Passage) -> str:
+    """The end of its heading path, and its text."""
+    return f"{passage.heading[-PATH_CHARS:]}\n{passage.text}" if passage.heading else passage.text
+
+
+def rank_row(cut: Cut, rank: Rank, found: Rankings, ms: float, dense: Rankings) -> dict[str, Any]:
+    """What a rank function finds, alone and fused with what is found by meaning."""
+    both = figures(cut, fused([dense, found], depth=DEPTH))
+    row = {**asdict(rank), "name": rank.name, "ms": round(ms, 1), "alone": figures(cut, found), "fused": both}
+    print(rank.name, f"{row['ms']} ms", *(f"{row[way]['recall']:.3f}" for way in ("alone", "fused")), flush=True)
+    return row
+
+
+def best_of(ranks: Sequence[dict[str, Any]], *, is_rarity: bool) -> Rank:
+    """The one whose fusion has the best recall and MRR of the first half of the questions."""
+    rows = [row for row in ranks if (row["function"] == "rarity") is is_rarity]
+    best = max(rows, key=lambda row: float(row["fused"]["recall_chosen_by"] + row["fused"]["mrr_chosen_by"]))
+    return Rank(best["function"], best["weights"], best["flags"])
 
 
 def cut_of(asked: QuestionSet, most_tokens: int) -> Cut:
@@ -233,12 +254,6 @@ def embedded(texts: Sequence[str], embedder: OnnxEmbedder, folder: Path) -> Vect
     return np.array([known[name] for name in names], np.float32)
 
 
-def nearest(vectors: Vectors, questions: Vectors) -> Rankings:
-    """The passages of the highest cosine."""
-    order = np.argsort(-(questions @ vectors.T), axis=1, kind="stable")[:, :FOUND]
-    return [[int(place) for place in row] for row in order]
-
-
 @contextmanager
 def database(url: str) -> Iterator[psycopg.Connection[Any]]:
     """A connection to a database of its own, which is dropped after the block."""
@@ -267,13 +282,6 @@ def store(connection: psycopg.Connection[Any], cut: Cut) -> None:
     connection.execute("VACUUM ANALYZE passage")
 
 
-def searched(connection: psycopg.Connection[Any], rank: Rank, texts: Sequence[str]) -> tuple[Rankings, float]:
-    """What Postgres finds for each question, and the milliseconds that one takes."""
-    began = time.monotonic()
-    found = [[place for (place,) in connection.execute(sql.SQL(rank.select), {"question": text})] for text in texts]
-    return found, round(1000 * (time.monotonic() - began) / len(texts), 1)
-
-
 def fused(methods: Sequence[Rankings], *, depth: int) -> Rankings:
     """The methods' rankings of each question, to a depth, fused."""
     return [
@@ -296,11 +304,6 @@ def figures(cut: Cut, found: Rankings) -> dict[str, Any]:
         "recall_in_1000_tokens": round(float(in_prompt.mean()), 4),
         "recall_of_50": round(float(hits_of(cut, found, top=50).mean()), 4),
     }
-
-
-def chosen_by(row: dict[str, Any]) -> float:
-    """What a rank function is chosen by: recall and MRR of the first half of the questions."""
-    return float(row["recall_chosen_by"] + row["mrr_chosen_by"])
 
 
 def hits_of(cut: Cut, found: Rankings, *, top: int = TOP) -> Floats:
@@ -366,7 +369,7 @@ def differences(cut: Cut, found: dict[str, Rankings]) -> list[dict[str, Any]]:
         ("dense + rarity", "dense + text"),
         ("rarity", "text"),
         ("dense", "text"),
-        ("dense", "dense, text only"),
+        (DENSE_HEADINGS, "dense"),
     )
     rows = []
     for one, other in pairs:
@@ -460,16 +463,13 @@ class EmbedHere:
 
 def table_rows(report: dict[str, Any]) -> list[Row]:
     """The figures of the table."""
-    for length in report["lengths"]:
-        if length["most_tokens"] == MOST_TOKENS:
-            methods = length["methods"]
-            figure = (
-                f"{report['questions']} questions of Debian's FAQs about {length['passages']:,} passages: recall@5 by "
-                "meaning, by words, by both fused"
-            )
-            shown = (f"{methods[name]['recall']:.1%}" for name in ("dense", "text", "dense + text"))
-            return [Row(figure, f"**{', '.join(shown)}**", COMMAND)]
-    return []
+    [length] = [length for length in report["lengths"] if length["most_tokens"] == MOST_TOKENS]
+    figure = (
+        f"{report['questions']} questions of Debian's FAQs about {length['passages']:,} passages of manuals: an answer "
+        "is among the first five by meaning, by ts_rank, by rare words, by meaning and rare words fused"
+    )
+    shown = [f"{length['methods'][name]['recall']:.1%}" for name in ("dense", "text", "rarity", "dense + rarity")]
+    return [Row(figure, f"{', '.join(shown[:-1])}, **{shown[-1]}**", "`python -m benchmarks.retrieval`")]
 
 
 def show(report: dict[str, Any]) -> None:
@@ -491,15 +491,9 @@ def show(report: dict[str, Any]) -> None:
 def cells(row: dict[str, Any]) -> list[str]:
     """A method's figures."""
     spans = {name: "{:.3f} to {:.3f}".format(*row[f"{name}_interval"]) for name in ("recall", "mrr")}
-    recall, mrr = f"{row['recall']:.3f}", f"{row['mrr']:.3f}"
-    return [
-        recall,
-        spans["recall"],
-        mrr,
-        spans["mrr"],
-        f"{row['recall_in_1000_tokens']:.3f}",
-        f"{row['recall_of_50']:.3f}",
-    ]
+    names = ("recall", "mrr", "recall_in_1000_tokens", "recall_of_50")
+    recall, mrr, in_prompt, of_50 = (f"{row[name]:.3f}" for name in names)
+    return [recall, spans["recall"], mrr, spans["mrr"], in_prompt, of_50]
 
 
 if __name__ == "__main__":

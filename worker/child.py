@@ -40,21 +40,12 @@ class Child:
         place = getattr(current_process(), "index", 0)  # in the pool: a child that dies leaves it to the next one
         tell_service_s = partial(parts.shared.set_service_s, child=place)
         tell_service_s(0.0)
-        generation = Endpoint(
-            parts.engine_url,
-            api_key=settings.engine.api_key,
-            timeout_s=settings.limits.request_timeout_s,
-            connections=in_flight,
-        )
+        connected = partial(Endpoint, timeout_s=settings.limits.request_timeout_s, connections=in_flight)
+        generation = connected(parts.engine_url, api_key=settings.engine.api_key)
         embeddings = (
             generation
             if settings.embeddings.url is None
-            else Endpoint(
-                settings.embeddings.url,
-                api_key=settings.embeddings.api_key,
-                timeout_s=settings.limits.request_timeout_s,
-                connections=in_flight,
-            )
+            else connected(settings.embeddings.url, api_key=settings.embeddings.api_key)
         )
         self._endpoints = {generation, embeddings}
         self._cache = ExactCache(

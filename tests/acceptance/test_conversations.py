@@ -32,9 +32,9 @@ def conversations(tmp_path: Path) -> Path:
     file = tmp_path / "in.jsonl"
     with file.open("w") as lines:
         for number in range(CONVERSATIONS):
-            line = {"custom_id": f"id-{number}", "method": "POST", "url": "/v1/chat/completions"}
-            line |= {"body": {"model": MODEL}, "stoker": {"turns": turns_of(number)}}
-            lines.write(json.dumps(line) + "\n")
+            head = {"custom_id": f"id-{number}", "method": "POST", "url": "/v1/chat/completions"}
+            rest = {"body": {"model": MODEL}, "stoker": {"turns": turns_of(number)}}
+            lines.write(json.dumps({**head, **rest}) + "\n")
     return file
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 
-from documents.passages import Passage, Splitter, embedded_text
+from documents.passages import Splitter, embedded_text
 
 MOST_TOKENS = 24
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -199,11 +198,9 @@ def test_the_digest_is_of_the_text_and_its_headings(splitter: Splitter) -> None:
     assert len(one.digest) == 32
 
 
-def test_the_embedded_text_fits_the_embedder_however_long_the_headings_are() -> None:
-    passage = Passage(0, 0, 3, 3, None, f"{'far ' * 200}> near", "cat", b"")
-    assert embedded_text(passage).endswith("> near\ncat")
-    assert len(embedded_text(passage)) < 200
-    assert embedded_text(replace(passage, heading=None)) == "cat"
+def test_what_is_embedded_is_the_text_alone(splitter: Splitter) -> None:
+    [passage] = splitter.cut("# A\n\ncat")
+    assert embedded_text(passage) == "# A\n\ncat"
 
 
 MONSTERS = {

@@ -71,7 +71,7 @@ class Protocol(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        execute(self.database, "TRUNCATE batches, shards, jobs, results, job_tries, followers, history")
+        execute(self.database, "TRUNCATE batches, shards, jobs, results, job_steps, job_tries, followers, history")
         self.claims: list[Claim] = []
         self.states: dict[UUID, str] = {}
         self.results: dict[tuple[UUID, int], tuple[Any, ...]] = {}
