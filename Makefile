@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 include engines.mk
 
-.PHONY: help demo up cache test test-engine chaos check format env-example compose-env \
+.PHONY: help demo up cache documents test test-engine chaos check format env-example compose-env \
 	bench bench-submit bench-pipeline bench-growth bench-dispatch bench-order bench-refill bench-end-to-end bench-front-end bench-cache nginx rabbitmq
 
 help: ## show this list
@@ -45,6 +45,9 @@ compose-env: ## secrets for docker compose, made once
 
 cache: .venv/.demo embedder ## what the semantic cache needs: its libraries and the small embedder
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,cache]'
+
+documents: .venv/.demo embedder ## what reading and searching documents needs: its libraries and the small embedder
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,cache,documents]'
 
 env-example: .venv/.demo
 	@python -c 'from runtime.settings import env_example; print(env_example(), end="")' > .env.example

@@ -32,6 +32,7 @@ from runtime.errors import Permanent
 GUESS_BYTES: Final = 65_536  # what charset_normalizer takes 0.2 s for
 _LINE_END: Final = re.compile(r"\r\n?|[\v\f\x85\u2028\u2029]")
 _UNWANTED: Final = re.compile(r"[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff\ufeff]")
+_PERMALINK: Final = re.compile(r"\[[¶#§]\]\([^)\n]*\)")  # that documentation tools put behind headings
 _BLANK_LINES: Final = re.compile(r"\n(?:[ \t]*\n){3,}")
 _OFFICE: Final = {Kind.DOCX: DocxConverter, Kind.XLSX: XlsxConverter, Kind.PPTX: PptxConverter}
 _UNREADABLE: Final = (PdfminerException, MalformedPDFException, LookupError, TypeError, ValueError, AttributeError)
@@ -106,7 +107,7 @@ def _parts_of(content: bytes, order: Order) -> Iterator[str]:
         yield _converted(_OFFICE[order.kind](), BytesIO(content))
     elif order.kind is Kind.HTML:
         declared = EncodingDetector.find_declared_encoding(content, is_html=True)
-        yield _converted(HtmlConverter(), BytesIO(decoded(content, declared=declared).encode()))
+        yield _PERMALINK.sub("", _converted(HtmlConverter(), BytesIO(decoded(content, declared=declared).encode())))
     elif order.kind is Kind.CSV:
         yield _converted(CsvConverter(), BytesIO(_with_commas(decoded(content)).encode()))
     else:

@@ -327,16 +327,16 @@ def waiting_documents(session: Session, *, limit: int, with_index: bool) -> int:
     )
 
 
-def tally_of(session: Session, ids: Sequence[int]) -> Tally:
-    """How far these documents are."""
+def tally_of(session: Session, ids: Sequence[int] | None) -> Tally:
+    """How far these documents are; None: all, of all tenants."""
     row = session.execute(
         text("""
         SELECT count(*) FILTER (WHERE state = 'pending'), count(*) FILTER (WHERE state = 'running'),
             count(*) FILTER (WHERE state = 'ready'), count(*) FILTER (WHERE state = 'failed'),
             CAST(coalesce(sum(passages), 0) AS int8), (SELECT count(*) FROM passages p WHERE NOT p.indexed
-                AND p.document_id = ANY(CAST(:ids AS int8[])))
-        FROM documents WHERE id = ANY(CAST(:ids AS int8[]))"""),
-        {"ids": list(ids)},
+                AND (CAST(:ids AS int8[]) IS NULL OR p.document_id = ANY(CAST(:ids AS int8[]))))
+        FROM documents WHERE CAST(:ids AS int8[]) IS NULL OR id = ANY(CAST(:ids AS int8[]))"""),
+        {"ids": None if ids is None else list(ids)},
     ).one()
     return Tally(*row)
 

@@ -12,6 +12,7 @@ from pipeline.identity import identify_endpoint
 from runtime.errors import BadInput, ServiceUnreachable, StokerError
 from runtime.settings import Settings
 from store.database import Database
+from store.documents import tally_of
 from store.health import has_dispatch_leader, postgres_version, probe_write
 from store.presence import PresenceBoard
 from store.schema import schema_revisions
@@ -44,6 +45,7 @@ def examine(settings: Settings) -> list[Finding]:
         ("redis and workers", _workers),
         ("engine", _engine),
         ("semantic cache", _semantic_cache),
+        ("documents", _documents),
     )
     findings: list[Finding] = []
     for what, check in checks:
@@ -115,7 +117,8 @@ def _workers(settings: Settings) -> list[Finding]:
         *(
             Finding(
                 f"worker {worker.name}",
-                f"{worker.children} children, {worker.engine}, serves {', '.join(worker.models)}",
+                f"{worker.children} children, {worker.engine}"
+                + (f", serves {', '.join(worker.models)}" if worker.models else ""),
                 "" if worker.healthy else "its engine does not answer: see the worker's log; it restarts by itself",
             )
             for worker in workers
@@ -136,6 +139,27 @@ def _engine(settings: Settings) -> list[Finding]:
         return [Finding("engine on this machine", "none is wanted")]
     checkpoint = f"{plan.kind} with {plan.description['checkpoint']} ({plan.description['quantization']})"
     return [Finding("engine on this machine", checkpoint, plan.warning or "")]
+
+
+def _documents(settings: Settings) -> list[Finding]:
+    """What waits to be read, what failed, and whether anybody reads."""
+    database = Database(settings.require_postgres(), pool_size=1)
+    board = PresenceBoard(settings.require_redis())
+    try:
+        with database.transaction() as session:
+            tally = tally_of(session, None)
+        readers = board.workers(node="documents")
+    finally:
+        board.close()
+        database.close()
+    open_count = tally.pending + tally.running
+    remedy = "start a reader: `stoker worker --node documents`" if open_count and not readers else ""
+    if tally.unindexed and settings.cache.chroma_url is None:
+        remedy = (
+            remedy or "set STOKER_CACHE__CHROMA_URL for the documents node; until then searches compare all vectors"
+        )
+    found = f"{tally.ready:,} ready, {tally.failed:,} failed, {open_count:,} waiting, {len(readers)} workers read"
+    return [Finding("documents", found, remedy)]
 
 
 def _semantic_cache(settings: Settings) -> list[Finding]:
