@@ -30,7 +30,7 @@ from benchmarks.rows import Row
 from pipeline.adding import EXTENSIONS
 from runtime.settings import Settings, environment_of
 from scripts.local import local_worker
-from tests.support.own_services import OwnChroma
+from tests.support.own_services import OwnChroma, server_folder
 
 COLLECTION: Final = "debian"
 COMMAND: Final = "`python -m benchmarks.documents`"
@@ -68,7 +68,7 @@ def main() -> None:
         folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stoker-documents-")))
         versions = gathered(options.folder, folder, pdfs=options.pdfs)
         place = stack.enter_context(own_place())
-        chroma = stack.enter_context(OwnChroma(Path(stack.enter_context(tempfile.TemporaryDirectory()))))
+        chroma = stack.enter_context(OwnChroma(stack.enter_context(server_folder()) / "chroma"))
         cache = place.settings.cache.model_copy(update={"chroma_url": chroma.url})
         settings = place.settings.model_copy(update={"cache": cache})
         stack.enter_context(local_worker(settings, name="documents", node="documents"))
