@@ -139,7 +139,6 @@ _EXCLUDING = (
     ("recipe", "turns"),
     ("recipe", "collection"),
     ("recipe", "template"),
-    ("turns", "collection"),
     ("turns", "template"),
 )
 

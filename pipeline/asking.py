@@ -58,11 +58,19 @@ async def _ask_in_steps(context: FeedContext, attempt: Attempt, job: Job) -> lis
         return []
 
 
-async def _done_in(steps: Steps, context: FeedContext, claim: Claim, job: Job) -> JobResult:
+async def _done_in(steps: Steps, context: FeedContext, claim: Claim, job: Job) -> JobResult | Retry:
     settings = read_settings(job.stoker or "{}")
     if settings.turns is not None:
         window_tokens = settings.window_tokens or context.settings.engine.context_tokens
-        return await converse(steps, job, settings, claim, database=context.database, window_tokens=window_tokens)
+        return await converse(
+            steps,
+            job,
+            settings,
+            claim,
+            database=context.database,
+            window_tokens=window_tokens,
+            retrieval=context.retrieval,
+        )
     if context.recipes is None:
         return steps.failed(code="recipe_unavailable", message=f"this worker has no recipe {settings.recipe!r}")
     return await context.recipes(steps, job, settings, claim)

@@ -103,6 +103,11 @@ class WithPassages(Protocol):
         """Of the passages, in their order."""
         ...
 
+    @property
+    def told(self) -> Sequence[Mapping[str, Any]]:
+        """What a result says of each."""
+        ...
+
     def tell(self, result: JobResult) -> JobResult:
         """The job's result with what it was told of the passages."""
         ...

@@ -1,12 +1,14 @@
 """Conversations: what the user says, turn after turn, each sent with all that was said before it.
 
 A turn is a step of its job (pipeline/steps.py). What no longer fits into the window is left out of the prompt, oldest
-turns first; the history that the result states is always whole.
+turns first; the history that the result states is always whole. Passages that a turn is about are in that turn's
+request alone.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
@@ -14,10 +16,13 @@ from typing import Final
 import msgspec
 from msgspec import Raw
 
+from documents.prompt import citations
 from models.jobs import Job, JobResult
 from models.line_settings import LineSettings
 from models.names import read_request_name, request_name
 from models.states import Outcome
+from pipeline.cached import Retrieval, WithPassages
+from pipeline.lookups import NO_RETRIEVAL
 from pipeline.steps import Reply, StepFailed, Steps
 from runtime.errors import ServiceUnreachable, Transient
 from store.database import Database
@@ -25,12 +30,20 @@ from store.results import find_stoker
 from store.shards import Claim
 
 TOKENS_PER_BYTE: Final = 1 / 3  # before the first reply: a high estimate for most languages and vocabularies
+DIGEST_CHARACTERS: Final = 12
 _ALWAYS_SENT: Final = frozenset({"system", "developer"})
 _FROM_BEST: Final = (Outcome.SUCCEEDED, Outcome.TRUNCATED, Outcome.EMPTY)
 
 
 async def converse(
-    steps: Steps, job: Job, settings: LineSettings, claim: Claim, *, database: Database, window_tokens: int
+    steps: Steps,
+    job: Job,
+    settings: LineSettings,
+    claim: Claim,
+    *,
+    database: Database,
+    window_tokens: int,
+    retrieval: Retrieval | None = None,
 ) -> JobResult:
     """The job's result: the last turn's reply, and the whole history under `stoker.conversation`.
 
@@ -47,29 +60,55 @@ async def converse(
     history = _History([*earlier, *body.messages], room_tokens=window_tokens - body.output_tokens)
     name = request_name(claim.batch_id, job.seq)
     for turn in settings.turns or ():
-        prompt = history.prompt(turn)
         try:
-            reply = await steps.ask(f"turn-{history.turns + 1}", {**fields, "messages": prompt})
+            if settings.collection is not None:
+                history.found.append(await _found(turn, job, claim, steps, retrieval))
+            prompt = history.prompt(turn)
+            reply = await steps.ask(history.step, {**fields, "messages": prompt})
             if reply.calls_tools:
                 message = f"turn {history.turns + 1} was answered with a tool call, which nobody here answers"
                 raise StepFailed(steps.failed(code="tool_calls_in_conversation", message=message))
         except StepFailed as error:
             raise StepFailed(replace(error.result, stoker=history.told(name))) from error
-        history.add(prompt, reply)
+        history.add(turn, prompt, reply)
     return steps.result(reply, outcome=history.worst, stoker=history.told(name))
 
 
+async def _found(turn: str, job: Job, claim: Claim, steps: Steps, retrieval: Retrieval | None) -> WithPassages:
+    """The turn as a message with its passages. Raises StepFailed where they cannot be had, and Transient."""
+    if retrieval is None:
+        raise StepFailed(steps.failed(code="retrieval_unavailable", message=NO_RETRIEVAL))
+    body = msgspec.json.encode({"messages": [_message("user", turn)]}).decode()
+    found = (await retrieval.retrieve(claim, [replace(job, body=body)]))[job.seq]
+    if isinstance(found, Transient):
+        raise found
+    if isinstance(found, JobResult):
+        raise StepFailed(steps.failed(code=found.error_code or "", message=found.error_message or ""))
+    return found
+
+
 class _History:
-    """What was said, and how much of it goes into the next prompt."""
+    """What was said, and how much of it goes into the next prompt. `found` are the turns with their passages."""
 
     def __init__(self, messages: Sequence[Raw], *, room_tokens: int) -> None:
         self.turns = 0
         self.worst = Outcome.SUCCEEDED
+        self.found: list[WithPassages] = []
+        self._citations: list[list[int]] = []
         self._messages = list(messages)
         self._roles = [_ROLE.decode(message).role for message in messages]
         self._dropped = 0
         self._room_tokens = room_tokens
         self._tokens_per_byte = TOKENS_PER_BYTE
+
+    @property
+    def step(self) -> str:
+        """The name of the next turn. It is another, and so are those after it, if other passages are found for it."""
+        name = f"turn-{self.turns + 1}"
+        if not self.found:
+            return name
+        shown = msgspec.json.encode([one.digests for one in self.found])
+        return f"{name}-{hashlib.sha256(shown).hexdigest()[:DIGEST_CHARACTERS]}"
 
     def prompt(self, turn: str) -> list[Raw]:
         """What is sent with a new turn: without the oldest turns, as few as need be.
@@ -77,7 +116,8 @@ class _History:
         What was left out once stays out. System messages and the new turn never are: whether these fit is the
         engine's to say.
         """
-        messages, roles = [*self._messages, _message("user", turn)], [*self._roles, "user"]
+        asked = _BODY.decode(self.found[-1].body).messages[0] if self.found else _message("user", turn)
+        messages, roles = [*self._messages, asked], [*self._roles, "user"]
         starts = [place for place, role in enumerate(roles) if role == "user"]
         while True:
             first = starts[self._dropped] if self._dropped else 0
@@ -90,11 +130,13 @@ class _History:
                 return sent
             self._dropped += 1
 
-    def add(self, prompt: Sequence[Raw], reply: Reply) -> None:
-        """A turn has ended: its prompt's last message and the reply are history."""
+    def add(self, turn: str, prompt: Sequence[Raw], reply: Reply) -> None:
+        """A turn has ended: it and the reply are history."""
         answer = _message("assistant", reply.text)
-        self._messages += [prompt[-1], answer]
+        self._messages += [_message("user", turn), answer]
         self._roles += ["user", "assistant"]
+        if self.found:
+            self._citations.append(citations(reply.text, len(self.found[-1].told)))
         self.turns += 1
         self.worst = max(self.worst, reply.outcome, key=_FROM_BEST.index)
         if reply.usage.prompt_tokens:
@@ -103,16 +145,16 @@ class _History:
 
     def told(self, name: str) -> str:
         """The member of a result line's `stoker` that states it."""
-        return msgspec.json.encode(
-            {
-                "conversation": {
-                    "id": name,
-                    "turns": self.turns,
-                    "dropped_turns": self._dropped,
-                    "messages": self._messages,
-                }
-            }
-        ).decode()
+        conversation = {
+            "id": name,
+            "turns": self.turns,
+            "dropped_turns": self._dropped,
+            "messages": self._messages,
+        }
+        if self.found:
+            shown = [one.told for one in self.found[: self.turns]]
+            conversation |= {"passages": shown, "citations": self._citations}
+        return msgspec.json.encode({"conversation": conversation}).decode()
 
 
 class _Body(msgspec.Struct):

@@ -47,7 +47,7 @@ class Lookups:
 
         Before the caches, since passages are part of what is asked.
         """
-        wanting = [job for job in jobs if job.stoker and read_settings(job.stoker).collection is not None]
+        wanting = [job for job in jobs if job.stoker and _wants_passages(job.stoker)]
         if not wanting or not claimed.runnable:
             return Looked(jobs=jobs)
         found = await self._passages(claimed, wanting)
@@ -165,3 +165,9 @@ class Lookups:
         """Wait for the chores that are under way."""
         if self._chores is not None:
             await self._chores
+
+
+def _wants_passages(stoker: str) -> bool:
+    """Whether its prompt is to have some; a conversation finds them turn by turn."""
+    settings = read_settings(stoker)
+    return settings.collection is not None and not settings.has_steps

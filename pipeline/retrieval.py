@@ -63,15 +63,17 @@ class Retrieval:
         wishes: dict[tuple[str, int], list[_Wish]] = defaultdict(list)
         for job in jobs:
             settings = read_settings(job.stoker) if job.stoker else None
-            if settings is None or settings.collection is None or settings.has_steps:
+            if settings is None or settings.collection is None:
                 continue
             try:
                 fields = read_body(job.body)
-                query = settings.query or question_of(fields)
-            except Permanent as error:
-                found[job.seq] = failed(job.seq, code=error.code, message=str(error))
+                asked = question_of(fields)
+            except (Permanent, ValueError, RecursionError) as error:  # such as 1e999, which no Python float is
+                found[job.seq] = failed(job.seq, code="invalid_request", message=str(error))
             else:
-                wishes[settings.collection, settings.top_k or TOP_K].append(_Wish(job, settings, fields, query))
+                wishes[settings.collection, settings.top_k or TOP_K].append(
+                    _Wish(job, settings, fields, settings.query or asked)
+                )
         for (collection, top_k), group in wishes.items():
             found |= await self._for_group(claim.tenant, collection, top_k, group)
         return found

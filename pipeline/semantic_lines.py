@@ -10,7 +10,7 @@ from typing import Any
 
 from cache.keys import read_body
 from cache.payload import LONGEST_BARE, Affixes, SharedAffixes, declared, prompt_of
-from models.line_settings import read_settings
+from models.line_settings import LineSettings, read_settings
 from models.lines import ParsedLine
 from runtime.errors import BadInput, Problem
 
@@ -28,7 +28,7 @@ class SemanticLines:
     def add(self, line: ParsedLine) -> None:
         """Hear of a line whose mode is semantic."""
         self._lines += 1
-        texts = prompt_of(read_body(line.body))
+        texts = _texts(line)
         self._servable += line.may_share and texts is not None
         if line.stoker is not None and read_settings(line.stoker).template is not None:
             return
@@ -74,14 +74,11 @@ class SemanticLines:
         return Affixes(*("" if "\0" in affix else affix for affix in (found.prefix, found.suffix)))
 
 
-def template_problem(line: ParsedLine, number: int) -> Problem | None:
+def template_problem(line: ParsedLine, settings: LineSettings, number: int) -> Problem | None:
     """What is wrong with the template that a line states; it must give exactly the text of its request."""
-    if line.stoker is None:
-        return None
-    settings = read_settings(line.stoker)
     if settings.template is None:
         return None
-    texts = prompt_of(read_body(line.body))
+    texts = _texts(line)
     if texts is None:
         return Problem(
             number,
@@ -96,3 +93,11 @@ def template_problem(line: ParsedLine, number: int) -> Problem | None:
         field, _, fault = str(error).partition(": ")
         return Problem(number, "invalid_request", field, fault)
     return None
+
+
+def _texts(line: ParsedLine) -> tuple[str, str] | None:
+    """As prompt_of; None too for a body that holds what Python cannot read, such as 1e999."""
+    try:
+        return prompt_of(read_body(line.body))
+    except ValueError:
+        return None

@@ -24,7 +24,7 @@ from models.names import request_name
 from models.states import Outcome
 from pipeline.attempt import Attempt
 from runtime.errors import Permanent, StokerError, Transient
-from store.shards import Claim
+from store.shards import Claim, Retry
 from store.step_states import StepStates
 from store.steps import FinishedStep
 
@@ -172,8 +172,8 @@ class Steps:
         return _sum(reply.duration_ms for reply in self._replies.values())
 
 
-Recipes = Callable[[Steps, Job, LineSettings, Claim], Awaitable[JobResult]]
-"""What does the jobs that state a recipe."""
+Recipes = Callable[[Steps, Job, LineSettings, Claim], Awaitable[JobResult | Retry]]
+"""What does the jobs that state a recipe; a Retry is a look later."""
 
 
 class _Kept(msgspec.Struct):

@@ -64,6 +64,11 @@ def with_recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
             raise click.UsageError("give either FILE or --recipe with --documents")
         if bool(recipe) != bool(documents):
             raise click.UsageError("--recipe and --documents go together")
+        if recipe is None and (collection or instruction or labels or schema or options):
+            raise click.UsageError(
+                "--collection, --instruction, --labels, --schema and --option are for --recipe; "
+                "lines of a FILE state them under `stoker`"
+            )
         wish = None
         if recipe is not None:
             wish = _wish(recipe, documents, collection, instruction, _recipe_options(labels, schema, options))
@@ -86,8 +91,8 @@ def recipe_lines(
     named = model or _only(served)
     found = gather(wish.documents)
     say_gathered(found)
-    if not found.sources:
-        raise BadInput("no document was found: name files, folders or URLs with --documents")
+    if found.missing or not found.sources:
+        raise BadInput("nothing was stored: name files, folders or URLs with --documents")
     with ExitStack() as stack:
         with database.transaction() as session:
             collection_id = None if wish.collection is None else made_collection(session, TENANT, wish.collection)
@@ -130,6 +135,8 @@ def list_recipes() -> None:
 
 
 def _recipe_options(labels: str | None, schema: Path | None, options: Sequence[str]) -> dict[str, Any]:
+    if unnamed := next((option for option in options if not option.partition("=")[1]), None):
+        raise BadInput(f"--option {unnamed}: write --option NAME=VALUE, such as --option top_k=8")
     given = parse_sets(options)
     if labels is not None:
         given["labels"] = [label.strip() for label in labels.split(",") if label.strip()]
@@ -155,7 +162,8 @@ def _wish(
 
 
 def _line(row: DocumentRow, name: str, wish: RecipeWish, *, model: str) -> dict[str, Any]:
-    stoker = {"recipe": wish.recipe.name, "document": row.id, "sources": [row.source, f"sha256:{row.digest}"]}
+    digests = [] if row.digest is None else [f"sha256:{row.digest}"]
+    stoker = {"recipe": wish.recipe.name, "document": row.id, "sources": [row.source, *digests]}
     return {
         "custom_id": name,
         "method": "POST",

@@ -22,9 +22,12 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 async def _run(task: Task) -> JobResult:
     found = await task.search(task.instruction, top_k=task.options.top_k)
-    chosen = [found[place] for place in fitting([source for source, _ in found], tokens=task.room_tokens)]
+    if not found:
+        raise Permanent("the document has no passages: add it to a collection, and name it there", code="no_passages")
+    room = task.room_tokens(task.instruction)
+    chosen = [found[place] for place in fitting([source for source, _ in found], tokens=room)]
     if not chosen:
-        raise Permanent("the document has no passage that fits into the window", code="no_passages")
+        raise Permanent("no passage of the document fits into the window", code="window_too_small")
     reply = await task.ask("answer", passages_block([source for source, _ in chosen]))
     listed = [{"n": number, **told} for number, (_, told) in enumerate(chosen, 1)]
     return task.ended(reply, {"passages": listed, "citations": citations(reply.text, len(chosen))})

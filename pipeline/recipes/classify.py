@@ -27,7 +27,8 @@ class _Answer(msgspec.Struct):
 
 async def _run(task: Task) -> JobResult:
     labels = task.options.labels
-    block, told = whole_or_first(task)
+    instruction = f"{task.instruction}\nLabels: {', '.join(labels)}"
+    block, told = await whole_or_first(task, instruction)
     schema = {
         "type": "object",
         "properties": {"label": {"type": "string", "enum": labels}},
@@ -37,7 +38,7 @@ async def _run(task: Task) -> JobResult:
     reply = await task.ask(
         "classify",
         block,
-        instruction=f"{task.instruction}\nLabels: {', '.join(labels)}",
+        instruction=instruction,
         response_format={"type": "json_schema", "json_schema": {"name": "label", "schema": schema, "strict": True}},
     )
     try:

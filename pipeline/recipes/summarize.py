@@ -3,45 +3,73 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Final
 
 from documents.prompt import document_block
 from models.jobs import JobResult
 from models.states import Outcome
 from pipeline.recipe import BYTES_A_TOKEN, NoOptions, Recipe, Task
+from pipeline.steps import Reply
 
 _PART: Final = "Summarize this part of a longer document: its facts, names and numbers, in a few sentences."
 _JOIN: Final = "These are summaries of the parts of one document, in order. {instruction}"
+_BETWEEN: Final = "\n\n"
+_BETWEEN_TOKENS: Final = 2
 
 
 async def _run(task: Task) -> JobResult:
-    texts, level, cut_short = task.parts(), 0, 0
+    join = _JOIN.format(instruction=task.instruction)
+    join_part = _JOIN.format(instruction=_PART)
+    room = task.room_tokens(task.instruction, join, _PART, join_part)
+    of_part = task.at_most(room // 2 - _BETWEEN_TOKENS)  # so that any two summaries fit into one request
+    texts, level, cut_short = await task.parts(room), 0, 0
     while len(texts) > 1:
-        last = _JOIN.format(instruction=_PART)
         replies = await asyncio.gather(
             *(
-                task.ask(f"part-{level}-{place}", document_block(text), instruction=last if level else _PART)
+                task.ask(
+                    f"part-{level}-{place}", document_block(text), instruction=join_part if level else _PART, **of_part
+                )
                 for place, text in enumerate(texts)
             )
         )
+        groups = _grouped([reply for reply in replies if reply.text.strip()], most_tokens=room)
         cut_short += sum(reply.outcome is Outcome.TRUNCATED for reply in replies)
-        said = [reply.text for reply in replies if reply.text.strip()]
-        texts, level = _packed(said, most_bytes=task.room_tokens * BYTES_A_TOKEN), level + 1
-    instruction = _JOIN.format(instruction=task.instruction) if level else None
-    reply = await task.ask("summary", document_block(texts[0] if texts else ""), instruction=instruction)
+        cut_short += sum(len(group) for group in groups if _tokens(group) > room)
+        texts, level = [_joined(group, most_tokens=room) for group in groups], level + 1
+    reply = await task.ask(
+        "summary", document_block(texts[0] if texts else ""), instruction=join if level else task.instruction
+    )
     return task.ended(reply, {"parts_cut_short": cut_short} if cut_short else {})
 
 
-def _packed(texts: list[str], *, most_bytes: int) -> list[str]:
-    """The texts joined in groups, of two at least, so that there are fewer each time; one that is too long is cut."""
-    groups: list[list[str]] = []
-    for text in texts:
-        size = sum(len(one.encode()) + 2 for one in groups[-1]) if groups else 0
-        if groups and (len(groups[-1]) < 2 or size + len(text.encode()) <= most_bytes):
-            groups[-1].append(text)
+def _grouped(summaries: Sequence[Reply], *, most_tokens: int) -> list[list[Reply]]:
+    """The summaries in groups that fit, of two at least, so that there are fewer each time."""
+    groups: list[list[Reply]] = []
+    for one in summaries:
+        if groups and (len(groups[-1]) < 2 or _tokens([*groups[-1], one]) <= most_tokens):
+            groups[-1].append(one)
         else:
-            groups.append([text])
-    return ["\n\n".join(group).encode()[:most_bytes].decode(errors="ignore") for group in groups]
+            groups.append([one])
+    return groups
+
+
+def _joined(group: Sequence[Reply], *, most_tokens: int) -> str:
+    """The group's text; two that do not fit, as an engine's that counts no tokens may not, are cut alike."""
+    texts = [reply.text for reply in group]
+    if _tokens(group) > most_tokens:
+        most_bytes = most_tokens // len(group) * BYTES_A_TOKEN - len(_BETWEEN)
+        texts = [text.encode()[:most_bytes].decode(errors="ignore") for text in texts]
+    return _BETWEEN.join(texts)
+
+
+def _tokens(replies: Sequence[Reply]) -> int:
+    """As the engine counted them when it said them, else by their bytes."""
+    return sum(
+        (reply.usage.completion_tokens - reply.usage.reasoning_tokens or len(reply.text.encode()) // BYTES_A_TOKEN)
+        + _BETWEEN_TOKENS
+        for reply in replies
+    )
 
 
 RECIPE = Recipe(

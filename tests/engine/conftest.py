@@ -14,6 +14,7 @@ import pytest
 from psycopg import sql
 
 from tests.conftest import POSTGRES
+from tests.support.own_services import OwnChroma, server_folder
 from tests.support.processes import WorkerProcess
 
 START_S = 240.0
@@ -76,7 +77,11 @@ def room(
             "COLUMNS": "200",
         }
         try:
-            with EngineRoom(env, folder=folder, postgres_url=url) as opened:
+            with (
+                server_folder() as own,
+                OwnChroma(own / "chroma") as chroma,
+                EngineRoom(env | {"STOKER_CACHE__CHROMA_URL": chroma.url}, folder=folder, postgres_url=url) as opened,
+            ):
                 yield opened
         finally:
             admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))

@@ -14,7 +14,7 @@ import pytest
 from inference.checkpoints import digest_of
 from tests.acceptance.chats import chat, ids_of, parse_lines, read_lines
 from tests.engine.conftest import EngineRoom
-from tests.support.processes import REPOSITORY, stoker
+from tests.support.processes import REPOSITORY, WorkerProcess, stoker
 from tests.support.waiting import wait_until
 
 ALIAS = "smollm2-135m"
@@ -149,3 +149,63 @@ def _results_in(room: EngineRoom, batch: str) -> int:
         ).fetchone()
     assert row is not None
     return int(row[0])
+
+
+RECIPES = {
+    "summarize": ("--set", "max_tokens=48"),
+    "classify": ("--labels", "ship,recipe"),
+    "extract": ("--schema", "{schema}"),
+    "ask": ("-c", "ships", "--instruction", "Who feeds the furnace?", "--set", "max_tokens=24"),
+}
+SCHEMA = {
+    "type": "object",
+    "properties": {"ship": {"enum": ["Albatross", "Bellerophon"]}, "is_steamer": {"type": "boolean"}},
+    "required": ["ship", "is_steamer"],
+    "additionalProperties": False,
+}
+SHIPS = {"Albatross": 2, "Bellerophon": 120}  # sentences; the second does not fit into the window
+
+
+def test_recipes_conversations_and_passages_are_answered(room: EngineRoom, tmp_path: Path) -> None:
+    worker = room.worker()
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for name, sentences in SHIPS.items():
+        text = " ".join(f"The {name} burns coal, and {count} stokers feed it." for count in range(sentences))
+        (folder / f"{name}.md").write_text(f"# The steamer {name}\n\n{text}\n")
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    told: dict[str, list[dict[str, Any]]] = {}
+    with WorkerProcess("reader", env=room.env | {"STOKER_WORKER__NODE": "documents"}, folder=tmp_path):
+        for recipe, words in RECIPES.items():
+            options = [word.format(schema=tmp_path / "schema.json") for word in words]
+            output = tmp_path / f"{recipe}.jsonl"
+            ended = stoker("run", "--recipe", recipe, "--documents", folder, *options, "-o", output, env=room.env)
+            assert ended.returncode == 0, ended.stderr
+            told[recipe] = read_lines(output)
+            assert ids_of(told[recipe]) == [f"{name}.md" for name in SHIPS]
+            assert all(answer_of(line) for line in told[recipe])
+    assert len(re.findall(r"part-0-\d+-\w+-", room.engine_log(worker))) > 1, "the long one was read in parts"
+    assert {line["stoker"]["label"] for line in told["classify"]} <= {"ship", "recipe"}
+    assert [set(json.loads(answer_of(line))) for line in told["extract"]] == [{"ship", "is_steamer"}] * 2
+    for name, line in zip(SHIPS, told["ask"], strict=True):
+        assert {Path(passage["source"]).stem for passage in line["stoker"]["passages"]} == {name}
+    _converse(room, tmp_path)
+
+
+def _converse(room: EngineRoom, folder: Path) -> None:
+    """A conversation, and a question to the collection."""
+    lines = [json.loads(chat(f"id-{seq}", "What burns coal?", model=ALIAS, max_tokens=16)) for seq in range(2)]
+    lines[0]["stoker"] = {"turns": ["And who feeds it?", "Why?"]}
+    lines[1]["stoker"] = {"collection": "ships", "query": "the Bellerophon", "top_k": 2}
+    (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ended = stoker("run", folder / "in.jsonl", "-o", folder / "out.jsonl", env=room.env)
+    assert ended.returncode == 0, ended.stderr
+    spoken, found = (line["stoker"] for line in read_lines(folder / "out.jsonl"))
+    roles = [message["role"] for message in spoken["conversation"]["messages"]]
+    assert roles == ["user", "user", "assistant", "user", "assistant"]
+    assert {Path(passage["source"]).stem for passage in found["passages"]} == {"Bellerophon"}
+
+
+def answer_of(line: dict[str, Any]) -> str:
+    """What the engine said."""
+    return str(line["response"]["body"]["choices"][0]["message"]["content"])
