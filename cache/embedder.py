@@ -18,8 +18,8 @@ from cache.score import Vectors
 from runtime.errors import BadInput
 
 MOST_TOKENS: Final = 256  # what MiniLM was trained on; a longer text is cut
-# Padding included: what fits the processor's cache. Passages of 20 to 190 tokens, one thread: 34 ms of CPU each, 55 with 4,096;
-# payloads of 5 to 15 tokens: 3.7 and 4.7 (benchmarks.retrieval has the rates).
+# Padding included: what fits the processor's cache. CPU of one thread for passages of 20 to 190 tokens: 34 ms each, 55
+# with 4,096 tokens at once; for payloads of 5 to 15: 3.7 and 4.7.
 TOKENS_AT_ONCE: Final = 512
 
 

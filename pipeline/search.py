@@ -6,6 +6,7 @@ vectors in Postgres are compared one by one: the same answer, slower.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -79,34 +80,48 @@ class Library:
 
         Raises NotFound for an unknown collection, Permanent if another embedder made its vectors.
         """
+        vectors = None if mode is SearchMode.TEXT else await self._embed(queries)
+        return await asyncio.to_thread(self._search, queries, vectors, (tenant, collection), top_k=top_k, mode=mode)
+
+    async def search_document(self, query: str, *, document_id: int, tenant: str, top_k: int) -> list[Hit]:
+        """The `top_k` passages of one document that are nearest to a query, best first."""
+        [vector] = await self._embed([query])
+        return await asyncio.to_thread(self._search_document, vector, document_id, tenant, top_k)
+
+    def _search(
+        self,
+        queries: Sequence[str],
+        vectors: Vectors | None,
+        place: tuple[str, str],
+        *,
+        top_k: int,
+        mode: SearchMode,
+    ) -> list[list[Hit]]:
+        tenant, collection = place
         with self._database.transaction() as session:
             stored = collection_named(session, tenant, collection)
-        dense: list[_Ranking] = [_Ranking([], [])] * len(queries)
-        words = dense
-        if mode is not SearchMode.TEXT and stored.embedder is not None:
+        words = dense = [_Ranking([], [])] * len(queries)
+        if vectors is not None and stored.embedder is not None:
             if stored.embedder != self._embed.id:
                 raise Permanent(
                     f"the vectors of {collection} are of the embedder {stored.embedder}, and this one is "
                     f"{self._embed.id}; name the first in STOKER_CACHE__EMBEDDER, or add its documents to a new one",
                     code="other_embedder",
                 )
-            dense = self._by_meaning(stored, await self._embed(queries))
+            dense = self._by_meaning(stored, vectors)
         if mode is not SearchMode.DENSE:
             words = [self._by_words(stored, query) for query in queries]
-        return self._hits(
-            [_merged(*both, mode=mode, top_k=top_k) for both in zip(dense, words, strict=True)], dense, tenant=tenant
-        )
+        merged = [_merged(*both, mode=mode, top_k=top_k) for both in zip(dense, words, strict=True)]
+        return self._hits(merged, dense, tenant=tenant)
 
-    async def search_document(self, query: str, *, document_id: int, tenant: str, top_k: int) -> list[Hit]:
-        """The `top_k` passages of one document that are nearest to a query, best first."""
+    def _search_document(self, vector: NDArray[np.float32], document_id: int, tenant: str, top_k: int) -> list[Hit]:
         with self._database.transaction() as session:
             ids, stored = vectors_of_document(session, document_id)
         if not ids:
             return []
-        cosines = (as_vectors(stored, len(ids)) @ (await self._embed([query])).T)[:, 0]
-        best = np.argsort(-cosines)[:top_k]
-        ranking = _Ranking([ids[at] for at in best], [float(cosines[at]) for at in best])
-        [hits] = self._hits([list(zip(ranking.ids, ranking.scores, strict=True))], [ranking], tenant=tenant)
+        ranking = _top(ids, as_vectors(stored, len(ids)) @ vector)
+        best = list(zip(ranking.ids, ranking.scores, strict=True))[:top_k]
+        [hits] = self._hits([best], [ranking], tenant=tenant)
         return hits
 
     def _by_meaning(self, collection: StoredCollection, vectors: Vectors) -> list[_Ranking]:
