@@ -20,7 +20,7 @@ from runtime.errors import BadInput
 from runtime.settings import Settings
 from scripts.local import LocalWorker, connected, ensure_node, local_services, prepare_schema
 from scripts.lookup import TENANT, opened_database
-from scripts.terminal import bar, emit_json, emit_table, say, stdout
+from scripts.terminal import PLAIN_LINE_EVERY_S, bar, emit_json, emit_table, say, stderr, stdout
 from store.database import Database
 from store.documents import (
     Added,
@@ -196,6 +196,7 @@ def rebuild(settings: Settings, collection: str) -> None:
 def await_documents(database: Database, ids: Sequence[int], node: LocalWorker | None) -> Tally:
     """Show progress until all of them are ready or failed, and until Chroma has their passages or does not answer."""
     last_news, before = time.monotonic(), Tally()
+    next_line_at = 0.0
     with bar("reading", total=len(ids)) as show:
         while True:
             if node is not None:
@@ -203,6 +204,9 @@ def await_documents(database: Database, ids: Sequence[int], node: LocalWorker | 
             with database.transaction() as session:
                 tally = tally_of(session, ids)
             show(tally.ended)
+            if not stderr.is_terminal and time.monotonic() >= next_line_at:
+                next_line_at = time.monotonic() + PLAIN_LINE_EVERY_S
+                say(f"{tally.ended:,}/{tally.total:,} documents read, {tally.failed:,} of them failed")
             if tally != before:
                 last_news, before = time.monotonic(), tally
             if tally.ended == tally.total and (not tally.unindexed or time.monotonic() - last_news > INDEX_PATIENCE_S):
