@@ -77,7 +77,14 @@ class Lookups:
         retrieval = self._context.retrieval
         if retrieval is None:
             return {job.seq: failed(job.seq, code="retrieval_unavailable", message=NO_RETRIEVAL) for job in wanting}
-        return await retrieval.retrieve(claimed, wanting)
+        try:
+            return await retrieval.retrieve(claimed, wanting)
+        except (
+            Exception
+        ) as error:  # a defect of ours ends these jobs with a traceback in the log, never a shard for ever
+            log.exception("retrieval_defect", batch_id=str(claimed.batch_id))
+            message = f"{type(error).__name__}: {error}"
+            return {job.seq: failed(job.seq, code="internal_error", message=message) for job in wanting}
 
     async def _finished_steps(self, claimed: Claim, jobs: Sequence[Job]) -> dict[int, dict[str, str]]:
         """The finished steps of the jobs of several requests, by seq; without them all would be asked again."""

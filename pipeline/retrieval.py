@@ -25,7 +25,11 @@ from runtime.errors import NotFound, Permanent, ServiceUnreachable, Transient
 from store.shards import Claim
 
 TOP_K: Final = 4
-CONTEXT_TOKENS: Final = 1_024  # of passages where the line states no budget; chosen: half of the smallest usual window
+CONTEXT_TOKENS: Final = 1_024  # of passages where the line states no budget, if the window has room; chosen
+FRAME_TOKENS: Final = 150  # of rules and the chat template
+BYTES_A_TOKEN: Final = 3
+# Of a long message; its end, where a question stands more often. The embedder reads some 1,000 characters.
+QUERY_CHARACTERS: Final = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +54,21 @@ class _Wish:
     fields: dict[str, Any]
     query: str
 
+    def budget_tokens(self, window_tokens: int) -> int:
+        """How many tokens its passages may have: what the line says, else what the window leaves."""
+        if self.settings.context_tokens is not None:
+            return self.settings.context_tokens
+        output: int = self.fields.get("max_completion_tokens") or self.fields.get("max_tokens") or 0
+        left = window_tokens - output - len(self.job.body.encode()) // BYTES_A_TOKEN - FRAME_TOKENS
+        return max(0, min(CONTEXT_TOKENS, left))
+
 
 class Retrieval:
-    """Finds what jobs ask for, in collections of their tenant."""
+    """Finds what jobs ask for, in collections of their tenant. `window_tokens` is the engine's."""
 
-    def __init__(self, library: Library) -> None:
+    def __init__(self, library: Library, *, window_tokens: int) -> None:
         self._library = library
+        self._window_tokens = window_tokens
 
     async def retrieve(self, claim: Claim, jobs: Sequence[Job]) -> dict[int, Retrieved | JobResult | Transient]:
         """For each of these jobs that names a collection, by seq: its prompt with passages, or why there is none."""
@@ -72,7 +85,7 @@ class Retrieval:
                 found[job.seq] = failed(job.seq, code="invalid_request", message=str(error))
             else:
                 wishes[settings.collection, settings.top_k or TOP_K].append(
-                    _Wish(job, settings, fields, settings.query or asked)
+                    _Wish(job, settings, fields, _searchable(settings.query or asked))
                 )
         for (collection, top_k), group in wishes.items():
             found |= await self._for_group(claim.tenant, collection, top_k, group)
@@ -93,7 +106,10 @@ class Retrieval:
             return {w.job.seq: error for w in group}
         except ServiceUnreachable as error:
             return {w.job.seq: Transient(str(error)) for w in group}
-        return {wish.job.seq: _put_in(wish, found) for wish, found in zip(group, hits, strict=True)}
+        return {
+            wish.job.seq: _put_in(wish, found, tokens=wish.budget_tokens(self._window_tokens))
+            for wish, found in zip(group, hits, strict=True)
+        }
 
 
 def shown(hit: Hit) -> tuple[Source, dict[str, Any]]:
@@ -114,10 +130,15 @@ def shown(hit: Hit) -> tuple[Source, dict[str, Any]]:
     return Source(name, place, passage.text, passage.tokens), told
 
 
-def _put_in(wish: _Wish, hits: Sequence[Hit]) -> Retrieved:
+def _searchable(text: str) -> str:
+    """Its end, without what Postgres would refuse."""
+    return text[-QUERY_CHARACTERS:].replace("\0", " ").encode(errors="ignore").decode()
+
+
+def _put_in(wish: _Wish, hits: Sequence[Hit], *, tokens: int) -> Retrieved:
     """The body with those passages that fit the budget; without any, as it was."""
     both = [shown(hit) for hit in hits]
-    places = fitting([source for source, _ in both], tokens=wish.settings.context_tokens or CONTEXT_TOKENS)
+    places = fitting([source for source, _ in both], tokens=tokens)
     if not places:
         return Retrieved(wish.job.body, (), [])
     fields = put_in(wish.fields, passages_block([both[place][0] for place in places]))

@@ -36,4 +36,6 @@ def document_jobs(database: Database, settings: Settings, parts: VectorParts) ->
         log.error("documents_off", lacks=error.name, remedy="make documents")
         return None, None
     library = Library(database, parts.index, parts.embed)
-    return Retrieval(library), Cook(database, library, window_tokens=settings.engine.context_tokens)
+    return Retrieval(library, window_tokens=settings.engine.context_tokens), Cook(
+        database, library, window_tokens=settings.engine.context_tokens
+    )

@@ -20,6 +20,7 @@ from sqlalchemy import text
 import pipeline.recipes
 from documents.kinds import Kind
 from documents.passages import Splitter
+from models.lines import SubmitOptions
 from pipeline.cook import Cook
 from pipeline.export import write_lines
 from pipeline.heartbeat import Heartbeat
@@ -27,11 +28,12 @@ from pipeline.ingest import IngestContext, ingest
 from pipeline.recipe import BYTES_A_TOKEN
 from pipeline.recipes import named_recipe, read_options, recipes
 from pipeline.search import Library
-from runtime.errors import BadInput, InvalidFile, Permanent
+from pipeline.submit import dry_run
+from runtime.errors import BadInput, InvalidFile, Permanent, Problem
 from runtime.settings import Settings
 from store.database import Database
 from store.documents import NewDocument, add_document, extend_document_leases, made_collection
-from tests.support.batches import chat
+from tests.support.batches import CHAT, chat
 from tests.support.conversing import Child, ShownEndpoint, store_lines
 from tests.support.queries import TopicEmbedder
 from tests.support.scripted_answers import digest
@@ -111,6 +113,13 @@ def read_all(database: Database) -> None:
             draining=lambda: False,
         )
         asyncio.run(ingest(context))
+
+
+def read(database: Database, content: str, collection: str | None = None, tenant: str = "local") -> int:
+    """A document that has been read."""
+    document = add(database, content, collection=collection, tenant=tenant)
+    read_all(database)
+    return document
 
 
 def line(recipe: str, document: int, instruction: str = "Do it.", **stoker: Any) -> dict[str, Any]:
@@ -196,11 +205,20 @@ def test_a_new_recipe_is_one_small_file(more_recipes: Path, child: Child, cook: 
         "    return task.ended(reply, {'read': 200})\n\n\n"
         "RECIPE = Recipe('title', 'a title for each document', NoOptions, _run, instruction='Give it a title.')\n"
     )
-    document = add(child.database, SHORT)
-    read_all(child.database)
+    document = read(child.database, SHORT)
     shown = done(child, cook, tmp_path, line("title", document, "Give it a title."))
     assert "We offer you 3 chairs.\n</document" in answer_of(shown)
     assert (shown["stoker"]["recipe"], shown["stoker"]["read"]) == ("title", 200)
+
+
+def refused(file: Path, content: str) -> Problem:
+    """The one problem of a batch file."""
+    file.write_text(content)
+    options = SubmitOptions(max_output_tokens=OUTPUT)
+    with pytest.raises(InvalidFile) as caught:
+        dry_run(file, options=options, settings=Settings.model_construct(), served_models=None)
+    [problem] = caught.value.problems
+    return problem
 
 
 @pytest.mark.parametrize(
@@ -223,29 +241,26 @@ def test_a_new_recipe_is_one_small_file(more_recipes: Path, child: Child, cook: 
     ],
 )
 def test_a_wrong_recipe_is_refused_at_submit_with_its_remedy(
-    database: Database, tmp_path: Path, recipe: str, options: dict[str, Any], fault: str
+    tmp_path: Path, recipe: str, options: dict[str, Any], fault: str
 ) -> None:
-    wrong = line(recipe, 1, options=options)
-    with pytest.raises(InvalidFile) as caught:
-        store_lines(database, tmp_path, [{"body": chat("plain")}, wrong])
-    [problem] = caught.value.problems
+    plain = {"custom_id": "1", "method": "POST", "url": CHAT, "body": chat("plain")}
+    wrong = plain | line(recipe, 1, options=options) | {"custom_id": "2"}
+    problem = refused(tmp_path / "in.jsonl", f"{json.dumps(plain)}\n{json.dumps(wrong)}\n")
     assert str(problem).startswith(f"line 2: {fault}")
     assert problem.code == "invalid_request"
 
 
 @pytest.mark.parametrize(
-    ("body", "fault"),
-    [
-        ({"messages": [{"role": "user", "content": ""}]}, "body: documents need a user message with text"),
-        ({"messages": [{"role": "user", "content": "x"}], "seed": 10**400}, "body: "),
-    ],
+    ("content", "seed", "fault"),
+    [("", "1", "body: documents need a user message with text"), ("x", "1e999", "body: Number out of range")],
 )
-def test_a_recipe_without_an_instruction_is_refused_at_submit(
-    database: Database, tmp_path: Path, body: dict[str, Any], fault: str
+def test_a_recipe_whose_request_asks_nothing_is_refused_at_submit(
+    tmp_path: Path, content: str, seed: str, fault: str
 ) -> None:
-    with pytest.raises(InvalidFile) as caught:
-        store_lines(database, tmp_path, [line("summarize", 1) | {"body": {"model": "m", **body}}])
-    assert str(caught.value.problems[0]).startswith(f"line 1: {fault}")
+    body = json.dumps(chat(content))[:-1] + f', "seed": {seed}}}'
+    given = f'{{"custom_id": "1", "method": "POST", "url": "{CHAT}", "body": {body}, '
+    problem = refused(tmp_path / "in.jsonl", given + '"stoker": {"recipe": "summarize", "document": 1}}')
+    assert str(problem).startswith(f"line 1: {fault}")
 
 
 def test_options_are_read_once_for_many_lines() -> None:
@@ -256,8 +271,7 @@ def test_options_are_read_once_for_many_lines() -> None:
 
 
 def test_a_document_that_fits_is_summarized_at_once(child: Child, cook: Cook, tmp_path: Path) -> None:
-    document = add(child.database, SHORT)
-    read_all(child.database)
+    document = read(child.database, SHORT)
     child_endpoint_shows = done(child, cook, tmp_path, line("summarize", document, "What is it?"))
     said = answer_of(child_endpoint_shows)
     assert re.fullmatch(
@@ -278,8 +292,7 @@ def test_a_document_that_fits_is_summarized_at_once(child: Child, cook: Cook, tm
 def test_a_long_document_is_summarized_by_its_parts_and_each_request_fits(
     database: Database, cook: Cook, redis_url: str, tmp_path: Path
 ) -> None:
-    document = add(database, long_document())
-    read_all(database)
+    document = read(database, long_document())
     with ShownEndpoint(summary) as engine:
         child = Child(database, engine.url, redis_url=redis_url)
         shown = done(child, cook, tmp_path, line("summarize", document))
@@ -307,8 +320,7 @@ def test_a_long_document_is_summarized_by_its_parts_and_each_request_fits(
 
 
 def test_summaries_of_parts_are_asked_so_short_that_two_fit(database: Database, redis_url: str, tmp_path: Path) -> None:
-    document = add(database, long_document())
-    read_all(database)
+    document = read(database, long_document())
     with ShownEndpoint(summary) as engine:
         child = Child(database, engine.url, redis_url=redis_url)
         shown = done(child, cook_of(database, window_tokens=360), tmp_path, line("summarize", document))
@@ -327,8 +339,7 @@ def test_parts_that_an_engine_cut_short_or_that_do_not_fit_are_told(
         message = {"role": "assistant", "content": f"{number} " + "long " * 200}
         return {"choices": [{"finish_reason": "length" if number == 2 else "stop", "message": message}]}
 
-    document = add(database, "\n\n".join(map(section, range(3))))
-    read_all(database)
+    document = read(database, "\n\n".join(map(section, range(3))))
     with ShownEndpoint(wordy) as engine:
         shown = done(Child(database, engine.url, redis_url=redis_url), cook, tmp_path, line("summarize", document))
     parts = sum("part-" in step for step in steps_asked(engine))
@@ -348,8 +359,7 @@ def interrupt(child: Child, cook: Cook, engine: ShownEndpoint, count: int) -> No
 def test_a_second_attempt_repeats_no_finished_step(
     database: Database, cook: Cook, redis_url: str, tmp_path: Path
 ) -> None:
-    document = add(database, long_document())
-    read_all(database)
+    document = read(database, long_document())
     with ShownEndpoint(summary) as engine:
         child = Child(database, engine.url, redis_url=redis_url)
         batch_id = store_lines(database, tmp_path, [line("summarize", document)])
@@ -365,8 +375,7 @@ def test_a_second_attempt_repeats_no_finished_step(
 def test_a_document_that_changes_between_attempts_is_asked_again_where_it_changed(
     database: Database, cook: Cook, redis_url: str, tmp_path: Path
 ) -> None:
-    document = add(database, long_document())
-    read_all(database)
+    document = read(database, long_document())
     with ShownEndpoint(summary) as engine:
         child = Child(database, engine.url, redis_url=redis_url)
         batch_id = store_lines(database, tmp_path, [line("summarize", document)])
@@ -384,8 +393,7 @@ def test_a_document_that_changes_between_attempts_is_asked_again_where_it_change
 
 
 def test_a_worker_with_another_window_leaves_nothing_out(database: Database, redis_url: str, tmp_path: Path) -> None:
-    document = add(database, long_document())
-    read_all(database)
+    document = read(database, long_document())
     with ShownEndpoint(summary) as engine:
         child = Child(database, engine.url, redis_url=redis_url)
         batch_id = store_lines(database, tmp_path, [line("summarize", document)])
@@ -396,8 +404,7 @@ def test_a_worker_with_another_window_leaves_nothing_out(database: Database, red
 
 
 def test_a_window_that_has_no_room_is_an_error_that_says_so(child: Child, cook: Cook, tmp_path: Path) -> None:
-    document = add(child.database, SHORT)
-    read_all(child.database)
+    document = read(child.database, SHORT)
     shown = done(child, cook, tmp_path, line("summarize", document, window_tokens=200))
     assert (shown["error"]["code"], shown["stoker"]["document"]["id"]) == ("window_too_small", document)
     assert "a window of 200 tokens leaves 0 for the document" in shown["error"]["message"]
@@ -406,8 +413,7 @@ def test_a_window_that_has_no_room_is_an_error_that_says_so(child: Child, cook: 
 def test_an_extraction_that_holds_to_the_schema_is_asked_once(
     child: Child, cook: Cook, endpoint: ScriptedEndpoint, tmp_path: Path
 ) -> None:
-    document = add(child.database, SHORT)
-    read_all(child.database)
+    document = read(child.database, SHORT)
     endpoint.script('[[answer {"total": 3}]]', match="Do it.")
     shown = done(child, cook, tmp_path, line("extract", document, options={"schema": SCHEMA}))
     assert json.loads(answer_of(shown)) == {"total": 3}
@@ -425,8 +431,7 @@ def test_an_extraction_is_repaired_once_with_the_fault(
             ]
         }
 
-    document = add(database, long_document())
-    read_all(database)
+    document = read(database, long_document())
     with ShownEndpoint(say) as engine:
         child = Child(database, engine.url, redis_url=redis_url)
         shown = done(child, cook, tmp_path, line("extract", document, options={"schema": SCHEMA}))
@@ -460,8 +465,7 @@ def test_an_extraction_that_stays_wrong_is_a_stated_error(
     schema: dict[str, Any],
     fault: str,
 ) -> None:
-    document = add(child.database, SHORT)
-    read_all(child.database)
+    document = read(child.database, SHORT)
     endpoint.script(answer, match="Do it.")
     shown = done(child, cook, tmp_path, line("extract", document, options={"schema": schema}))
     assert (shown["error"]["code"], endpoint.calls().count) == ("invalid_extraction", 2)
@@ -475,8 +479,7 @@ def test_a_document_gets_one_of_the_labels(database: Database, cook: Cook, redis
         return {"choices": [{"finish_reason": "stop", "message": {"content": json.dumps({"label": label})}}]}
 
     many = {"labels": [f"label {number} with quite some words" for number in range(20)]}
-    document = add(database, long_document())
-    read_all(database)
+    document = read(database, long_document())
     with ShownEndpoint(say) as engine:
         child = Child(database, engine.url, redis_url=redis_url)
         shown = done(child, cook, tmp_path, line("classify", document, options=many))
@@ -491,8 +494,7 @@ def test_a_document_gets_one_of_the_labels(database: Database, cook: Cook, redis
 def test_an_answer_that_is_no_label_is_a_stated_error(
     child: Child, cook: Cook, endpoint: ScriptedEndpoint, tmp_path: Path, said: str
 ) -> None:
-    document = add(child.database, SHORT)
-    read_all(child.database)
+    document = read(child.database, SHORT)
     endpoint.script(f"[[answer {said}]]", match="Do it.")
     shown = done(child, cook, tmp_path, line("classify", document, options=LABELS))
     assert shown["error"]["code"] == "invalid_label"
@@ -525,22 +527,32 @@ def test_a_question_is_answered_from_the_passages_of_its_document_alone(
     assert shown["stoker"]["citations"] == [2, 1]
 
 
-@pytest.mark.parametrize(("collection", "code"), [(None, "no_passages"), ("c", "window_too_small")])
+@pytest.mark.parametrize(
+    ("collection", "code", "message"),
+    [
+        (None, "no_passages", "the document has no passages: add it to a collection"),
+        ("c", "window_too_small", "no passage of the document fits into the window"),
+    ],
+)
 def test_a_question_without_passages_is_an_error_that_says_why(
-    child: Child, cook: Cook, endpoint: ScriptedEndpoint, tmp_path: Path, collection: str | None, code: str
+    child: Child,
+    cook: Cook,
+    endpoint: ScriptedEndpoint,
+    tmp_path: Path,
+    collection: str | None,
+    code: str,
+    message: str,
 ) -> None:
-    document = add(child.database, "refund " * 40, collection=collection)
-    read_all(child.database)
-    instruction = "Where is my refund" + " please" * 80
-    shown = done(child, cook, tmp_path, line("ask", document, instruction))
+    document = read(child.database, "refund " * 22, collection=collection)
+    shown = done(child, cook, tmp_path, line("ask", document, "Where is my refund", window_tokens=300))
     assert (shown["error"]["code"], endpoint.calls().count) == (code, 0)
+    assert shown["error"]["message"].startswith(message)
 
 
 def test_indexing_asks_the_engine_nothing(child: Child, cook: Cook, endpoint: ScriptedEndpoint, tmp_path: Path) -> None:
-    document = add(child.database, REFUNDS, collection="c")
-    read_all(child.database)
+    document = read(child.database, REFUNDS, collection="c")
     shown = done(child, cook, tmp_path, line("index", document))
-    assert shown["response"]["body"] == {"object": "stoker.document", "source": "/docs/a.txt", "passages": 6}
+    assert shown["response"]["body"] == {"object": "stoker.document", "source": "/docs/a.txt", "passages": 3}
     assert (endpoint.calls().count, shown["stoker"]["source"]) == (0, "none")
 
 
@@ -575,8 +587,7 @@ def test_a_document_that_is_still_being_read_is_waited_for_without_a_try(
 def test_another_tenants_document_is_not_there(
     child: Child, cook: Cook, endpoint: ScriptedEndpoint, tmp_path: Path, recipe: str
 ) -> None:
-    document = add(child.database, REFUNDS, collection="c", tenant="other")
-    read_all(child.database)
+    document = read(child.database, REFUNDS, collection="c", tenant="other")
     shown = done(child, cook, tmp_path, line(recipe, document))
     assert (shown["error"]["code"], endpoint.calls().count) == ("document_not_found", 0)
     assert done(child, cook, tmp_path, line(recipe, document), tenant="other")["error"] is None
