@@ -78,7 +78,7 @@ async def _found(turn: str, job: Job, claim: Claim, steps: Steps, retrieval: Ret
     """The turn as a message with its passages. Raises StepFailed where they cannot be had, and Transient."""
     if retrieval is None:
         raise StepFailed(steps.failed(code="retrieval_unavailable", message=NO_RETRIEVAL))
-    body = msgspec.json.encode({"messages": [_message("user", turn)]}).decode()
+    body = msgspec.json.encode({**_FIELDS.decode(job.body), "messages": [_message("user", turn)]}).decode()
     found = (await retrieval.retrieve(claim, [replace(job, body=body)]))[job.seq]
     if isinstance(found, Transient):
         raise found

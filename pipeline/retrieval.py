@@ -55,11 +55,16 @@ class _Wish:
     query: str
 
     def budget_tokens(self, window_tokens: int) -> int:
-        """How many tokens its passages may have: what the line says, else what the window leaves."""
+        """How many tokens its passages may have: what the line says, else what its window or the engine's leaves."""
         if self.settings.context_tokens is not None:
             return self.settings.context_tokens
         output: int = self.fields.get("max_completion_tokens") or self.fields.get("max_tokens") or 0
-        left = window_tokens - output - len(self.job.body.encode()) // BYTES_A_TOKEN - FRAME_TOKENS
+        left = (
+            (self.settings.window_tokens or window_tokens)
+            - output
+            - len(self.job.body.encode()) // BYTES_A_TOKEN
+            - FRAME_TOKENS
+        )
         return max(0, min(CONTEXT_TOKENS, left))
 
 

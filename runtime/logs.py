@@ -45,7 +45,7 @@ def configure_logs(settings: LogSettings) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.level.upper())
-    for name in ("amqp", "kombu", "celery.redirected", "alembic"):
+    for name in ("amqp", "kombu", "celery.redirected", "alembic", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
