@@ -9,7 +9,7 @@ answers is a hint: whether an entry may still answer is Postgres's to say. It ma
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -75,7 +75,9 @@ class Index:
         """The `count` nearest entries of each vector, fewer if there are fewer. Raises Emptied."""
         with self._reached(name):
             try:
-                found = self._collection(name).query(query_embeddings=vectors, n_results=count, include=["distances"])
+                found = self._with(
+                    name, lambda one: one.query(query_embeddings=vectors, n_results=count, include=["distances"])
+                )
             except ChromaError as error:
                 if _UNWRITTEN not in str(error):
                     raise
@@ -95,22 +97,22 @@ class Index:
     def add(self, name: str, ids: Sequence[int], vectors: Vectors) -> None:
         """Add entries; adding one again changes nothing. Raises Emptied: only `make` makes a collection."""
         with self._reached(name):
-            collection = self._collection(name)
             for start in range(0, len(ids), ADDED_AT_ONCE):
-                end = start + ADDED_AT_ONCE
-                collection.upsert(ids=[str(one) for one in ids[start:end]], embeddings=vectors[start:end])
+                part = slice(start, start + ADDED_AT_ONCE)
+                named = [str(one) for one in ids[part]]
+                self._with(name, lambda one: one.upsert(ids=named, embeddings=vectors[part]))  # noqa: B023  # called here
 
     def remove(self, name: str, ids: Sequence[int]) -> None:
         """Take entries out; harmless for those that are not there. Raises Emptied."""
         with self._reached(name):
-            collection = self._collection(name)
             for start in range(0, len(ids), ADDED_AT_ONCE):
-                collection.delete(ids=[str(one) for one in ids[start : start + ADDED_AT_ONCE]])
+                named = [str(one) for one in ids[start : start + ADDED_AT_ONCE]]
+                self._with(name, lambda one: one.delete(ids=named))  # noqa: B023  # called here
 
     def size(self, name: str) -> int:
         """How many entries a namespace has here. Raises Emptied."""
         with self._reached(name):
-            return int(self._collection(name).count())
+            return int(self._with(name, lambda one: one.count()))
 
     def drop(self, name: str) -> None:
         """Forget a namespace; harmless if there is none."""
@@ -131,10 +133,16 @@ class Index:
             self._client = client
         return self._client
 
-    def _collection(self, name: str) -> Any:
-        if name not in self._collections:
-            self._collections[name] = self._connected().get_collection(name, embedding_function=None)
-        return self._collections[name]
+    def _with(self, name: str, use: Callable[[Any], Any]) -> Any:
+        """Use a collection; one that we know and that is gone may have been made again by others since."""
+        known = self._collections.get(name)
+        if known is not None:
+            try:
+                return use(known)
+            except NotFoundError:
+                self._collections.pop(name, None)
+        self._collections[name] = self._connected().get_collection(name, embedding_function=None)
+        return use(self._collections[name])
 
     @contextmanager
     def _reached(self, name: str = "") -> Iterator[None]:

@@ -95,6 +95,7 @@ def test_a_folder_is_read_searched_changed_and_emptied(
         assert in_chroma(chroma) == passages_in(postgres_url)
 
         chroma.empty()
+        chroma.start()
         before = [hit["id"] for hit in found]
         unaided = json.loads(
             stoker("documents", "search", "coal for the furnace", "-c", "ships", "--json", env=env).stdout

@@ -6,18 +6,24 @@ import os
 import signal
 from pathlib import Path
 
+import click
+import psycopg
 import pytest
+from click.testing import CliRunner
 
+from pipeline.steps import STEPS_AT_ONCE
+from runtime.errors import BadInput
+from scripts.stoker import cli
 from tests.acceptance.chats import MODEL, parse_lines
 from tests.support.hostile_documents import pdf
 from tests.support.processes import WorkerProcess, stoker
 from tests.support.scripted_endpoint import ScriptedEndpoint
 from tests.support.waiting import wait_until
 
-SECTIONS = 40  # of the long document; a part has one or two
+SECTIONS = 24  # of the long document; a part has one or two
 SHORT = 3
 PART, JOIN = "Summarize this part of a longer document", "These are summaries of the parts"
-MIDDLE = 10  # parts that have been asked for when the worker is killed
+MIDDLE = 8  # parts that have been asked for when the worker is killed
 
 
 @pytest.fixture
@@ -42,7 +48,8 @@ def recipe_env(env: dict[str, str], endpoint: ScriptedEndpoint) -> dict[str, str
 
 
 def asked_for_parts(endpoint: ScriptedEndpoint) -> dict[str, int]:
-    return {prompt: count for prompt, count in endpoint.calls().prompts.items() if PART in prompt}
+    prompts = endpoint.calls().prompts.items()
+    return {prompt: count for prompt, count in prompts if PART in prompt and JOIN not in prompt}
 
 
 def test_each_document_ends_once_although_the_worker_is_killed_in_the_middle_of_the_long_one(
@@ -65,28 +72,66 @@ def test_each_document_ends_once_although_the_worker_is_killed_in_the_middle_of_
     with WorkerProcess("next", env=env, folder=tmp_path):
         ended = stoker("watch", batch, env=env)
         assert ended.returncode == 1, "one of the documents is damaged"
-    prompts = endpoint.calls().prompts
-    repeated = {prompt: count - 1 for prompt, count in prompts.items() if count > 1}
-    parts = len(asked_for_parts(endpoint))
-    print(f"\nkill -9 after {before.count} requests of {sum(prompts.values())}: {sum(repeated.values())} repeated")
-    assert max(repeated.values(), default=0) <= 1
-    assert sum(repeated.values()) <= 4, "what was in flight: four steps of one job at most"
-    assert MIDDLE <= before.count < parts
+    parts, after = asked_for_parts(endpoint), endpoint.calls()
+    repeated = sum(parts.values()) - len(parts)
+    print(f"\nkill -9 after {before.count} requests of {after.count}: {repeated} of {len(parts)} parts repeated")
+    assert max(parts.values()) <= 2
+    assert repeated <= STEPS_AT_ONCE, "what was in flight"
+    assert MIDDLE <= before.count < len(parts)
+    assert all(f"words of section {number} and no other" in "\n".join(parts) for number in range(SECTIONS))
+    assert sum(count for prompt, count in after.prompts.items() if "three chairs" in prompt) <= 2 * SHORT
     assert_told(batch, env, documents)
-    asked = "\n".join(prompts)
-    assert all(f"words of section {number} and no other" in asked for number in range(SECTIONS))
 
 
 def assert_told(batch: str, env: dict[str, str], documents: Path) -> None:
     """One line for each document, in the order of their paths; the damaged one's is an error with its code."""
-    lines = parse_lines(stoker("results", batch, env=env).stdout)
-    assert [line["custom_id"] for line in lines] == ["broken.pdf", "long.md", *(f"old/short-{n}.txt" for n in range(3))]
-    broken, long, *short = lines
+    answered = parse_lines(stoker("results", batch, env=env).stdout)
+    assert [line["custom_id"] for line in answered] == ["long.md", *(f"old/short-{n}.txt" for n in range(SHORT))]
+    [broken] = parse_lines(stoker("results", batch, "--errors", env=env).stdout)
+    long, *short = answered
+    assert broken["custom_id"] == "broken.pdf"
     assert broken["error"]["code"] == "corrupt_document"
     assert long["response"]["body"]["choices"][0]["message"]["content"] == "all that is in it"
     for number, line in enumerate(short):
         answer = line["response"]["body"]["choices"][0]["message"]["content"]
         assert f"Offer {number}: three chairs" in answer
-    for line in lines:
+    for line in (broken, *answered):
         assert line["stoker"]["recipe"] == "summarize"
         assert line["stoker"]["document"]["source"] == str(documents / line["custom_id"])
+
+
+SUBMIT = ("submit", "--documents", ".", "--model", "m")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (("submit",), "give either FILE or --recipe with --documents"),
+        (("submit", __file__, *SUBMIT[1:], "--recipe", "index"), "give either FILE or --recipe with --documents"),
+        (("submit", "--recipe", "index"), "--recipe and --documents go together"),
+        (("submit", __file__, "--labels", "a,b"), "--labels, --schema and --option are for --recipe; lines of a FILE"),
+        ((*SUBMIT, "--recipe", "sum"), "no recipe sum; there are ask, classify, extract, index, summarize"),
+        ((*SUBMIT, "--recipe", "classify"), "required field `labels` (recipe classify; its options: labels)"),
+        ((*SUBMIT, "--recipe", "classify", "--labels", "a, ,a"), "labels: each may be there once"),
+        ((*SUBMIT, "--recipe", "extract", "--schema", __file__), "test_recipes.py: is no JSON: "),
+        ((*SUBMIT, "--recipe", "ask", "-c", "c"), "recipe ask needs --instruction: what is asked of each document"),
+        ((*SUBMIT, "--recipe", "ask", "--instruction", "x"), "name a collection for them with --collection"),
+        ((*SUBMIT, "--recipe", "ask", "--option", "top_k"), "--option top_k: write --option NAME=VALUE, such as"),
+        ((*SUBMIT, "--recipe", "ask", "--option", "top_k=51"), "Expected `int` <= 50 - at `$.top_k` (recipe ask"),
+    ],
+)
+def test_a_wrong_use_is_told_before_anything_is_read(arguments: tuple[str, ...], fault: str) -> None:
+    ended = CliRunner().invoke(cli, arguments, standalone_mode=False)
+    assert isinstance(ended.exception, BadInput | click.UsageError)
+    assert fault in str(ended.exception)
+
+
+def test_a_document_that_is_nowhere_is_refused_before_any_is_stored(
+    services: dict[str, str], tmp_path: Path, documents: Path
+) -> None:
+    recipe = ("submit", "--recipe", "summarize", "--model", MODEL, "--documents", documents)
+    ended = stoker(*recipe, "--documents", tmp_path / "nowhere.pdf", env=services)
+    assert ended.returncode == 2
+    assert f"{tmp_path / 'nowhere.pdf'}: no such file or folder" in ended.stderr
+    with psycopg.connect(services["STOKER_POSTGRES__URL"]) as connection:
+        assert connection.execute("SELECT (SELECT count(*) FROM documents), count(*) FROM batches").fetchone() == (0, 0)
