@@ -3,15 +3,13 @@
     python -m benchmarks.retrieval [--folder .checkpoints/debian-docs] [--postgres URL]
 
 The questions are benchmarks.retrieval_questions'. A passage answers one if it has half of the answer, or the answer
-half of it. Recall@5 is the share of the questions with such a passage among the first five; in 1,000 tokens, among as
-many as have no more tokens than that together, since longer passages answer more easily and cost a prompt more. MRR is
-the mean of 1 / the rank of the first one, to rank 100. Brackets are 95% of 2,000 bootstraps over the questions; the
-methods' differences are of the same questions.
+half of it. Recall@5 is the share of the questions with such a passage among the first five. "In 1,000 tokens" is the
+same of as many as have no more tokens than that together, since longer passages answer more easily and cost a prompt
+more; "of the answer" is how much of it these have, on average. MRR is the mean of 1 / the rank of the first one, to
+rank 100. Brackets are 95% of 2,000 bootstraps over the questions; the methods' differences are of the same questions.
 
-Everything that is chosen (the passages' length, the headings, the rank function, the depth) is chosen by the first half
-of the questions, by their numbers' parity; the second half says what that is worth. Passages are searched exactly, in
-one numpy product. Embeddings are kept in the folder between runs. Rates of embedding are of by-turns rounds, on cores
-that others may use as well. Writes benchmarks/results/retrieval.json.
+Rank functions are chosen by every other question; `recall_held_out` is of the others. Passages are searched exactly, in
+one numpy product. Embeddings are kept in the folder between runs. Writes benchmarks/results/retrieval.json.
 """
 
 from __future__ import annotations
@@ -77,6 +75,11 @@ GROUP BY place ORDER BY sum(rarity * $score) DESC, place LIMIT {FOUND}"""
 TEXT_ONLY, BOTH_ALIKE, HEADING_FIRST, HEADING_LITTLE = "{0,0,1,0}", "{0,0,1,1}", "{0,0,0.4,1}", "{0,0,1,0.4}"
 # Weights are those of D, C, B, A: the text is B and the headings are A. Flags: 1 divides by 1 + log(length), 2 by the
 # length, 8 by the number of different words.
+FURTHER: Final = {
+    "in 1,000 tokens": "recall_in_1000_tokens",
+    "of the answer": "answer_in_1000_tokens",
+    "of 50": "recall_of_50",
+}
 DENSE_HEADINGS: Final = "dense, headings before the text"
 PATH_CHARS: Final = 160  # of the heading path: some 40 tokens
 
@@ -86,11 +89,12 @@ Rankings = list[list[int]]
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """All documents' passages of one length; `answers`: which of them answer each question."""
+    """All documents' passages of one length; of each question which `answers` it, and the share of it that each has."""
 
     most_tokens: int
     passages: list[Passage]
     answers: list[frozenset[int]]
+    shares: list[dict[int, float]]
     cut_s: float
 
 
@@ -220,22 +224,24 @@ def cut_of(asked: QuestionSet, most_tokens: int) -> Cut:
     """The passages of all documents, and those that answer each question."""
     splitter = Splitter(EMBEDDER / "tokenizer.json", most_tokens=most_tokens)
     began = time.monotonic()
-    cut = [splitter.cut(document.markdown) for document in asked.documents]
+    passages: list[Passage] = []
+    firsts = [0]
+    for document in asked.documents:
+        passages += splitter.cut(document.markdown)
+        firsts.append(len(passages))
     cut_s = time.monotonic() - began
-    firsts = np.concatenate(([0], np.cumsum([len(passages) for passages in cut]))).tolist()
-    answers = [
-        frozenset(
-            firsts[asked_.document] + passage.place for passage in cut[asked_.document] if answered(asked_, passage)
-        )
-        for asked_ in asked.questions
-    ]
-    return Cut(most_tokens, [passage for passages in cut for passage in passages], answers, cut_s)
+    answers, shares = [], []
+    for question in asked.questions:
+        places = range(firsts[question.document], firsts[question.document + 1])
+        chars = {at: found for at in places if (found := overlap(question, passages[at])) > 0}
+        answers.append(frozenset(at for at in chars if 2 * chars[at] >= min(question.chars, len(passages[at].text))))
+        shares.append({at: found / question.chars for at, found in chars.items()})
+    return Cut(most_tokens, passages, answers, shares, cut_s)
 
 
-def answered(question: Question, passage: Passage) -> bool:
-    """Whether a passage of its document has half of the answer, or the answer half of the passage."""
-    shared = min(question.end, passage.end) - max(question.start, passage.start)
-    return 2 * shared >= min(question.end - question.start, passage.end - passage.start)
+def overlap(question: Question, passage: Passage) -> int:
+    """How many characters of the answer a passage of its document has; less than 0 where it is apart."""
+    return min(question.end, passage.end) - max(question.start, passage.start)
 
 
 def embedded(texts: Sequence[str], embedder: OnnxEmbedder, folder: Path) -> Vectors:
@@ -292,7 +298,8 @@ def fused(methods: Sequence[Rankings], *, depth: int) -> Rankings:
 
 def figures(cut: Cut, found: Rankings) -> dict[str, Any]:
     """Recall and MRR of all questions, with their intervals, and of both halves."""
-    hits, ranks, in_prompt = hits_of(cut, found), ranks_of(cut, found), hits_in_prompt(cut, found)
+    hits, ranks, prompts = hits_of(cut, found), ranks_of(cut, found), in_prompt(cut, found)
+    held = [sum(share.get(at, 0.0) for at in prompt) for share, prompt in zip(cut.shares, prompts, strict=True)]
     return {
         "recall": round(float(hits.mean()), 4),
         "recall_interval": interval(hits),
@@ -301,7 +308,8 @@ def figures(cut: Cut, found: Rankings) -> dict[str, Any]:
         "mrr": round(float(ranks.mean()), 4),
         "mrr_interval": interval(ranks),
         "mrr_chosen_by": round(float(ranks[::2].mean()), 4),
-        "recall_in_1000_tokens": round(float(in_prompt.mean()), 4),
+        "recall_in_1000_tokens": round(float(hits_of(cut, prompts, top=FOUND).mean()), 4),
+        "answer_in_1000_tokens": round(statistics.mean(held), 4),
         "recall_of_50": round(float(hits_of(cut, found, top=50).mean()), 4),
     }
 
@@ -312,13 +320,11 @@ def hits_of(cut: Cut, found: Rankings, *, top: int = TOP) -> Floats:
     return np.array([not right.isdisjoint(ranking[:top]) for right, ranking in pairs], np.float64)
 
 
-def hits_in_prompt(cut: Cut, found: Rankings) -> Floats:
-    """1 for each question that is answered within PROMPT_TOKENS."""
-    hits = []
-    for right, ranking in zip(cut.answers, found, strict=True):
-        ends = np.cumsum([cut.passages[place].tokens for place in ranking])
-        hits.append(not right.isdisjoint(ranking[: int(np.searchsorted(ends, PROMPT_TOKENS, side="right"))]))
-    return np.array(hits, np.float64)
+def in_prompt(cut: Cut, found: Rankings) -> Rankings:
+    """Of each ranking the first that have no more than PROMPT_TOKENS together."""
+    ends = [np.cumsum([cut.passages[place].tokens for place in ranking]) for ranking in found]
+    lengths = [int(np.searchsorted(end, PROMPT_TOKENS, side="right")) for end in ends]
+    return [ranking[:length] for ranking, length in zip(found, lengths, strict=True)]
 
 
 def ranks_of(cut: Cut, found: Rankings) -> Floats:
@@ -363,7 +369,6 @@ def differences(cut: Cut, found: dict[str, Rankings]) -> list[dict[str, Any]]:
     """Of the methods, question by question."""
     pairs = (
         ("dense + text", "dense"),
-        ("dense + text", "text"),
         ("dense + rarity", "dense"),
         ("dense + rarity", "rarity"),
         ("dense + rarity", "dense + text"),
@@ -375,15 +380,9 @@ def differences(cut: Cut, found: dict[str, Rankings]) -> list[dict[str, Any]]:
     for one, other in pairs:
         recall = hits_of(cut, found[one]) - hits_of(cut, found[other])
         ranks = ranks_of(cut, found[one]) - ranks_of(cut, found[other])
-        rows.append(
-            {
-                "of": f"{one} − {other}",
-                "recall": round(float(recall.mean()), 4),
-                "recall_interval": interval(recall),
-                "mrr": round(float(ranks.mean()), 4),
-                "mrr_interval": interval(ranks),
-            }
-        )
+        means = {"recall": round(float(recall.mean()), 4), "mrr": round(float(ranks.mean()), 4)}
+        intervals = {"recall_interval": interval(recall), "mrr_interval": interval(ranks)}
+        rows.append({"of": f"{one} − {other}", **means, **intervals})
     return rows
 
 
@@ -475,12 +474,12 @@ def table_rows(report: dict[str, Any]) -> list[Row]:
 def show(report: dict[str, Any]) -> None:
     """Print the main tables."""
     console = Console(width=160)
-    table = Table("passages of", "method", "recall@5", "95%", "MRR", "95%", "in 1,000 tokens", "of 50")
+    table = Table("passages of", "method", "recall@5", "95%", "MRR", "95%", *FURTHER)
     for length in report["lengths"]:
         for name, row in length["methods"].items():
             table.add_row(f"≤ {length['most_tokens']} ({length['passages']:,})", name, *cells(row))
     console.print(table)
-    table = Table("fused", "depth", "recall@5", "95%", "MRR", "95%", "in 1,000 tokens", "of 50")
+    table = Table("fused", "depth", "recall@5", "95%", "MRR", "95%", *FURTHER)
     for row in report["fusions"]:
         table.add_row(row["of"], str(row["depth"]), *cells(row))
     console.print(table)
@@ -491,9 +490,8 @@ def show(report: dict[str, Any]) -> None:
 def cells(row: dict[str, Any]) -> list[str]:
     """A method's figures."""
     spans = {name: "{:.3f} to {:.3f}".format(*row[f"{name}_interval"]) for name in ("recall", "mrr")}
-    names = ("recall", "mrr", "recall_in_1000_tokens", "recall_of_50")
-    recall, mrr, in_prompt, of_50 = (f"{row[name]:.3f}" for name in names)
-    return [recall, spans["recall"], mrr, spans["mrr"], in_prompt, of_50]
+    recall, mrr = f"{row['recall']:.3f}", f"{row['mrr']:.3f}"
+    return [recall, spans["recall"], mrr, spans["mrr"], *(f"{row[name]:.3f}" for name in FURTHER.values())]
 
 
 if __name__ == "__main__":

@@ -87,6 +87,11 @@ class Question:
     start: int
     end: int
 
+    @property
+    def chars(self) -> int:
+        """The answer's length."""
+        return self.end - self.start
+
 
 @dataclass(frozen=True, slots=True)
 class QuestionSet:

@@ -37,7 +37,7 @@ from tests.support.conversing import (
 from tests.support.scripted_endpoint import ScriptedEndpoint
 from tests.support.waiting import wait_until
 
-RECIPE_LINE = {"body": chat("sum it up"), "stoker": {"recipe": "parts", "document": 1}}
+RECIPE_LINE = {"body": chat("sum it up"), "stoker": {"recipe": "summarize", "document": 1}}
 SLOW = "[[latency 0.7]]"
 
 
