@@ -72,7 +72,7 @@ async def _done_in(steps: Steps, context: FeedContext, claim: Claim, job: Job) -
             retrieval=context.retrieval,
         )
     if context.recipes is None:
-        return steps.failed(code="recipe_unavailable", message=f"this worker has no recipe {settings.recipe!r}")
+        return steps.failed(code="recipe_unavailable", message="this worker does no recipes")
     return await context.recipes(steps, job, settings, claim)
 
 

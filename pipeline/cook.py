@@ -15,6 +15,7 @@ from documents.prompt import Source
 from models.jobs import Job, JobResult, failed
 from models.line_settings import LineSettings
 from models.states import DocumentState
+from pipeline.lookups import NO_RETRIEVAL
 from pipeline.recipe import BYTES_A_TOKEN, Recipe, Task
 from pipeline.recipes import named_recipe, read_options
 from pipeline.retrieval import shown
@@ -33,7 +34,7 @@ _SPLITTER_BYTES_A_TOKEN = 4  # as a Splitter without a tokenizer counts
 class Cook:
     """Does recipes for a worker child. `window_tokens` is the engine's, for lines that state none."""
 
-    def __init__(self, database: Database, library: Library, *, window_tokens: int) -> None:
+    def __init__(self, database: Database, library: Library | None, *, window_tokens: int) -> None:
         self._database = database
         self._library = library
         self._window_tokens = window_tokens
@@ -69,6 +70,8 @@ class Cook:
             return failed(job.seq, code=document.error_code or "", message=document.error_message or "")
 
         async def search(question: str, *, top_k: int) -> Sequence[tuple[Source, Mapping[str, Any]]]:
+            if self._library is None:
+                raise Permanent(NO_RETRIEVAL, code="retrieval_unavailable")
             hits = await self._library.search_document(
                 question, document_id=order.document_id, tenant=claim.tenant, top_k=top_k
             )

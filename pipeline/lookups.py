@@ -79,9 +79,7 @@ class Lookups:
             return {job.seq: failed(job.seq, code="retrieval_unavailable", message=NO_RETRIEVAL) for job in wanting}
         try:
             return await retrieval.retrieve(claimed, wanting)
-        except (
-            Exception
-        ) as error:  # a defect of ours ends these jobs with a traceback in the log, never a shard for ever
+        except Exception as error:  # a defect of ours ends these jobs with a traceback in the log, and no shard
             log.exception("retrieval_defect", batch_id=str(claimed.batch_id))
             message = f"{type(error).__name__}: {error}"
             return {job.seq: failed(job.seq, code="internal_error", message=message) for job in wanting}

@@ -102,12 +102,7 @@ class Library:
             stored = collection_named(session, tenant, collection)
         words = dense = [_Ranking([], [])] * len(queries)
         if vectors is not None and stored.embedder is not None:
-            if stored.embedder != self._embed.id:
-                raise Permanent(
-                    f"the vectors of {collection} are of the embedder {stored.embedder}, and this one is "
-                    f"{self._embed.id}; name the first in STOKER_CACHE__EMBEDDER, or add its documents to a new one",
-                    code="other_embedder",
-                )
+            self._expect(stored.embedder)
             dense = self._by_meaning(stored, vectors)
         if mode is not SearchMode.DENSE:
             words = [self._by_words(stored, query) for query in queries]
@@ -116,13 +111,22 @@ class Library:
 
     def _search_document(self, vector: NDArray[np.float32], document_id: int, tenant: str, top_k: int) -> list[Hit]:
         with self._database.transaction() as session:
-            ids, stored = vectors_of_document(session, document_id)
+            embedder, ids, stored = vectors_of_document(session, document_id)
         if not ids:
             return []
+        self._expect(embedder)
         ranking = _top(ids, as_vectors(stored, len(ids)) @ vector)
         best = list(zip(ranking.ids, ranking.scores, strict=True))[:top_k]
         [hits] = self._hits([best], [ranking], tenant=tenant)
         return hits
+
+    def _expect(self, embedder: str | None) -> None:
+        if embedder != self._embed.id:
+            raise Permanent(
+                f"the vectors of this collection are of the embedder {embedder}, and this one is {self._embed.id}; "
+                "name the first in STOKER_CACHE__EMBEDDER, or add its documents to a new collection",
+                code="other_embedder",
+            )
 
     def _by_meaning(self, collection: StoredCollection, vectors: Vectors) -> list[_Ranking]:
         if self._index is not None:

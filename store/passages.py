@@ -134,12 +134,16 @@ def vectors_page(
     return [identifier for identifier, _ in rows], b"".join(vector for _, vector in rows)
 
 
-def vectors_of_document(session: Session, document_id: int) -> tuple[list[int], bytes]:
-    """The ids and vectors of a document's passages, in their order."""
+def vectors_of_document(session: Session, document_id: int) -> tuple[str | None, list[int], bytes]:
+    """The embedder, and the ids and vectors of a document's passages, in their order."""
     rows = session.execute(
-        text("SELECT id, vector FROM passages WHERE document_id = :id ORDER BY place"), {"id": document_id}
+        text("""
+        SELECT c.embedder, p.id, p.vector FROM passages p JOIN collections c ON c.id = p.collection_id
+        WHERE p.document_id = :id ORDER BY p.place"""),
+        {"id": document_id},
     ).all()
-    return [identifier for identifier, _ in rows], b"".join(vector for _, vector in rows)
+    embedder = rows[0].embedder if rows else None
+    return embedder, [identifier for _, identifier, _ in rows], b"".join(vector for _, _, vector in rows)
 
 
 def find_passages(session: Session, ids: Sequence[int], *, tenant: str) -> dict[int, FoundPassage]:

@@ -20,7 +20,7 @@ from runtime.children import die_with_parent
 from store.database import Database
 from store.recent import RecentAnswers
 from store.step_states import StepStates
-from worker.library import document_jobs
+from worker.library import recipes_of, retrieval_of
 from worker.semantic import semantic_cache, vector_parts
 from worker.steps import WorkerParts
 
@@ -56,11 +56,11 @@ class Child:
         )
         self._steps = StepStates(settings.require_redis())
         vectors = vector_parts(settings.cache)
-        semantic = retrieval = recipes = None
+        semantic = retrieval = None
         if vectors is not None:
             self._endpoints |= vectors.endpoints
             semantic = semantic_cache(self._database, settings, vectors, engine_id=parts.shared.engine_id)
-            retrieval, recipes = document_jobs(self._database, settings, vectors)
+            retrieval = retrieval_of(self._database, settings, vectors)
         self.runner.run(self._open())
         self._heartbeat.__enter__()
         self.context = FeedContext(
@@ -79,7 +79,7 @@ class Child:
             semantic=semantic,
             steps=self._steps,
             retrieval=retrieval,
-            recipes=recipes,
+            recipes=recipes_of(self._database, settings, vectors),
             pace=Pace(on_service=tell_service_s),
         )
 

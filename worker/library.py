@@ -11,9 +11,13 @@ from store.database import Database
 from worker.semantic import VectorParts, embedder_of, index_of
 
 if TYPE_CHECKING:
+    from models.jobs import Job, JobResult
+    from models.line_settings import LineSettings
     from pipeline.cook import Cook
     from pipeline.retrieval import Retrieval
     from pipeline.search import Library
+    from pipeline.steps import Recipes, Steps
+    from store.shards import Claim, Retry
 
 log = get_logger(__name__)
 
@@ -26,16 +30,36 @@ def library_of(database: Database, settings: Settings) -> tuple[Library, set[End
     return Library(database, None if settings.cache.chroma_url is None else index_of(settings.cache), embed), endpoints
 
 
-def document_jobs(database: Database, settings: Settings, parts: VectorParts) -> tuple[Retrieval | None, Cook | None]:
-    """What finds passages for jobs, and what does recipes; none where a library is missing, and the log says which."""
+def retrieval_of(database: Database, settings: Settings, parts: VectorParts) -> Retrieval | None:
+    """What finds passages for jobs; None where a library is missing, and the log says which."""
     try:
-        from pipeline.cook import Cook  # noqa: PLC0415
         from pipeline.retrieval import Retrieval  # noqa: PLC0415
         from pipeline.search import Library  # noqa: PLC0415
     except ImportError as error:
-        log.error("documents_off", lacks=error.name, remedy="make documents")
-        return None, None
+        log.error("retrieval_off", lacks=error.name, remedy="make documents")
+        return None
     library = Library(database, parts.index, parts.embed)
-    return Retrieval(library, window_tokens=settings.engine.context_tokens), Cook(
-        database, library, window_tokens=settings.engine.context_tokens
-    )
+    return Retrieval(library, window_tokens=settings.engine.context_tokens)
+
+
+def recipes_of(database: Database, settings: Settings, parts: VectorParts | None) -> Recipes:
+    """What does jobs' recipes. It loads at the first one: few workers ever get any."""
+    made: list[Cook] = []
+
+    async def cook(steps: Steps, job: Job, line: LineSettings, claim: Claim) -> JobResult | Retry:
+        try:
+            if not made:
+                made.append(_cook(database, settings, parts))
+        except ImportError as error:
+            return steps.failed(code="recipe_unavailable", message=f"this worker lacks {error.name}: `make documents`")
+        return await made[0](steps, job, line, claim)
+
+    return cook
+
+
+def _cook(database: Database, settings: Settings, parts: VectorParts | None) -> Cook:
+    from pipeline.cook import Cook  # noqa: PLC0415
+    from pipeline.search import Library  # noqa: PLC0415
+
+    library = None if parts is None else Library(database, parts.index, parts.embed)
+    return Cook(database, library, window_tokens=settings.engine.context_tokens)
