@@ -2,8 +2,8 @@
 
 It must not embed, store or rank anything, and it changes no character: a passage is a slice of its document.
 
-The semantic splitter asks thirteen times for the size of every character. Answered by a tokenizer, that is 4 s a
-megabyte; answered by words whose tokens are remembered, 0.7 s, and the same cuts. The tokenizer has the last word: a
+The semantic splitter asks some ten times for the size of every character. Answered by a tokenizer, that is 3.3 s of CPU a
+megabyte; answered by words whose tokens are remembered, 1.0 s, and the same cuts. The tokenizer has the last word: a
 part that has too many tokens after all is cut again.
 """
 
@@ -20,12 +20,12 @@ from typing import Final
 from semantic_text_splitter import MarkdownSplitter
 from tokenizers import Tokenizer
 
-# Of 100, 150, 200 and 254 the one whose best passages hold most of an answer in 1,000 tokens of a prompt, with meaning and
+# Of 100, 150, 200 and 254 the one whose best passages hold most of an answer in 1,000 tokens of a prompt, meaning and
 # words fused: 52%, 54%, 57%, 55% (benchmarks.retrieval). With 100 it is found a little more often, in more fragments.
 MOST_TOKENS: Final = 200
 _TITLE_CHARS: Final = 200  # of one heading in a path
 # The splitter is quadratic in a text without a place to cut, so it sees parts of this length: 200,000 characters of
-# Chinese without punctuation take 6.0 s in parts of 65,536, 1.7 s so.
+# Chinese without punctuation take 5.7 s in parts of 65,536, 1.8 s so.
 _STRETCH_CHARS: Final = 16_384
 # An unknown word of 10,000 letters is one token to the embedder, and thousands to the engine. Prose has 4 to 5.
 _MOST_CHARS_A_TOKEN: Final = 8

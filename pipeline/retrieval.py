@@ -24,7 +24,7 @@ from pipeline.search import Hit, Library
 from runtime.errors import NotFound, Permanent, ServiceUnreachable, Transient
 from store.shards import Claim
 
-TOP_K: Final = 4
+TOP_K: Final = 8
 CONTEXT_TOKENS: Final = 1_024  # of passages where the line states no budget, if the window has room; chosen
 FRAME_TOKENS: Final = 150  # of rules and the chat template
 BYTES_A_TOKEN: Final = 3

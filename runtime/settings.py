@@ -144,7 +144,7 @@ class DocumentSettings(_Group):
     convert_memory_bytes: Count = Field(2 * 1024**3, description="memory of the process that reads one")
     fetch_s: Seconds = Field(60, description="fetching one from a URL")
     passage_tokens: Annotated[int, Field(ge=16, le=254)] = Field(
-        200, description="tokens of the embedder in a passage, at most"
+        100, description="tokens of the embedder in a passage, at most"
     )
 
 

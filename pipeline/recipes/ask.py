@@ -17,7 +17,7 @@ from runtime.errors import Permanent
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`top_k` passages at most are shown to the engine."""
 
-    top_k: Annotated[int, Meta(ge=1, le=MOST_PASSAGES)] = 4
+    top_k: Annotated[int, Meta(ge=1, le=MOST_PASSAGES)] = 8
 
 
 async def _run(task: Task) -> JobResult:
