@@ -2,9 +2,9 @@
 
 It must not embed, store or rank anything, and it changes no character: a passage is a slice of its document.
 
-The semantic splitter asks some ten times for the size of every character. Answered by a tokenizer, that is 3.3 s of CPU a
-megabyte; answered by words whose tokens are remembered, 1.0 s, and the same cuts. The tokenizer has the last word: a
-part that has too many tokens after all is cut again.
+The semantic splitter asks some ten times for the size of every character. Answered by a tokenizer, that is 3.3 s of
+CPU a megabyte; answered by words whose tokens are remembered, 1.0 s, and the same cuts. The tokenizer has the last
+word: a part that has too many tokens after all is cut again.
 """
 
 from __future__ import annotations

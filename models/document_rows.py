@@ -22,6 +22,7 @@ class Collection(Base):
     name: Mapped[str]
     embedder: Mapped[str | None]  # of its first passages; others would not be comparable
     index_name: Mapped[str]  # in Chroma: no other installation has the same
+    lost: Mapped[bool] = mapped_column(server_default=text("false"))  # Chroma was found without it
     created_at: Mapped[datetime] = mapped_column(server_default=text("clock_timestamp()"))
 
     __table_args__ = (UniqueConstraint("tenant", "name", name="uq_collections_tenant_name"),)
@@ -63,6 +64,7 @@ class Document(Base):
         UniqueConstraint(
             "tenant", "collection_id", "source", name="uq_documents_source", postgresql_nulls_not_distinct=True
         ),
+        Index("ix_documents_running", "id", postgresql_where=text("state = 'running'")),
         Index("ix_documents_open", "id", postgresql_where=text("state IN ('pending', 'running')")),
         Index(None, "collection_id"),
     )
@@ -118,5 +120,5 @@ class VectorRemoval(Base):
 
     __tablename__ = "vector_removals"
 
-    passage_id: Mapped[int] = mapped_column(BIGINT, primary_key=True, autoincrement=False)
-    index_name: Mapped[str]  # the collection's name in Chroma
+    index_name: Mapped[str] = mapped_column(primary_key=True)  # the collection's name in Chroma
+    passage_id: Mapped[int] = mapped_column(BIGINT, primary_key=True, autoincrement=False)  # 0: the collection is gone

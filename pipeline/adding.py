@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
 
 from documents.convert import check_size
 from runtime.errors import Permanent
@@ -21,6 +20,7 @@ from store.database import Database, Session
 from store.documents import Added, NewDocument, add_document, list_documents, remove_documents
 
 CHUNK_DOCUMENTS: Final = 200  # in one transaction
+MOST_SOURCE_BYTES: Final = 2_000  # of a path or URL: an index row of Postgres has 2.7 KB at most
 CHUNK_BYTES: Final = 32 * 1024 * 1024
 # What a folder is searched for. A file that is named itself is read whatever it is called.
 EXTENSIONS: Final = frozenset(
@@ -42,7 +42,7 @@ class Gathered:
 
 @dataclass(slots=True)
 class AddedDocuments:
-    """What adding did: the ids of all, and how many were new, changed and so on."""
+    """What adding did: the ids of all in the order of the sources, and how many were new, changed and so on."""
 
     ids: list[int] = field(default_factory=list)
     done: Counter[Added] = field(default_factory=Counter)
@@ -51,24 +51,38 @@ class AddedDocuments:
 
 def is_url(source: str) -> bool:
     """Whether it is to be fetched."""
-    return urlsplit(source).scheme in ("http", "https")
+    return source.lower().startswith(("http://", "https://"))
 
 
 def gather(names: Sequence[str]) -> Gathered:
     """What paths, folders and URLs name; a folder's files in order, without hidden ones and links to folders."""
     found = Gathered()
     for name in names:
-        path = Path(name)
         if is_url(name):
-            found.sources.append(name)
-        elif path.is_dir():
-            _gather_folder(path.resolve(), found)
-        elif path.exists():
-            found.sources.append(str(path.resolve()))
-        else:
-            found.missing.append(name)
+            _take(name, found)
+            continue
+        try:
+            path = Path(name).resolve()
+            if path.is_dir():
+                _gather_folder(path, found)
+            elif path.exists():
+                _take(str(path), found)
+            else:
+                found.missing.append(f"{name}: no such file or folder")
+        except (OSError, ValueError) as error:  # such as a name that is too long, or a NUL in it
+            found.missing.append(f"{name!r:.200}: {error}")
     found.sources = list(dict.fromkeys(found.sources))
     return found
+
+
+def _take(source: str, found: Gathered) -> None:
+    """Among the sources, if Postgres can store it."""
+    if "\0" in source or source.encode(errors="ignore").decode() != source:
+        found.missing.append(f"{source!a:.200}: its name is no text in UTF-8; rename it")
+    elif len(source.encode()) > MOST_SOURCE_BYTES:
+        found.missing.append(f"{source:.200}…: has more than {MOST_SOURCE_BYTES:,} bytes; use a shorter path or URL")
+    else:
+        found.sources.append(source)
 
 
 def add_documents(
@@ -83,16 +97,18 @@ def add_documents(
 ) -> AddedDocuments:
     """Store all of them, some hundred in a transaction; again after a crash it changes nothing that was stored."""
     added = AddedDocuments()
-    pending = iter(sources)
+    ids: dict[str, int] = {}
+    pending = iter(sorted(sources))  # in one order, or two commands would wait for each other
     while chunk := list(_chunk(pending, limits)):
         with database.transaction() as session:
             for document in chunk:
                 identifier, done = add_document(
                     session, document, tenant=tenant, collection_id=collection_id, force=force
                 )
-                added.ids.append(identifier)
+                ids[document.source] = identifier
                 added.done[done] += 1
-        on_progress(len(added.ids))
+        on_progress(len(ids))
+    added.ids = [ids[source] for source in sources]
     return added
 
 
@@ -105,26 +121,29 @@ def remove_missing(
     collection: str,
     collection_id: int,
 ) -> list[str]:
-    """Remove a collection's documents that lie in these folders and are not among those present: their sources."""
+    """Remove a collection's documents that lay in these folders and are there no more: their sources."""
     inside = tuple(str(Path(folder).resolve()) + os.sep for folder in folders if Path(folder).is_dir())
     known = set(present)
     gone = [
         row.source
         for row in list_documents(session, tenant=tenant, collection=collection)
-        if row.source.startswith(inside) and row.source not in known
+        if row.source.startswith(inside) and row.source not in known and not Path(row.source).exists()
     ]
     return remove_documents(session, gone, tenant=tenant, collection_id=collection_id) if gone else []
 
 
 def _gather_folder(folder: Path, found: Gathered) -> None:
-    for place, folders, files in os.walk(folder):
+    def unreadable(error: OSError) -> None:
+        found.missing.append(f"{error.filename}: {error.strerror}; check its permissions")
+
+    for place, folders, files in os.walk(folder, onerror=unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             suffix = Path(name).suffix.lower()
             if name.startswith("."):
                 continue
             if suffix in EXTENSIONS:
-                found.sources.append(str(Path(place) / name))
+                _take(str(Path(place) / name), found)
             else:
                 found.left_out[suffix or "no extension"] += 1
 

@@ -50,6 +50,7 @@ class Attempt:
         self.is_stopped = False
         self.endpoint_is_down = False
         self.suspects: list[int] = []
+        self.advanced: set[int] = set()  # jobs that have finished a step in it
         self._next_due: datetime | None = loaded.next_due
         self._results: list[JobResult] = []
         self._retries: list[Retry] = []
@@ -93,6 +94,7 @@ class Attempt:
         """Keep a finished step until the next write."""
         self._begin_unwritten()
         self._steps.append(step)
+        self.advanced.add(step.seq)
         self._unwritten_bytes += len(step.reply)
 
     def _begin_unwritten(self) -> None:

@@ -64,7 +64,7 @@ async def converse(
             if settings.collection is not None:
                 history.found.append(await _found(turn, job, claim, steps, retrieval))
             prompt = history.prompt(turn)
-            reply = await steps.ask(history.step, {**fields, "messages": prompt})
+            reply = await steps.ask(history.step(prompt), {**fields, "messages": prompt})
             if reply.calls_tools:
                 message = f"turn {history.turns + 1} was answered with a tool call, which nobody here answers"
                 raise StepFailed(steps.failed(code="tool_calls_in_conversation", message=message))
@@ -101,14 +101,10 @@ class _History:
         self._room_tokens = room_tokens
         self._tokens_per_byte = TOKENS_PER_BYTE
 
-    @property
-    def step(self) -> str:
-        """The name of the next turn. It is another, and so are those after it, if other passages are found for it."""
-        name = f"turn-{self.turns + 1}"
-        if not self.found:
-            return name
-        shown = msgspec.json.encode([one.digests for one in self.found])
-        return f"{name}-{hashlib.sha256(shown).hexdigest()[:DIGEST_CHARACTERS]}"
+    def step(self, prompt: Sequence[Raw]) -> str:
+        """The next turn's name: also of what is asked, so that no reply to another history is taken for its own."""
+        asked = hashlib.sha256(msgspec.json.encode(prompt)).hexdigest()[:DIGEST_CHARACTERS]
+        return f"turn-{self.turns + 1}-{asked}"
 
     def prompt(self, turn: str) -> list[Raw]:
         """What is sent with a new turn: without the oldest turns, as few as need be.

@@ -252,7 +252,7 @@ class Dispatcher:
     def _invite_readers(self) -> None:
         """Recover documents whose reader died, and let as many hints wait as readers are free and documents due."""
         with self._database.transaction() as session:
-            for document_id, crashes in recover_documents(session):
+            for document_id, crashes in recover_documents(session, lease_s=self._settings.worker.lease_s):
                 log.warning("document_recovered", document=document_id, crashes=crashes)
             waiting = waiting_documents(
                 session, limit=self._readers, with_index=self._settings.cache.chroma_url is not None

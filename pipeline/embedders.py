@@ -13,7 +13,7 @@ from cache.embedder import OnnxEmbedder
 from cache.score import Vectors
 from inference.embeddings import PATH
 from inference.endpoint import Endpoint
-from runtime.errors import Permanent
+from runtime.errors import Permanent, Transient
 from runtime.settings import CacheSettings
 
 TEXTS_AT_ONCE = 128
@@ -46,7 +46,14 @@ class EndpointEmbedder:
 
     async def _ask(self, texts: Sequence[str]) -> Vectors:
         body = msgspec.json.encode({"model": self._model, "input": list(texts), "encoding_format": "float"})
-        reply = await self._endpoint.post(PATH, body, request_id="cache")
+        try:
+            reply = await self._endpoint.post(PATH, body, request_id="cache")
+        except Transient as error:  # an embedder's outage is not the engine's
+            raise Transient(str(error), retry_after_s=error.retry_after_s) from error
+        except Permanent as error:
+            if error.code == "timeout":
+                raise Transient(str(error)) from error
+            raise
         try:
             items = sorted(_DECODER.decode(reply.body).data, key=lambda item: item.index)
             vectors = np.array([item.embedding for item in items], dtype=np.float32)

@@ -286,7 +286,8 @@ class _Feeder:
     def _retry(self, attempt: Attempt, jobs: tuple[Job, ...], error: Transient) -> None:
         max_tries = self._context.settings.limits.max_tries
         for job in jobs:
-            attempt.record(after_failure(job, error, max_tries=max_tries, now=utc_now()))
+            tried = replace(job, tries=0) if job.seq in attempt.advanced else job  # its tries are of one step
+            attempt.record(after_failure(tried, error, max_tries=max_tries, now=utc_now()))
 
     async def _claim(self) -> bool:
         """Claim the shard that is to go first and take its jobs in; false if there was none."""

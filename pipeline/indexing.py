@@ -42,6 +42,9 @@ def sync_index(database: Database, index: Index, *, on_progress: Callable[[int],
             with database.transaction() as session:
                 forget_removals(session, one.index_name, None)
             continue
+        if one.lost:
+            with database.transaction() as session:
+                mark_unindexed(session, one.collection_id)
         _take_out(database, index, one.index_name)
         _add(database, index, StoredCollection(one.collection_id, one.index_name, None), on_progress)
 

@@ -20,9 +20,9 @@ from cache.index import Index
 from documents.passages import Passage, Splitter, embedded_text
 from pipeline.heartbeat import Heartbeat
 from pipeline.indexing import sync_index
-from pipeline.retry import BASE_S, CAP_S
+from pipeline.retry import BASE_S, CAP_S, RETRY_AFTER_CAP_S
 from pipeline.semantic import Embedder
-from runtime.errors import LostFence, Permanent, ServiceUnreachable, Transient
+from runtime.errors import Fatal, LostFence, Permanent, ServiceUnreachable, Transient
 from runtime.logs import get_logger
 from runtime.settings import Settings
 from store.database import Database
@@ -151,6 +151,10 @@ async def _read_claimed(context: IngestContext, claim: DocumentClaim, report: In
         await asyncio.to_thread(_fail, context, claim, error.code, str(error))
     except ServiceUnreachable:
         raise
+    except Fatal:  # this process is at fault, and no document
+        with context.database.transaction() as session:
+            postpone_document(session, claim, wait_s=CAP_S, counted=False)
+        raise
     except Exception as error:  # a defect of ours ends the document with a traceback in the log
         log.exception("document_defect", document=claim.id)
         report.failed += 1
@@ -211,8 +215,9 @@ def _write(context: IngestContext, claim: DocumentClaim, cut: _Cut) -> None:
 
 
 def _fail(context: IngestContext, claim: DocumentClaim, code: str, message: str) -> None:
+    storable = message.replace("\0", "").encode(errors="ignore").decode()  # a server's words may be in it
     with context.database.transaction() as session:
-        fail_document(session, claim, code=code, message=message)
+        fail_document(session, claim, code=code, message=storable)
 
 
 def _postpone(context: IngestContext, claim: DocumentClaim, error: Transient) -> None:
@@ -220,5 +225,6 @@ def _postpone(context: IngestContext, claim: DocumentClaim, error: Transient) ->
         _fail(context, claim, "retries_exhausted", f"failed {claim.tries + 1} times, the last time with: {error}")
         return
     wait_s = random.uniform(0, min(CAP_S, BASE_S * 2**claim.tries))  # noqa: S311  # jitter, not a secret
+    wished_s = min(error.retry_after_s or 0.0, RETRY_AFTER_CAP_S)
     with context.database.transaction() as session:
-        postpone_document(session, claim, wait_s=max(wait_s, error.retry_after_s or 0.0), counted=True)
+        postpone_document(session, claim, wait_s=max(wait_s, wished_s), counted=True)

@@ -140,10 +140,16 @@ def _searchable(text: str) -> str:
     return text[-QUERY_CHARACTERS:].replace("\0", " ").encode(errors="ignore").decode()
 
 
-def _put_in(wish: _Wish, hits: Sequence[Hit], *, tokens: int) -> Retrieved:
-    """The body with those passages that fit the budget; without any, as it was."""
+def _put_in(wish: _Wish, hits: Sequence[Hit], *, tokens: int) -> Retrieved | JobResult:
+    """The body with those passages that fit the budget; as it was where none was found."""
     both = [shown(hit) for hit in hits]
     places = fitting([source for source, _ in both], tokens=tokens)
+    if hits and not places:
+        message = (
+            f"{tokens:,} tokens are left for passages, and the shortest that was found has "
+            f"{min(hit.passage.tokens for hit in hits):,}; lower max_tokens, shorten the prompt, or raise the window"
+        )
+        return failed(wish.job.seq, code="window_too_small", message=message)
     if not places:
         return Retrieved(wish.job.body, (), [])
     fields = put_in(wish.fields, passages_block([both[place][0] for place in places]))

@@ -27,7 +27,8 @@ from store.documents import StoredCollection, collection_named
 from store.passages import (
     FoundPassage,
     find_passages,
-    mark_unindexed,
+    living_passages,
+    mark_lost,
     rank_by_words,
     vectors_of_document,
     vectors_page,
@@ -134,14 +135,21 @@ class Library:
                 near = self._index.nearest(collection.index_name, vectors, count=DEPTH)
             except Emptied:
                 with self._database.transaction() as session:
-                    mark_unindexed(session, collection.id)  # the documents node tells Chroma again
+                    mark_lost(session, collection.id)  # the documents node tells Chroma again
             except ServiceUnreachable as error:
                 log.warning("chroma_waits", error=str(error))
             else:
-                found = [_Ranking(one.ids.tolist(), one.cosines.tolist()) for one in near]
+                found = self._living([_Ranking(one.ids.tolist(), one.cosines.tolist()) for one in near])
                 fresh = self._compared(collection, vectors, unindexed=True)
                 return [_best(one, other) for one, other in zip(found, fresh, strict=True)]
         return self._compared(collection, vectors, unindexed=False)
+
+    def _living(self, rankings: Sequence[_Ranking]) -> list[_Ranking]:
+        """Without passages that are gone and that Chroma still has."""
+        with self._database.transaction() as session:
+            alive = living_passages(session, [one for ranking in rankings for one in ranking.ids])
+        kept = [[pair for pair in zip(one.ids, one.scores, strict=True) if pair[0] in alive] for one in rankings]
+        return [_Ranking([one for one, _ in pairs], [score for _, score in pairs]) for pairs in kept]
 
     def _compared(self, collection: StoredCollection, vectors: Vectors, *, unindexed: bool) -> list[_Ranking]:
         """Every passage, or those that Chroma lacks, compared with each query."""

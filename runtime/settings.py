@@ -138,7 +138,7 @@ class DocumentSettings(_Group):
     """Documents on the documents node: what one may be, and how it is cut."""
 
     file_bytes: Count = Field(64 * 1024 * 1024, description="bytes of one document")
-    text_bytes: Count = Field(16 * 1024 * 1024, description="bytes of text that one may become")
+    text_bytes: Count = Field(4 * 1024 * 1024, description="bytes of text that one may become")
     unpacked_bytes: Count = Field(256 * 1024 * 1024, description="bytes that the parts of a DOCX or the like may be")
     convert_s: Seconds = Field(60, description="reading one document; then it ends `conversion_timeout`")
     convert_memory_bytes: Count = Field(2 * 1024**3, description="memory of the process that reads one")

@@ -90,7 +90,7 @@ def add(
         prepare_schema(served)
         database = stack.enter_context(opened_database(served))
         added = _stored(database, served, found, collection=collection, force=force)
-        if prune:
+        if prune and not found.missing:
             added.removed = _pruned(database, wanted, found, collection=collection)
         if not no_wait:
             node = ensure_node(served, stack, "documents")
@@ -220,8 +220,8 @@ def _listed(file: Any) -> list[str]:
 
 def say_gathered(found: Gathered) -> None:
     """What of the arguments is no document."""
-    for name in found.missing:
-        say(f"{name}: no such file or folder")
+    for problem in found.missing:
+        say(problem)
     if found.left_out:
         kinds = ", ".join(f"{suffix} ({count:,})" for suffix, count in found.left_out.most_common(8))
         say(f"left out of the folders, as files of other kinds: {kinds}; name one itself to have it read")

@@ -198,7 +198,7 @@ def add_document(
         )
     if before is None:
         return row.id, Added.NEW
-    return row.id, Added.AGAIN if before.digest == document.digest else Added.CHANGED
+    return row.id, Added.AGAIN if document.digest in (None, before.digest) else Added.CHANGED
 
 
 def claim_document(session: Session, *, lease_s: float) -> DocumentClaim | None:
@@ -295,8 +295,11 @@ def postpone_document(session: Session, claim: DocumentClaim, *, wait_s: float, 
     return row is not None
 
 
-def recover_documents(session: Session) -> list[tuple[int, int]]:
-    """Give back the documents whose lease is over: (id, crashes). One that has killed its readers often has failed."""
+def recover_documents(session: Session, *, lease_s: float) -> list[tuple[int, int]]:
+    """Give back the documents whose lease is over: (id, crashes). One that has killed its readers often has failed.
+
+    Leases are spared for one lease time after Postgres started; what a write holds waits for the next call.
+    """
     rows = session.execute(
         text("""
         UPDATE documents SET crashes = crashes + 1, lease_until = NULL,
@@ -306,9 +309,17 @@ def recover_documents(session: Session) -> list[tuple[int, int]]:
             error_message = CASE WHEN crashes + 1 >= :most THEN
                 'the process that read it died ' || (crashes + 1) || ' times in a row; look at the worker''s log, '
                 || 'then add it again' END
-        WHERE state = 'running' AND lease_until < clock_timestamp() RETURNING id, crashes"""),
-        {"most": CRASHES_TO_POISON},
+        WHERE id IN (SELECT id FROM documents WHERE state = 'running' AND lease_until < clock_timestamp()
+            AND pg_postmaster_start_time() < clock_timestamp() - make_interval(secs => :lease_s)
+            ORDER BY id LIMIT 500 FOR UPDATE SKIP LOCKED)
+        RETURNING id, crashes"""),
+        {"most": CRASHES_TO_POISON, "lease_s": lease_s},
     ).all()
+    poisoned = [identifier for identifier, crashes in rows if crashes >= CRASHES_TO_POISON]
+    if poisoned:
+        session.execute(
+            text("DELETE FROM document_bytes WHERE document_id = ANY(CAST(:ids AS int8[]))"), {"ids": poisoned}
+        )
     return [(identifier, crashes) for identifier, crashes in rows]
 
 
@@ -321,7 +332,7 @@ def waiting_documents(session: Session, *, limit: int, with_index: bool) -> int:
             (SELECT count(*) FROM (SELECT 1 FROM documents WHERE state = 'pending'
                 AND (not_before IS NULL OR not_before <= clock_timestamp()) LIMIT :limit) AS due),
             CAST(:with_index AND (EXISTS (SELECT FROM passages WHERE NOT indexed)
-                OR EXISTS (SELECT FROM vector_removals)) AS int))"""),
+                OR EXISTS (SELECT FROM collections WHERE lost) OR EXISTS (SELECT FROM vector_removals)) AS int))"""),
             {"limit": limit, "with_index": with_index},
         ).scalar_one()
     )
@@ -396,7 +407,14 @@ def remove_documents(session: Session, sources: Sequence[str], *, tenant: str, c
 
 def remove_collection(session: Session, *, tenant: str, collection_id: int) -> int:
     """Delete a collection with all its documents: how many these were."""
+    session.execute(text("SELECT 1 FROM collections WHERE id = :id FOR UPDATE"), {"id": collection_id})
     count = len(_delete(session, "true", tenant, collection_id))
+    session.execute(
+        text("""
+        INSERT INTO vector_removals (index_name, passage_id) SELECT index_name, 0 FROM collections WHERE id = :id
+        ON CONFLICT DO NOTHING"""),
+        {"id": collection_id},
+    )
     session.execute(text("DELETE FROM collections WHERE id = :id"), {"id": collection_id})
     return count
 
@@ -414,6 +432,13 @@ def collection_named(session: Session, tenant: str, name: str) -> StoredCollecti
 
 def _delete(session: Session, condition: str, tenant: str, collection_id: int, **values: Any) -> list[str]:
     found = {"tenant": tenant, "collection": collection_id, **values}
+    # First, as a reader does: its write is then before all of this or after.
+    session.execute(
+        text(f"""
+        SELECT 1 FROM documents d WHERE d.tenant = :tenant AND d.collection_id = :collection AND {condition}
+        ORDER BY d.id FOR UPDATE"""),
+        found,
+    )
     session.execute(
         text(f"""
         INSERT INTO vector_removals (passage_id, index_name)

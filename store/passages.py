@@ -16,9 +16,10 @@ from store.arrays import Int4s, Int8s, Texts
 from store.documents import DocumentClaim
 
 MOST_LEXEMES = 32  # of a query: each is counted in the collection
+RAREST = 10  # of these are ranked by
 _WEIGHTS = "{1, 0, 0, 0}"  # of the text alone, not of headings: see benchmarks.retrieval
 # The question's words, any of which may be there: all of them seldom are.
-_QUERY = "to_tsquery('english', replace(CAST(plainto_tsquery('english', :query) AS text), '&', '|'))"
+_QUERY = "CAST(replace(CAST(plainto_tsquery('english', :query) AS text), '&', '|') AS tsquery)"
 _MARKS = "StartSel=\x02, StopSel=\x03"
 
 
@@ -61,10 +62,11 @@ class FoundPassage:
 
 @dataclass(frozen=True, slots=True)
 class Unsynced:
-    """A collection of which Chroma lacks passages, or has some that are gone."""
+    """A collection of which Chroma lacks passages, or has some that are gone; `lost`: it was found without it."""
 
     collection_id: int | None
     index_name: str
+    lost: bool
 
 
 def replace_passages(
@@ -124,7 +126,8 @@ def rank_by_words(session: Session, collection_id: int, query: str, *, limit: in
         ), counted AS (
             SELECT q, (SELECT count(*) FROM passages WHERE collection_id = :collection AND words @@ q) AS n FROM lexemes
         ), whole AS (SELECT CAST(count(*) AS float8) AS n FROM passages WHERE collection_id = :collection
-        ), asked AS MATERIALIZED (SELECT c.q, ln(w.n / c.n) AS rarity FROM counted c, whole w WHERE c.n > 0)
+        ), asked AS MATERIALIZED (SELECT c.q, ln(w.n / c.n) AS rarity FROM counted c, whole w WHERE c.n > 0
+            ORDER BY c.n LIMIT {RAREST})
         SELECT p.id, sum(a.rarity * ts_rank('{_WEIGHTS}', p.words, a.q)) AS rank
         FROM passages p JOIN asked a ON p.words @@ a.q WHERE p.collection_id = :collection
         GROUP BY p.id ORDER BY rank DESC, p.id LIMIT :limit"""),
@@ -191,22 +194,13 @@ def unsynced_collections(session: Session) -> list[Unsynced]:
     """The collections of which Chroma lacks passages, or has some that are gone."""
     rows = session.execute(
         text("""
-        SELECT c.id, n.index_name FROM (
+        SELECT c.id, n.index_name, coalesce(c.lost, false) FROM (
             SELECT index_name FROM vector_removals UNION
             SELECT c.index_name FROM collections c
-            WHERE EXISTS (SELECT FROM passages p WHERE p.collection_id = c.id AND NOT p.indexed)) AS n
+            WHERE c.lost OR EXISTS (SELECT FROM passages p WHERE p.collection_id = c.id AND NOT p.indexed)) AS n
         LEFT JOIN collections c ON c.index_name = n.index_name ORDER BY c.id""")
     )
     return [Unsynced(*row) for row in rows]
-
-
-def has_indexed(session: Session, collection_id: int) -> bool:
-    """Whether Chroma is believed to have any passage of this collection."""
-    return bool(
-        session.execute(
-            text("SELECT EXISTS (SELECT FROM passages WHERE collection_id = :id AND indexed)"), {"id": collection_id}
-        ).scalar_one()
-    )
 
 
 def mark_indexed(session: Session, ids: Sequence[int]) -> set[int]:
@@ -219,8 +213,26 @@ def mark_indexed(session: Session, ids: Sequence[int]) -> set[int]:
     )
 
 
+def living_passages(session: Session, ids: Sequence[int]) -> set[int]:
+    """Those of these ids that are passages."""
+    return set(
+        session.scalars(
+            text("""
+        SELECT p.id FROM unnest(CAST(:ids AS int8[])) AS u (id)
+        CROSS JOIN LATERAL (SELECT id FROM passages WHERE id = u.id OFFSET 0) AS p"""),
+            {"ids": Int8s(ids)},
+        )
+    )
+
+
+def mark_lost(session: Session, collection_id: int) -> None:
+    """Chroma was found without this collection; the documents node will see to it."""
+    session.execute(text("UPDATE collections SET lost = true WHERE id = :id AND NOT lost"), {"id": collection_id})
+
+
 def mark_unindexed(session: Session, collection_id: int) -> None:
     """Chroma has nothing of this collection: all of it is to be told again."""
+    session.execute(text("UPDATE collections SET lost = false WHERE id = :id"), {"id": collection_id})
     session.execute(
         text("UPDATE passages SET indexed = false WHERE collection_id = :id AND indexed"), {"id": collection_id}
     )

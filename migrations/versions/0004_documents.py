@@ -22,14 +22,15 @@ def upgrade() -> None:
     sa.Column('name', sa.Text(), nullable=False),
     sa.Column('embedder', sa.Text(), nullable=True),
     sa.Column('index_name', sa.Text(), nullable=False),
+    sa.Column('lost', sa.Boolean(), server_default=sa.text('false'), nullable=False),
     sa.Column('created_at', sa.DateTime(timezone=True), server_default=sa.text('clock_timestamp()'), nullable=False),
     sa.PrimaryKeyConstraint('id', name=op.f('pk_collections')),
     sa.UniqueConstraint('tenant', 'name', name='uq_collections_tenant_name')
     )
     op.create_table('vector_removals',
-    sa.Column('passage_id', sa.BIGINT(), autoincrement=False, nullable=False),
     sa.Column('index_name', sa.Text(), nullable=False),
-    sa.PrimaryKeyConstraint('passage_id', name=op.f('pk_vector_removals'))
+    sa.Column('passage_id', sa.BIGINT(), autoincrement=False, nullable=False),
+    sa.PrimaryKeyConstraint('index_name', 'passage_id', name=op.f('pk_vector_removals'))
     )
     op.create_table('documents',
     sa.Column('id', sa.BIGINT(), sa.Identity(always=False), nullable=False),
@@ -59,6 +60,7 @@ def upgrade() -> None:
     sa.UniqueConstraint('tenant', 'collection_id', 'source', name='uq_documents_source', postgresql_nulls_not_distinct=True)
     )
     op.create_index(op.f('ix_documents_collection_id'), 'documents', ['collection_id'], unique=False)
+    op.create_index('ix_documents_running', 'documents', ['id'], unique=False, postgresql_where=sa.text("state = 'running'"))
     op.create_index('ix_documents_open', 'documents', ['id'], unique=False, postgresql_where=sa.text("state IN ('pending', 'running')"))
     op.create_table('job_steps',
     sa.Column('batch_id', sa.Uuid(), nullable=False),

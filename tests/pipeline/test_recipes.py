@@ -44,6 +44,9 @@ WINDOW = 512  # tokens; a part of a document then has some 250 of them
 OUTPUT = 64
 SECTIONS = 14
 SCHEMA = {"type": "object", "properties": {"total": {"type": "integer"}}, "required": ["total"]}
+CIRCLE = {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {"type": "string"}]}}
+# Thirty lines that say a thousand million times the same.
+DOUBLING = {"0": {}} | {str(n): {"allOf": [{"$ref": f"#/$defs/{n - 1}"}] * 2} for n in range(1, 31)}
 LABELS = {"labels": ["invoice", "letter"]}
 SHORT = "# Offer\n\nWe offer you 3 chairs."
 
@@ -237,6 +240,18 @@ def refused(file: Path, content: str) -> Problem:
             {"schema": {**SCHEMA, "$ref": "http://127.0.0.1/x"}},
             "stoker.options: schema: refers to http://127.0.0.1/x, which is not fetched; put it under $defs",
         ),
+        (
+            "extract",
+            {"schema": {**SCHEMA, "allOf": [{"$ref": "#/$defs/none"}]}},
+            "schema: refers to #/$defs/none, which",
+        ),
+        (
+            "extract",
+            {"schema": {**SCHEMA, "allOf": [{"$ref": "#/$defs/a"}], "$defs": CIRCLE}},
+            "#/$defs/a refers to it",
+        ),
+        ("extract", {"schema": {**SCHEMA, "allOf": [{"$ref": "#/$defs/30"}], "$defs": DOUBLING}}, "has over 2,000 par"),
+        ("extract", {"schema": {**SCHEMA, "properties": {"a": {"pattern": "^(a+)+$"}}}}, "schema: pattern, patternPr"),
         ("extract", {"schema": {**SCHEMA, "title": "x" * 40_000}}, "stoker.options: schema: has more than 32,768 by"),
     ],
 )
@@ -437,8 +452,10 @@ def test_an_extraction_is_repaired_once_with_the_fault(
         shown = done(child, cook, tmp_path, line("extract", document, options={"schema": SCHEMA}))
     [first], [repair] = engine.texts(0), engine.texts(1)
     assert {body["response_format"]["json_schema"]["schema"] == SCHEMA for body in engine.bodies} == {True}
-    assert "Do it.\n\nYour last answer was not valid: $.total: '3' is not of type 'integer'\nIt was:\n" in repair
-    assert repair.endswith('{"total": "3"}\n\nAnswer again, with valid JSON.')
+    assert ">\n{\"total\": \"3\"}\n\n$.total: '3' is not of type 'integer'\n</document" in repair
+    assert repair.endswith(
+        "Do it.\n\nThe second text is your last answer and what is wrong with it. Answer with valid JSON."
+    )
     for prompt in (first, repair):
         assert len(prompt.encode()) // BYTES_A_TOKEN + OUTPUT <= WINDOW, "the repair fits too"
     assert json.loads(answer_of(shown)) == {"total": 3}
@@ -452,8 +469,6 @@ def test_an_extraction_is_repaired_once_with_the_fault(
     [
         ("[[answer no JSON]]", SCHEMA, "no valid JSON, also after one repair: JSON is malformed"),
         ("[[answer {}]]", SCHEMA, "no valid JSON, also after one repair: $: 'total' is a required property"),
-        ("[[answer {}]]", {"type": "object", "allOf": [{"$ref": "#/$defs/none"}]}, "'/$defs/none' does not exist"),
-        ("[[answer {}]]", {"type": "object", "allOf": [{"$ref": "#"}]}, "maximum recursion depth exceeded"),
     ],
 )
 def test_an_extraction_that_stays_wrong_is_a_stated_error(

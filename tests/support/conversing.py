@@ -143,9 +143,9 @@ def empty_redis(url: str) -> None:
 
 
 def kept_steps(database: Database, batch_id: UUID, seq: int = 0) -> set[str]:
-    """The steps of a job that Postgres has."""
+    """The steps of a job that Postgres has, without the digests of what they asked."""
     with database.transaction() as session:
-        return set(steps_of(session, batch_id, [seq]).get(seq, {}))
+        return {name.rpartition("-")[0] for name in steps_of(session, batch_id, [seq]).get(seq, {})}
 
 
 def told_of(database: Database, batch_id: UUID, seq: int = 0) -> dict[str, Any]:
