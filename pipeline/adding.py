@@ -142,8 +142,11 @@ def _gather_folder(folder: Path, found: Gathered) -> None:
             suffix = Path(name).suffix.lower()
             if name.startswith("."):
                 continue
-            if suffix in EXTENSIONS:
-                _take(str(Path(place) / name), found)
+            path = Path(place) / name
+            if path.is_symlink() and not path.resolve().is_relative_to(folder):
+                found.left_out["links out of the folder"] += 1
+            elif suffix in EXTENSIONS:
+                _take(str(path), found)
             else:
                 found.left_out[suffix or "no extension"] += 1
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from contextlib import AsyncExitStack, ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from models.states import DocumentState
 from pipeline.adding import AddedDocuments, Gathered, add_documents, gather, is_url, remove_missing
 from runtime.errors import BadInput
 from runtime.settings import Settings
-from scripts.local import LocalWorker, connected, ensure_node, local_services, prepare_schema
+from scripts.local import LocalWorker, ensure_node, local_services, prepare_schema
 from scripts.lookup import TENANT, opened_database
 from scripts.terminal import PLAIN_LINE_EVERY_S, bar, emit_json, emit_table, say, stderr, stdout
 from store.database import Database
@@ -40,13 +40,29 @@ from worker.semantic import index_of
 if TYPE_CHECKING:
     from pipeline.search import Hit
 
+NO_CHROMA = "no Chroma is set: searches compare all vectors in Postgres one by one"
 POLL_S = 0.3
 INDEX_PATIENCE_S = 5.0
 SHOWN_FAILURES = 50
 MODES = ("fused", "dense", "text")
 
+LONGEST_NAME = 200
+
+
+class CollectionName(click.ParamType[str]):
+    """A name that can be read and typed."""
+
+    name = "NAME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        name = str(value).strip()
+        if not name or len(name) > LONGEST_NAME or not name.isprintable():
+            self.fail(f"{value!r:.80} is no name; write 1 to {LONGEST_NAME} letters, such as handbook", param, ctx)
+        return name
+
+
 collection_option = click.option(
-    "--collection", "-c", required=True, metavar="NAME", help="The collection; `add` makes it if there is none."
+    "--collection", "-c", required=True, type=CollectionName(), help="The collection; `add` makes it if there is none."
 )
 
 
@@ -85,17 +101,18 @@ def add(
         raise click.UsageError("name a file, a folder or a URL, or a list of them with --from-file")
     found = gather(wanted)
     say_gathered(found)
+    if not found.sources:
+        raise BadInput("no document was found there; nothing was added or removed (`remove --all` removes all)")
     began = time.monotonic()
-    with local_services(settings, with_chroma=settings.is_embedded) as served, ExitStack() as stack:
-        prepare_schema(served)
-        database = stack.enter_context(opened_database(served))
+    with _opened(settings, with_chroma=True) as (served, database), ExitStack() as stack:
         added = _stored(database, served, found, collection=collection, force=force)
         if prune and not found.missing:
             added.removed = _pruned(database, wanted, found, collection=collection)
         if not no_wait:
             node = ensure_node(served, stack, "documents")
             await_documents(database, added.ids, node)
-        return _report(database, found, added, seconds=time.monotonic() - began, as_json=as_json)
+        seconds = time.monotonic() - began
+        return _report(database, served, found, added, seconds=seconds, as_json=as_json)
 
 
 @documents.command("list")
@@ -105,7 +122,7 @@ def add(
 @click.pass_obj
 def list_(settings: Settings, collection: str | None, failed: bool, as_json: bool) -> None:
     """Collections with their counts, or the documents of one."""
-    with opened_database(connected(settings)) as database, database.transaction() as session:
+    with _opened(settings) as (_, database), database.transaction() as session:
         if collection is None and not failed:
             rows = list_collections(session, tenant=TENANT)
         else:
@@ -137,8 +154,9 @@ def list_(settings: Settings, collection: str | None, failed: bool, as_json: boo
 @click.pass_obj
 def search(settings: Settings, query: str, collection: str, top_k: int, mode: str | None, as_json: bool) -> None:
     """The passages that QUERY is about, with their scores and where they stand; its words are marked."""
-    served = connected(settings)
-    with opened_database(served) as database:
+    if not query.strip():
+        raise click.UsageError("say what to search for")
+    with _opened(settings, with_chroma=True) as (served, database):
         hits = asyncio.run(_search(database, served, query, collection=collection, top_k=top_k, mode=mode))
         marked = _marked(database, hits, query)
     if as_json:
@@ -159,7 +177,7 @@ def remove(settings: Settings, names: tuple[str, ...], collection: str, everythi
     """Take documents out of a collection, with their passages; of a folder all that lie in it."""
     if bool(names) == everything:
         raise click.UsageError("name documents or folders, or say --all")
-    with opened_database(connected(settings)) as database, database.transaction() as session:
+    with _opened(settings) as (_, database), database.transaction() as session:
         stored = collection_named(session, TENANT, collection)
         if everything:
             count = remove_collection(session, tenant=TENANT, collection_id=stored.id)
@@ -170,6 +188,8 @@ def remove(settings: Settings, names: tuple[str, ...], collection: str, everythi
             gone = [row.source for row in rows if row.source in places or row.source.startswith(inside)]
             count = len(remove_documents(session, gone, tenant=TENANT, collection_id=stored.id)) if gone else 0
     say(f"{count:,} documents removed from {collection}")
+    if not count:
+        say(f"nothing named is in it; `stoker documents list -c {collection}` shows what is")
 
 
 @documents.command()
@@ -179,12 +199,9 @@ def rebuild(settings: Settings, collection: str) -> None:
     """Make a collection's vectors in Chroma anew from Postgres; nothing is read or embedded again."""
     from pipeline.indexing import rebuild_index  # noqa: PLC0415  # its libraries are an extra
 
-    served = connected(settings)
-    if served.cache.chroma_url is None:
-        raise BadInput(
-            "no Chroma is set: name it in STOKER_CACHE__CHROMA_URL; without one, search compares all vectors"
-        )
-    with opened_database(served) as database:
+    with _opened(settings, with_chroma=True) as (served, database):
+        if served.cache.chroma_url is None:
+            raise BadInput(f"{NO_CHROMA}; name it in STOKER_CACHE__CHROMA_URL")
         with database.transaction() as session:
             stored = collection_named(session, TENANT, collection)
             total = dict(list_collections(session, tenant=TENANT))[collection].passages
@@ -193,10 +210,19 @@ def rebuild(settings: Settings, collection: str) -> None:
     say(f"{total:,} passages of {collection} are in Chroma")
 
 
+@contextmanager
+def _opened(settings: Settings, *, with_chroma: bool = False) -> Iterator[tuple[Settings, Database]]:
+    """Services that answer, embedded ones started for this block if none is set or runs, and their database."""
+    with local_services(settings, with_chroma=with_chroma and settings.is_embedded) as served:
+        prepare_schema(served)
+        with opened_database(served) as database:
+            yield served, database
+
+
 def await_documents(database: Database, ids: Sequence[int], node: LocalWorker | None) -> Tally:
     """Show progress until all of them are ready or failed, and until Chroma has their passages or does not answer."""
     last_news, before = time.monotonic(), Tally()
-    next_line_at = 0.0
+    next_line_at, was_over = 0.0, False
     with bar("reading", total=len(ids)) as show:
         while True:
             if node is not None:
@@ -204,7 +230,9 @@ def await_documents(database: Database, ids: Sequence[int], node: LocalWorker | 
             with database.transaction() as session:
                 tally = tally_of(session, ids)
             show(tally.ended)
-            if not stderr.is_terminal and time.monotonic() >= next_line_at:
+            is_over = tally.ended == tally.total
+            if not stderr.is_terminal and (is_over != was_over or time.monotonic() >= next_line_at):
+                was_over = is_over
                 next_line_at = time.monotonic() + PLAIN_LINE_EVERY_S
                 say(f"{tally.ended:,}/{tally.total:,} documents read, {tally.failed:,} of them failed")
             if tally != before:
@@ -251,7 +279,15 @@ def _pruned(database: Database, wanted: Sequence[str], found: Gathered, *, colle
     return len(gone)
 
 
-def _report(database: Database, found: Gathered, added: AddedDocuments, *, seconds: float, as_json: bool) -> int:
+def _report(
+    database: Database,
+    settings: Settings,
+    found: Gathered,
+    added: AddedDocuments,
+    *,
+    seconds: float,
+    as_json: bool,
+) -> int:
     """What became of them; the exit code: 1 if any failed or was missing."""
     with database.transaction() as session:
         tally = tally_of(session, added.ids)
@@ -282,7 +318,9 @@ def _report(database: Database, found: Gathered, added: AddedDocuments, *, secon
                 say(f"note: {row.source}: {row.note}")
         if len(failures) > SHOWN_FAILURES:
             say(f"… and {len(failures) - SHOWN_FAILURES:,} more: `stoker documents list --failed`")
-        if tally.unindexed:
+        if tally.unindexed and settings.cache.chroma_url is None:
+            say(NO_CHROMA)
+        elif tally.unindexed:
             say("Chroma does not have all passages yet; the documents node tells it when it answers")
     return 1 if failures or found.missing else 0
 
@@ -302,7 +340,7 @@ def _list_documents(rows: Sequence[DocumentRow], *, as_json: bool) -> None:
                 r.kind or "",
                 r.size_bytes or "",
                 r.passages,
-                r.error_message or r.note or "",
+                f"{r.error_code}: {r.error_message}" if r.error_code else r.note or "",
             )
             for r in rows
         ],

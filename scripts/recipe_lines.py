@@ -21,7 +21,7 @@ from pipeline.recipe import Recipe
 from pipeline.recipes import named_recipe, read_options, recipes
 from runtime.errors import BadInput
 from runtime.settings import Settings
-from scripts.documents_commands import await_documents, say_gathered
+from scripts.documents_commands import CollectionName, await_documents, say_gathered
 from scripts.local import ensure_node
 from scripts.lookup import TENANT
 from scripts.terminal import bar, say
@@ -119,7 +119,7 @@ def recipe_lines(
 _OPTIONS = (
     click.option("--recipe", metavar="NAME", help="Do this to documents, one line each: see `stoker recipes`."),
     click.option("--documents", multiple=True, metavar="PATH|URL", help="Files, folders or URLs. Repeatable."),
-    click.option("--collection", "-c", metavar="NAME", help="Where the documents are added; index and ask need it."),
+    click.option("--collection", "-c", type=CollectionName(), help="Where documents are added; index and ask need it."),
     click.option("--instruction", metavar="TEXT", help="What is asked of each document; for `ask`, the question."),
     click.option("--labels", metavar="A,B,C", help="For classify: the answers that are possible."),
     click.option("--schema", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="For extract: a file."),

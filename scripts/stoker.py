@@ -68,7 +68,10 @@ def main() -> None:
         error.show()
         sys.exit(EXIT_USAGE)
     except (click.Abort, KeyboardInterrupt):
-        say("interrupted; what was submitted is kept, and goes on whenever a worker runs: `stoker status`")
+        say(
+            "interrupted; what was submitted is kept, and goes on whenever a worker runs: `stoker status`, "
+            "`stoker documents list`"
+        )
         sys.exit(EXIT_INTERRUPTED)
     except InvalidFile as error:
         _say_problems(error)

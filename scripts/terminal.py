@@ -24,8 +24,8 @@ from store.database import Database
 POLL_S = 0.25
 PLAIN_LINE_EVERY_S = 5.0
 
-stderr = Console(stderr=True, highlight=False)
-stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False, emoji=False)
+stdout = Console(highlight=False, emoji=False)
 
 
 def say(message: str) -> None:

@@ -16,6 +16,7 @@ from store.arrays import Int4s, Int8s, Texts
 from store.documents import DocumentClaim
 
 MOST_LEXEMES = 32  # of a query: each is counted in the collection
+SHORT_CHARACTERS = 600  # a passage that is shown as a whole
 RAREST = 10  # of these are ranked by
 _WEIGHTS = "{1, 0, 0, 0}"  # of the text alone, not of headings: see benchmarks.retrieval
 # The question's words, any of which may be there: all of them seldom are.
@@ -179,12 +180,14 @@ def highlights(session: Session, ids: Sequence[int], query: str) -> dict[int, st
     """The parts of these passages that say most of the query; \\x02 and \\x03 enclose its words."""
     rows = session.execute(
         text(f"""
-        SELECT p.id, ts_headline('english', p.content, {_QUERY}, :options) FROM passages p
+        SELECT p.id, ts_headline('english', p.content, {_QUERY},
+            CASE WHEN length(p.content) <= {SHORT_CHARACTERS} THEN :whole ELSE :parts END) FROM passages p
         WHERE p.id = ANY(CAST(:ids AS int8[]))"""),
         {
             "ids": Int8s(ids),
             "query": query,
-            "options": f'{_MARKS}, MaxFragments=2, MaxWords=40, MinWords=15, FragmentDelimiter=" … "',
+            "whole": f"{_MARKS}, HighlightAll=true",
+            "parts": f'{_MARKS}, MaxFragments=2, MaxWords=40, MinWords=15, FragmentDelimiter=" … "',
         },
     )
     return {identifier: headline for identifier, headline in rows}

@@ -46,7 +46,7 @@ SECTIONS = 14
 SCHEMA = {"type": "object", "properties": {"total": {"type": "integer"}}, "required": ["total"]}
 CIRCLE = {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {"type": "string"}]}}
 # Thirty lines that say a thousand million times the same.
-DOUBLING = {"0": {}} | {str(n): {"allOf": [{"$ref": f"#/$defs/{n - 1}"}] * 2} for n in range(1, 31)}
+DOUBLING: dict[str, Any] = {"0": {}} | {str(n): {"allOf": [{"$ref": f"#/$defs/{n - 1}"}] * 2} for n in range(1, 31)}
 LABELS = {"labels": ["invoice", "letter"]}
 SHORT = "# Offer\n\nWe offer you 3 chairs."
 
@@ -243,15 +243,23 @@ def refused(file: Path, content: str) -> Problem:
         (
             "extract",
             {"schema": {**SCHEMA, "allOf": [{"$ref": "#/$defs/none"}]}},
-            "schema: refers to #/$defs/none, which",
+            "stoker.options: schema: refers to #/$defs/none, which",
         ),
         (
             "extract",
             {"schema": {**SCHEMA, "allOf": [{"$ref": "#/$defs/a"}], "$defs": CIRCLE}},
-            "#/$defs/a refers to it",
+            "stoker.options: schema: #/$defs/a refers to it",
         ),
-        ("extract", {"schema": {**SCHEMA, "allOf": [{"$ref": "#/$defs/30"}], "$defs": DOUBLING}}, "has over 2,000 par"),
-        ("extract", {"schema": {**SCHEMA, "properties": {"a": {"pattern": "^(a+)+$"}}}}, "schema: pattern, patternPr"),
+        (
+            "extract",
+            {"schema": {**SCHEMA, "allOf": [{"$ref": "#/$defs/30"}], "$defs": DOUBLING}},
+            "stoker.options: schema: has over",
+        ),
+        (
+            "extract",
+            {"schema": {**SCHEMA, "properties": {"a": {"pattern": "^(a+)+$"}}}},
+            "stoker.options: schema: pattern",
+        ),
         ("extract", {"schema": {**SCHEMA, "title": "x" * 40_000}}, "stoker.options: schema: has more than 32,768 by"),
     ],
 )
