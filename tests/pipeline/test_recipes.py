@@ -2,63 +2,48 @@
 
 from __future__ import annotations
 
-import asyncio
-import io
 import json
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
-from uuid import UUID
 
 import pytest
 from sqlalchemy import text
 
 import pipeline.recipes
-from documents.kinds import Kind
-from documents.passages import Splitter
-from models.lines import SubmitOptions
 from pipeline.cook import Cook
-from pipeline.export import write_lines
-from pipeline.heartbeat import Heartbeat
-from pipeline.ingest import IngestContext, ingest
 from pipeline.recipe import BYTES_A_TOKEN
-from pipeline.recipes import named_recipe, read_options, recipes
-from pipeline.search import Library
-from pipeline.submit import dry_run
-from runtime.errors import BadInput, InvalidFile, Permanent, Problem
-from runtime.settings import Settings
+from pipeline.recipes import recipes
 from store.database import Database
-from store.documents import NewDocument, add_document, extend_document_leases, made_collection
-from tests.support.batches import CHAT, chat
+from tests.support.batches import chat
 from tests.support.conversing import Child, ShownEndpoint, store_lines
-from tests.support.queries import TopicEmbedder
-from tests.support.scripted_answers import digest
+from tests.support.cooking import (
+    ALL_MARKERS,
+    LABELS,
+    OUTPUT,
+    SCHEMA,
+    SECTIONS,
+    SHORT,
+    WINDOW,
+    add,
+    answer_of,
+    cook_of,
+    done,
+    line,
+    lines_of,
+    long_document,
+    markers,
+    read,
+    read_all,
+    section,
+    steps_asked,
+    summary,
+)
 from tests.support.scripted_endpoint import ScriptedEndpoint
 from tests.support.waiting import wait_until
-
-WINDOW = 512  # tokens; a part of a document then has some 250 of them
-OUTPUT = 64
-SECTIONS = 14
-SCHEMA = {"type": "object", "properties": {"total": {"type": "integer"}}, "required": ["total"]}
-CIRCLE = {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {"type": "string"}]}}
-# Thirty lines that say a thousand million times the same.
-DOUBLING: dict[str, Any] = {"0": {}} | {str(n): {"allOf": [{"$ref": f"#/$defs/{n - 1}"}] * 2} for n in range(1, 31)}
-LABELS = {"labels": ["invoice", "letter"]}
-SHORT = "# Offer\n\nWe offer you 3 chairs."
-
-
-@dataclass(frozen=True)
-class Plain:
-    """A document that is text already."""
-
-    markdown: str
-    kind: Kind = Kind.TEXT
-    pages: tuple[int, ...] = ()
-    note: str | None = None
 
 
 @pytest.fixture
@@ -75,109 +60,6 @@ def child(database: Database, endpoint: ScriptedEndpoint, redis_url: str) -> Chi
 @pytest.fixture
 def cook(database: Database) -> Cook:
     return cook_of(database)
-
-
-def cook_of(database: Database, *, window_tokens: int = WINDOW) -> Cook:
-    return Cook(database, Library(database, None, TopicEmbedder()), window_tokens=window_tokens)
-
-
-def add(
-    database: Database, content: str, *, name: str = "a.txt", collection: str | None = None, tenant: str = "local"
-) -> int:
-    """A document that waits to be read; again by its name with other content it is the same one."""
-    document = NewDocument(f"/docs/{name}", content.encode(), digest(content, 32).hex(), len(content))
-    with database.transaction() as session:
-        into = None if collection is None else made_collection(session, tenant, collection)
-        return add_document(session, document, tenant=tenant, collection_id=into)[0]
-
-
-def read_all(database: Database) -> None:
-    """Read what waits, as the documents node does, but for the process that converts."""
-
-    def convert(content: bytes, name: str) -> Plain:
-        if content.startswith(b"broken"):
-            raise Permanent(f"{name} is damaged", code="corrupt_document")
-        return Plain(content.decode())
-
-    def fetch(url: str) -> Any:
-        raise AssertionError(url)
-
-    settings = Settings.model_construct()
-    with Heartbeat(database, lease_s=30.0, interval_s=10.0, extend=extend_document_leases) as heartbeat:
-        context = IngestContext(
-            database=database,
-            heartbeat=heartbeat,
-            convert=convert,
-            fetch=fetch,
-            splitter=Splitter(None, most_tokens=40),
-            embed=TopicEmbedder(),
-            index=None,
-            settings=settings,
-            draining=lambda: False,
-        )
-        asyncio.run(ingest(context))
-
-
-def read(database: Database, content: str, collection: str | None = None, tenant: str = "local") -> int:
-    """A document that has been read."""
-    document = add(database, content, collection=collection, tenant=tenant)
-    read_all(database)
-    return document
-
-
-def line(recipe: str, document: int, instruction: str = "Do it.", **stoker: Any) -> dict[str, Any]:
-    return {"body": chat(instruction), "stoker": {"recipe": recipe, "document": document, **stoker}}
-
-
-def lines_of(database: Database, batch_id: UUID) -> list[dict[str, Any]]:
-    """The result lines of a batch, errors included."""
-    written = io.BytesIO()
-    write_lines(database, batch_id, output=written, errors=written)
-    return [json.loads(one) for one in written.getvalue().splitlines()]
-
-
-def done(child: Child, cook: Cook, folder: Path, one: dict[str, Any], *, tenant: str = "local") -> dict[str, Any]:
-    """The result line of a batch of this line alone."""
-    batch_id = store_lines(child.database, folder, [one], tenant=tenant)
-    assert child.feed(recipes=cook).jobs == 1
-    [found] = lines_of(child.database, batch_id)
-    return found
-
-
-def answer_of(shown: dict[str, Any]) -> str:
-    said: str = shown["response"]["body"]["choices"][0]["message"]["content"]
-    return said
-
-
-def section(number: int, *, word: str = "words") -> str:
-    return f"## Section {number}\n\nsection-{number}. " + f"{word} of section {number} and no other. " * 12
-
-
-def long_document(**changed: str) -> str:
-    return "\n\n".join(changed.get(f"s{number}") or section(number) for number in range(SECTIONS))
-
-
-def markers(said: str) -> list[str]:
-    return sorted(set(re.findall(r"section-\d+", said)), key=lambda one: int(one.partition("-")[2]))
-
-
-ALL_MARKERS = [f"section-{number}" for number in range(SECTIONS)]
-
-
-def summary(_: int, body: dict[str, Any]) -> dict[str, Any]:
-    """What an engine says that keeps the markers, and needs all the tokens that it may have but a few."""
-    prompt = body["messages"][-1]["content"]
-    words = [*markers(prompt), *(f"{digest(prompt, 4).hex()}" for _ in range(OUTPUT))][: body["max_tokens"] - 4]
-    usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(words)}
-    return {
-        "choices": [{"finish_reason": "stop", "message": {"role": "assistant", "content": " ".join(words)}}],
-        "usage": usage,
-    }
-
-
-def steps_asked(endpoint: ShownEndpoint) -> list[str]:
-    """The names of steps that came, without what they belong to."""
-    return sorted(name.split("_")[-1].rpartition("-")[0] for name in endpoint.request_ids)
 
 
 def test_every_module_of_the_folder_is_a_recipe() -> None:
@@ -212,85 +94,6 @@ def test_a_new_recipe_is_one_small_file(more_recipes: Path, child: Child, cook: 
     shown = done(child, cook, tmp_path, line("title", document, "Give it a title."))
     assert "We offer you 3 chairs.\n</document" in answer_of(shown)
     assert (shown["stoker"]["recipe"], shown["stoker"]["read"]) == ("title", 200)
-
-
-def refused(file: Path, content: str) -> Problem:
-    """The one problem of a batch file."""
-    file.write_text(content)
-    options = SubmitOptions(max_output_tokens=OUTPUT)
-    with pytest.raises(InvalidFile) as caught:
-        dry_run(file, options=options, settings=Settings.model_construct(), served_models=None)
-    [problem] = caught.value.problems
-    return problem
-
-
-@pytest.mark.parametrize(
-    ("recipe", "options", "fault"),
-    [
-        ("sumarize", {}, "stoker.recipe: no recipe sumarize; there are ask, classify, extract, index, summarize"),
-        ("summarize", {"x": 1}, "stoker.options: Object contains unknown field `x` (recipe summarize; its options: no"),
-        ("classify", {}, "stoker.options: Object missing required field `labels` (recipe classify; its options: label"),
-        ("classify", {"labels": ["a"]}, "stoker.options: Expected `array` of length >= 2 - at `$.labels` (recipe cla"),
-        ("classify", {"labels": ["a", "a"]}, "stoker.options: labels: each may be there once (recipe classify"),
-        ("ask", {"top_k": 0}, "stoker.options: Expected `int` >= 1 - at `$.top_k` (recipe ask; its options: top_k)"),
-        ("extract", {"schema": {"type": "string"}}, 'stoker.options: schema: must be of "type": "object", with the'),
-        ("extract", {"schema": {**SCHEMA, "required": 3}}, "stoker.options: schema: 3 is not of type 'array'; write a"),
-        (
-            "extract",
-            {"schema": {**SCHEMA, "$ref": "http://127.0.0.1/x"}},
-            "stoker.options: schema: refers to http://127.0.0.1/x, which is not fetched; put it under $defs",
-        ),
-        (
-            "extract",
-            {"schema": {**SCHEMA, "allOf": [{"$ref": "#/$defs/none"}]}},
-            "stoker.options: schema: refers to #/$defs/none, which",
-        ),
-        (
-            "extract",
-            {"schema": {**SCHEMA, "allOf": [{"$ref": "#/$defs/a"}], "$defs": CIRCLE}},
-            "stoker.options: schema: #/$defs/a refers to it",
-        ),
-        (
-            "extract",
-            {"schema": {**SCHEMA, "allOf": [{"$ref": "#/$defs/30"}], "$defs": DOUBLING}},
-            "stoker.options: schema: has over",
-        ),
-        (
-            "extract",
-            {"schema": {**SCHEMA, "properties": {"a": {"pattern": "^(a+)+$"}}}},
-            "stoker.options: schema: pattern",
-        ),
-        ("extract", {"schema": {**SCHEMA, "title": "x" * 40_000}}, "stoker.options: schema: has more than 32,768 by"),
-    ],
-)
-def test_a_wrong_recipe_is_refused_at_submit_with_its_remedy(
-    tmp_path: Path, recipe: str, options: dict[str, Any], fault: str
-) -> None:
-    plain = {"custom_id": "1", "method": "POST", "url": CHAT, "body": chat("plain")}
-    wrong = plain | line(recipe, 1, options=options) | {"custom_id": "2"}
-    problem = refused(tmp_path / "in.jsonl", f"{json.dumps(plain)}\n{json.dumps(wrong)}\n")
-    assert str(problem).startswith(f"line 2: {fault}")
-    assert problem.code == "invalid_request"
-
-
-@pytest.mark.parametrize(
-    ("content", "seed", "fault"),
-    [("", "1", "body: documents need a user message with text"), ("x", "1e999", "body: Number out of range")],
-)
-def test_a_recipe_whose_request_asks_nothing_is_refused_at_submit(
-    tmp_path: Path, content: str, seed: str, fault: str
-) -> None:
-    body = json.dumps(chat(content))[:-1] + f', "seed": {seed}}}'
-    given = f'{{"custom_id": "1", "method": "POST", "url": "{CHAT}", "body": {body}, '
-    problem = refused(tmp_path / "in.jsonl", given + '"stoker": {"recipe": "summarize", "document": 1}}')
-    assert str(problem).startswith(f"line 1: {fault}")
-
-
-def test_options_are_read_once_for_many_lines() -> None:
-    one, other = (read_options(named_recipe("classify"), {"labels": ["a", "b"]}) for _ in range(2))
-    assert one is other
-    with pytest.raises(BadInput, match="its options: labels"):
-        read_options(named_recipe("classify"), {"labels": "a,b"})
 
 
 def test_a_document_that_fits_is_summarized_at_once(child: Child, cook: Cook, tmp_path: Path) -> None:
