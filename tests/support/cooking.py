@@ -6,17 +6,19 @@ import asyncio
 import io
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from cache.index import Index
 from documents.kinds import Kind
 from documents.passages import Splitter
 from pipeline.cook import Cook
 from pipeline.export import write_lines
 from pipeline.heartbeat import Heartbeat
-from pipeline.ingest import IngestContext, ingest
+from pipeline.ingest import IngestContext, IngestReport, ingest
 from pipeline.search import Library
 from runtime.errors import Permanent
 from runtime.settings import Settings
@@ -59,16 +61,19 @@ def add(
         return add_document(session, document, tenant=tenant, collection_id=into)[0]
 
 
-def read_all(database: Database) -> None:
+def fetches_nothing(url: str) -> Any:
+    raise AssertionError(url)
+
+
+def read_all(
+    database: Database, *, index: Index | None = None, fetch: Callable[[str], Any] = fetches_nothing
+) -> IngestReport:
     """Read what waits, as the documents node does, but for the process that converts."""
 
     def convert(content: bytes, name: str) -> Plain:
         if content.startswith(b"broken"):
             raise Permanent(f"{name} is damaged", code="corrupt_document")
         return Plain(content.decode())
-
-    def fetch(url: str) -> Any:
-        raise AssertionError(url)
 
     settings = Settings.model_construct()
     with Heartbeat(database, lease_s=30.0, interval_s=10.0, extend=extend_document_leases) as heartbeat:
@@ -79,11 +84,11 @@ def read_all(database: Database) -> None:
             fetch=fetch,
             splitter=Splitter(None, most_tokens=40),
             embed=TopicEmbedder(),
-            index=None,
+            index=index,
             settings=settings,
             draining=lambda: False,
         )
-        asyncio.run(ingest(context))
+        return asyncio.run(ingest(context))
 
 
 def read(database: Database, content: str, collection: str | None = None, tenant: str = "local") -> int:
