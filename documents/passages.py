@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 # Of 100, 150, 200 and 254 the one whose best passages hold most of an answer in 1,000 tokens of a prompt, meaning and
 # words fused: 52%, 54%, 57%, 55% (benchmarks.retrieval). With 100 it is found a little more often, in more fragments.
-MOST_TOKENS: Final = 200
+MOST_TOKENS: Final = 100
 _TITLE_CHARS: Final = 200  # of one heading in a path
 # The splitter is quadratic in a text without a place to cut, so it sees parts of this length: 200,000 characters of
 # Chinese without punctuation take 5.7 s in parts of 65,536, 1.8 s so.
