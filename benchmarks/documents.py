@@ -1,6 +1,6 @@
 """Real documents of several kinds, from Debian's packages, read by the documents node: seconds, passages, failures.
 
-    python -m benchmarks.documents [--folder .checkpoints/debian-docs] [--pdfs 120] [--keep FOLDER]
+    python -m benchmarks.documents [--folder .checkpoints/debian-docs] [--most-kb 100] [--keep FOLDER]
 
 Services of its own, Chroma among them, one worker of the documents node with a child for each core, and the command
 line as a user types it: `stoker documents add`, the same again, and searches whose answers are known. A search counts
@@ -61,12 +61,12 @@ def main() -> None:
     """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the packages are kept")
-    parser.add_argument("--pdfs", type=int, default=120, help="PDFs at most, the first by name")
+    parser.add_argument("--most-kb", type=int, default=100, help="larger documents are left out")
     parser.add_argument("--keep", type=Path, help="where to leave the documents")
     options = parser.parse_args()
     with ExitStack() as stack:
         folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stoker-documents-")))
-        versions = gathered(options.folder, folder, pdfs=options.pdfs)
+        versions = gathered(options.folder, folder, most_bytes=options.most_kb * 1000)
         place = stack.enter_context(own_place())
         chroma = stack.enter_context(OwnChroma(stack.enter_context(server_folder()) / "chroma"))
         cache = place.settings.cache.model_copy(update={"chroma_url": chroma.url})
@@ -80,16 +80,14 @@ def main() -> None:
     print(keep("documents", whole | {"table": [row.as_json() for row in table]}))
 
 
-def gathered(cached: Path, folder: Path, *, pdfs: int) -> dict[str, str]:
+def gathered(cached: Path, folder: Path, *, most_bytes: int) -> dict[str, str]:
     """The packages' documents, copied into a folder each, and the packages' versions."""
     versions = {}
     for package in PACKAGES:
         root, versions[package] = unpacked(package, cached)
-        found = sorted(path for path in root.rglob("*") if path.is_file() and path.suffix.lower() in EXTENSIONS)
-        kept = [path for path in found if path.suffix != ".pdf"] + [path for path in found if path.suffix == ".pdf"][
-            :pdfs
-        ]
-        for path in kept:
+        for path in sorted(root.rglob("*")):
+            if not path.is_file() or path.suffix.lower() not in EXTENSIONS or path.stat().st_size > most_bytes:
+                continue
             place = folder / package / path.relative_to(root)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)

@@ -109,7 +109,10 @@ class Converter:
 
     def _ask(self, order: Order, content: bytes) -> Text | Fault:
         with ExitStack() as stack:
-            connection, life = self._running().fork(stack)
+            try:
+                connection, life = self._running().fork(stack)
+            except Transient:  # it had just died, and no document was with it
+                connection, life = self._running().fork(stack)
             end = time.monotonic() + order.convert_s
             try:
                 answer = _exchange(connection, order, content, end)
@@ -172,6 +175,7 @@ class _Server:
             with theirs:
                 socket.send_fds(self._control, [b"\n"], [theirs.fileno(), their_life])
         except OSError as error:
+            self.stop()
             raise Transient("the process that reads documents has just ended; try again") from error
         finally:
             os.close(their_life)

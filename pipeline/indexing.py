@@ -6,7 +6,7 @@ A collection that Chroma has no more, as after it was emptied, is told to it ane
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -69,15 +69,17 @@ def _add(database: Database, index: Index, collection: StoredCollection, on_prog
         try:
             index.add(collection.index_name, ids, as_vectors(vectors, len(ids)))
         except Emptied:
-            log.info("index_made", collection=collection.id)
             with database.transaction() as session:
-                mark_unindexed(session, collection.id)
+                is_wanted = mark_unindexed(session, collection.id)
+            if not is_wanted:
+                return
+            log.info("index_made", collection=collection.id)
             index.make(collection.index_name)
             continue
         with database.transaction() as session:
             alive = mark_indexed(session, ids)
         if gone := [one for one in ids if one not in alive]:  # replaced while they were on their way
-            index.remove(collection.index_name, gone)
+            _remove(index, collection.index_name, gone)
         told += len(ids)
         on_progress(told)
 
@@ -88,12 +90,16 @@ def _take_out(database: Database, index: Index, name: str) -> None:
             gone = removals_of(session, name, limit=PAGE_PASSAGES)
         if not gone:
             return
-        try:
-            index.remove(name, gone)
-        except Emptied:
-            log.info("index_was_emptied", index=name)
+        _remove(index, name, gone)
         with database.transaction() as session:
             forget_removals(session, name, gone)
+
+
+def _remove(index: Index, name: str, gone: Sequence[int]) -> None:
+    try:
+        index.remove(name, gone)
+    except Emptied:
+        log.info("index_was_emptied", index=name)
 
 
 def as_vectors(stored: bytes, count: int) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:

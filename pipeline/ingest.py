@@ -22,7 +22,7 @@ from pipeline.heartbeat import Heartbeat
 from pipeline.indexing import sync_index
 from pipeline.retry import BASE_S, CAP_S, RETRY_AFTER_CAP_S
 from pipeline.semantic import Embedder
-from runtime.errors import Fatal, LostFence, Permanent, ServiceUnreachable, Transient
+from runtime.errors import Deadlocked, Fatal, LostFence, Permanent, ServiceUnreachable, Transient
 from runtime.logs import get_logger
 from runtime.settings import Settings
 from store.database import Database
@@ -96,6 +96,10 @@ class _Cut:
     vectors: Sequence[bytes]
 
 
+class _Draining(Exception):
+    """This process is to end, and the document would take long."""
+
+
 async def ingest(context: IngestContext) -> IngestReport:
     """Read documents while some are due, then tell Chroma of what it lacks; safe to run twice or to die at any line."""
     report = IngestReport()
@@ -149,16 +153,17 @@ async def _read_claimed(context: IngestContext, claim: DocumentClaim, report: In
     except Permanent as error:
         report.failed += 1
         await asyncio.to_thread(_fail, context, claim, error.code, str(error))
+    except (_Draining, Deadlocked):
+        await asyncio.to_thread(_give_back, context, claim, wait_s=0.0)
     except ServiceUnreachable:
         raise
     except Fatal:  # this process is at fault, and no document
-        with context.database.transaction() as session:
-            postpone_document(session, claim, wait_s=CAP_S, counted=False)
+        await asyncio.to_thread(_give_back, context, claim, wait_s=CAP_S)
         raise
     except Exception as error:  # a defect of ours ends the document with a traceback in the log
         log.exception("document_defect", document=claim.id)
         report.failed += 1
-        await asyncio.to_thread(_fail, context, claim, "internal_error", f"{type(error).__name__}: {error}")
+        await asyncio.to_thread(_fail, context, claim, "internal_error", f"{claim.source}: {error!r}")
     finally:
         context.heartbeat.remove(claim)
 
@@ -178,6 +183,8 @@ async def _cut(context: IngestContext, claim: DocumentClaim, lost: asyncio.Event
         for at in range(0, len(passages), PASSAGES_AT_ONCE):
             if lost.is_set():
                 raise LostFence
+            if context.draining():
+                raise _Draining
             part = await context.embed([embedded_text(one) for one in passages[at : at + PASSAGES_AT_ONCE]])
             vectors += [vector.tobytes() for vector in part]
     seconds = time.monotonic() - began
@@ -218,6 +225,12 @@ def _fail(context: IngestContext, claim: DocumentClaim, code: str, message: str)
     storable = message.replace("\0", "").encode(errors="ignore").decode()  # a server's words may be in it
     with context.database.transaction() as session:
         fail_document(session, claim, code=code, message=storable)
+
+
+def _give_back(context: IngestContext, claim: DocumentClaim, *, wait_s: float) -> None:
+    """It is at no fault: no failure of its own is counted."""
+    with context.database.transaction() as session:
+        postpone_document(session, claim, wait_s=wait_s, counted=False)
 
 
 def _postpone(context: IngestContext, claim: DocumentClaim, error: Transient) -> None:

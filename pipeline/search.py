@@ -7,7 +7,7 @@ vectors in Postgres are compared one by one: the same answer, slower.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from cache.index import Emptied, Index
 from cache.score import Vectors
 from documents.fusion import fuse
-from pipeline.indexing import as_vectors
+from pipeline.indexing import PAGE_PASSAGES, as_vectors
 from pipeline.semantic import Embedder
 from runtime.errors import Permanent, ServiceUnreachable
 from runtime.logs import get_logger
@@ -30,6 +30,7 @@ from store.passages import (
     living_passages,
     mark_lost,
     rank_by_words,
+    removals_of,
     vectors_of_document,
     vectors_page,
 )
@@ -38,6 +39,7 @@ log = get_logger(__name__)
 
 DEPTH: Final = 50  # of each ranking before they are fused; see benchmarks.retrieval
 PAGE_VECTORS: Final = 5_000  # 8 MB of 384 dimensions
+DIGITS: Final = 5  # of a cosine by which passages are told apart: Chroma and numpy differ in the seventh
 
 
 class SearchMode(StrEnum):
@@ -131,8 +133,10 @@ class Library:
 
     def _by_meaning(self, collection: StoredCollection, vectors: Vectors) -> list[_Ranking]:
         if self._index is not None:
+            with self._database.transaction() as session:
+                gone = removals_of(session, collection.index_name, limit=PAGE_PASSAGES)  # they would take places
             try:
-                near = self._index.nearest(collection.index_name, vectors, count=DEPTH)
+                near = self._index.nearest(collection.index_name, vectors, count=DEPTH + len(gone))
             except Emptied:
                 with self._database.transaction() as session:
                     mark_lost(session, collection.id)  # the documents node tells Chroma again
@@ -141,15 +145,14 @@ class Library:
             else:
                 found = self._living([_Ranking(one.ids.tolist(), one.cosines.tolist()) for one in near])
                 fresh = self._compared(collection, vectors, unindexed=True)
-                return [_best(one, other) for one, other in zip(found, fresh, strict=True)]
+                return [_joined(one, other) for one, other in zip(found, fresh, strict=True)]
         return self._compared(collection, vectors, unindexed=False)
 
     def _living(self, rankings: Sequence[_Ranking]) -> list[_Ranking]:
         """Without passages that are gone and that Chroma still has."""
         with self._database.transaction() as session:
             alive = living_passages(session, [one for ranking in rankings for one in ranking.ids])
-        kept = [[pair for pair in zip(one.ids, one.scores, strict=True) if pair[0] in alive] for one in rankings]
-        return [_Ranking([one for one, _ in pairs], [score for _, score in pairs]) for pairs in kept]
+        return [_best(pair for pair in zip(one.ids, one.scores, strict=True) if pair[0] in alive) for one in rankings]
 
     def _compared(self, collection: StoredCollection, vectors: Vectors, *, unindexed: bool) -> list[_Ranking]:
         """Every passage, or those that Chroma lacks, compared with each query."""
@@ -164,7 +167,7 @@ class Library:
                 return rankings
             after = ids[-1]
             cosines: NDArray[np.float32] = vectors @ as_vectors(stored, len(ids)).T
-            rankings = [_best(one, _top(ids, row)) for one, row in zip(rankings, cosines, strict=True)]
+            rankings = [_joined(one, _top(ids, row)) for one, row in zip(rankings, cosines, strict=True)]
 
     def _by_words(self, collection: StoredCollection, query: str) -> _Ranking:
         with self._database.transaction() as session:
@@ -191,13 +194,18 @@ def _merged(dense: _Ranking, words: _Ranking, *, mode: SearchMode, top_k: int) -
 
 
 def _top(ids: Sequence[int], cosines: NDArray[np.float32]) -> _Ranking:
-    best = np.argsort(-cosines)[:DEPTH]
+    best = np.lexsort((np.asarray(ids), -np.round(cosines, DIGITS)))[:DEPTH]
     return _Ranking([ids[at] for at in best], [float(cosines[at]) for at in best])
 
 
-def _best(one: _Ranking, other: _Ranking) -> _Ranking:
+def _joined(one: _Ranking, other: _Ranking) -> _Ranking:
     if not other.ids:
         return one
     known = dict(zip(one.ids, one.scores, strict=True)) | dict(zip(other.ids, other.scores, strict=True))
-    best = sorted(known.items(), key=lambda pair: -pair[1])[:DEPTH]
+    return _best(known.items())
+
+
+def _best(scored: Iterable[tuple[int, float]]) -> _Ranking:
+    """The first of them; those that are alike in the order of their ids, whoever compared them."""
+    best = sorted(scored, key=lambda pair: (-round(pair[1], DIGITS), pair[0]))[:DEPTH]
     return _Ranking([identifier for identifier, _ in best], [score for _, score in best])

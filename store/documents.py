@@ -183,7 +183,7 @@ def add_document(
             error_message = excluded.error_message, ended_at = excluded.ended_at,
             text_digest = CASE WHEN :force THEN NULL ELSE d.text_digest END
         WHERE :force OR d.state = 'failed' OR d.digest IS DISTINCT FROM excluded.digest
-            AND (excluded.digest IS NOT NULL OR d.state NOT IN ('pending', 'running'))
+            AND (excluded.digest IS NOT NULL OR excluded.state = 'failed' OR d.state NOT IN ('pending', 'running'))
         RETURNING id, fence"""),
         values,
     ).one_or_none()
@@ -196,6 +196,8 @@ def add_document(
             ON CONFLICT (document_id) DO UPDATE SET content = excluded.content"""),
             {"id": row.id, "content": document.content},
         )
+    elif document.failure is not None:
+        _forget_bytes(session, row.id)
     if before is None:
         return row.id, Added.NEW
     return row.id, Added.AGAIN if document.digest in (None, before.digest) else Added.CHANGED
@@ -251,7 +253,8 @@ def end_document(session: Session, claim: DocumentClaim, read: ReadDocument, *, 
     session.execute(
         text("""
         UPDATE documents SET state = 'ready', digest = :digest, text_digest = :digest, size_bytes = :size_bytes,
-            kind = coalesce(:kind, kind), note = :note, markdown = coalesce(:markdown, markdown),
+            kind = coalesce(:kind, kind), markdown = coalesce(:markdown, markdown),
+            note = CASE WHEN CAST(:markdown AS text) IS NULL THEN note ELSE :note END,
             passages = coalesce(:passages, passages), seconds = :seconds, error_code = NULL, error_message = NULL,
             crashes = 0, lease_until = NULL, ended_at = clock_timestamp() WHERE id = :id"""),
         {
@@ -265,7 +268,7 @@ def end_document(session: Session, claim: DocumentClaim, read: ReadDocument, *, 
             "seconds": read.seconds,
         },
     )
-    _forget_bytes(session, claim)
+    _forget_bytes(session, claim.id)
 
 
 def fail_document(session: Session, claim: DocumentClaim, *, code: str, message: str) -> bool:
@@ -278,7 +281,7 @@ def fail_document(session: Session, claim: DocumentClaim, *, code: str, message:
             ended_at = clock_timestamp() WHERE id = :id"""),
         {"id": claim.id, "code": code, "message": message},
     )
-    _forget_bytes(session, claim)
+    _forget_bytes(session, claim.id)
     return True
 
 
@@ -307,8 +310,8 @@ def recover_documents(session: Session, *, lease_s: float) -> list[tuple[int, in
             ended_at = CASE WHEN crashes + 1 >= :most THEN clock_timestamp() END,
             error_code = CASE WHEN crashes + 1 >= :most THEN 'poison_document' END,
             error_message = CASE WHEN crashes + 1 >= :most THEN
-                'the process that read it died ' || (crashes + 1) || ' times in a row; look at the worker''s log, '
-                || 'then add it again' END
+                source || ': the process that read it died ' || (crashes + 1) || ' times in a row; '
+                || 'look at the worker''s log, then add it again' END
         WHERE id IN (SELECT id FROM documents WHERE state = 'running' AND lease_until < clock_timestamp()
             AND pg_postmaster_start_time() < clock_timestamp() - make_interval(secs => :lease_s)
             ORDER BY id LIMIT 500 FOR UPDATE SKIP LOCKED)
@@ -406,8 +409,10 @@ def remove_documents(session: Session, sources: Sequence[str], *, tenant: str, c
 
 
 def remove_collection(session: Session, *, tenant: str, collection_id: int) -> int:
-    """Delete a collection with all its documents: how many these were."""
-    session.execute(text("SELECT 1 FROM collections WHERE id = :id FOR UPDATE"), {"id": collection_id})
+    """Delete a collection with all its documents: how many these were.
+
+    Its documents are locked before itself, as a reader does that names its embedder.
+    """
     count = len(_delete(session, "true", tenant, collection_id))
     session.execute(
         text("""
@@ -468,5 +473,5 @@ def _id_of(session: Session, values: Mapping[str, Any]) -> int:
     )
 
 
-def _forget_bytes(session: Session, claim: DocumentClaim) -> None:
-    session.execute(text("DELETE FROM document_bytes WHERE document_id = :id"), {"id": claim.id})
+def _forget_bytes(session: Session, document_id: int) -> None:
+    session.execute(text("DELETE FROM document_bytes WHERE document_id = :id"), {"id": document_id})

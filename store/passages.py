@@ -75,7 +75,7 @@ def replace_passages(
 ) -> bool:
     """Put these in the place of a held document's passages; false if the collection has another embedder's vectors."""
     session.execute(
-        text("UPDATE collections SET embedder = coalesce(embedder, :embedder) WHERE id = :id"),
+        text("UPDATE collections SET embedder = :embedder WHERE id = :id AND embedder IS NULL"),
         {"id": claim.collection_id, "embedder": embedder},
     )
     mine = session.scalar(
@@ -233,12 +233,15 @@ def mark_lost(session: Session, collection_id: int) -> None:
     session.execute(text("UPDATE collections SET lost = true WHERE id = :id AND NOT lost"), {"id": collection_id})
 
 
-def mark_unindexed(session: Session, collection_id: int) -> None:
-    """Chroma has nothing of this collection: all of it is to be told again."""
-    session.execute(text("UPDATE collections SET lost = false WHERE id = :id"), {"id": collection_id})
+def mark_unindexed(session: Session, collection_id: int) -> bool:
+    """Chroma has nothing of this collection: all of it is to be told again. False if the collection is gone too."""
+    found = session.scalar(
+        text("UPDATE collections SET lost = false WHERE id = :id RETURNING true"), {"id": collection_id}
+    )
     session.execute(
         text("UPDATE passages SET indexed = false WHERE collection_id = :id AND indexed"), {"id": collection_id}
     )
+    return found is not None
 
 
 def removals_of(session: Session, index_name: str, *, limit: int) -> list[int]:

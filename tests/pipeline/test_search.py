@@ -10,10 +10,10 @@ import pytest
 
 from cache.index import Index
 from pipeline.indexing import rebuild_index
-from pipeline.search import Library, SearchMode
+from pipeline.search import DEPTH, Library, SearchMode
 from runtime.errors import NotFound, Permanent
 from store.database import Database
-from store.documents import collection_named, list_collections, remove_collection
+from store.documents import collection_named, list_collections, remove_collection, remove_documents
 from store.passages import highlights
 from tests.support.batches import execute
 from tests.support.cooking import add, read_all
@@ -126,6 +126,38 @@ def test_what_chroma_does_not_know_yet_is_found_and_what_is_gone_takes_no_place(
     with database.transaction() as session:
         stored = collection_named(session, "local", "c")
     assert (unindexed(database), index.size(stored.index_name)) == (0, 4)
+
+
+def test_passages_that_are_alike_have_one_order(library: Library, database: Database, index: Index) -> None:
+    for number in range(9):
+        add(database, TEXTS["moon"], name=f"moon-{number}", collection="c")
+    read_all(database, index=index)
+    alone = Library(database, None, TopicEmbedder())
+    for mode in SearchMode:
+        both = [found(one, "about the moon", top_k=9, mode=mode) for one in (library, alone)]
+        assert both[0] == both[1]
+
+
+def test_many_passages_that_chroma_still_has_take_no_place(library: Library, database: Database, index: Index) -> None:
+    for number in range(DEPTH):
+        add(database, "about the moon", name=f"more-{number}", collection="c")
+    read_all(database, index=index)
+    with database.transaction() as session:
+        stored = collection_named(session, "local", "c")
+        gone = [f"/docs/more-{number}" for number in range(DEPTH)]
+        assert len(remove_documents(session, gone, tenant="local", collection_id=stored.id)) == DEPTH
+    assert found(library, "about the moon", mode=SearchMode.DENSE) == ["moon"]
+
+
+def test_the_passages_of_one_document_are_found_and_of_no_other_tenant(library: Library, database: Database) -> None:
+    paragraphs = [f"Sentence {number} is about a {word}. " * 4 + word for number, word in enumerate(("cat", "dog"))]
+    document = add(database, "\n\n".join(paragraphs), name="pets", collection="c")
+    read_all(database)
+    [hit] = asyncio.run(library.search_document("about the dog", document_id=document, tenant="local", top_k=1))
+    assert hit.passage.text.endswith("dog")
+    assert (hit.passage.document_id, hit.cosine) == (document, hit.score)
+    assert asyncio.run(library.search_document("dog", document_id=document, tenant="other", top_k=1)) == []
+    assert asyncio.run(library.search_document("dog", document_id=document + 1, tenant="local", top_k=1)) == []
 
 
 def test_a_removed_collection_leaves_chroma(library: Library, database: Database, index: Index) -> None:
