@@ -7,7 +7,8 @@ from typing import Any
 from alembic import context
 from sqlalchemy import Connection, create_engine
 
-from models.document_rows import Base
+from models import document_rows, gateway_rows  # noqa: F401  # their tables belong to the metadata
+from models.rows import Base
 
 
 def _not_a_partition(obj: Any, name: str | None, kind: str, reflected: bool, compare_to: Any) -> bool:

@@ -98,9 +98,15 @@ class Batch(Base):
     finalizing_at: Mapped[datetime | None]
     ended_at: Mapped[datetime | None]
     deleted_at: Mapped[datetime | None]  # past retention: gone for everybody, its rows on their way out
+    # Of a batch that came through the gateway; it is validated after its creation was answered.
+    input_file_id: Mapped[str | None]
+    key_id: Mapped[str | None]  # whose budgets it takes from
+    request: Mapped[dict[str, Any] | None]  # its create body
+    problems: Mapped[list[dict[str, Any]] | None] = mapped_column(JSONB)  # why validation refused its file
 
     __table_args__ = (
         CheckConstraint("weight > 0", name="weight"),
+        Index("ix_batches_tenant", "tenant", "id"),
         Index(None, "tenant", "submit_digest"),
         Index(
             "ix_batches_live",

@@ -104,3 +104,42 @@ class Source(StrEnum):
     DUPLICATE = "duplicate"
     SEMANTIC = "semantic"
     NONE = "none"
+
+
+class Scope(StrEnum):
+    """What a key may do. submit: upload, create, cancel. read: list and download. admin: all of it, and the engines."""
+
+    SUBMIT = "submit"
+    READ = "read"
+    ADMIN = "admin"
+
+
+class Purpose(StrEnum):
+    """What a file is for; only results have `batch_output`."""
+
+    BATCH = "batch"
+    USER_DATA = "user_data"
+    BATCH_OUTPUT = "batch_output"
+
+
+class Part(StrEnum):
+    """Which lines of a batch's results a file has."""
+
+    OUTPUT = "output"
+    ERRORS = "errors"
+
+
+class BudgetPeriod(StrEnum):
+    """How long a budget holds; days and months are UTC's."""
+
+    DAY = "day"
+    MONTH = "month"
+    BATCH = "batch"
+
+
+class DeliveryState(StrEnum):
+    """pending → delivered | failed."""
+
+    PENDING = "pending"
+    DELIVERED = "delivered"
+    FAILED = "failed"

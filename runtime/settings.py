@@ -148,6 +148,29 @@ class DocumentSettings(_Group):
     )
 
 
+class GatewaySettings(_Group):
+    """The HTTP door: files, batches and the page."""
+
+    host: str = Field(
+        "127.0.0.1", description="address it listens on; anywhere but on loopback put a TLS proxy before it"
+    )
+    port: Annotated[int, Field(ge=0, le=65_535)] = Field(8080, description="its port")
+    files: str | None = Field(
+        None,
+        description="where uploads are: a folder or a URL for fsspec, such as s3://bucket/stoker; unset: in home",
+    )
+    file_bytes: Count = Field(2 * 1024**3, description="bytes of one upload")
+    tenant_bytes: Count = Field(64 * 1024**3, description="bytes of all uploads that a tenant has")
+    request_bytes: Count = Field(1024 * 1024, description="bytes of any other request's body")
+    uploads: Count = Field(16, description="uploads at once, of all keys")
+    key_uploads: Count = Field(4, description="uploads at once, of one key")
+    connections: Count = Field(1000, description="requests at once; more are answered 503")
+    requests_per_minute: Count = Field(1200, description="of a key that states none itself; more are answered 429")
+    validators: Count = Field(1, description="processes that turn uploaded files into jobs, and deliver webhooks")
+    webhook_private: bool = Field(False, description="webhooks may go to private addresses, and over plain http")
+    webhook_tries: Count = Field(8, description="tries of a delivery: over about three hours")
+
+
 class LimitSettings(_Group):
     """Hard limits; a job or file beyond them is refused or ended with a stated error."""
 
@@ -189,6 +212,7 @@ class Settings(BaseSettings):
     shard: ShardSettings = ShardSettings()
     cache: CacheSettings = CacheSettings()
     documents: DocumentSettings = DocumentSettings()
+    gateway: GatewaySettings = GatewaySettings()
     limits: LimitSettings = LimitSettings()
     log: LogSettings = LogSettings()
 
