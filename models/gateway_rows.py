@@ -111,12 +111,17 @@ class Reservation(Base):
 
 
 class WebhookSecret(Base):
-    """What a tenant's webhooks are signed with; its receivers know it too."""
+    """What a tenant's webhooks are signed with; its receivers know it too.
+
+    After a rotation they are signed with `previous` too, until `previous_until`.
+    """
 
     __tablename__ = "webhook_secrets"
 
     tenant: Mapped[str] = mapped_column(primary_key=True)
     secret: Mapped[bytes]
+    previous: Mapped[bytes | None]
+    previous_until: Mapped[datetime | None]
     created_at: Mapped[datetime] = mapped_column(server_default=text("clock_timestamp()"))
 
 
@@ -140,6 +145,6 @@ class Delivery(Base):
 
     __table_args__ = (
         Index("ix_deliveries_pending", "next_at", postgresql_where=text("state = 'pending'")),
-        Index(None, "batch_id"),
+        Index(None, "batch_id", unique=True),  # a batch ends once
         Index(None, "tenant", "created_at"),
     )

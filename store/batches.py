@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from models.rows import Batch
 from models.states import TERMINAL, BatchState, Ending, Priority
 from runtime.errors import NotFound
+from store.deliveries import announce_end
 from store.followers import FOLLOWERS_OF_ENDED, release
 from store.namespaces import give_up_lookups
 from store.notifications import wake_dispatch
@@ -272,6 +273,7 @@ def finish(session: Session, batch_id: UUID) -> int:
             ended_at = clock_timestamp() WHERE id = :id"""),
         {"id": batch_id},
     )
+    announce_end(session, batch_id)
     return 0
 
 

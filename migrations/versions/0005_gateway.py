@@ -37,6 +37,8 @@ def upgrade() -> None:
     op.create_table('webhook_secrets',
     sa.Column('tenant', sa.Text(), nullable=False),
     sa.Column('secret', sa.LargeBinary(), nullable=False),
+    sa.Column('previous', sa.LargeBinary(), nullable=True),
+    sa.Column('previous_until', sa.DateTime(timezone=True), nullable=True),
     sa.Column('created_at', sa.DateTime(timezone=True), server_default=sa.text('clock_timestamp()'), nullable=False),
     sa.PrimaryKeyConstraint('tenant', name=op.f('pk_webhook_secrets'))
     )
@@ -72,7 +74,7 @@ def upgrade() -> None:
     sa.ForeignKeyConstraint(['batch_id'], ['batches.id'], name=op.f('fk_deliveries_batch_id_batches'), ondelete='CASCADE'),
     sa.PrimaryKeyConstraint('id', name=op.f('pk_deliveries'))
     )
-    op.create_index(op.f('ix_deliveries_batch_id'), 'deliveries', ['batch_id'], unique=False)
+    op.create_index(op.f('ix_deliveries_batch_id'), 'deliveries', ['batch_id'], unique=True)
     op.create_index('ix_deliveries_pending', 'deliveries', ['next_at'], unique=False, postgresql_where=sa.text("state = 'pending'"))
     op.create_index(op.f('ix_deliveries_tenant_created_at'), 'deliveries', ['tenant', 'created_at'], unique=False)
     op.create_table('files',
