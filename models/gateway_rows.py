@@ -85,6 +85,7 @@ class Budget(Base):
     cap: Mapped[int] = mapped_column(BIGINT)
     spent: Mapped[int] = mapped_column(BIGINT, server_default="0")  # tokens of committed results
     reserved: Mapped[int] = mapped_column(BIGINT, server_default="0")  # the most that claimed jobs may yet take
+    waits_until: Mapped[datetime | None]  # no shard that takes from it is sent before: all that is left is reserved
 
     __table_args__ = (
         CheckConstraint("spent >= 0 AND reserved >= 0", name="amounts"),
@@ -92,6 +93,7 @@ class Budget(Base):
             "key_id", "batch_id", "period", "began_at", name="uq_budgets_owner", postgresql_nulls_not_distinct=True
         ),
         Index(None, "batch_id"),
+        Index("ix_budgets_waiting", "waits_until", postgresql_where=text("waits_until IS NOT NULL")),
     )
 
 

@@ -248,6 +248,7 @@ class JobStep(Base):
     seq: Mapped[int] = mapped_column(INTEGER, primary_key=True, autoincrement=False)
     step: Mapped[str] = mapped_column(primary_key=True)
     reply: Mapped[str]  # JSON
+    charged: Mapped[int] = mapped_column(server_default="0")  # tokens of it that budgets have counted as spent
 
 
 class CacheEntry(Base):

@@ -33,6 +33,7 @@ from pipeline.semantic_lines import SemanticLines
 from runtime.clock import uuid7
 from runtime.errors import Problem
 from runtime.settings import Settings, ShardSettings
+from store.budgets import open_batch_budget
 from store.database import Database
 from store.submissions import Filled, NewBatch, copy_jobs, extend_lease, insert_shards
 
@@ -48,6 +49,7 @@ class Wishes:
     weight: float = 1.0  # its share among its tenant's batches
     results_of: UUID | None = None  # lines that equal a job of this batch take its succeeded result
     order: JobOrder = JobOrder.PREFIX
+    budget_tokens: int | None = None  # the most that all its jobs may take
 
 
 NO_WISHES = Wishes()
@@ -241,6 +243,9 @@ def _fill(
 
 
 class _Window:
+    if wishes.budget_tokens is not None:
+        with database.transaction() as session:
+            open_batch_budget(session, batch.id, wishes.budget_tokens)
     """The jobs whose shards are cut together, in the file's order or in one that reuses prefixes."""
 
     def __init__(self, batch: NewBatch, order: JobOrder, bounds: ShardSettings, *, first_seq: int) -> None:

@@ -51,6 +51,7 @@ def upgrade() -> None:
     sa.Column('cap', sa.BIGINT(), nullable=False),
     sa.Column('spent', sa.BIGINT(), server_default='0', nullable=False),
     sa.Column('reserved', sa.BIGINT(), server_default='0', nullable=False),
+    sa.Column('waits_until', sa.DateTime(timezone=True), nullable=True),
     sa.CheckConstraint('spent >= 0 AND reserved >= 0', name=op.f('ck_budgets_amounts')),
     sa.ForeignKeyConstraint(['batch_id'], ['batches.id'], name=op.f('fk_budgets_batch_id_batches'), ondelete='CASCADE'),
     sa.ForeignKeyConstraint(['key_id'], ['api_keys.id'], name=op.f('fk_budgets_key_id_api_keys'), ondelete='CASCADE'),
@@ -58,6 +59,7 @@ def upgrade() -> None:
     sa.UniqueConstraint('key_id', 'batch_id', 'period', 'began_at', name='uq_budgets_owner', postgresql_nulls_not_distinct=True)
     )
     op.create_index(op.f('ix_budgets_batch_id'), 'budgets', ['batch_id'], unique=False)
+    op.create_index('ix_budgets_waiting', 'budgets', ['waits_until'], unique=False, postgresql_where=sa.text('waits_until IS NOT NULL'))
     op.create_table('deliveries',
     sa.Column('id', sa.Uuid(), server_default=sa.text('gen_random_uuid()'), nullable=False),
     sa.Column('tenant', sa.Text(), nullable=False),
@@ -113,6 +115,7 @@ def upgrade() -> None:
     op.add_column('batches', sa.Column('key_id', sa.Text(), nullable=True))
     op.add_column('batches', sa.Column('request', postgresql.JSONB(astext_type=sa.Text()), nullable=True))
     op.add_column('batches', sa.Column('problems', postgresql.JSONB(astext_type=sa.Text()), nullable=True))
+    op.add_column('job_steps', sa.Column('charged', sa.Integer(), server_default='0', nullable=False))
     op.create_index('ix_batches_tenant', 'batches', ['tenant', 'id'], unique=False)
 
 
