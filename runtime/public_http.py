@@ -12,7 +12,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from threading import Timer
@@ -23,6 +23,7 @@ from runtime.errors import Permanent, Transient
 
 Address = IPv4Address | IPv6Address
 SHOWN_CHARS: Final = 200
+DRAINED_BYTES: Final = 4096
 REDIRECTS: Final = (301, 302, 303, 307, 308)
 _HEADERS: Final = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "stoker", "Connection": "close"}
 _UNFIT: Final = re.compile(r"[\x00-\x20\x7f\\]")  # in a host's name: parsers differ about them
@@ -122,6 +123,12 @@ def answer_to(
             connection.close()
 
 
+def drain(answer: http.client.HTTPResponse) -> None:
+    """Read a little of the body and forget it, so that the other side sees its answer taken; nothing if it breaks."""
+    with suppress(OSError, http.client.HTTPException):
+        answer.read1(DRAINED_BYTES)
+
+
 def time_left(end: float) -> float:
     """The seconds until `end`; TimeoutError if there are none."""
     left = end - time.monotonic()
@@ -212,6 +219,6 @@ def _translated(target: SplitResult, errand: Errand) -> Iterator[None]:
             code="fetch_failed",
         ) from error
     except TimeoutError as error:
-        raise Transient(f"{shown(target)}: not here in {errand.within}{errand.later}") from error
+        raise Transient(f"{shown(target)}: not done in {errand.within}{errand.later}") from error
     except (OSError, http.client.HTTPException) as error:
         raise Transient(f"{shown(target)}: {type(error).__name__}: {error}{errand.later}") from error
