@@ -33,6 +33,8 @@ def unclaimed_count(session: Session) -> int:
 def candidates(session: Session, *, limit: int) -> list[Candidates]:
     """Up to `limit` next shards of every batch that may run, the batch that must end first at the front.
 
+    None of one whose budget is all reserved for now.
+
     A batch's cursor keeps the scan of its pending shards short however many are done; shards that came
     back (they have a not_before) stand apart and go first when due. Each ORDER BY is that of a partial index:
     by the id alone Postgres would walk the primary key, past all that is done.
@@ -42,7 +44,8 @@ def candidates(session: Session, *, limit: int) -> list[Candidates]:
         WITH live AS (
             SELECT batch_id, count(*) FILTER (WHERE state = 'running') AS running,
                 coalesce(array_agg(id) FILTER (WHERE state = 'dispatched'), '{}') AS unclaimed
-            FROM shards WHERE state IN ('dispatched', 'running') GROUP BY batch_id)
+            FROM shards WHERE state IN ('dispatched', 'running') GROUP BY batch_id
+        ), waits AS MATERIALIZED (SELECT key_id, batch_id FROM budgets WHERE waits_until > clock_timestamp())
         SELECT b.id, b.tenant, b.priority, b.weight, coalesce(l.running, 0), coalesce(l.unclaimed, '{}'),
             coalesce(p.ids, '{}'), coalesce(p.tokens, '{}')
         FROM batches b LEFT JOIN live l ON l.batch_id = b.id
@@ -52,7 +55,8 @@ def candidates(session: Session, *, limit: int) -> list[Candidates]:
                     AND s.not_before <= clock_timestamp() ORDER BY s.not_before LIMIT :limit)
                 UNION ALL
                 (SELECT s.id, s.tokens FROM shards s WHERE s.batch_id = b.id AND s.state = 'pending'
-                    AND s.not_before IS NULL AND s.id > b.cursor ORDER BY s.batch_id, s.id LIMIT :limit)) AS n) AS p
+                    AND s.not_before IS NULL AND s.id > b.cursor ORDER BY s.batch_id, s.id LIMIT :limit)) AS n
+            WHERE NOT EXISTS (SELECT FROM waits w WHERE w.batch_id = b.id OR w.key_id = b.key_id)) AS p
         WHERE b.state = 'in_progress' AND b.ending IS NULL AND b.paused_reason IS NULL
           AND (p.ids IS NOT NULL OR l.batch_id IS NOT NULL)
         ORDER BY b.expires_at, b.id"""),

@@ -1,7 +1,7 @@
 """The shard protocol's statements: claim, load, heartbeat, write, close, give back, recover, halve.
 
 Every write of an attempt is guarded by its fence, so a process that wakes after its lease is over changes
-nothing. Lock order: shard, then batch. Each function is one step; the caller's transaction commits it.
+nothing. Lock order: shard, budget, batch. Each function is one step; the caller's transaction commits it.
 
 LATERAL (… OFFSET 0), here and in the caches' statements: each row is looked up by its whole key. As plain joins they
 are planned by what the statistics say of a batch, and those know nothing of the newest: a shard would read all of it.
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -21,6 +22,7 @@ from sqlalchemy.orm import Session
 from models.jobs import Affixes, Job, JobResult
 from models.states import CacheMode
 from store.arrays import Float4s, Int2s, Int4s, Int8s, Texts
+from store.budgets import BUDGETED, release
 from store.followers import FOLLOWERS_OF_WRITTEN
 from store.notifications import wake_dispatch
 
@@ -45,6 +47,7 @@ class Claim:
 
     A `quarantined` one holds suspects, which run with nothing else on their engine. `crashes` are its attempts in a
     row that died with their worker. `followers`: jobs of its batch take the results of others, which a write must know.
+    `budgeted`: what its jobs take is counted, and must be reserved before it is asked for.
     """
 
     shard_id: int
@@ -59,6 +62,7 @@ class Claim:
     cache: CacheMode
     affixes: Affixes
     followers: bool
+    budgeted: bool
 
     @property
     def runs_alone(self) -> bool:
@@ -103,7 +107,7 @@ def _claim_where(condition: str) -> TextClause:
         FROM batches b WHERE b.id = s.batch_id AND {condition}
         RETURNING s.id AS shard_id, s.fence, s.batch_id, s.seqs, b.endpoint, ({_RUNNABLE}) AS runnable, s.quarantined,
             s.crashes, b.tenant, coalesce(b.options ->> 'cache', 'off') AS cache, b.options -> 'affixes' AS affixes,
-            b.followers > 0 AS followers""")
+            b.followers > 0 AS followers, {BUDGETED} AS budgeted""")
 
 
 _CLAIM = _claim_where("s.id = :shard_id AND s.state = ANY(:states)")
@@ -209,8 +213,11 @@ def extend_leases(session: Session, fences: Mapping[int, int], *, lease_s: float
     return {shard_id: runnable for shard_id, runnable in rows}
 
 
-def _write_of(returned: str, *, followers: str = "", total: str = "c") -> TextClause:
-    """The write: what it says of the inserted rows, `i`, what is done for their followers, and where all is counted."""
+def _write_of(returned: str, *, followers: str = "", total: str = "c", told: str = "s.done") -> TextClause:
+    """The write: what it says of the inserted rows, `i`, what is done for their followers, and where all is counted.
+
+    `told` is what the caller learns.
+    """
     return text(f"""
 WITH f AS (
     SELECT id, batch_id FROM shards WHERE id = :shard_id AND fence = :fence AND state = 'running'
@@ -247,13 +254,17 @@ UPDATE shards s SET done = s.done + t.done, failed = s.failed + t.failed, trunca
     followers = s.followers + t.followers, served = s.served + t.served, exact = s.exact + t.exact,
     semantic = s.semantic + t.semantic, saved_tokens = s.saved_tokens + t.saved_tokens,
     lease_until = clock_timestamp() + make_interval(secs => :lease_s)
-FROM f, {total} t WHERE s.id = f.id RETURNING s.done""")
+FROM f, {total} t WHERE s.id = f.id RETURNING {told}""")
 
 
 _COUNTED = "outcome, prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, cache_entry_id, namespace_id"
 _COPIED = "batch_id, seq, status_code, response, error_code, error_message, similarity, stoker, engine_id"
+_INSERTED = "ARRAY(SELECT seq FROM i)"
 WRITE = _write_of(_COUNTED)
-WRITE_WITH_FOLLOWERS = _write_of(f"{_COUNTED}, {_COPIED}", followers=FOLLOWERS_OF_WRITTEN, total="with_followers")
+WRITE_AND_TELL = _write_of(f"{_COUNTED}, seq", told=_INSERTED)
+_of_leaders = partial(_write_of, f"{_COUNTED}, {_COPIED}", followers=FOLLOWERS_OF_WRITTEN, total="with_followers")
+WRITE_WITH_FOLLOWERS = _of_leaders()
+WRITE_WITH_FOLLOWERS_AND_TELL = _of_leaders(told=_INSERTED)
 
 
 def write_results(
@@ -264,32 +275,42 @@ def write_results(
     The results of their followers come with them, in the same statement, so whoever dies leaves both or neither.
     Repeating the call, after an ambiguous COMMIT say, inserts and counts nothing twice.
     """
-    return session.execute(
-        WRITE_WITH_FOLLOWERS if claim.followers else WRITE,
-        {
-            **({"batch_id": claim.batch_id} if claim.followers else {}),
-            "shard_id": claim.shard_id,
-            "fence": claim.fence,
-            "engine_id": engine_id,
-            "lease_s": lease_s,
-            "seqs": Int4s(r.seq for r in results),
-            "outcomes": Texts(r.outcome.value for r in results),
-            "sources": Texts(r.source.value for r in results),
-            "status_codes": Int2s(r.status_code for r in results),
-            "responses": Texts(r.response for r in results),
-            "error_codes": Texts(r.error_code for r in results),
-            "error_messages": Texts(r.error_message for r in results),
-            "prompt_tokens": Int4s(r.usage.prompt_tokens for r in results),
-            "completion_tokens": Int4s(r.usage.completion_tokens for r in results),
-            "cached_tokens": Int4s(r.usage.cached_tokens for r in results),
-            "reasoning_tokens": Int4s(r.usage.reasoning_tokens for r in results),
-            "durations": Int4s(r.duration_ms for r in results),
-            "entries": Int8s(r.entry for r in results),
-            "namespaces": Int8s(r.namespace for r in results),
-            "similarities": Float4s(r.similarity for r in results),
-            "stokers": Texts(r.stoker for r in results),
-        },
-    ).scalar_one_or_none()
+    statement = WRITE_WITH_FOLLOWERS if claim.followers else WRITE
+    return session.execute(statement, _values(claim, results, engine_id, lease_s)).scalar_one_or_none()
+
+
+def write_and_tell(
+    session: Session, claim: Claim, results: Sequence[JobResult], *, engine_id: int | None, lease_s: float
+) -> list[int] | None:
+    """Write as `write_results` does: the seqs of those of the results that this very call inserted."""
+    statement = WRITE_WITH_FOLLOWERS_AND_TELL if claim.followers else WRITE_AND_TELL
+    return session.execute(statement, _values(claim, results, engine_id, lease_s)).scalar_one_or_none()
+
+
+def _values(claim: Claim, results: Sequence[JobResult], engine_id: int | None, lease_s: float) -> dict[str, Any]:
+    return {
+        **({"batch_id": claim.batch_id} if claim.followers else {}),
+        "shard_id": claim.shard_id,
+        "fence": claim.fence,
+        "engine_id": engine_id,
+        "lease_s": lease_s,
+        "seqs": Int4s(r.seq for r in results),
+        "outcomes": Texts(r.outcome.value for r in results),
+        "sources": Texts(r.source.value for r in results),
+        "status_codes": Int2s(r.status_code for r in results),
+        "responses": Texts(r.response for r in results),
+        "error_codes": Texts(r.error_code for r in results),
+        "error_messages": Texts(r.error_message for r in results),
+        "prompt_tokens": Int4s(r.usage.prompt_tokens for r in results),
+        "completion_tokens": Int4s(r.usage.completion_tokens for r in results),
+        "cached_tokens": Int4s(r.usage.cached_tokens for r in results),
+        "reasoning_tokens": Int4s(r.usage.reasoning_tokens for r in results),
+        "durations": Int4s(r.duration_ms for r in results),
+        "entries": Int8s(r.entry for r in results),
+        "namespaces": Int8s(r.namespace for r in results),
+        "similarities": Float4s(r.similarity for r in results),
+        "stokers": Texts(r.stoker for r in results),
+    }
 
 
 def hold_shard(session: Session, claim: Claim) -> bool:
@@ -340,6 +361,8 @@ def close(session: Session, claim: Claim) -> bool:
     ).one_or_none()
     if closed is None:
         return False
+    if claim.budgeted:
+        release(session, [claim.shard_id])
     left = session.execute(
         text("""
         UPDATE batches SET shards_left = shards_left - 1,
@@ -363,6 +386,8 @@ def give_back(session: Session, claim: Claim, *, wait_s: float) -> bool:
         WHERE id = :shard_id AND fence = :fence AND state = 'running' RETURNING 1"""),
         {"shard_id": claim.shard_id, "fence": claim.fence, "wait_s": wait_s},
     ).one_or_none()
+    if claim.budgeted and returned is not None:
+        release(session, [claim.shard_id])
     wake_dispatch(session)
     return returned is not None
 
@@ -391,6 +416,8 @@ def recover_dead_leases(session: Session, *, lease_s: float) -> list[Recovered]:
         RETURNING id, crashes"""),
         {"lease_s": lease_s},
     ).all()
+    if rows:
+        release(session, [shard_id for shard_id, _ in rows])
     return [Recovered(shard_id=shard_id, crashes=crashes) for shard_id, crashes in rows]
 
 

@@ -71,7 +71,9 @@ class Protocol(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        execute(self.database, "TRUNCATE batches, shards, jobs, results, job_steps, job_tries, followers, history")
+        execute(
+            self.database, "TRUNCATE batches, shards, jobs, results, job_steps, job_tries, followers, history CASCADE"
+        )
         self.claims: list[Claim] = []
         self.states: dict[UUID, str] = {}
         self.results: dict[tuple[UUID, int], tuple[Any, ...]] = {}
