@@ -226,7 +226,8 @@ def screen(session: Session) -> list[tuple[UUID, str]]:
     for batch_id, _ in live:
         seen, failures, common = session.execute(
             text("""
-            SELECT count(*), count(*) FILTER (WHERE outcome = 'failed'),
+            SELECT count(*),
+                count(*) FILTER (WHERE outcome = 'failed' AND error_code IS DISTINCT FROM 'budget_exceeded'),
                 mode() WITHIN GROUP (
                     ORDER BY coalesce(error_code, '') || ': ' || left(coalesce(error_message, ''), 200))
                     FILTER (WHERE outcome = 'failed')
