@@ -88,7 +88,7 @@ def explain_url(url: str, number: int, *, endpoint: str | None, endpoints: Colle
         "url_mismatch",
         "url",
         (
-            f"is {_shown(url)}, but the lines before have {endpoint}; a batch has one endpoint: "
+            f"is {_shown(url)}, but the lines before, or the batch itself, have {endpoint}; a batch has one endpoint: "
             "put the others in a file of their own"
         ),
     )

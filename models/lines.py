@@ -39,7 +39,8 @@ class SubmitOptions(BaseModel):
     """What a submit changes in every line.
 
     `sets` replaces fields of the body whether present or not, `model` the model; `max_output_tokens` is the
-    most that one completion may generate: a larger wish, or none, becomes this.
+    most that one completion may generate: a larger wish, or none, becomes this. `settings` are fields of a line's own
+    `stoker` for the lines that do not state them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,6 +49,7 @@ class SubmitOptions(BaseModel):
     model: str | None = Field(None, min_length=1)
     max_output_tokens: int = Field(ge=1)
     cache: CacheMode = CacheMode.EXACT
+    settings: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ class LineRules:
     def most_tokens(self) -> int:
         """The most that one completion may generate."""
         return self.options.max_output_tokens
+
+    @cached_property
+    def settings(self) -> LineSettings | None:
+        """What holds for lines that do not state it."""
+        return msgspec.convert(self.options.settings, LineSettings) if self.options.settings else None
 
     @cached_property
     def replaced(self) -> dict[str, Raw]:
@@ -187,6 +194,8 @@ def parse_line(raw: bytes, number: int, *, rules: LineRules, endpoint: str | Non
         return explain_line(raw, number, line_bytes=rules.line_bytes)
     if line.url != endpoint and (endpoint is not None or line.url not in _decode_body):
         return explain_url(line.url, number, endpoint=endpoint, endpoints=ENDPOINTS)
+    if rules.settings is not None:
+        line.stoker = _completed(line.stoker or LineSettings(), rules.settings)
     if line.stoker is not None and (problem := settings_problem(line.stoker, line.url, number)):
         return problem
     try:
@@ -196,6 +205,18 @@ def parse_line(raw: bytes, number: int, *, rules: LineRules, endpoint: str | Non
         return _checked(line, body, rules)
     except LINE_REFUSALS as error:
         return explain_body(body, number, error=error, replaced=rules.replaced)
+
+
+def _completed(stated: LineSettings, common: LineSettings) -> LineSettings:
+    """A line's settings with what its batch states for all: a template where there are variables, no passages in steps
+    of a recipe."""
+    fields = msgspec.structs.asdict(stated)
+    for name, value in msgspec.structs.asdict(common).items():
+        if fields[name] is not None or (name == "template" and stated.variables is None):
+            continue
+        if stated.recipe is None or name not in ("collection", "top_k", "context_tokens"):
+            fields[name] = value
+    return LineSettings(**fields)
 
 
 def parse_sets(pairs: Sequence[str]) -> dict[str, Any]:

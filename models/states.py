@@ -123,8 +123,9 @@ class Purpose(StrEnum):
 
 
 class Part(StrEnum):
-    """Which lines of a batch's results a file has."""
+    """Which lines of a batch a file has. input: those it was made of, where no upload was."""
 
+    INPUT = "input"
     OUTPUT = "output"
     ERRORS = "errors"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 from models.names import batch_name
@@ -36,13 +37,15 @@ def retry_batch(
     priority: Priority | None = None,
     weight: float | None = None,
     tenant: str = TENANT,
+    key_id: str | None = None,
+    request: dict[str, Any] | None = None,
     chunk_jobs: int = CHUNK_JOBS,
 ) -> Submitted:
     """Store the failed lines of an ended batch as a new one, with its options, and set that going.
 
     Failed are those of a cancelled or expired batch too that never ran. With `reuse` a second retry of the same
     batch within an hour is the first one, while that runs or if it was completed. Raises NotFound, and BadInput
-    when the batch still runs or has no failed line.
+    when the batch still runs or has no failed line. `key_id` and `request` as of a batch that the gateway begins.
     """
     with database.transaction() as session:
         earlier = read_earlier(session, batch_id, tenant=tenant)
@@ -62,6 +65,8 @@ def retry_batch(
         priority=priority or earlier.priority,
         weight=weight or earlier.weight,
         retry_of=batch_id,
+        key_id=key_id,
+        request=request,
     )
 
     def fill() -> Filled:
@@ -101,7 +106,7 @@ def _copy_failed(
     after_seq = -1
     while True:
         with database.transaction() as session:
-            extend_lease(session, batch.id, lease=LEASE)
+            extend_lease(session, batch, lease=LEASE)
             hold_ended(session, earlier.id)
             after_seq, jobs = copy_failed_jobs(
                 session, earlier.id, batch_id=batch.id, after_seq=after_seq, first_seq=total, limit=chunk_jobs
@@ -113,7 +118,7 @@ def _copy_failed(
         total += len(jobs)
         shards += len(spans)
     with database.transaction() as session:
-        extend_lease(session, batch.id, lease=LEASE)
+        extend_lease(session, batch, lease=LEASE)
         hold_ended(session, earlier.id)
         followers = copy_followers(session, earlier.id, batch_id=batch.id)
         if followers:

@@ -47,7 +47,7 @@ def arrange(
         return filled
     taken = followers = 0
     with database.transaction() as session:
-        extend_lease(session, batch.id, lease=LEASE)
+        extend_lease(session, batch, lease=LEASE)
         upto = newest_shard(session, batch.id)
         if results_of is not None:
             taken = take_results(session, results_of, batch_id=batch.id)

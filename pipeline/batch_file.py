@@ -48,9 +48,11 @@ class BatchFile:
         rules: LineRules,
         served_models: frozenset[str] | None,
         on_progress: Progress | None,
+        endpoint: str | None = None,
     ) -> None:
-        self.endpoint: str | None = None
+        self.endpoint = endpoint
         self.skipped = 0
+        self._has_line = False
         self._file = file
         self._rules = rules
         self._served_models = served_models
@@ -90,6 +92,7 @@ class BatchFile:
                 if number % SETTLE_LINES == 0:
                     digests.settle()
                 if not self._total_problems:
+                    self._has_line = True
                     yield line
             self._find_duplicates(digests)
         self._finish()
@@ -139,7 +142,7 @@ class BatchFile:
         now = os.fstat(self._file.fileno())
         if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
             raise BadInput("the file changed while it was read; submit it again when it is complete")
-        if self.endpoint is None and not self._total_problems:
+        if not (self._has_line or self._total_problems):
             self._refuse(Problem(None, "empty_file", None, "has no lines; write one request a line"))
         if self._total_problems:
             problems = [*self._problems, *self._model_problems()]
@@ -195,6 +198,7 @@ class SkippingBatchFile(BatchFile):
                 if self.endpoint is None:
                     self._refuse(problem)
             elif isinstance(line, ParsedLine):
+                self._has_line = True
                 yield line
         self._finish()
 

@@ -81,7 +81,7 @@ def _set_going(database: Database, batch: NewBatch, filled: Filled, *, window: t
                 session, tenant=batch.tenant, submit_digest=batch.submit_digest, younger_than=REUSE_FOR
             )
         if earlier is None:
-            set_going(session, batch.id, filled, window=window)
+            set_going(session, batch, filled, window=window)
     if earlier is None:
         return Submitted(
             batch.id,

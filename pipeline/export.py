@@ -39,6 +39,14 @@ def write_lines(
     return answered, failed
 
 
+def input_line(endpoint: str, custom_id: str, body: str, stoker: str | None) -> bytes:
+    """One line of a batch file that would make this job again, newline included."""
+    ours = "" if stoker is None else f',"stoker":{_one_line(stoker)}'
+    return (
+        f'{{"custom_id":{_json(custom_id)},"method":"POST","url":"{endpoint}","body":{_one_line(body)}{ours}}}\n'
+    ).encode()
+
+
 def follow_lines(database: Database, batch_id: UUID, *, tenant: str) -> Iterator[tuple[Outcome, bytes]]:
     """Every line of a batch in input order, each as soon as all before it have finished; ends with the batch.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -31,11 +31,11 @@ from pipeline.duplicates import LOW_BITS, DigestBuckets
 from pipeline.prefixes import WINDOW_JOBS, PrefixTree
 from pipeline.semantic_lines import SemanticLines
 from runtime.clock import uuid7
-from runtime.errors import Problem
+from runtime.errors import InvalidFile, Problem
 from runtime.settings import Settings, ShardSettings
 from store.budgets import open_batch_budget
 from store.database import Database
-from store.submissions import Filled, NewBatch, copy_jobs, extend_lease, insert_shards
+from store.submissions import Filled, NewBatch, copy_jobs, extend_lease, insert_shards, set_going
 
 CHUNK_BYTES = 256 * 1024 * 1024
 ORDERED = "prompts that begin alike run together, not in the file's order; results are in it, and --order file keeps it"
@@ -122,6 +122,48 @@ def submit_file(
         return begin_batch(database, batch, fill, window=window, reuse=reuse)
 
 
+def fill_held(
+    database: Database,
+    path: Path,
+    batch: NewBatch,
+    *,
+    options: SubmitOptions,
+    settings: Settings,
+    served_models: frozenset[str] | None,
+    order: JobOrder,
+) -> Filled:
+    """Store the file as the jobs of a batch that a validator holds, and set it going.
+
+    Raises InvalidFile, and LostFence when the batch is no longer held or was cancelled: the caller clears the rest.
+    """
+    with opened(path) as file:
+        source = _source(file, options, settings, served_models, None, None, endpoint=batch.endpoint)
+        manifest = {"file_name": batch.input_name, "file_bytes": source.size_bytes, "file_sha256": batch.input_digest}
+        batch = replace(batch, options=options.model_dump(mode="json") | manifest)
+        lines = _within_limits(source, settings)
+        filled = _store(database, batch, lines, source, wishes=Wishes(order=order), bounds=settings.shard)
+    with database.transaction() as session:
+        set_going(session, batch, filled, window=timedelta(seconds=settings.limits.window_s))
+    return filled
+
+
+def _within_limits(lines: Iterable[ParsedLine], settings: Settings) -> Iterator[ParsedLine]:
+    """The lines, until they are more than one batch may have."""
+    most_lines, most_tokens = settings.gateway.batch_lines, settings.gateway.batch_tokens
+    tokens = 0
+    for count, line in enumerate(lines, 1):
+        tokens += line.prompt_tokens + line.output_tokens
+        if most_lines is not None and count > most_lines:
+            message = f"has more than {most_lines:,} lines, the most of one batch here; split it"
+            raise InvalidFile([Problem(None, "too_many_tasks", None, message)], total=1)
+        if most_tokens is not None and tokens > most_tokens:
+            message = (
+                f"may take more than {most_tokens:,} tokens, the most of one batch here; split it, or limit outputs"
+            )
+            raise InvalidFile([Problem(None, "token_limit_exceeded", None, message)], total=1)
+        yield line
+
+
 def dry_run(
     path: Path,
     *,
@@ -161,9 +203,15 @@ def _source(
     served_models: frozenset[str] | None,
     on_progress: Progress | None,
     on_skipped: Callable[[Problem], None] | None,
+    *,
+    endpoint: str | None = None,
 ) -> BatchFile:
     rules = LineRules(options=options, line_bytes=settings.limits.line_bytes, sampled=settings.cache.sampled)
-    read = BatchFile if on_skipped is None else partial(SkippingBatchFile, on_skipped=on_skipped)
+    read = (
+        partial(BatchFile, endpoint=endpoint)
+        if on_skipped is None
+        else partial(SkippingBatchFile, on_skipped=on_skipped)
+    )
     return read(file, rules=rules, served_models=served_models, on_progress=on_progress)
 
 
@@ -195,6 +243,9 @@ def _store(
     bounds: ShardSettings,
 ) -> Filled:
     """Store all lines, then settle which of them run, and in what order."""
+    if wishes.budget_tokens is not None:
+        with database.transaction() as session:
+            open_batch_budget(session, batch.id, wishes.budget_tokens)
     semantic = SemanticLines()
     with DigestBuckets("qi") as digests:
         stored = _Stored(lines, digests, semantic)
@@ -223,7 +274,7 @@ def _fill(
     window = _Window(batch, order, bounds, first_seq=0)
     for first in lines:
         with database.transaction() as session:
-            extend_lease(session, batch.id, lease=LEASE)
+            extend_lease(session, batch, lease=LEASE)
             chunk = _chunk(replace(stored, lines=chain([first], lines)), window, first_seq=total)
             total += copy_jobs(session, chunk, batch_id=batch.id, first_seq=total)
         stored.digests.settle()
@@ -243,16 +294,13 @@ def _fill(
 
 
 class _Window:
-    if wishes.budget_tokens is not None:
-        with database.transaction() as session:
-            open_batch_budget(session, batch.id, wishes.budget_tokens)
     """The jobs whose shards are cut together, in the file's order or in one that reuses prefixes."""
 
     def __init__(self, batch: NewBatch, order: JobOrder, bounds: ShardSettings, *, first_seq: int) -> None:
         self.first_seq = first_seq
         self.cutter = ShardCutter(bounds, first=first_seq)
         self.tree = None if order is JobOrder.FILE else PrefixTree(batch.endpoint)
-        self._batch_id, self._order, self._bounds = batch.id, order, bounds
+        self._batch, self._order, self._bounds = batch, order, bounds
 
     @property
     def is_ordered(self) -> bool:
@@ -264,20 +312,20 @@ class _Window:
         if self.tree is None or not self.is_ordered:
             spans = self.cutter.spans()
             with database.transaction() as session:
-                extend_lease(session, self._batch_id, lease=LEASE)
-                insert_shards(session, spans, batch_id=self._batch_id)
+                extend_lease(session, self._batch, lease=LEASE)
+                insert_shards(session, spans, batch_id=self._batch.id)
             return len(spans)
         ordered = self.tree.ordered(self._order)
         spans = cut_ordered(ordered, self._bounds)
         with database.transaction() as session:
-            extend_lease(session, self._batch_id, lease=LEASE)
+            extend_lease(session, self._batch, lease=LEASE)
             for at in range(0, len(spans), PAGE_SHARDS):
                 page = spans[at : at + PAGE_SHARDS]
                 first, last = page[0][0], page[-1][1]
                 insert_shards(
                     session,
                     [(one - first, other - first, tokens) for one, other, tokens in page],
-                    batch_id=self._batch_id,
+                    batch_id=self._batch.id,
                     seqs=[self.first_seq + place for place in ordered.places[first : last + 1]],
                 )
         return len(spans)

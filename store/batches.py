@@ -7,16 +7,17 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row, select, text, update
+from sqlalchemy import Row, and_, case, or_, select, text, update
 from sqlalchemy.orm import Session
 
 from models.rows import Batch
 from models.states import TERMINAL, BatchState, Ending, Priority
 from runtime.errors import NotFound
 from store.deliveries import announce_end
+from store.files import add_results
 from store.followers import FOLLOWERS_OF_ENDED, release
 from store.namespaces import give_up_lookups
-from store.notifications import wake_dispatch
+from store.notifications import VALIDATE_CHANNEL, wake, wake_dispatch
 
 SCREENED_JOBS = 200
 SCREENED_FAILURES = 60  # over 30% of the first 200
@@ -26,7 +27,8 @@ SCREENED_FAILURES = 60  # over 30% of the first 200
 class BatchProgress:
     """A batch and the sums of its shards' counters; tokens are as the endpoints counted them.
 
-    `followers` are those of the jobs that take the results of equal ones; they count as done when these do.
+    `followers` are those of the jobs that take the results of equal ones; they count as done when these do. `request`
+    is the create body of a batch that the gateway began, `problems` why its file was refused.
     """
 
     id: UUID
@@ -41,7 +43,12 @@ class BatchProgress:
     created_at: datetime
     in_progress_at: datetime | None
     expires_at: datetime | None
+    cancelling_at: datetime | None
+    finalizing_at: datetime | None
     ended_at: datetime | None
+    input_file_id: str | None
+    request: dict[str, Any] | None
+    problems: list[dict[str, Any]] | None
     total: int
     done: int
     failed: int
@@ -71,7 +78,8 @@ class BatchProgress:
         return self.state in TERMINAL
 
 
-_VISIBLE = "state <> 'validating' AND deleted_at IS NULL"  # not before it is whole, nor past its retention
+# Not before it is whole, unless its creation was answered, nor past its retention.
+_VISIBLE = "(state <> 'validating' OR input_file_id IS NOT NULL) AND deleted_at IS NULL"
 _COUNTERS = (
     "failed",
     "truncated",
@@ -86,7 +94,8 @@ _COUNTERS = (
 )
 _PROGRESS = f"""
 SELECT b.id, b.state, b.ending, b.priority, b.paused_reason, b.endpoint, b.input_name, b.options, b.max_output_tokens,
-    b.created_at, b.in_progress_at, b.expires_at, b.ended_at, b.total,
+    b.created_at, b.in_progress_at, b.expires_at, b.cancelling_at, b.finalizing_at, b.ended_at, b.input_file_id,
+    b.request, b.problems, b.total,
     CAST(coalesce(sum(s.done + s.followers), 0) AS int8),
     {", ".join(f"CAST(coalesce(sum(s.{name}), 0) AS int8)" for name in _COUNTERS)},
     count(*) FILTER (WHERE s.state = 'running'), b.weight, b.skipped, b.retry_of, b.followers
@@ -106,10 +115,16 @@ def batch_progress(session: Session, batch_id: UUID, *, tenant: str) -> BatchPro
     return _progress(row)
 
 
-def latest_batches(session: Session, *, tenant: str, limit: int) -> list[BatchProgress]:
-    """The tenant's newest batches, newest first."""
-    newest = f"b.id IN (SELECT id FROM batches WHERE tenant = :tenant AND {_VISIBLE} ORDER BY id DESC LIMIT :limit)"
-    rows = session.execute(text(_PROGRESS.format(condition=newest)), {"tenant": tenant, "limit": limit})
+def latest_batches(session: Session, *, tenant: str, limit: int, before: UUID | None = None) -> list[BatchProgress]:
+    """The tenant's newest batches, newest first; with `before` those older than that one."""
+    older = "" if before is None else "AND id < :before"
+    newest = (
+        f"b.id IN (SELECT id FROM batches WHERE tenant = :tenant AND {_VISIBLE} {older} ORDER BY id DESC LIMIT :limit)"
+    )
+    rows = session.execute(
+        text(_PROGRESS.format(condition=newest)),
+        {"tenant": tenant, "limit": limit, **({} if before is None else {"before": before})},
+    )
     return [_progress(row) for row in rows]
 
 
@@ -126,12 +141,22 @@ def find_batches(session: Session, hex_prefix: str, *, tenant: str) -> list[UUID
 
 
 def request_cancel(session: Session, batch_id: UUID) -> bool:
-    """Turn a live batch to cancelling; the dispatch leader writes its unfinished jobs. False: it has ended."""
+    """Turn a live batch to cancelling; the dispatch leader writes its unfinished jobs. False: it has ended.
+
+    One that is being validated stays so until its validator, or the next one, has noticed.
+    """
     changed = session.execute(
         update(Batch)
-        .where(Batch.id == batch_id, Batch.state == BatchState.IN_PROGRESS, Batch.ending.is_(None))
+        .where(
+            Batch.id == batch_id,
+            Batch.ending.is_(None),
+            or_(
+                Batch.state == BatchState.IN_PROGRESS,
+                and_(Batch.state == BatchState.VALIDATING, Batch.input_file_id.is_not(None)),
+            ),
+        )
         .values(
-            state=BatchState.CANCELLING,
+            state=case((Batch.state == BatchState.IN_PROGRESS, BatchState.CANCELLING.value), else_=Batch.state),
             ending=Ending.CANCELLED,
             cancelling_at=text("clock_timestamp()"),
             paused_reason=None,
@@ -139,6 +164,7 @@ def request_cancel(session: Session, batch_id: UUID) -> bool:
         .returning(Batch.id)
     ).one_or_none()
     wake_dispatch(session)
+    wake(session, VALIDATE_CHANNEL)
     return changed is not None
 
 
@@ -274,6 +300,7 @@ def finish(session: Session, batch_id: UUID) -> int:
             ended_at = clock_timestamp() WHERE id = :id"""),
         {"id": batch_id},
     )
+    add_results(session, batch_id)
     announce_end(session, batch_id)
     return 0
 

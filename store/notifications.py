@@ -1,4 +1,4 @@
-"""Waking the dispatch loop through Postgres NOTIFY, and the advisory lock that makes it one loop."""
+"""Waking the dispatch loop and the validators through Postgres NOTIFY, and the lock that makes dispatch one loop."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from runtime.errors import ServiceUnreachable
 from store.database import Database
 
 CHANNEL = "stoker_dispatch"
+VALIDATE_CHANNEL = "stoker_validate"  # a batch waits for a validator, or has ended
 LEADER_LOCK = 0x73746F6B  # "stok": one dispatch leader a database
 
 
@@ -31,7 +32,24 @@ WHERE l.locktype = 'advisory' AND l.objid = %(lock)s AND l.granted AND l.pid <> 
 
 def wake_dispatch(session: Session) -> None:
     """Wake the dispatch leader when this transaction commits."""
-    session.execute(text("SELECT pg_notify(:channel, '')"), {"channel": CHANNEL})
+    wake(session, CHANNEL)
+
+
+def wake(session: Session, channel: str) -> None:
+    """Wake who listens on a channel when this transaction commits."""
+    session.execute(text("SELECT pg_notify(:channel, '')"), {"channel": channel})
+
+
+def wait_for_news(connection: psycopg.Connection, timeout_s: float) -> None:
+    """Return at the next notification that the connection listens for, or after the time.
+
+    Raises ServiceUnreachable if the connection broke.
+    """
+    try:
+        for _ in connection.notifies(timeout=timeout_s, stop_after=1):
+            pass
+    except psycopg.OperationalError as error:
+        raise ServiceUnreachable(f"Postgres: {error}") from error
 
 
 class Leadership:
@@ -65,16 +83,19 @@ class Leadership:
 
         Raises ServiceUnreachable if the connection broke: the lock is gone then.
         """
-        try:
-            for _ in self._connection.notifies(timeout=timeout_s, stop_after=1):
-                pass
-        except psycopg.OperationalError as error:
-            raise ServiceUnreachable(f"Postgres: {error}") from error
+        wait_for_news(self._connection, timeout_s)
+
+
+@contextmanager
+def listening(database: Database, channel: str) -> Iterator[psycopg.Connection]:
+    """A connection that hears a channel's notifications."""
+    with database.connection(autocommit=True) as connection:
+        connection.execute(f"LISTEN {channel}")
+        yield connection
 
 
 @contextmanager
 def leadership(database: Database) -> Iterator[Leadership]:
     """A connection that can lead, listening for notifications."""
-    with database.connection(autocommit=True) as connection:
-        connection.execute(f"LISTEN {CHANNEL}")
+    with listening(database, CHANNEL) as connection:
         yield Leadership(connection)

@@ -15,6 +15,7 @@ from models.states import Outcome, Source
 from store.database import Database
 
 PAGE_ROWS = 2_000
+GAP_ROWS = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,43 @@ def result_pages(database: Database, batch_id: UUID, *, after_seq: int = -1) -> 
         with database.transaction() as session:
             page = _page(session, batch_id, first=first)
         yield page
+
+
+def job_pages(database: Database, batch_id: UUID) -> Iterator[list[tuple[str, str, str | None]]]:
+    """(custom_id, body, stoker) of all jobs in input order; each page is a short transaction of its own."""
+    next_seq = 0
+    while True:
+        with database.transaction() as session:
+            rows = session.execute(
+                text("""
+                SELECT custom_id, body, stoker FROM jobs
+                WHERE batch_id = :id AND seq >= :first AND seq < :end ORDER BY seq"""),
+                {"id": batch_id, "first": next_seq, "end": next_seq + PAGE_ROWS},
+            ).all()
+        if not rows:
+            return
+        yield [(custom_id, body, stoker) for custom_id, body, stoker in rows]
+        next_seq += PAGE_ROWS
+
+
+def first_unfinished(session: Session, batch_id: UUID, *, first: int, total: int) -> int:
+    """The first seq from `first` on without a result; `total` if there is none. Reads no more than it must."""
+    while first < total:
+        end = min(first + GAP_ROWS, total)
+        finished = session.scalar(
+            text("SELECT count(*) FROM results WHERE batch_id = :id AND seq >= :first AND seq < :end"),
+            {"id": batch_id, "first": first, "end": end},
+        )
+        if finished != end - first:
+            missing: int = session.execute(
+                text("""
+                SELECT g.seq FROM generate_series(:first, :last) AS g (seq) WHERE NOT EXISTS (
+                    SELECT FROM results WHERE batch_id = :id AND seq = g.seq) ORDER BY g.seq LIMIT 1"""),
+                {"id": batch_id, "first": first, "last": end - 1},
+            ).scalar_one()
+            return missing
+        first = end
+    return total
 
 
 def engines_of(session: Session, batch_id: UUID) -> list[dict[str, Any]]:

@@ -52,6 +52,9 @@ class NewBatch:
     priority: Priority = Priority.NORMAL
     weight: float = 1.0
     retry_of: UUID | None = None
+    fence: int = 0  # of the validator that holds a batch of the gateway
+    key_id: str | None = None  # whose budgets it takes from
+    request: dict[str, Any] | None = None  # its create body, where the gateway began it
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,25 +126,27 @@ def insert_validating(session: Session, batch: NewBatch, *, lease: timedelta) ->
             priority=batch.priority,
             weight=batch.weight,
             retry_of=batch.retry_of,
+            key_id=batch.key_id,
+            request=batch.request,
             lease_until=text("clock_timestamp() + :lease").bindparams(lease=lease),
         )
     )
 
 
-def extend_lease(session: Session, batch_id: UUID, *, lease: timedelta) -> None:
-    """Keep the validating batch; to the end of the transaction `delete_abandoned_batches` cannot take it.
+def extend_lease(session: Session, batch: NewBatch, *, lease: timedelta) -> None:
+    """Keep the validating batch; to the end of the transaction nobody else can take it.
 
-    Raises LostFence when it is gone: the lease had run out and the batch was deleted.
+    Raises LostFence when it is gone: its lease had run out, or it was cancelled.
     """
     _expect_ours(
         session.scalar(
             text(
                 "UPDATE batches SET lease_until = clock_timestamp() + :lease "
-                "WHERE id = :batch AND state = 'validating' RETURNING 1"
+                "WHERE id = :batch AND fence = :fence AND state = 'validating' AND ending IS NULL RETURNING 1"
             ),
-            {"batch": batch_id, "lease": lease},
+            {"batch": batch.id, "fence": batch.fence, "lease": lease},
         ),
-        batch_id,
+        batch.id,
     )
 
 
@@ -192,8 +197,10 @@ def insert_shards(
     )
 
 
-def set_going(session: Session, batch_id: UUID, filled: Filled, *, window: timedelta) -> None:
+def set_going(session: Session, batch: NewBatch, filled: Filled, *, window: timedelta) -> None:
     """Validating → in_progress, and wake dispatch at commit. Raises LostFence when the batch is gone.
+
+    Its window began with its creation where that was answered before; else it begins now.
 
     A batch with no shard to run is finalizing at once; the leader ends it like any other.
     """
@@ -203,20 +210,24 @@ def set_going(session: Session, batch_id: UUID, filled: Filled, *, window: timed
                 "UPDATE batches SET total = :total, shards_left = :shards, skipped = :skipped, "
                 "state = CASE WHEN :shards = 0 THEN 'finalizing' ELSE 'in_progress' END, "
                 "finalizing_at = CASE WHEN :shards = 0 THEN clock_timestamp() END, "
-                "options = options || CAST(:options AS jsonb), "
-                "lease_until = NULL, in_progress_at = clock_timestamp(), expires_at = clock_timestamp() + :window "
-                "WHERE id = :batch AND state = 'validating' RETURNING 1"
+                "options = options || CAST(:options AS jsonb), max_output_tokens = :most, lease_until = NULL, "
+                "in_progress_at = clock_timestamp(), expires_at = coalesce(expires_at, clock_timestamp() + :window) "
+                "WHERE id = :batch AND fence = :fence AND state = 'validating' AND ending IS NULL RETURNING 1"
             ),
             {
-                "batch": batch_id,
+                "batch": batch.id,
+                "fence": batch.fence,
+                "most": batch.max_output_tokens,
                 "total": filled.total,
                 "shards": filled.open_shards,
                 "skipped": filled.skipped,
-                "options": json.dumps({**({"reused": filled.taken} if filled.taken else {}), **filled.options}),
+                "options": json.dumps(
+                    {**batch.options, **({"reused": filled.taken} if filled.taken else {}), **filled.options}
+                ),
                 "window": window,
             },
         ),
-        batch_id,
+        batch.id,
     )
     wake_dispatch(session)
 
@@ -235,13 +246,14 @@ def delete_validating(session: Session, batch_id: UUID) -> bool:
 def delete_abandoned_batches(session: Session) -> list[UUID]:
     """Delete the validating batches whose lease is over, with jobs and shards; return their ids.
 
-    Those that a submit is writing to at this moment are locked by it, and left alone. Locks are kept to
-    the end of the transaction; it may be repeated and may run in several processes at once.
+    One that the gateway has answered for stays: another validator takes it. Those that a submit is writing to at this
+    moment are locked by it, and left alone. Locks are kept to the end of the transaction; it may be repeated and may
+    run in several processes at once.
     """
     abandoned = session.scalars(
         text(
-            "SELECT id FROM batches WHERE state = 'validating' AND lease_until < clock_timestamp() "
-            "FOR UPDATE SKIP LOCKED"
+            "SELECT id FROM batches WHERE state = 'validating' AND input_file_id IS NULL "
+            "AND lease_until < clock_timestamp() FOR UPDATE SKIP LOCKED"
         )
     ).all()
     return [batch_id for batch_id in abandoned if delete_validating(session, batch_id)]
@@ -250,5 +262,5 @@ def delete_abandoned_batches(session: Session) -> list[UUID]:
 def _expect_ours(found: object, batch_id: UUID) -> None:
     if found is None:
         raise LostFence(
-            f"batch {batch_id} was deleted as abandoned: this submit stood still longer than its lease; submit again"
+            f"batch {batch_id} is no longer ours: it was cancelled, or stood still longer than its lease; submit again"
         )

@@ -88,7 +88,7 @@ def upgrade() -> None:
     sa.Column('digest', sa.Text(), nullable=True),
     sa.Column('blob', sa.Text(), nullable=True),
     sa.Column('batch_id', sa.Uuid(), nullable=True),
-    sa.Column('part', sa.Enum('output', 'errors', name='part', native_enum=False, create_constraint=True, length=16), nullable=True),
+    sa.Column('part', sa.Enum('input', 'output', 'errors', name='part', native_enum=False, create_constraint=True, length=16), nullable=True),
     sa.Column('estimate', postgresql.JSONB(astext_type=sa.Text()), nullable=True),
     sa.Column('created_at', sa.DateTime(timezone=True), server_default=sa.text('clock_timestamp()'), nullable=False),
     sa.Column('expires_at', sa.DateTime(timezone=True), nullable=True),

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
-from uuid import UUID
 
 import pytest
 from sqlalchemy import text
@@ -441,21 +440,21 @@ def test_what_a_kill_leaves_is_deleted_once_the_lease_is_over(database: Database
 
 
 def test_a_batch_that_is_being_written_is_never_deleted(database: Database) -> None:
-    batch_id = _insert_validating(database, lease=timedelta(seconds=-1))
+    batch = _insert_validating(database, lease=timedelta(seconds=-1))
     with database.transaction() as writer:
-        extend_lease(writer, batch_id, lease=timedelta(seconds=-1))
+        extend_lease(writer, batch, lease=timedelta(seconds=-1))
         with database.transaction() as recover:
             assert delete_abandoned_batches(recover) == []
     with database.transaction() as recover:
-        assert delete_abandoned_batches(recover) == [batch_id]
+        assert delete_abandoned_batches(recover) == [batch.id]
 
 
 def test_a_submit_whose_batch_was_deleted_stops(database: Database) -> None:
-    batch_id = _insert_validating(database, lease=timedelta(seconds=-1))
+    batch = _insert_validating(database, lease=timedelta(seconds=-1))
     with database.transaction() as session:
         delete_abandoned_batches(session)
     with pytest.raises(LostFence, match="submit again"), database.transaction() as session:
-        extend_lease(session, batch_id, lease=timedelta(seconds=60))
+        extend_lease(session, batch, lease=timedelta(seconds=60))
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(database: Database, write: Callable[..., Path]) -> None:
@@ -515,7 +514,7 @@ def _submitting(database: Database, path: Path) -> Iterator[subprocess.Popen[byt
         child.wait()
 
 
-def _insert_validating(database: Database, *, lease: timedelta) -> UUID:
+def _insert_validating(database: Database, *, lease: timedelta) -> NewBatch:
     batch = NewBatch(
         id=uuid7(),
         tenant="local",
@@ -528,4 +527,4 @@ def _insert_validating(database: Database, *, lease: timedelta) -> UUID:
     )
     with database.transaction() as session:
         insert_validating(session, batch, lease=lease)
-    return batch.id
+    return batch

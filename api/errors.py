@@ -1,0 +1,82 @@
+"""Errors as the API shows them: `{"error": {message, type, param, code}}`, and how ours become these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel
+
+ErrorKind = Literal[
+    "invalid_request_error",
+    "authentication_error",
+    "permission_error",
+    "not_found_error",
+    "rate_limit_error",
+    "server_error",
+]
+
+
+class ErrorBody(BaseModel):
+    """What went wrong, and the remedy in `message`; `param` names the field."""
+
+    message: str
+    type: ErrorKind
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorAnswer(BaseModel):
+    """The body of every answer from 400 on."""
+
+    error: ErrorBody
+
+
+# What any route may answer: by its key, by too many requests, by a service that is away, by what is full.
+ALWAYS: Final = (401, 403, 429, 500, 503)
+_MEANINGS: Final = {
+    400: "The request is wrong; `param` names the field.",
+    401: "The key is missing, wrong, expired or revoked.",
+    403: "The key lacks the scope.",
+    404: "There is none of this id for the key's tenant.",
+    405: "The path has no such method.",
+    408: "The body stood still for too long.",
+    409: "The thing is in a state that forbids it.",
+    413: "The body, or all files together, are too large.",
+    415: "The body is of another type.",
+    422: "The Idempotency-Key was used for another request.",
+    429: "Too many requests of this key; `Retry-After` says when to come again.",
+    500: "A defect of ours.",
+    503: "A service is away; the request may be sent again.",
+}
+
+
+def refusals(*status_codes: int) -> dict[int | str, dict[str, Any]]:
+    """A route's answers from 400 on, for its description."""
+    return {
+        status: {"model": ErrorAnswer, "description": _MEANINGS[status]} for status in sorted({*status_codes, *ALWAYS})
+    }
+
+
+class ApiError(Exception):
+    """An answer from 400 on, raised anywhere below a route."""
+
+    def __init__(
+        self,
+        status_code: int,
+        message: str,
+        *,
+        code: str | None = None,
+        kind: ErrorKind = "invalid_request_error",
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status_code = status_code
+        self.answer = ErrorAnswer(error=ErrorBody(message=message, type=kind, param=param, code=code))
+        self.headers = dict(headers or {})
+
+
+def not_found(what: str) -> ApiError:
+    """Nothing of this id for this tenant, whoever else may have it."""
+    return ApiError(404, f"no {what}; check the id and the key", kind="not_found_error", code="not_found")

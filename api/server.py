@@ -1,0 +1,109 @@
+"""`python -m api.server`: the gateway, and the validators that belong to it; `stoker gateway` starts it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+import uvicorn
+
+from api.app import create_app
+from api.gateway import Gateway
+from api.uploads import UploadSlots
+from runtime.children import spawn, stop
+from runtime.errors import BadInput
+from runtime.logs import configure_logs, get_logger
+from runtime.settings import Settings, load_settings
+from store.blobs import Blobs
+from store.database import Database
+from store.presence import PresenceBoard
+from store.rate_limits import RateLimits
+
+log = get_logger(__name__)
+
+GRACE_S = 30
+IDLE_S = 75  # longer than proxies keep a connection, so that they end it and not we
+RESTART_S = 1.0
+
+
+def open_gateway(settings: Settings, stack: ExitStack) -> Gateway:
+    """A gateway's parts, closed with the stack."""
+    database = Database(settings.require_postgres(), pool_size=settings.gateway.pool_size)
+    stack.callback(database.close)
+    board, limits = PresenceBoard(settings.require_redis()), RateLimits(settings.require_redis())
+    stack.callback(board.close)
+    stack.callback(limits.close)
+    return Gateway(
+        settings=settings,
+        database=database,
+        blobs=Blobs(files_url(settings)),
+        limits=limits,
+        board=board,
+        upload_slots=UploadSlots(settings.gateway),
+    )
+
+
+def files_url(settings: Settings) -> str:
+    """Where uploads are kept. Raises BadInput if neither a place nor a home is set."""
+    if settings.gateway.files is not None:
+        return settings.gateway.files
+    if settings.home is None:
+        raise BadInput("STOKER_GATEWAY__FILES is not set: name a folder or URL for uploads, or set STOKER_HOME")
+    return str(Path(settings.home) / "files")
+
+
+class ValidatorThread(threading.Thread):
+    """Keeps one validator process running: starts it again when it dies. It dies with this thread."""
+
+    def __init__(self) -> None:
+        super().__init__(name="validator-watch", daemon=True)
+        self._stop_wanted = threading.Event()
+
+    def run(self) -> None:
+        while not self._stop_wanted.is_set():
+            child = spawn([sys.executable, "-m", "api.validator"], env=dict(os.environ), log=None, session=True)
+            while child.poll() is None and not self._stop_wanted.wait(RESTART_S):
+                pass
+            if self._stop_wanted.is_set():
+                stop(child, grace_s=GRACE_S)
+            else:
+                log.error("validator_restarts", status=child.returncode)
+
+    def stop(self) -> None:
+        """End the process and the thread."""
+        self._stop_wanted.set()
+        self.join()
+
+
+def main() -> None:
+    """Serve until SIGTERM or SIGINT; requests under way may end."""
+    settings = load_settings()
+    configure_logs(settings.log)
+    with ExitStack() as stack:
+        app = create_app(open_gateway(settings, stack))
+        for _ in range(settings.gateway.validators):
+            validator = ValidatorThread()
+            validator.start()
+            stack.callback(validator.stop)
+        log.info("gateway_up", url=f"http://{settings.gateway.host}:{settings.gateway.port}")
+        uvicorn.run(
+            app,
+            host=settings.gateway.host,
+            port=settings.gateway.port,
+            loop="uvloop",
+            http="httptools",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=settings.gateway.connections,
+            timeout_keep_alive=IDLE_S,
+            timeout_graceful_shutdown=GRACE_S,
+        )
+
+
+if __name__ == "__main__":
+    main()

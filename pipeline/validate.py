@@ -1,0 +1,181 @@
+"""A validator: turns uploaded files into jobs after their batches' creation was answered, and what follows an end.
+
+It holds a batch by a lease; when it dies another one begins the file anew. Beside that: webhooks, sizes of results'
+files, uploads that nobody may see any more. Every step may be cut off or done twice.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Final
+
+from models.batch_requests import CreateBatch
+from models.lines import SubmitOptions
+from models.states import CacheMode
+from pipeline.begin import LEASE
+from pipeline.cutting import for_workers
+from pipeline.made_files import count_next
+from pipeline.submit import fill_held
+from pipeline.webhooks import deliver_due
+from runtime.errors import BadInput, InvalidFile, LostFence, NotFound, Problem, ServiceUnreachable
+from runtime.logs import get_logger
+from runtime.settings import Settings
+from store.blobs import Blobs
+from store.database import Database
+from store.files import forget_file, gone_blobs
+from store.notifications import VALIDATE_CHANNEL, listening, wait_for_news
+from store.presence import PresenceBoard, WorkerPresence
+from store.submissions import NewBatch
+from store.validating import Validating, claim_validating, end_cancelled, put_back, refuse
+
+log = get_logger(__name__)
+
+POLL_S: Final = 1.0
+WAIT_AFTER_FAULT: Final = timedelta(seconds=5)
+MOST_TRIES: Final = 5  # validators that a file may take down with it
+GONE_AT_ONCE: Final = 100
+
+
+def run_validator(
+    database: Database, blobs: Blobs, board: PresenceBoard, settings: Settings, stop: threading.Event
+) -> None:
+    """Validate batches as they come until told to stop; waits while Postgres is away."""
+    while not stop.is_set():
+        try:
+            with listening(database, VALIDATE_CHANNEL) as connection:
+                while not stop.is_set():
+                    while not stop.is_set() and validate_next(database, blobs, board, settings):
+                        pass
+                    wait_for_news(connection, POLL_S)
+        except ServiceUnreachable as error:
+            log.warning("validator_waits", error=str(error))
+            stop.wait(POLL_S)
+
+
+def run_aftercare(database: Database, blobs: Blobs, settings: Settings, stop: threading.Event) -> None:
+    """What follows, beside the validator so that no webhook waits for a large file."""
+    steps: tuple[Callable[[], object], ...] = (
+        lambda: deliver_due(database, settings),
+        lambda: count_next(database),
+        lambda: free_blobs(database, blobs),
+    )
+    while not stop.is_set():
+        for step in steps:
+            try:
+                step()
+            except ServiceUnreachable as error:
+                log.warning("aftercare_waits", error=str(error))
+        stop.wait(POLL_S)
+
+
+def validate_next(database: Database, blobs: Blobs, board: PresenceBoard, settings: Settings) -> bool:
+    """Take the oldest batch that waits, and set it going or end it; false if none waits."""
+    with database.transaction() as session:
+        held = claim_validating(session, lease=LEASE)
+    if held is None:
+        return False
+    try:
+        problems = _problems(database, blobs, board, settings, held)
+    except LostFence:
+        with database.transaction() as session:  # cancelled meanwhile; if another holds it, nothing happens
+            end_cancelled(session, held)
+        return True
+    except ServiceUnreachable as error:
+        log.warning("validation_waits", batch_id=str(held.id), error=str(error))
+        with database.transaction() as session:
+            put_back(session, held, wait=WAIT_AFTER_FAULT)
+        return True
+    except Exception as error:  # a defect of ours ends the batch with a traceback in the log, never a loop for ever
+        log.exception("validation_defect", batch_id=str(held.id))
+        problems = [Problem(None, "internal_error", None, f"{type(error).__name__}; tell who runs this gateway")]
+    if problems:
+        with database.transaction() as session:
+            refuse(session, held, problems)
+        log.info("batch_refused", batch_id=str(held.id), code=problems[0].code)
+    return True
+
+
+def _problems(
+    database: Database, blobs: Blobs, board: PresenceBoard, settings: Settings, held: Validating
+) -> list[Problem]:
+    """Why the batch cannot run; empty: it is going."""
+    if held.is_cancelled:
+        raise LostFence("cancelled before it was validated")
+    if held.tries > MOST_TRIES:
+        return [Problem(None, "internal_error", None, f"{MOST_TRIES} validators ended while they read it; split it")]
+    asked = CreateBatch.model_validate(held.request)
+    workers, options = _workers(board), submit_options(asked, settings)
+    try:
+        with blobs.local_copy(held.input_file_id) as path:
+            filled = fill_held(
+                database,
+                path,
+                _new_batch(held, asked, options),
+                options=options,
+                settings=for_workers(settings, workers),
+                served_models=frozenset(name for worker in workers for name in worker.models) if workers else None,
+                order=asked.stoker.order,
+            )
+    except InvalidFile as error:
+        return _listed(error)
+    except (BadInput, NotFound) as error:
+        return [Problem(None, "invalid_request", "input_file_id", str(error))]
+    log.info("batch_going", batch_id=str(held.id), jobs=filled.total)
+    return []
+
+
+def free_blobs(database: Database, blobs: Blobs) -> int:
+    """Delete the bytes of uploads that are deleted or have expired: how many."""
+    with database.transaction() as session:
+        gone = gone_blobs(session, limit=GONE_AT_ONCE)
+        for file_id, blob in gone:
+            blobs.delete(blob)
+            forget_file(session, file_id)
+    return len(gone)
+
+
+def submit_options(asked: CreateBatch, settings: Settings) -> SubmitOptions:
+    """What a create body changes in every line."""
+    return SubmitOptions(
+        model=asked.stoker.model,
+        max_output_tokens=min(
+            asked.stoker.max_output_tokens or settings.limits.max_output_tokens, settings.limits.max_output_tokens
+        ),
+        cache=asked.stoker.cache or CacheMode(settings.cache.mode),
+        settings=asked.stoker.line_settings,
+    )
+
+
+def _new_batch(held: Validating, asked: CreateBatch, options: SubmitOptions) -> NewBatch:
+    return NewBatch(
+        id=held.id,
+        tenant=held.tenant,
+        endpoint=held.endpoint,
+        input_name=held.input_name,
+        input_digest=held.input_digest,
+        submit_digest=held.digest,
+        options={},
+        max_output_tokens=options.max_output_tokens,
+        priority=asked.stoker.priority,
+        weight=asked.stoker.weight,
+        fence=held.fence,
+    )
+
+
+def _workers(board: PresenceBoard) -> list[WorkerPresence]:
+    """The live workers; none while Redis is away: models are checked when a worker runs the jobs."""
+    try:
+        return board.workers()
+    except ServiceUnreachable as error:
+        log.warning("presence_unknown", error=str(error))
+        return []
+
+
+def _listed(error: InvalidFile) -> list[Problem]:
+    more = error.total - len(error.problems)
+    if not more:
+        return error.problems
+    last = error.problems[-1]
+    return [*error.problems, Problem(None, last.code, None, f"{more:,} more problems; mend these and upload it again")]
