@@ -15,6 +15,7 @@ from runtime.settings import LogSettings, load_settings
 from scripts.batch_commands import cancel, results, resume, status, watch
 from scripts.cache_commands import cache
 from scripts.documents_commands import documents
+from scripts.keys_commands import keys
 from scripts.quantize_command import quantize
 from scripts.recipe_lines import list_recipes
 from scripts.service_commands import dispatch, doctor, migrate, up, worker
@@ -54,6 +55,7 @@ for command in (
     doctor,
     cache,
     documents,
+    keys,
     list_recipes,
     quantize,
 ):

@@ -132,12 +132,18 @@ def list_keys(session: Session, *, tenant: str | None) -> list[KeyReport]:
 
 
 def named_keys(session: Session, name: str) -> list[KeyReport]:
-    """The keys, of any tenant, whose id begins so; if there is none, the keys of that name that are not revoked."""
-    for named in ("starts_with(id, :name)", "name = :name AND revoked_at IS NULL"):
-        rows = session.execute(text(f"{_REPORT} WHERE {named} ORDER BY created_at, id"), {"name": name}).all()
-        if rows:
-            return [_report(row) for row in rows]
-    return []
+    """The keys, of any tenant, that may be meant: of this id; else those whose id begins so or that have this name.
+
+    A revoked key is found by its id only.
+    """
+    rows = session.execute(
+        text(f"""
+        {_REPORT} WHERE starts_with(id, :name) OR (name = :name AND revoked_at IS NULL)
+        ORDER BY created_at, id"""),
+        {"name": name},
+    )
+    found = [_report(row) for row in rows]
+    return [key for key in found if key.id == name] or found
 
 
 def has_living_key(session: Session, tenant: str) -> bool:

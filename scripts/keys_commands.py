@@ -1,0 +1,310 @@
+"""Commands about keys of the gateway: create, list, revoke, rotate, rename, limit.
+
+A key is printed once, to stdout, when it gets its secret.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, Literal
+
+import click
+
+from models.keys import remake_key
+from models.states import Scope
+from pipeline.keys import issue_key
+from runtime.errors import BadInput, NotFound
+from runtime.settings import Settings
+from scripts.local import connected
+from scripts.lookup import TENANT, opened_database
+from scripts.submit_commands import Window
+from scripts.terminal import emit, emit_json, emit_table, say
+from store.budgets import set_key_caps
+from store.database import Session
+from store.keys import (
+    KeyReport,
+    list_keys,
+    name_key,
+    named_keys,
+    revoke_key,
+    rotate_key,
+    set_key_expiry,
+    set_key_rate,
+)
+
+LONGEST_NAME: Final = 200
+LONGEST_LIFE_S: Final = 100 * 365 * 86_400.0
+MOST_REQUESTS: Final = 1_000_000
+MOST_TOKENS: Final = 10**15
+_WHOLE_KEY: Final = re.compile(r"sk-([0-9a-f]{1,12})(-.*)?")
+
+
+class Name(click.ParamType[str]):
+    """A name that can be read and typed."""
+
+    name = "NAME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value).strip()
+        if not text or len(text) > LONGEST_NAME or not text.isprintable():
+            self.fail(f"{value!r:.80} is no name; write 1 to {LONGEST_NAME} letters", param, ctx)
+        return text
+
+
+class KeyName(Name):
+    """A key by its public id, the beginning of it, or its name; of a whole key the secret is dropped at once."""
+
+    name = "KEY"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = super().convert(value, param, ctx)
+        whole = _WHOLE_KEY.fullmatch(text)
+        return text if whole is None else whole[1]
+
+
+class Time(Window):
+    """A duration from `least_s` to 100 years, in seconds."""
+
+    def __init__(self, *, least_s: float = 1.0) -> None:
+        self._least_s = least_s
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = 0.0 if value == "0" else super().convert(value, param, ctx)
+        if not self._least_s <= seconds <= LONGEST_LIFE_S:
+            self.fail(f"{value!r:.80} is not from {self._least_s:g} s to 100 years", param, ctx)
+        return seconds
+
+
+class OrNone(click.ParamType[Any]):
+    """What another type takes, or the word none."""
+
+    def __init__(self, kind: click.ParamType[Any]) -> None:
+        self._kind = kind
+        self.name = f"{kind.name}|none"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "none" else self._kind.convert(value, param, ctx)
+
+
+_REQUESTS = click.IntRange(1, MOST_REQUESTS)
+_TOKENS = click.IntRange(1, MOST_TOKENS)
+_Number = int | Literal["none"] | None
+_as_json = click.option("--json", "as_json", is_flag=True)
+_key = click.argument("name", metavar="KEY", type=KeyName())
+
+
+@click.group()
+def keys() -> None:
+    """Keys of the gateway, each of a tenant: KEY is a key's id, the beginning of it, or its name."""
+
+
+@keys.command()
+@click.option("--name", type=Name(), default="unnamed", help="To know it by.")
+@click.option(
+    "--tenant", type=Name(), default=TENANT, show_default=True, help="Whose it is; tenants see their own only."
+)
+@click.option(
+    "--scope",
+    "scopes",
+    type=click.Choice([scope.value for scope in Scope]),
+    multiple=True,
+    help="submit: upload, create, cancel. read: list and download. admin: all, and the engines. Repeatable; "
+    "without: submit and read.",
+)
+@click.option("--expires", type=Time(), help="After a time such as 90d; without: never.")
+@click.option("--requests-per-minute", type=_REQUESTS, help="Without: STOKER_GATEWAY__REQUESTS_PER_MINUTE.")
+@click.option("--tokens-per-day", type=_TOKENS, help="Its batches stop there until the next day (UTC).")
+@click.option("--tokens-per-month", type=_TOKENS, help="Its batches stop there until the next month (UTC).")
+@_as_json
+@click.pass_obj
+def create(
+    settings: Settings,
+    name: str,
+    tenant: str,
+    scopes: tuple[str, ...],
+    expires: float | None,
+    requests_per_minute: int | None,
+    tokens_per_day: int | None,
+    tokens_per_month: int | None,
+    as_json: bool,
+) -> None:
+    """Make a key and print it: it cannot be read back."""
+    with opened_database(connected(settings)) as database, database.transaction() as session:
+        made = issue_key(
+            session,
+            tenant=tenant,
+            name=name,
+            scopes=[Scope(scope) for scope in scopes] or [Scope.SUBMIT, Scope.READ],
+            requests_per_minute=requests_per_minute,
+            day_tokens=tokens_per_day,
+            month_tokens=tokens_per_month,
+            expires_in=None if expires is None else timedelta(seconds=expires),
+        )
+    if as_json:
+        known = {"id": made.key.id, "key": made.key.text, "tenant": tenant, "name": name}
+        emit_json(known | {"scopes": made.scopes, "expires_at": _stated(made.expires_at)})
+        return
+    emit(made.key.text)
+    until = "" if made.expires_at is None else f", until {_shown(made.expires_at)}"
+    say(f"{made.key.id} of {tenant}: {', '.join(made.scopes)}{until}; keep the key, it is not shown again")
+
+
+@keys.command("list")
+@click.option("--tenant", type=Name(), default=TENANT, show_default=True)
+@click.option("--all", "of_all", is_flag=True, help="Of all tenants.")
+@_as_json
+@click.pass_obj
+def list_command(settings: Settings, tenant: str, of_all: bool, as_json: bool) -> None:
+    """List keys, with their limits and their last use; never their secrets."""
+    with opened_database(connected(settings)) as database, database.transaction() as session:
+        found = list_keys(session, tenant=None if of_all else tenant)
+    if as_json:
+        emit_json([_figures(key) for key in found])
+        return
+    if not found:
+        say("no keys; `stoker keys create` makes one" if of_all else f"no keys of {tenant}; --all shows those of all")
+        return
+    shown = [place for place, column in enumerate(_COLUMNS) if of_all or column != "tenant"]
+    rows = [_row(key) for key in found]
+    emit_table(
+        "keys (times in UTC)",
+        [_COLUMNS[place] for place in shown],
+        [[row[place] for place in shown] for row in rows],
+    )
+
+
+@keys.command()
+@_key
+@click.pass_obj
+def revoke(settings: Settings, name: str) -> None:
+    """End KEY at once and for good. Its batches go on: `stoker cancel` ends those."""
+    with opened_database(connected(settings)) as database, database.transaction() as session:
+        key = _named(session, name)
+        if not revoke_key(session, key.id):
+            raise BadInput(f"{_called(key)} was revoked before; nothing is left to do")
+    say(f"{_called(key)} is revoked: it is refused from now on, its batches go on")
+
+
+@keys.command()
+@_key
+@click.option(
+    "--grace", type=Time(least_s=0.0), default="24h", show_default=True, help="How long the old one holds too; 0: not."
+)
+@_as_json
+@click.pass_obj
+def rotate(settings: Settings, name: str, grace: float, as_json: bool) -> None:
+    """Give KEY a new secret and print it; id, limits and batches stay."""
+    with opened_database(connected(settings)) as database, database.transaction() as session:
+        key = _named(session, name)
+        made = remake_key(key.id)
+        if not rotate_key(session, key.id, digest=made.digest, grace=timedelta(seconds=grace)):
+            raise BadInput(f"{_called(key)} is {key.state}; make a new one with `stoker keys create`")
+        rotated = _named(session, key.id)
+    if as_json:
+        emit_json({"key": made.text} | _figures(rotated))
+        return
+    emit(made.text)
+    until = rotated.previous_until
+    say(
+        f"{_called(key)} has a new secret; the old one "
+        + ("is refused from now on" if until is None else f"holds until {_shown(until)}")
+    )
+
+
+@keys.command()
+@_key
+@click.argument("new_name", metavar="NEW_NAME", type=Name())
+@click.pass_obj
+def rename(settings: Settings, name: str, new_name: str) -> None:
+    """Call KEY otherwise."""
+    with opened_database(connected(settings)) as database, database.transaction() as session:
+        key = _named(session, name)
+        name_key(session, key.id, new_name)
+    say(f"{key.id} of {key.tenant} is called {new_name} from now on")
+
+
+@keys.command()
+@_key
+@click.option("--tokens-per-day", type=OrNone(_TOKENS), help="Holds for the running day too.")
+@click.option("--tokens-per-month", type=OrNone(_TOKENS), help="Holds for the running month too.")
+@click.option("--requests-per-minute", type=OrNone(_REQUESTS), help="none: the setting's.")
+@click.option("--expires", type=OrNone(Time()), help="After a time from now, such as 90d.")
+@click.pass_obj
+def limit(
+    settings: Settings,
+    name: str,
+    tokens_per_day: _Number,
+    tokens_per_month: _Number,
+    requests_per_minute: _Number,
+    expires: float | Literal["none"] | None,
+) -> None:
+    """Change what KEY may take; what is not named stays, `none` takes a limit away."""
+    if (tokens_per_day, tokens_per_month, requests_per_minute, expires) == (None,) * 4:
+        raise click.UsageError("name a limit: --tokens-per-day, --tokens-per-month, --requests-per-minute or --expires")
+    with opened_database(connected(settings)) as database, database.transaction() as session:
+        key = _named(session, name)
+        day, month = _changed(tokens_per_day, key.day_tokens), _changed(tokens_per_month, key.month_tokens)
+        if (day, month) != (key.day_tokens, key.month_tokens):
+            set_key_caps(session, key.id, day_tokens=day, month_tokens=month)
+        if requests_per_minute is not None:
+            set_key_rate(session, key.id, _changed(requests_per_minute, None))
+        if expires is not None:
+            set_key_expiry(session, key.id, None if expires == "none" else timedelta(seconds=expires))
+        limited = _named(session, key.id)
+    terms = [f"{name} {value}" for name, value in zip(_COLUMNS[4:8], _row(limited)[4:8], strict=True)]
+    say(f"{_called(key)}: {', '.join(terms)}")
+
+
+def _named(session: Session, name: str) -> KeyReport:
+    found = named_keys(session, name)
+    if not found:
+        raise NotFound(f"no key {name}; `stoker keys list --all` shows them")
+    if len(found) > 1:
+        raise BadInput(f"{name} may be {', '.join(_called(key) for key in found[:5])}; write the whole id")
+    return found[0]
+
+
+def _changed(wish: _Number, before: int | None) -> int | None:
+    if wish == "none":
+        return None
+    return before if wish is None else wish
+
+
+def _called(key: KeyReport) -> str:
+    return f"{key.id} ({key.name}) of {key.tenant}"
+
+
+def _figures(key: KeyReport) -> dict[str, Any]:
+    times = ("created_at", "expires_at", "revoked_at", "previous_until", "last_used_at")
+    return asdict(key) | {name: _stated(getattr(key, name)) for name in times}
+
+
+_COLUMNS = (
+    "key",
+    "name",
+    "tenant",
+    "state",
+    "requests/minute",
+    "tokens/day",
+    "tokens/month",
+    "expires",
+    "scopes",
+    "last used",
+)
+
+
+def _row(key: KeyReport) -> tuple[object, ...]:
+    rate = "default" if key.requests_per_minute is None else f"{key.requests_per_minute:,}"
+    caps = ("none" if cap is None else f"{cap:,}" for cap in (key.day_tokens, key.month_tokens))
+    expires, used = (_shown(moment) if moment else "never" for moment in (key.expires_at, key.last_used_at))
+    return (key.id, key.name, key.tenant, key.state, rate, *caps, expires, " ".join(key.scopes), used)
+
+
+def _shown(moment: datetime) -> str:
+    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M}"
+
+
+def _stated(moment: datetime | None) -> str | None:
+    return None if moment is None else moment.astimezone(UTC).isoformat(timespec="seconds")
