@@ -21,6 +21,7 @@ from scripts.recipe_lines import list_recipes
 from scripts.service_commands import dispatch, doctor, migrate, up, worker
 from scripts.submit_commands import retry, run, submit
 from scripts.terminal import say
+from scripts.webhooks_commands import webhooks
 
 EXIT_USAGE = 2
 EXIT_UNREACHABLE = 3
@@ -58,6 +59,7 @@ for command in (
     keys,
     list_recipes,
     quantize,
+    webhooks,
 ):
     cli.add_command(command)
 
