@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
-import time
-from collections.abc import Awaitable, Callable
+import importlib.util
 from typing import Any, Final
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api import batches, files, inspection, page
+from api import batches, files, page
 from api.errors import ApiError, not_found
 from api.gateway import Gateway
 from runtime.errors import NotFound, ServiceUnreachable
@@ -21,7 +22,6 @@ from runtime.logs import get_logger
 
 log = get_logger(__name__)
 
-UPLOADS: Final = ("POST", "/v1/files")
 _HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -48,9 +48,13 @@ def create_app(gateway: Gateway) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        max_body_size=gateway.settings.gateway.request_bytes,
     )
     app.state.gateway = gateway
-    for router in (files.router, batches.router, inspection.router, page.router):
+    routers = [files.router, batches.router, page.page_router()]
+    if importlib.util.find_spec("api.inspection"):
+        routers.append(importlib.import_module("api.inspection").router)
+    for router in routers:
         app.include_router(router)
     app.get("/healthz", include_in_schema=False)(_healthz)
     app.add_exception_handler(ApiError, _answer)
@@ -59,8 +63,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _answer)
     app.add_exception_handler(HTTPException, _answer)
     app.add_exception_handler(Exception, _answer)
-    app.middleware("http")(_with_headers)
-    app.add_middleware(BodyLimit, most_bytes=gateway.settings.gateway.request_bytes)
+    app.add_middleware(WithHeaders)
     return app
 
 
@@ -70,21 +73,27 @@ def _healthz(request: Request) -> dict[str, str]:
         return {"status": "ok"}
 
 
-async def _with_headers(request: Request, proceed: Callable[[Request], Awaitable[Response]]) -> Response:
-    began = time.monotonic()
-    response = await proceed(request)
-    path = request.url.path
-    for name, value in {**_HEADERS, **(_API_HEADERS if path.startswith("/v1/") else {})}.items():
-        response.headers.setdefault(name, value)
-    route = request.scope.get("route")
-    log.debug(
-        "request",
-        method=request.method,
-        route=getattr(route, "path", "-"),
-        status=response.status_code,
-        ms=round((time.monotonic() - began) * 1000, 1),
-    )
-    return response
+class WithHeaders:
+    """Every answer says what browsers may do with it: nothing but show it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on; what an answer states itself stays."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        wanted = {**_HEADERS, **(_API_HEADERS if scope["path"].startswith("/v1/") else {})}
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in wanted.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
 
 
 async def _answer(request: Request, error: Exception) -> JSONResponse:
@@ -122,37 +131,3 @@ def _invalid(error: RequestValidationError) -> ApiError:
 
 def _said(fault: Any) -> str:
     return str(fault["msg"]).removeprefix("Value error, ")
-
-
-class BodyLimit:
-    """Refuses bodies over `most_bytes`, stated or not, but for uploads, which have their own limit."""
-
-    def __init__(self, app: ASGIApp, *, most_bytes: int) -> None:
-        self._app, self._most_bytes = app, most_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or (scope["method"], scope["path"]) == UPLOADS:
-            await self._app(scope, receive, send)
-            return
-        stated = dict(scope["headers"]).get(b"content-length", b"0")
-        if not stated.isdigit() or int(stated) > self._most_bytes:
-            await self._refuse(scope, receive, send)
-            return
-        taken = 0
-
-        async def counted() -> Message:
-            nonlocal taken
-            message = await receive()
-            taken += len(message.get("body", b""))
-            if taken > self._most_bytes:
-                raise self._too_large()
-            return message
-
-        await self._app(scope, counted, send)
-
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        shown = self._too_large()
-        await JSONResponse(shown.answer.model_dump(), status_code=shown.status_code)(scope, receive, send)
-
-    def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body has more than {self._most_bytes:,} bytes", code="body_too_large")

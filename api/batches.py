@@ -8,10 +8,8 @@ from typing import Annotated, Final
 from uuid import UUID
 
 from fastapi import APIRouter, Header, Path, Query, Request
-from pipeline.webhooks import check_url
-from store.budgets import open_batch_budget
 
-from api.auth import Principal, Reader, Submitter
+from api.auth import KeyedRoute, Principal, Reader, Submitter
 from api.errors import ApiError, refusals
 from api.files import listing
 from api.gateway import Gateway, gateway_of
@@ -20,16 +18,18 @@ from models.batch_requests import CreateBatch
 from models.states import Purpose
 from pipeline.again import retry_batch
 from pipeline.cutting import for_workers
+from pipeline.webhooks import check_url
 from runtime.clock import uuid7
 from runtime.errors import BadInput, ServiceUnreachable
 from runtime.settings import Settings
 from store.batches import BatchProgress, batch_progress, latest_batches, request_cancel, resume
+from store.budgets import open_batch_budget
 from store.database import Session
 from store.files import FileEntry, find_file
 from store.submissions import lock_submit
 from store.validating import NewRequest, begin_request, find_request, request_of
 
-router = APIRouter(prefix="/v1/batches", tags=["batches"])
+router = APIRouter(prefix="/v1/batches", tags=["batches"], route_class=KeyedRoute)
 
 REPEATED_FOR: Final = timedelta(minutes=10)  # a client that says it repeats itself gets the batch of the first time
 KEY_HELD_FOR: Final = timedelta(hours=24)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
+from fastapi import HTTPException
 from pydantic import BaseModel
 
 ErrorKind = Literal[
@@ -58,8 +59,8 @@ def refusals(*status_codes: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-class ApiError(Exception):
-    """An answer from 400 on, raised anywhere below a route."""
+class ApiError(HTTPException):
+    """An answer from 400 on, raised anywhere below a route, also while its body is read."""
 
     def __init__(
         self,
@@ -71,10 +72,8 @@ class ApiError(Exception):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status_code = status_code
+        super().__init__(status_code, message, dict(headers or {}))
         self.answer = ErrorAnswer(error=ErrorBody(message=message, type=kind, param=param, code=code))
-        self.headers = dict(headers or {})
 
 
 def not_found(what: str) -> ApiError:

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from api.auth import Principal, Reader, Submitter
+from api.auth import KeyedRoute, Principal, Reader, Submitter
 from api.errors import ApiError, not_found, refusals
 from api.gateway import Gateway, gateway_of
 from api.objects import DeletedFile, FileObject, Listing, file_object, made_file_object
@@ -26,9 +26,10 @@ from runtime.clock import uuid7
 from runtime.errors import InvalidFile
 from store.files import FileEntry, add_upload, delete_file, find_file, keep_estimate, list_files, stored_bytes
 
-router = APIRouter(prefix="/v1/files", tags=["files"])
+router = APIRouter(prefix="/v1/files", tags=["files"], route_class=KeyedRoute)
 
 MOST_LISTED: Final = 10_000
+_OWN_LIMIT: Final = 2**62  # of the body: what streams in is held to the tenant's room
 BYTES: Final = "application/octet-stream"
 FileId = Annotated[str, Path(max_length=64, pattern="^file-[0-9a-z-]+$")]
 _FORM: Final[dict[str, Any]] = {
@@ -75,7 +76,7 @@ class Estimate(BaseModel):
     problem_count: int
 
 
-@router.post("", responses=refusals(400, 408, 413, 415), openapi_extra=_FORM)
+@router.post("", responses=refusals(400, 408, 413, 415), openapi_extra=_FORM, max_body_size=_OWN_LIMIT)
 async def create_file(request: Request, principal: Submitter) -> FileObject:
     """Upload a file: of purpose `batch` one that ends in .jsonl. Its lines are checked by the batch."""
     gateway = gateway_of(request)

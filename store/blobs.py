@@ -70,7 +70,7 @@ class Blobs:
 
     def pieces(self, name: str) -> Iterator[bytes]:
         """The bytes of a blob, READ_BYTES at a time. Raises NotFound if there is none."""
-        with self.translated(), self.files.open(self.place(name), "rb") as file:
+        with self.translated(), self._opened(name) as file:
             while piece := file.read(READ_BYTES):
                 yield piece
 
@@ -85,7 +85,7 @@ class Blobs:
             return
         with tempfile.TemporaryDirectory(prefix="stoker-blob-") as folder:
             path = Path(folder) / "blob"
-            with self.translated(), self.files.open(self.place(name), "rb") as source, path.open("wb") as target:
+            with self.translated(), self._opened(name) as source, path.open("wb") as target:
                 shutil.copyfileobj(source, target, READ_BYTES)
             yield path
 
@@ -99,10 +99,14 @@ class Blobs:
         """Foreign errors of the block as ours."""
         try:
             yield
-        except FileNotFoundError as error:
-            raise NotFound(f"no such blob in {self.url}: {error}") from error
         except OSError as error:
             raise ServiceUnreachable(
                 f"the files in {self.url} cannot be read or written: {error.strerror or error}; "
                 "free space, or check STOKER_GATEWAY__FILES"
             ) from error
+
+    def _opened(self, name: str) -> Any:
+        try:
+            return self.files.open(self.place(name), "rb")
+        except FileNotFoundError as error:
+            raise NotFound(f"the bytes of {name} are gone from {self.url}") from error

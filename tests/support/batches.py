@@ -155,6 +155,12 @@ def batch_row(database: Database, batch_id: UUID) -> dict[str, Any]:
         return dict(session.execute(text("SELECT * FROM batches WHERE id = :id"), {"id": batch_id}).mappings().one())
 
 
+def rows(database: Database, statement: str, **values: Any) -> list[tuple[Any, ...]]:
+    """What a statement answers."""
+    with database.transaction() as session:
+        return [tuple(row) for row in session.execute(text(statement), values)]
+
+
 def execute(database: Database, statement: str, **values: Any) -> None:
     """One statement by hand, for what a test must break or hasten."""
     with database.transaction() as session:
