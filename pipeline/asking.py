@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from dataclasses import replace
 
 from inference.replies import result_of
 from models.jobs import Job, JobResult
@@ -11,6 +12,7 @@ from models.line_settings import read_settings
 from models.names import request_name
 from models.states import Outcome
 from pipeline.attempt import Attempt, Unit
+from pipeline.budgets import BudgetWaits, tokens_of
 from pipeline.cached import says_the_same
 from pipeline.context import FeedContext
 from pipeline.converse import converse
@@ -54,6 +56,8 @@ async def _ask_in_steps(context: FeedContext, attempt: Attempt, job: Job) -> lis
             return [await _done_in(steps, context, attempt.claim, job)]
     except StepFailed as error:
         return [error.result]
+    except BudgetWaits as error:
+        return [replace(waiting(job, now=utc_now()), error=str(error))]
     except Stopped:
         return []
 
@@ -81,9 +85,14 @@ async def _ask_one(context: FeedContext, attempt: Attempt, job: Job) -> JobResul
     reply = await context.endpoint(path).post(path, job.body.encode(), request_id=name)
     result = result_of(job.seq, path, reply)
     if job.seq in attempt.looked.twice and result.outcome is Outcome.SUCCEEDED:
-        with suppress(StokerError):  # the answer is there; a second one that fails only says nothing
-            again = await context.endpoint(path).post(path, job.body.encode(), request_id=name)
-            attempt.repeated[job.seq] = says_the_same(result, result_of(job.seq, path, again))
+        with suppress(StokerError):  # the answer is there; a second one that fails, or is too dear, only says nothing
+            async with attempt.covering(job.seq, job.body, taken=tokens_of(result.usage)) as cover:
+                reply = await context.endpoint(path).post(path, job.body.encode(), request_id=name)
+                again = result_of(job.seq, path, reply)
+                cover.tokens = tokens_of(again.usage)
+            attempt.repeated[job.seq] = says_the_same(result, again)
+            if attempt.funds is not None:
+                attempt.funds.add_beside(job.seq, tokens_of(again.usage))
     return result
 
 

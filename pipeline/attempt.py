@@ -6,12 +6,14 @@ import asyncio
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from inference.embeddings import Pack
 from models.jobs import Job, JobResult
+from pipeline.budgets import Cover, Funding, Funds
 from pipeline.cached import Looked
 from store.shards import Claim, LoadedJobs, Retry
 from store.steps import FinishedStep
@@ -35,6 +37,11 @@ class Unwritten:
     suspects: list[int] = field(default_factory=list)
     steps: list[FinishedStep] = field(default_factory=list)
 
+    @property
+    def ended(self) -> set[int]:
+        """The jobs that will ask for nothing more in this attempt."""
+        return {*(result.seq for result in self.results), *(retry.seq for retry in self.retries), *self.suspects}
+
 
 class Attempt:
     """The state of one run of a shard. Lives in the asyncio loop's thread."""
@@ -45,6 +52,8 @@ class Attempt:
         self.held_bytes = 0  # of bodies and finished steps: the requests to keep hold theirs until the shard is over
         self.repeated: dict[int, bool] = {}  # of jobs that were asked twice: whether the answers were the same
         self.waiting: deque[Unit] = deque()
+        self.funds: Funds | None = None  # of a batch with budgets
+        self.unfunded: list[Job] = []  # jobs that wait until a budget has room for them
         self.in_flight: set[asyncio.Task[None]] = set()
         self.is_lost = False
         self.is_stopped = False
@@ -61,17 +70,23 @@ class Attempt:
     def begin(self, looked: Looked, units: Iterable[Unit]) -> None:
         """What its jobs' lookups gave is known: results are kept for the next write, the rest waits to be sent."""
         self.looked = replace(looked, results=[], jobs=[])
-        self.held_bytes = sum(sys.getsizeof(job.body) for job in looked.jobs)
+        self.held_bytes = sum(sys.getsizeof(job.body) for job in (*looked.jobs, *self.unfunded))
         self.held_bytes += sum(sys.getsizeof(reply) for replies in looked.steps.values() for reply in replies.values())
         for outcome in looked.results:
             self.record(outcome)
-        if not self.is_stopped:
+        if self.is_stopped:
+            self.unfunded = []
+        else:
             self.waiting.extend(units)
 
     @property
-    def is_over(self) -> bool:
-        """Whether nothing more will come: nothing waits and nothing is in flight."""
+    def _is_idle(self) -> bool:
         return not self.waiting and not self.in_flight
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will come: nothing waits or is in flight, and no write will fund jobs left."""
+        return self._is_idle and not (self.unfunded and (self._results or self._retries))
 
     @property
     def next_due(self) -> datetime | None:
@@ -109,7 +124,7 @@ class Attempt:
         """Whether what is recorded should be written now."""
         rows = self._unwritten_rows
         return (
-            self.is_over
+            self._is_idle
             or rows >= FLUSH_ROWS
             or self._unwritten_bytes >= FLUSH_BYTES
             or (rows > 0 and time.monotonic() - self._unwritten_since >= FLUSH_AFTER_S)
@@ -127,6 +142,28 @@ class Attempt:
         """Start nothing more; what is in flight goes on."""
         self.is_stopped = True
         self.waiting.clear()
+        self.unfunded = []
+
+    def go_on(self, funding: Funding, units: Iterable[Unit]) -> None:
+        """Jobs that waited for a budget are paid for, as units to send, or never will be, or go on waiting."""
+        for refused in funding.refused:
+            self.record(refused)
+        if not self.is_stopped:
+            self.unfunded = funding.waiting
+            self.waiting.extend(units)
+
+    def stating(self, unwritten: Unwritten) -> AbstractContextManager[None]:
+        """Around the transaction that writes this."""
+        return nullcontext() if self.funds is None else self.funds.stating(unwritten.ended, unwritten.steps)
+
+    @asynccontextmanager
+    async def covering(self, seq: int, body: str | bytes, *, taken: int = 0) -> AsyncIterator[Cover]:
+        """Around one more request of a job than its first, in a budget if there is one; see Funds.covering."""
+        if self.funds is None:
+            yield Cover()
+            return
+        async with self.funds.covering(seq, body, taken=taken) as cover:
+            yield cover
 
     def ask_again(self, units: Iterable[Unit]) -> None:
         """Put units in front of those that wait, unless nothing more is to start."""

@@ -21,6 +21,9 @@ from models.jobs import Job, JobResult, failed
 from models.states import Source
 from pipeline.asking import ask
 from pipeline.attempt import Attempt, Unit, Unwritten
+from pipeline.budgets import WAIT_S as BUDGET_WAIT_S
+from pipeline.budgets import Funds
+from pipeline.cached import Looked
 from pipeline.context import FeedContext as FeedContext
 from pipeline.lookups import Lookups
 from pipeline.quarantine import DEATHS_TO_QUARANTINE, isolate
@@ -307,6 +310,8 @@ class _Feeder:
         self._context.heartbeat.add(claimed, on_beat)
         try:
             looked = await self._lookups.look_up(claimed, loaded)
+            if claimed.budgeted and claimed.runnable:
+                looked = await self._funded(attempt, looked)
             is_plain = claimed.runnable and not claimed.runs_alone
             attempt.begin(looked, self._units(claimed, looked.jobs) if is_plain else ())
         except BaseException:  # nobody knows of it yet: its lease must end
@@ -332,6 +337,23 @@ class _Feeder:
                 worker=context.worker,
             )
             return None if claimed is None else (claimed, load_jobs(session, claimed))
+
+    async def _funded(self, attempt: Attempt, looked: Looked) -> Looked:
+        """What was looked up, of the jobs to run only those that are paid for; what never can be has ended."""
+        most_output = self._context.settings.limits.max_output_tokens
+        attempt.funds = Funds(self._context.database, attempt.claim, most_output=most_output)
+        funding = await attempt.funds.fund_soon(looked.jobs, looked.steps)
+        attempt.unfunded = funding.waiting
+        return replace(looked, jobs=funding.jobs, results=[*looked.results, *funding.refused])
+
+    async def _fund_more(self, attempt: Attempt) -> None:
+        """Pay for jobs that wait from what a write has left over."""
+        if attempt.funds is None or not attempt.unfunded or attempt.claim.runs_alone:
+            return
+        funding = await attempt.funds.fund_soon(attempt.unfunded, attempt.looked.steps)
+        attempt.go_on(funding, self._units(attempt.claim, funding.jobs))
+        self._write_wanted.set()
+        self._wake.set()
 
     def _units(self, claimed: Claim, jobs: list[Job]) -> Iterator[Unit]:
         if claimed.endpoint != EMBEDDINGS:
@@ -363,6 +385,8 @@ class _Feeder:
             if not attempt.is_lost:
                 await self._persistently(lambda: self._write(attempt, unwritten, is_over=is_over))
                 self._report.jobs += len(unwritten.results)
+                if unwritten.results or unwritten.retries:
+                    await self._fund_more(attempt)
                 self._lookups.begin_chores(attempt.claim)
         except LostFence:
             attempt.lose()
@@ -405,13 +429,14 @@ class _Feeder:
         """
         cache, semantic, kept = self._context.cache, self._context.semantic, None
         ended = [result.seq for result in unwritten.results if result.seq in attempt.looked.steps]
-        with self._context.database.transaction() as session:
-            if not self._write_under_fence(session, attempt.claim, unwritten):
+        with attempt.stating(unwritten), self._context.database.transaction() as session:
+            if not self._write_under_fence(session, attempt, unwritten):
                 raise LostFence
-            if ended:
-                delete_steps(session, attempt.claim.batch_id, ended)
+            charged = delete_steps(session, attempt.claim.batch_id, ended) if ended else {}
             if cache is not None:
                 kept = cache.keep(session, attempt.claim, attempt.looked, unwritten.results, attempt.repeated)
+            if attempt.funds is not None:
+                attempt.funds.settle(session, charged)
             # Last: both lock the batch's row, for which other shards wait.
             if unwritten.suspects and not quarantine(session, attempt.claim, unwritten.suspects):
                 raise LostFence
@@ -428,24 +453,28 @@ class _Feeder:
             if semantic is not None and kept.entries:
                 semantic.add(kept.entries)
 
-    def _write_under_fence(self, session: Session, held: Claim, unwritten: Unwritten) -> bool:
-        lease_s = self._context.settings.worker.lease_s
-        if unwritten.results:
-            engine_id = self._context.engine_id()
-            if write_results(session, held, unwritten.results, engine_id=engine_id, lease_s=lease_s) is None:
+    def _write_under_fence(self, session: Session, attempt: Attempt, unwritten: Unwritten) -> bool:
+        held, lease_s = attempt.claim, self._context.settings.worker.lease_s
+        results, steps, engine_id = unwritten.results, unwritten.steps, self._context.engine_id()
+        if attempt.funds is not None:
+            if not attempt.funds.write(session, results, steps, engine_id=engine_id, lease_s=lease_s):
                 return False
-        if unwritten.retries and not write_retries(session, held, unwritten.retries):
-            return False
-        return not unwritten.steps or write_steps(session, held, unwritten.steps, lease_s=lease_s)
+        else:
+            if results and write_results(session, held, results, engine_id=engine_id, lease_s=lease_s) is None:
+                return False
+            if steps and not write_steps(session, held, steps, lease_s=lease_s):
+                return False
+        return not unwritten.retries or write_retries(session, held, unwritten.retries)
 
 
 def _wait_s(attempt: Attempt) -> float:
-    """How long a given-back shard stays away: until its first retry is due, or its endpoint had time to return."""
+    """How long a given-back shard stays away: until its first job may run, or its endpoint had time to return."""
     if attempt.endpoint_is_down:
         return DOWN_WAIT_S
-    if attempt.next_due is None:
-        return 0.0
-    return max(0.0, (attempt.next_due - utc_now()).total_seconds())
+    waits = [BUDGET_WAIT_S] if attempt.unfunded else []
+    if attempt.next_due is not None:
+        waits.append(max(0.0, (attempt.next_due - utc_now()).total_seconds()))
+    return min(waits, default=0.0)
 
 
 async def _wait(event: asyncio.Event, *, timeout_s: float) -> None:

@@ -12,9 +12,11 @@ from dataclasses import replace
 
 from models.jobs import Job, JobResult, failed
 from models.line_settings import read_settings
+from pipeline.budgets import charge_ahead
 from pipeline.cached import ExactCache, Looked, WithPassages
 from pipeline.context import FeedContext
 from pipeline.retry import after_failure
+from pipeline.steps import kept_tokens
 from runtime.clock import utc_now
 from runtime.errors import LostFence, ServiceUnreachable, Transient
 from runtime.logs import get_logger
@@ -104,14 +106,17 @@ class Lookups:
         with self._context.database.transaction() as session:
             stored = steps_of(session, claimed.batch_id, seqs)
             ahead = [
-                FinishedStep(seq, step, reply)
+                FinishedStep(seq, step, reply, kept_tokens(reply, claimed.endpoint) if claimed.budgeted else 0)
                 for seq, replies in recent.items()
                 for step, reply in replies.items()
                 if step not in stored.get(seq, {})
             ]
-            if ahead:
+            lease_s = self._context.settings.worker.lease_s
+            if ahead and claimed.budgeted and not charge_ahead(session, claimed, ahead, lease_s=lease_s):
+                return {seq: stored.get(seq, {}) for seq in seqs}  # what is too dear now is as good as lost
+            if ahead and not claimed.budgeted:
                 # If the fence is lost, the next write finds out.
-                write_steps(session, claimed, ahead, lease_s=self._context.settings.worker.lease_s)
+                write_steps(session, claimed, ahead, lease_s=lease_s)
         return {seq: recent.get(seq, {}) | stored.get(seq, {}) for seq in seqs}
 
     async def _ask_caches(self, claimed: Claim, ready: Looked) -> Looked:

@@ -23,6 +23,7 @@ from models.line_settings import LineSettings
 from models.names import request_name
 from models.states import Outcome
 from pipeline.attempt import Attempt
+from pipeline.budgets import tokens_of
 from runtime.errors import Permanent, StokerError, Transient
 from store.shards import Claim, Retry
 from store.step_states import StepStates
@@ -139,20 +140,29 @@ class Steps:
         batch_id, path = self._attempt.claim.batch_id, self._attempt.claim.endpoint
         body, request_id = msgspec.json.encode(fields), f"{request_name(batch_id, self.seq)}_{name}"
         try:
-            answer = await self._server.post(path, body, request_id=request_id)
+            async with self._attempt.covering(self.seq, body) as cover:
+                answer = await self._server.post(path, body, request_id=request_id)
+                cover.tokens = await self._keep(name, answer)
         except Permanent as error:
             raise StepFailed(self.failed(code=error.code, message=str(error))) from error
+
+    async def _keep(self, name: str, answer: endpoint.Reply) -> int:
+        """Keep the answer, or the one that another attempt has had: how many tokens it took."""
+        batch_id, path = self._attempt.claim.batch_id, self._attempt.claim.endpoint
         result = result_of(self.seq, path, answer)
         if result.outcome is Outcome.FAILED:
             raise StepFailed(self._billed(result))
         self._served(answer.duration_ms / 1000)
         kept = _Kept(answer.status_code, answer.duration_ms, result.response or "")
         reply = msgspec.json.encode(kept).decode()
+        tokens = tokens_of(result.usage)
         if self._states is not None:
             stands = await asyncio.to_thread(self._states.keep, batch_id, self.seq, name, reply)
-            reply = stands or reply
+            if stands and stands != reply:
+                reply, tokens = stands, kept_tokens(stands, path)
         self._finished[name] = reply
-        self._attempt.record_step(FinishedStep(self.seq, name, reply))
+        self._attempt.record_step(FinishedStep(self.seq, name, reply, tokens))
+        return tokens
 
     def _billed(self, result: JobResult) -> JobResult:
         return replace(result, usage=self._usage, duration_ms=self._duration_ms + result.duration_ms)
@@ -231,6 +241,11 @@ def _read(kept: str, seq: int, path: str) -> Reply:
         duration_ms=stored.duration_ms,
         calls_tools=bool(first.message.tool_calls or first.message.function_call),
     )
+
+
+def kept_tokens(reply: str, path: str) -> int:
+    """How many tokens a finished step took, from what was kept of it."""
+    return tokens_of(_read(reply, 0, path).usage)
 
 
 def _sum(counts: Iterable[int]) -> int:

@@ -11,7 +11,7 @@ from uuid import UUID
 import click
 
 from models.names import batch_name
-from models.states import Outcome
+from models.states import BudgetPeriod, Outcome
 from pipeline.export import follow_lines, write_lines
 from runtime.errors import BadInput
 from runtime.settings import Settings
@@ -31,6 +31,7 @@ from scripts.terminal import (
 )
 from store.batches import latest_batches, request_cancel
 from store.batches import resume as resume_batch
+from store.budgets import BudgetReport, budgets_of_batch
 from store.database import Database
 from store.results import DeadJob, WaitingJobs, dead_jobs, waiting_jobs
 
@@ -140,10 +141,16 @@ def _show_batch(database: Database, name: str, *, most_tries: int, as_json: bool
     progress = progress_of(database, name)
     with database.transaction() as session:
         waiting = waiting_jobs(session, progress.id)
+        budgets = budgets_of_batch(session, progress.id)
     if as_json:
-        emit_json(summary(progress) | {"waiting": _waiting_figures(waiting, most_tries=most_tries)})
+        figures = {"waiting": _waiting_figures(waiting, most_tries=most_tries)}
+        emit_json(summary(progress) | figures | {"budgets": [_budget_figures(budget) for budget in budgets]})
         return
     print_summary(progress)
+    for budget in budgets:
+        name = "budget" if budget.period is BudgetPeriod.BATCH else f"{budget.period} budget of key {budget.key_id}"
+        more = f", {budget.reserved:,} reserved" if budget.reserved else ""
+        say(f"{name}: {budget.spent:,} of {budget.cap:,} tokens spent{more}")
     if waiting is not None:
         due = f"the next in {waiting.next_in_s:.0f} s" if waiting.next_in_s > 0 else "the next is due now"
         say(
@@ -151,6 +158,16 @@ def _show_batch(database: Database, name: str, *, most_tries: int, as_json: bool
             f"last error: {waiting.last_error}"
         )
     say_paused(progress)
+
+
+def _budget_figures(budget: BudgetReport) -> dict[str, Any]:
+    return {
+        "period": budget.period.value,
+        "key": budget.key_id,
+        "cap": budget.cap,
+        "spent": budget.spent,
+        "reserved": budget.reserved,
+    }
 
 
 def _waiting_figures(waiting: WaitingJobs | None, *, most_tries: int) -> dict[str, Any] | None:

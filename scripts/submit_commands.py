@@ -100,6 +100,12 @@ _submit_options = (
         help="Hard limit of output tokens of one completion; larger wishes are clamped.",
     ),
     click.option(
+        "--budget-tokens",
+        type=click.IntRange(min=1, max=2**62),
+        help="The most tokens that all jobs together may take, prompts and outputs; those that no longer fit end as "
+        "budget_exceeded.",
+    ),
+    click.option(
         "--cache",
         type=click.Choice([mode.value for mode in CacheMode]),
         help="exact: an equal request that was answered before is not run again. semantic: nor is one that means the "
@@ -151,6 +157,7 @@ def run(
     sets: tuple[str, ...],
     model: str | None,
     max_output_tokens: int | None,
+    budget_tokens: int | None,
     cache: str | None,
     order: str,
     window: float | None,
@@ -177,7 +184,7 @@ def run(
             wish,
             options=options,
             window_s=window,
-            wishes=_wishes(priority, weight, order),
+            wishes=_wishes(priority, weight, order, budget_tokens),
             reuse=False,
         )
         say(f"{batch_name(submitted.batch_id)}: {submitted.total:,} jobs stored{_following(submitted)}")
@@ -217,6 +224,7 @@ def submit(
     sets: tuple[str, ...],
     model: str | None,
     max_output_tokens: int | None,
+    budget_tokens: int | None,
     cache: str | None,
     order: str,
     window: float | None,
@@ -252,7 +260,9 @@ def submit(
             wish,
             options=options,
             window_s=window,
-            wishes=_wishes(priority, weight, order, results_of=named_batch(database, reuse) if reuse else None),
+            wishes=_wishes(
+                priority, weight, order, budget_tokens, results_of=named_batch(database, reuse) if reuse else None
+            ),
             reuse=not force,
             report=report,
         )
@@ -336,8 +346,15 @@ def _emit_batch(submitted: Submitted, *, as_json: bool) -> None:
     )
 
 
-def _wishes(priority: str | None, weight: float | None, order: str, *, results_of: UUID | None = None) -> Wishes:
-    return Wishes(Priority(priority or Priority.NORMAL), weight or 1.0, results_of, JobOrder(order))
+def _wishes(
+    priority: str | None,
+    weight: float | None,
+    order: str,
+    budget_tokens: int | None,
+    *,
+    results_of: UUID | None = None,
+) -> Wishes:
+    return Wishes(Priority(priority or Priority.NORMAL), weight or 1.0, results_of, JobOrder(order), budget_tokens)
 
 
 def _with_window(settings: Settings, window_s: float | None) -> Settings:
