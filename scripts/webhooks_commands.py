@@ -43,7 +43,7 @@ def list_(settings: Settings, batch: str | None, tenant: str, as_json: bool) -> 
     if as_json:
         emit_json([_figures(row) for row in rows])
     elif rows:
-        emit_table("webhooks", ("batch", "event", "url", "state", "tries", "last try"), [_line(row) for row in rows])
+        emit_table("webhooks", ("batch", "end", "url", "state", "tries", "last try"), [_line(row) for row in rows])
     else:
         say("no webhook yet: none of the batches that ended had named one when it was created")
 
@@ -95,4 +95,4 @@ def _line(row: DeliveryRow) -> tuple[object, ...]:
     last = row.error or ("" if row.status_code is None else f"answered {row.status_code}")
     if row.state is DeliveryState.PENDING:
         last = f"{last}{'; ' if last else ''}next at {row.next_at:%Y-%m-%d %H:%M:%S} UTC"
-    return batch_name(row.batch_id)[:18], row.event, row.url, row.state.value, row.tries, last
+    return batch_name(row.batch_id)[:18], row.event.removeprefix("batch."), row.url, row.state.value, row.tries, last

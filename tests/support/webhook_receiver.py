@@ -33,6 +33,8 @@ class Received:
 class Receiver(ThreadingHTTPServer):
     """Answers `/status/N` with N and `headers`, `/silent` never, anything else with 200."""
 
+    request_queue_size = 128  # many come at once
+
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.received: list[Received] = []
