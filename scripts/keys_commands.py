@@ -253,8 +253,9 @@ def limit(
         if expires is not None:
             set_key_expiry(session, key.id, None if expires == "none" else timedelta(seconds=expires))
         limited = _named(session, key.id)
-    terms = [f"{name} {value}" for name, value in zip(_COLUMNS[4:8], _row(limited)[4:8], strict=True)]
-    say(f"{_called(key)}: {', '.join(terms)}")
+    terms = _limits(limited) or ["no limits but the settings'"]
+    until = "expires never" if limited.expires_at is None else f"expires {_shown(limited.expires_at)}"
+    say(f"{_called(key)}: {', '.join(terms)}; {until}")
 
 
 def _named(session: Session, name: str) -> KeyReport:
@@ -281,25 +282,24 @@ def _figures(key: KeyReport) -> dict[str, Any]:
     return asdict(key) | {name: _stated(getattr(key, name)) for name in times}
 
 
-_COLUMNS = (
-    "key",
-    "name",
-    "tenant",
-    "state",
-    "requests/minute",
-    "tokens/day",
-    "tokens/month",
-    "expires",
-    "scopes",
-    "last used",
-)
+_COLUMNS = ("key", "name", "tenant", "state", "scopes", "limits", "last used")
 
 
 def _row(key: KeyReport) -> tuple[object, ...]:
-    rate = "default" if key.requests_per_minute is None else f"{key.requests_per_minute:,}"
-    caps = ("none" if cap is None else f"{cap:,}" for cap in (key.day_tokens, key.month_tokens))
-    expires, used = (_shown(moment) if moment else "never" for moment in (key.expires_at, key.last_used_at))
-    return (key.id, key.name, key.tenant, key.state, rate, *caps, expires, " ".join(key.scopes), used)
+    ends = f" until {key.expires_at:%Y-%m-%d}" if key.expires_at and key.state in ("living", "rotating") else ""
+    used = "never" if key.last_used_at is None else _shown(key.last_used_at)
+    limits = "\n".join(_limits(key)) or "default"
+    return (key.id, key.name, key.tenant, key.state + ends, " ".join(key.scopes), limits, used)
+
+
+def _limits(key: KeyReport) -> list[str]:
+    """What the key states itself."""
+    stated = (
+        (key.requests_per_minute, "requests a minute"),
+        (key.day_tokens, "tokens a day"),
+        (key.month_tokens, "tokens a month"),
+    )
+    return [f"{limit:,} {what}" for limit, what in stated if limit is not None]
 
 
 def _shown(moment: datetime) -> str:
