@@ -30,7 +30,7 @@ FAILURES_BURST: Final = 30
 TIMEOUT_S: Final = 0.5
 REST_S: Final = 5.0  # after a failure, so that a Redis which hangs does not slow every request
 WARN_EVERY_S: Final = 60.0
-WELCOME_S: Final = 600.0
+WELCOME_S: Final = 86_400.0
 WELCOME_PLACES: Final = 10_000
 
 # ARGV: tokens a second, the most that the bucket holds, tokens to take (0: look). Answers {seconds to wait, left}.
@@ -87,7 +87,7 @@ class RateLimits:
     def refused_s(self, address: str, digest: bytes | None) -> float:
         """How long an address that failed too often is not listened to; 0.0: it is.
 
-        A key that was right from there a short while ago is heard all the same: behind one address may be many clients,
+        A key that was right from there within a day is heard all the same: behind one address may be many clients,
         and only one of them wrong.
         """
         if digest is not None and self._is_welcome(address, digest):
