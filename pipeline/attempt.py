@@ -36,6 +36,8 @@ class Unwritten:
     retries: list[Retry] = field(default_factory=list)
     suspects: list[int] = field(default_factory=list)
     steps: list[FinishedStep] = field(default_factory=list)
+    unfunded: list[Job] = field(default_factory=list)
+    """Jobs that a budget may have room for, once this is written."""
 
     @property
     def ended(self) -> set[int]:
@@ -86,7 +88,12 @@ class Attempt:
     @property
     def is_over(self) -> bool:
         """Whether nothing more will come: nothing waits or is in flight, and no write will fund jobs left."""
-        return self._is_idle and not (self.unfunded and (self._results or self._retries))
+        return self._is_idle and not self._may_be_funded
+
+    @property
+    def _may_be_funded(self) -> bool:
+        """Whether the next write may leave room in a budget for jobs that wait; none joins suspects that run alone."""
+        return bool(self.unfunded and (self._results or self._retries)) and not self.claim.runs_alone
 
     @property
     def next_due(self) -> datetime | None:
@@ -134,7 +141,8 @@ class Attempt:
         """Everything recorded since the last call, but for steps of jobs that have ended."""
         ended = {result.seq for result in self._results} if self._steps else set()
         steps = [step for step in self._steps if step.seq not in ended]
-        taken = Unwritten(self._results, self._retries, self.suspects, steps)
+        unfunded = self.unfunded if self._may_be_funded else []
+        taken = Unwritten(self._results, self._retries, self.suspects, steps, unfunded)
         self._results, self._retries, self.suspects, self._steps, self._unwritten_bytes = [], [], [], [], 0
         return taken
 

@@ -11,7 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
 import msgspec
@@ -109,6 +109,7 @@ class Funds:
         self._claim = claim
         self._most_output = most_output
         self._budget_ids: list[int] = []
+        self._steps: Mapping[int, Collection[str]] = {}
         self._held: Counter[int] = Counter()
         self._asking: Counter[int] = Counter()  # bounds of requests in flight, of jobs that have several
         self._taken: Counter[int] = Counter()  # tokens of their answers that are not yet charged
@@ -120,18 +121,17 @@ class Funds:
     def fund(self, jobs: Sequence[Job], steps: Mapping[int, Collection[str]]) -> Funding:
         """Reserve for jobs in their order, each that fits; `steps` has the finished ones of jobs of several requests.
 
-        One that fits beside no others' can wait; smaller ones behind it go first. Raises ServiceUnreachable.
+        One that fits beside no others' waits; smaller ones behind it go first. Raises ServiceUnreachable.
         """
-        wishes = [(job, self._first_bound(job, steps)) for job in jobs]
+        self._steps = steps
         with self._stating:
             with self._database.transaction() as session:
                 budgets = self._locked(session)
                 if budgets is None:
                     return Funding([], [], list(jobs))
-                chosen, granted = self._choose(session, budgets, wishes)
-            self._budget_ids = [budget.id for budget in budgets]
-            self._held.update(granted)
-        return chosen
+                chosen = self._choose(session, budgets, jobs, held=self._held.total())
+            self._holds(chosen)
+        return chosen.funding
 
     async def fund_soon(self, jobs: Sequence[Job], steps: Mapping[int, Collection[str]]) -> Funding:
         """The same from the loop's thread; while Postgres does not answer, all of them wait."""
@@ -142,30 +142,31 @@ class Funds:
             return Funding([], [], list(jobs))
 
     def _choose(
-        self, session: Session, budgets: Sequence[HeldBudget], wishes: Sequence[tuple[Job, int]]
-    ) -> tuple[Funding, dict[int, int]]:
-        total = self._held.total()
-        room = _room(budgets, total)
-        tight, chosen = _least(budgets), Funding([], [], [])
-        granted: dict[int, int] = {}
-        waiting = UNLIMITED
-        for job, bound in wishes:
-            if tight is not None and bound > tight.unspent:
-                chosen.refused.append(failed(job.seq, code=CODE, message=self._refusal(bound, tight)))
+        self, session: Session, budgets: Sequence[HeldBudget], jobs: Sequence[Job], *, held: int, spent: int = 0
+    ) -> _Chosen:
+        """Reserve for those of the jobs that fit, beside what is `held` and what is now `spent`."""
+        ids = [budget.id for budget in budgets]
+        room, tight = _room(budgets, held + spent), _least(budgets)
+        chosen, waiting = _Chosen(Funding([], [], []), {}, ids), UNLIMITED
+        for job in jobs:
+            bound = self._first_bound(job)
+            if tight is not None and bound > tight.unspent - spent:
+                message = self._refusal(bound, replace(tight, spent=tight.spent + spent))
+                chosen.funding.refused.append(failed(job.seq, code=CODE, message=message))
             elif bound > room:
-                chosen.waiting.append(job)
+                chosen.funding.waiting.append(job)
                 waiting = min(waiting, bound)
             else:
-                chosen.jobs.append(job)
-                granted[job.seq] = bound
+                chosen.funding.jobs.append(job)
+                chosen.granted[job.seq] = bound
                 room -= bound
-        if granted:
-            ids = [budget.id for budget in budgets]
-            settle(session, self._claim, ids, reserved=total + sum(granted.values()), spent=0)
-        elif chosen.waiting:
-            full = [budget.id for budget in budgets if _room([budget], total) < waiting]
+        reserved = held + sum(chosen.granted.values())
+        if chosen.granted or spent or held != max((budget.own for budget in budgets), default=held):
+            settle(session, self._claim, ids, reserved=reserved, spent=spent)
+        if chosen.funding.waiting and not reserved:
+            full = [budget.id for budget in budgets if _room([budget], spent) < waiting]
             postpone(session, full, wait_s=WAIT_S)
-        return chosen, granted
+        return chosen
 
     @asynccontextmanager
     async def covering(self, seq: int, body: str | bytes, *, taken: int = 0) -> AsyncIterator[Cover]:
@@ -198,6 +199,8 @@ class Funds:
             self._change = _Change(ended, steps)
             yield
             self._held = self._left()
+            if self._change.chosen is not None:
+                self._holds(self._change.chosen)
             with self._lock:
                 for step in steps:
                     self._taken[step.seq] -= step.tokens
@@ -228,8 +231,10 @@ class Funds:
             self._change.charged = charged
         return True
 
-    def settle(self, session: Session, charged_before: Mapping[int, int]) -> None:
-        """Charge what was really written; `charged_before` are tokens of jobs that ended, charged with their steps.
+    def settle(self, session: Session, charged_before: Mapping[int, int], unfunded: Sequence[Job]) -> None:
+        """Charge what was really written, and reserve for jobs that wait what that leaves over; `go_on` has them.
+
+        `charged_before` are tokens of jobs that ended, charged with their steps.
 
         This is the one place that says what a token costs: on own engines each that is in a result, once. On a priced
         endpoint, what an attempt had in flight when it died would be charged where its reservation is released.
@@ -246,7 +251,22 @@ class Funds:
                     tokens=tokens,
                     bound=self._held[result.seq],
                 )
-        settle(session, self._claim, self._budget_ids, reserved=self._left().total(), spent=spent)
+        left = self._left().total()
+        if not unfunded:
+            settle(session, self._claim, self._budget_ids, reserved=left, spent=spent)
+            return
+        budgets = self._locked(session) or []
+        self._change.chosen = self._choose(session, budgets, unfunded, held=left, spent=spent)
+
+    def go_on(self) -> Funding | None:
+        """What became of the jobs that waited at the last write, told once."""
+        chosen, self._change.chosen = self._change.chosen, None
+        return None if chosen is None else chosen.funding
+
+    def _holds(self, chosen: _Chosen) -> None:
+        """This is committed."""
+        self._budget_ids = chosen.budget_ids
+        self._held.update(chosen.granted)
 
     def _left(self) -> Counter[int]:
         """What stays reserved after the write, by job."""
@@ -290,12 +310,12 @@ class Funds:
             settle(session, self._claim, [budget.id for budget in budgets], reserved=total + more, spent=0)
         self._held[seq] += more
 
-    def _first_bound(self, job: Job, steps: Mapping[int, Collection[str]]) -> int:
+    def _first_bound(self, job: Job) -> int:
         """What a job needs to begin; one that goes on reserves before each of its requests."""
-        if steps.get(job.seq):
+        if self._steps.get(job.seq):
             return 0
         bound = bound_of(job.body, self._claim.endpoint, most_output=self._most_output)
-        if job.seq in steps and (turns := read_settings(job.stoker or "{}").turns):
+        if job.seq in self._steps and (turns := read_settings(job.stoker or "{}").turns):
             bound += MESSAGE_TOKENS + len(turns[0].encode())
         return bound
 
@@ -315,6 +335,15 @@ def tokens_of(usage: Usage) -> int:
     return usage.prompt_tokens + usage.completion_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """What became of jobs, and what was reserved for those that may run, by seq."""
+
+    funding: Funding
+    granted: dict[int, int]
+    budget_ids: list[int]
+
+
 @dataclass(slots=True)
 class _Change:
     """A write: what it says, and what of it was new in this transaction."""
@@ -323,6 +352,7 @@ class _Change:
     steps: Sequence[FinishedStep]
     inserted: Sequence[JobResult] = ()
     charged: int = 0
+    chosen: _Chosen | None = None
 
 
 class _Message(msgspec.Struct):

@@ -346,14 +346,13 @@ class _Feeder:
         attempt.unfunded = funding.waiting
         return replace(looked, jobs=funding.jobs, results=[*looked.results, *funding.refused])
 
-    async def _fund_more(self, attempt: Attempt) -> None:
-        """Pay for jobs that wait from what a write has left over."""
-        if attempt.funds is None or not attempt.unfunded or attempt.claim.runs_alone:
-            return
-        funding = await attempt.funds.fund_soon(attempt.unfunded, attempt.looked.steps)
-        attempt.go_on(funding, self._units(attempt.claim, funding.jobs))
-        self._write_wanted.set()
-        self._wake.set()
+    def _go_on(self, attempt: Attempt) -> None:
+        """Start what a write has left room for in a budget."""
+        funding = None if attempt.funds is None else attempt.funds.go_on()
+        if funding is not None:
+            attempt.go_on(funding, self._units(attempt.claim, funding.jobs))
+            self._write_wanted.set()
+            self._wake.set()
 
     def _units(self, claimed: Claim, jobs: list[Job]) -> Iterator[Unit]:
         if claimed.endpoint != EMBEDDINGS:
@@ -385,8 +384,7 @@ class _Feeder:
             if not attempt.is_lost:
                 await self._persistently(lambda: self._write(attempt, unwritten, is_over=is_over))
                 self._report.jobs += len(unwritten.results)
-                if unwritten.results or unwritten.retries:
-                    await self._fund_more(attempt)
+                self._go_on(attempt)
                 self._lookups.begin_chores(attempt.claim)
         except LostFence:
             attempt.lose()
@@ -436,7 +434,7 @@ class _Feeder:
             if cache is not None:
                 kept = cache.keep(session, attempt.claim, attempt.looked, unwritten.results, attempt.repeated)
             if attempt.funds is not None:
-                attempt.funds.settle(session, charged)
+                attempt.funds.settle(session, charged, unwritten.unfunded)
             # Last: both lock the batch's row, for which other shards wait.
             if unwritten.suspects and not quarantine(session, attempt.claim, unwritten.suspects):
                 raise LostFence

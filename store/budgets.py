@@ -149,7 +149,7 @@ def settle(session: Session, claim: Claim, budget_ids: Sequence[int], *, reserve
             INSERT INTO reservations (shard_id, budget_id, fence, amount) SELECT :shard, id, :fence, :reserved FROM held
             ON CONFLICT (shard_id, budget_id) DO UPDATE SET fence = excluded.fence, amount = excluded.amount)
         UPDATE budgets u SET spent = u.spent + :spent, reserved = u.reserved + :reserved - coalesce(before.amount, 0),
-            waits_until = CASE WHEN :reserved > coalesce(before.amount, 0) THEN u.waits_until END
+            waits_until = CASE WHEN :reserved >= coalesce(before.amount, 0) THEN u.waits_until END
         FROM held LEFT JOIN before ON before.budget_id = held.id WHERE u.id = held.id"""),
         {
             "shard": claim.shard_id,
@@ -170,7 +170,8 @@ def release(session: Session, shard_ids: Sequence[int]) -> None:
         ), freed AS (SELECT budget_id, CAST(sum(amount) AS int8) AS amount FROM gone GROUP BY budget_id
         ), held AS (
             SELECT id FROM budgets WHERE id IN (SELECT budget_id FROM freed) ORDER BY id FOR NO KEY UPDATE)
-        UPDATE budgets u SET reserved = u.reserved - freed.amount, waits_until = NULL
+        UPDATE budgets u SET reserved = u.reserved - freed.amount,
+            waits_until = CASE WHEN freed.amount = 0 THEN u.waits_until END
         FROM held JOIN freed ON freed.budget_id = held.id WHERE u.id = held.id"""),
         {"shards": list(shard_ids)},
     )
