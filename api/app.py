@@ -100,7 +100,7 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
     """The one place that turns errors into answers."""
     shown = _as_api_error(error)
     if shown.status_code == 500:
-        log.error("request_defect", method=request.method, path=request.url.path, exc_info=error)
+        log.error("request_defect", method=request.method, path=request.url.path)  # uvicorn logs its traceback
     return JSONResponse(shown.answer.model_dump(), status_code=shown.status_code, headers=shown.headers)
 
 

@@ -14,7 +14,7 @@ from api.app import create_app
 from api.gateway import Gateway
 from api.uploads import UploadSlots
 from runtime.children import spawn, stop
-from runtime.errors import BadInput
+from runtime.errors import BadInput, StokerError
 from runtime.logs import configure_logs, get_logger
 from runtime.settings import Settings, load_settings
 from store.blobs import Blobs
@@ -24,6 +24,7 @@ from store.rate_limits import RateLimits
 
 log = get_logger(__name__)
 
+EXIT_USAGE, EXIT_UNREACHABLE = 2, 3
 GRACE_S = 30
 IDLE_S = 75  # longer than proxies keep a connection, so that they end it and not we
 RESTART_S = 1.0
@@ -79,7 +80,15 @@ class ValidatorThread(threading.Thread):
 
 
 def main() -> None:
-    """Serve until SIGTERM or SIGINT; requests under way may end."""
+    """Serve until SIGTERM or SIGINT; requests under way may end. An expected error is one line and an exit code."""
+    try:
+        _serve()
+    except StokerError as error:
+        print(f"stoker: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(EXIT_USAGE if isinstance(error, BadInput) else EXIT_UNREACHABLE)
+
+
+def _serve() -> None:
     settings = load_settings()
     configure_logs(settings.log)
     with ExitStack() as stack:
@@ -98,7 +107,7 @@ def main() -> None:
             log_config=None,
             access_log=False,
             server_header=False,
-            proxy_headers=False,
+            proxy_headers=True,  # of a proxy on this machine, or of those that FORWARDED_ALLOW_IPS names
             limit_concurrency=settings.gateway.connections,
             timeout_keep_alive=IDLE_S,
             timeout_graceful_shutdown=GRACE_S,

@@ -18,7 +18,7 @@ from models.states import DocumentState
 from pipeline.adding import AddedDocuments, Gathered, add_documents, gather, is_url, remove_missing
 from runtime.errors import BadInput
 from runtime.settings import Settings
-from scripts.local import LocalWorker, ensure_node, local_services, prepare_schema
+from scripts.local import LocalProcess, ensure_node, local_services, prepare_schema
 from scripts.lookup import TENANT, opened_database
 from scripts.terminal import PLAIN_LINE_EVERY_S, bar, emit_json, emit_table, say, stderr, stdout
 from store.database import Database
@@ -219,7 +219,7 @@ def _opened(settings: Settings, *, with_chroma: bool = False) -> Iterator[tuple[
             yield served, database
 
 
-def await_documents(database: Database, ids: Sequence[int], node: LocalWorker | None) -> Tally:
+def await_documents(database: Database, ids: Sequence[int], node: LocalProcess | None) -> Tally:
     """Show progress until all of them are ready or failed, and until Chroma has their passages or does not answer."""
     last_news, before = time.monotonic(), Tally()
     next_line_at, was_over = 0.0, False

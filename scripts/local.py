@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ from store.schema import migrate
 Node = Literal["generation", "documents"]
 
 STOP_MARGIN_S = 30.0  # beyond the grace: the pool's end, the engine's, the dispatcher's
+GATEWAY_START_S = 60.0
 LOG_TAIL_LINES = 15
 
 
@@ -102,16 +104,17 @@ def _expect_reading(settings: Settings) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class LocalWorker:
-    """A worker that this command started."""
+class LocalProcess:
+    """A worker or gateway that this command started."""
 
     process: subprocess.Popen[bytes]
     log: Path
+    what: str = "worker"
 
     def expect_alive(self) -> None:
         """Raise ServiceUnreachable with the end of its log if it has ended."""
         if self.process.poll() is not None:
-            raise ServiceUnreachable(f"the worker has ended; the end of {self.log}:\n{_tail(self.log)}")
+            raise ServiceUnreachable(f"the {self.what} has ended; the end of {self.log}:\n{_tail(self.log)}")
 
 
 @contextmanager
@@ -121,7 +124,7 @@ def local_worker(
     name: str = "local",
     node: Node = "generation",
     on_wait: Callable[[float], None] | None = None,
-) -> Iterator[LocalWorker]:
+) -> Iterator[LocalProcess]:
     """A worker process of a node for this block, up and announced. Ended by SIGTERM, so it drains.
 
     Raises ServiceUnreachable with the end of its log if it does not come up.
@@ -137,12 +140,51 @@ def local_worker(
     )
     try:
         _wait_announced(settings, worker, name=name, log=log, on_wait=on_wait)
-        yield LocalWorker(process=worker, log=log)
+        yield LocalProcess(process=worker, log=log)
     finally:
         stop(worker, grace_s=settings.worker.grace_s + STOP_MARGIN_S)
 
 
-def ensure_node(settings: Settings, stack: ExitStack, node: Node) -> LocalWorker | None:
+def has_gateway_parts() -> bool:
+    """Whether a gateway can run here: its libraries are there."""
+    return all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn", "python_multipart", "fsspec"))
+
+
+def gateway_environment(settings: Settings) -> dict[str, str]:
+    """What a gateway's process is given: the services, and a home for uploads unless they have a place."""
+    return {**os.environ, **environment_of(settings), "STOKER_HOME": str(home_of(settings).absolute())}
+
+
+@contextmanager
+def local_gateway(settings: Settings) -> Iterator[LocalProcess]:
+    """A gateway process for this block, answering. Raises ServiceUnreachable with the end of its log if it does not."""
+    log = home_of(settings) / "logs" / "gateway.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "api.server"]
+    child = spawn(command, env=gateway_environment(settings), log=log, session=True)
+    gateway = LocalProcess(process=child, log=log, what="gateway")
+    end = time.monotonic() + GATEWAY_START_S
+    try:
+        while not is_answering(settings.gateway.host, settings.gateway.port):
+            gateway.expect_alive()
+            if time.monotonic() > end:
+                raise ServiceUnreachable(f"the gateway does not answer; the end of {log}:\n{_tail(log)}")
+            time.sleep(0.05)
+        yield gateway
+    finally:
+        stop(child, grace_s=STOP_MARGIN_S)
+
+
+def is_answering(host: str, port: int) -> bool:
+    """Whether somebody listens there."""
+    try:
+        socket.create_connection((host, port), timeout=1.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def ensure_node(settings: Settings, stack: ExitStack, node: Node) -> LocalProcess | None:
     """Start a worker of a node until the stack is left, unless one is live; None if one is."""
     board = PresenceBoard(settings.require_redis())
     try:

@@ -12,18 +12,25 @@ from dataclasses import asdict
 
 import click
 
+from pipeline.keys import ensure_first_key
+from runtime.errors import BadInput
 from runtime.logs import configure_logs
 from runtime.settings import Settings, environment_of
 from scripts.local import (
-    LocalWorker,
+    LocalProcess,
     connected,
+    gateway_environment,
+    has_gateway_parts,
     has_reading_parts,
     has_semantic_parts,
     home_of,
+    is_answering,
+    local_gateway,
     local_services,
     local_worker,
     prepare_schema,
 )
+from scripts.lookup import opened_database
 from scripts.terminal import bar, emit_json, emit_table, say
 from worker.dispatcher import run_dispatcher
 from worker.doctor import examine
@@ -58,7 +65,7 @@ def dispatch(settings: Settings) -> None:
 @click.command()
 @click.pass_obj
 def up(settings: Settings) -> None:
-    """Run everything on this machine until Ctrl-C: Postgres, Valkey, a worker with its engine, dispatch.
+    """Run everything on this machine until Ctrl-C: Postgres, Valkey, a worker with its engine, dispatch, the gateway.
 
     Chroma too, if the semantic cache can work here. Other commands in other terminals find them by themselves.
     """
@@ -72,12 +79,41 @@ def up(settings: Settings) -> None:
                 started = [stack.enter_context(local_worker(served, on_wait=show))]
             if has_reading_parts(served):
                 started.append(stack.enter_context(local_worker(served, name="documents", node="documents")))
+            page = _start_gateway(served, stack, started)
             stack.callback(say, "stopping")
             say(
-                f"up; logs in {home_of(settings) / 'logs'} ({', '.join(one.log.name for one in started)})\n"
+                f"up; logs in {home_of(settings) / 'logs'} ({', '.join(one.log.name for one in started)})\n{page}"
                 "submit from another terminal: stoker submit FILE.jsonl; stop with Ctrl-C"
             )
             _wait_for_signal(started)
+
+
+def _start_gateway(settings: Settings, stack: ExitStack, started: list[LocalProcess]) -> str:
+    """Start the gateway if it can run here; what is to be said of it."""
+    host, port = settings.gateway.host, settings.gateway.port
+    if not has_gateway_parts():
+        return "no gateway and no page: their libraries are missing (pip install 'stoker[gateway]')\n"
+    if is_answering(host, port):
+        return f"no gateway and no page: port {port} is taken; set STOKER_GATEWAY__PORT to another\n"
+    file = home_of(settings) / "key"
+    with opened_database(settings) as database:
+        key = ensure_first_key(database, file)
+    started.append(stack.enter_context(local_gateway(settings)))
+    known = f"its key is in {file}" if key else "make a key for it with `stoker keys create`"
+    return f"page: http://{host}:{port}/ and API: http://{host}:{port}/v1; {known}\n"
+
+
+@click.command()
+@click.pass_obj
+def gateway(settings: Settings) -> None:
+    """Run the HTTP door: the OpenAI-compatible API and the page, with the validators behind it.
+
+    Keys are made with `stoker keys create`. Put a TLS proxy before it where it listens on more than this machine.
+    """
+    if not has_gateway_parts():
+        raise BadInput("the gateway's libraries are missing: pip install 'stoker[gateway]'")
+    environment = gateway_environment(connected(settings))
+    os.execve(sys.executable, [sys.executable, "-m", "api.server"], environment)  # noqa: S606
 
 
 @click.command()
@@ -107,7 +143,7 @@ def doctor(settings: Settings, as_json: bool) -> int:
     return 0 if all(finding.is_well for finding in findings) else 1
 
 
-def _wait_for_signal(started: Sequence[LocalWorker]) -> None:
+def _wait_for_signal(started: Sequence[LocalProcess]) -> None:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

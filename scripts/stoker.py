@@ -18,7 +18,7 @@ from scripts.documents_commands import documents
 from scripts.keys_commands import keys
 from scripts.quantize_command import quantize
 from scripts.recipe_lines import list_recipes
-from scripts.service_commands import dispatch, doctor, migrate, up, worker
+from scripts.service_commands import dispatch, doctor, gateway, migrate, up, worker
 from scripts.submit_commands import retry, run, submit
 from scripts.terminal import say
 from scripts.webhooks_commands import webhooks
@@ -51,6 +51,7 @@ for command in (
     retry,
     worker,
     dispatch,
+    gateway,
     up,
     migrate,
     doctor,

@@ -92,6 +92,7 @@ class Database:
             pool_size=pool_size,
             max_overflow=2,
             pool_pre_ping=True,
+            hide_parameters=True,  # prompts and digests of keys would stand in tracebacks
             connect_args={
                 "connect_timeout": CONNECT_TIMEOUT_S,
                 "application_name": self._process,

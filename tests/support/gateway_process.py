@@ -51,8 +51,7 @@ class GatewayProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._end()
-        if kind is not None:
-            print(f"--- gateway\n{self.log}")
+        print(f"--- gateway\n{self.log}")  # shown where a test fails
 
     @property
     def log(self) -> str:
