@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,18 @@ from sqlalchemy import text
 
 from models.jobs import Job, JobResult, Usage
 from models.states import BudgetPeriod, Outcome
-from pipeline.budgets import INPUT_TOKENS, MEDIA_TOKENS, MESSAGE_TOKENS, REQUEST_TOKENS, Funding, Funds, bound_of
+from pipeline.budgets import (
+    INPUT_TOKENS,
+    MEDIA_TOKENS,
+    MESSAGE_TOKENS,
+    REQUEST_TOKENS,
+    BudgetExceeded,
+    BudgetWaits,
+    Funding,
+    Funds,
+    bound_of,
+    tokens_of,
+)
 from pipeline.dispatch import Dispatcher
 from runtime.clock import utc_now
 from runtime.settings import Settings, WorkerSettings
@@ -139,7 +152,27 @@ class Worker:
             return self._write(taken, [], retries=part)
         if 0.26 <= whim < 0.3:
             return self._write(taken, [], suspects=part)
-        return self._write(taken, [self._answer(taken, job) for job in part], is_unclear=whim > 0.7)
+        results, waiting = [], []
+        for job in part:
+            one = self._answer(taken, job)
+            if self._random.random() < 0.2:
+                try:
+                    one = asyncio.run(self._ask_more(taken, job, one))
+                except BudgetExceeded as error:
+                    one = replace(one, outcome=Outcome.FAILED, response=None, error_code=error.code)
+                except BudgetWaits:
+                    waiting.append(job)
+                    continue
+            results.append(one)
+        return self._write(taken, results, retries=waiting, is_unclear=whim > 0.7)
+
+    async def _ask_more(self, taken: Claim, job: Job, first: JobResult) -> JobResult:
+        """The job's second request, beside what its first took."""
+        self.steps += 1
+        async with self._funds.covering(job.seq, job.body, taken=tokens_of(first.usage)) as cover:
+            second = self._answer(taken, job)
+            cover.tokens = tokens_of(second.usage)
+        return replace(second, usage=Usage(tokens_of(first.usage), tokens_of(second.usage)))
 
     def _fund(self, jobs: list[Job]) -> Funding:
         self.steps += 1
