@@ -48,6 +48,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
         max_body_size=gateway.settings.gateway.request_bytes,
     )
     app.state.gateway = gateway
@@ -99,6 +100,8 @@ class WithHeaders:
 async def _answer(request: Request, error: Exception) -> JSONResponse:
     """The one place that turns errors into answers."""
     shown = _as_api_error(error)
+    if shown.status_code == 405:
+        shown.headers = {"Allow": _methods_of(request)}
     if shown.status_code == 500:
         log.error("request_defect", method=request.method, path=request.url.path)  # uvicorn logs its traceback
     return JSONResponse(shown.answer.model_dump(), status_code=shown.status_code, headers=shown.headers)
@@ -118,6 +121,17 @@ def _as_api_error(error: Exception) -> ApiError:
         kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
         return ApiError(error.status_code, f"{error.detail}; see /openapi.json", kind=kind, headers=error.headers)  # type: ignore[arg-type]
     return ApiError(500, "a defect of ours; it is in the gateway's log", kind="server_error", code="internal_error")
+
+
+def _methods_of(request: Request) -> str:
+    """What the path knows: Starlette names the methods of the first of its routes only."""
+    asked = request.url.path.split("/")
+    found = set()
+    for path, operations in request.app.openapi()["paths"].items():
+        parts = path.split("/")
+        if len(parts) == len(asked) and all(a == b or a.startswith("{") for a, b in zip(parts, asked, strict=True)):
+            found |= {method.upper() for method in operations}
+    return ", ".join(sorted(found)) or "GET, HEAD"
 
 
 def _invalid(error: RequestValidationError) -> ApiError:

@@ -10,7 +10,7 @@ from uuid import UUID
 from fastapi import APIRouter, Header, Path, Query, Request
 
 from api.auth import KeyedRoute, Principal, Reader, Submitter
-from api.errors import ApiError, refusals
+from api.errors import ApiError, links, refusals
 from api.files import listing
 from api.gateway import Gateway, gateway_of
 from api.objects import BatchObject, Listing, batch_object
@@ -34,9 +34,15 @@ router = APIRouter(prefix="/v1/batches", tags=["batches"], route_class=KeyedRout
 REPEATED_FOR: Final = timedelta(minutes=10)  # a client that says it repeats itself gets the batch of the first time
 KEY_HELD_FOR: Final = timedelta(hours=24)
 BatchId = Annotated[str, Path(pattern="^batch_[0-9a-f]{32}$")]
+_LINKS: Final = links(
+    retrieve_batch="batch_id",
+    cancel_batch="batch_id",
+    resume_batch="batch_id",
+    retry_failed_lines="batch_id",
+)
 
 
-@router.post("", responses=refusals(400, 404, 413, 422))
+@router.post("", responses={**_LINKS, **refusals(400, 404, 413, 422)})
 def create_batch(
     request: Request,
     principal: Submitter,

@@ -59,6 +59,18 @@ def refusals(*status_codes: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
+def links(**operations: str) -> dict[int | str, dict[str, Any]]:
+    """A creation's answer, whose id is the parameter `PARAMETER` of the operations: `links(retrieve_file="file_id")`."""
+    return {
+        200: {
+            "links": {
+                name: {"operationId": name, "parameters": {parameter: "$response.body#/id"}}
+                for name, parameter in operations.items()
+            }
+        }
+    }
+
+
 class ApiError(HTTPException):
     """An answer from 400 on, raised anywhere below a route, also while its body is read."""
 

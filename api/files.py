@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from api.auth import KeyedRoute, Principal, Reader, Submitter
-from api.errors import ApiError, not_found, refusals
+from api.errors import ApiError, links, not_found, refusals
 from api.gateway import Gateway, gateway_of
 from api.objects import DeletedFile, FileObject, Listing, file_object, made_file_object
 from api.uploads import Upload, receive
@@ -51,6 +51,16 @@ _FORM: Final[dict[str, Any]] = {
         },
     }
 }
+_LINKS: Final = links(
+    retrieve_file="file_id",
+    delete_one_file="file_id",
+    file_content="file_id",
+    estimate_file="file_id",
+)
+_LINKS[200]["links"]["create_batch"] = {
+    "operationId": "create_batch",
+    "requestBody": {"input_file_id": "$response.body#/id"},
+}
 _CONTENT: Final[dict[int | str, dict[str, Any]]] = {
     200: {
         "description": "The bytes. Of results of a batch that still runs: what has ended by now, in the input's order, "
@@ -76,7 +86,7 @@ class Estimate(BaseModel):
     problem_count: int
 
 
-@router.post("", responses=refusals(400, 408, 413, 415), openapi_extra=_FORM, max_body_size=_OWN_LIMIT)
+@router.post("", responses={**_LINKS, **refusals(400, 408, 413, 415)}, openapi_extra=_FORM, max_body_size=_OWN_LIMIT)
 async def create_file(request: Request, principal: Submitter) -> FileObject:
     """Upload a file: of purpose `batch` one that ends in .jsonl. Its lines are checked by the batch."""
     gateway = gateway_of(request)
@@ -154,10 +164,12 @@ def file_content(
     return _streamed(pieces(gateway.database, made, after_line=after_line), headers, name)
 
 
-@router.get("/{file_id}/estimate", responses=refusals(400, 404))
+@router.get("/{file_id}/estimate", responses=refusals(400, 404, 409))
 def estimate_file(request: Request, principal: Reader, file_id: FileId) -> Estimate:
     """What the file would become as a batch, before it is one: lines, tokens, models, and what is wrong with it."""
     gateway = gateway_of(request)
+    if find_made_file(gateway.database, file_id, tenant=principal.tenant) is not None:
+        raise ApiError(409, f"{file_id} is made of a batch's rows; only uploads are estimated", code="wrong_state")
     entry = _upload(gateway, principal, file_id)
     if entry.estimate is not None:
         return Estimate(**entry.estimate)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from datetime import timedelta
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from models.line_settings import MOST_PASSAGES
 from models.states import CacheMode, JobOrder, Priority
@@ -16,7 +15,7 @@ from runtime.settings import LEAST_WEIGHT, MOST_WEIGHT
 MOST_PAIRS, KEY_CHARACTERS, VALUE_CHARACTERS = 16, 64, 512
 MOST_TOKENS = 2**53  # what JSON's readers still count exactly
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
-_MOST_DAYS = 365
+_WINDOW = r"^([1-9][0-9]{0,7}s|[1-9][0-9]{0,5}m|[1-9][0-9]{0,3}h|[1-9][0-9]{0,2}d)$"
 
 NoNul = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=VALUE_CHARACTERS, pattern=r"^[^\x00]*$")]
@@ -82,31 +81,18 @@ class CreateBatch(_Asked):
 
     input_file_id: str = Field(min_length=1, max_length=64, pattern=r"^[^\x00]*$")
     endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
-    completion_window: str = Field(pattern=r"^[1-9][0-9]{0,7}[smhd]$", description="24h, 90m, 7d")
+    completion_window: str = Field(pattern=_WINDOW, description="24h, 90m, 7d; at most 999 days")
     metadata: Pairs | None = None
     output_expires_after: Expiry | None = None
     stoker: Extras = Extras()
 
-    @field_validator("completion_window")
-    @classmethod
-    def _is_bounded(cls, window: str) -> str:
-        if window_of(window) > timedelta(days=_MOST_DAYS):
-            raise ValueError(f"is longer than {_MOST_DAYS} days; write 24h, 90m or 7d")
-        return window
-
     @property
     def window(self) -> timedelta:
         """How long its jobs may take."""
-        return window_of(self.completion_window)
+        number, unit = int(self.completion_window[:-1]), self.completion_window[-1]
+        return timedelta(**{_UNITS[unit]: number})
 
     def digest(self, *, key_id: str, file_digest: str) -> str:
         """What makes two creations the same, when one may be the other's repetition."""
         body = self.model_dump_json(exclude={"input_file_id"})
         return hashlib.sha256(f"{key_id}\n{file_digest}\n{body}".encode()).hexdigest()
-
-
-def window_of(text: str) -> timedelta:
-    """`24h` as a duration. Raises ValueError."""
-    if not re.fullmatch(r"[1-9][0-9]{0,7}[smhd]", text):
-        raise ValueError("is no duration; write 24h, 90m or 7d")
-    return timedelta(**{_UNITS[text[-1]]: int(text[:-1])})

@@ -7,6 +7,7 @@ files, uploads that nobody may see any more. Every step may be cut off or done t
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Final
@@ -24,7 +25,7 @@ from runtime.logs import get_logger
 from runtime.settings import Settings
 from store.blobs import Blobs
 from store.database import Database
-from store.files import forget_file, gone_blobs
+from store.files import forget_file, gone_blobs, unknown_blobs
 from store.notifications import VALIDATE_CHANNEL, listening, wait_for_news
 from store.presence import PresenceBoard, WorkerPresence
 from store.submissions import NewBatch
@@ -36,6 +37,9 @@ POLL_S: Final = 1.0
 WAIT_AFTER_FAULT: Final = timedelta(seconds=5)
 MOST_TRIES: Final = 5  # validators that a file may take down with it
 GONE_AT_ONCE: Final = 100
+AFTER_DEFECT_S: Final = 10.0
+SWEEP_BLOBS_S: Final = 3600.0
+UNKNOWN_BLOB_S: Final = 86_400.0  # longer than any upload takes: until then a blob without a row may be one
 
 
 def run_validator(
@@ -61,12 +65,20 @@ def run_aftercare(database: Database, blobs: Blobs, settings: Settings, stop: th
         lambda: count_next(database),
         lambda: free_blobs(database, blobs),
     )
+    sweep_at = 0.0
     while not stop.is_set():
-        for step in steps:
+        if time.monotonic() >= sweep_at:
+            steps_now, sweep_at = (*steps, lambda: sweep_blobs(database, blobs)), time.monotonic() + SWEEP_BLOBS_S
+        else:
+            steps_now = steps
+        for step in steps_now:
             try:
                 step()
             except ServiceUnreachable as error:
                 log.warning("aftercare_waits", error=str(error))
+            except Exception:  # a defect of one step must not end the others; it is tried again
+                log.exception("aftercare_defect")
+                stop.wait(AFTER_DEFECT_S)
         stop.wait(POLL_S)
 
 
@@ -134,6 +146,16 @@ def free_blobs(database: Database, blobs: Blobs) -> int:
             blobs.delete(blob)
             forget_file(session, file_id)
     return len(gone)
+
+
+def sweep_blobs(database: Database, blobs: Blobs) -> int:
+    """Delete what uploads left that a kill cut off, whole blobs or parts, once it is a day old: how many."""
+    old = blobs.older_than(UNKNOWN_BLOB_S)
+    with database.transaction() as session:
+        unknown = unknown_blobs(session, old)
+    for name in unknown:
+        blobs.delete(name)
+    return len(unknown)
 
 
 def submit_options(asked: CreateBatch, settings: Settings) -> SubmitOptions:

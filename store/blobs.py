@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -94,6 +96,13 @@ class Blobs:
         with self.translated(), suppress(FileNotFoundError):
             self.files.rm_file(self.place(name))
 
+    def older_than(self, age_s: float) -> list[str]:
+        """The names of blobs, and of those never finished, that were last written longer ago than this."""
+        with self.translated():
+            found = self.files.ls(self._root, detail=True)
+        latest = time.time() - age_s
+        return [one["name"].rpartition("/")[2] for one in found if _written_at(one) < latest]
+
     @contextmanager
     def translated(self) -> Iterator[None]:
         """Foreign errors of the block as ours."""
@@ -110,3 +119,14 @@ class Blobs:
             return self.files.open(self.place(name), "rb")
         except FileNotFoundError as error:
             raise NotFound(f"the bytes of {name} are gone from {self.url}") from error
+
+
+def _written_at(entry: dict[str, Any]) -> float:
+    """When a file was last written, in seconds since 1970, as its file system calls it; now if it does not say."""
+    for name in ("mtime", "LastModified", "last_modified", "updated"):
+        found = entry.get(name)
+        if isinstance(found, datetime):
+            return found.timestamp()
+        if isinstance(found, int | float):
+            return float(found)
+    return time.time()

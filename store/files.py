@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -178,6 +178,16 @@ def gone_blobs(session: Session, *, limit: int) -> list[tuple[str, str]]:
         {"limit": limit},
     )
     return [(file_id, blob) for file_id, blob in rows]
+
+
+def unknown_blobs(session: Session, names: Sequence[str]) -> list[str]:
+    """Those of the names that belong to no file."""
+    return list(
+        session.scalars(
+            text("SELECT n FROM unnest(CAST(:names AS text[])) AS n WHERE NOT EXISTS (SELECT FROM files WHERE id = n)"),
+            {"names": list(names)},
+        )
+    )
 
 
 def forget_file(session: Session, file_id: str) -> None:

@@ -106,8 +106,9 @@ def first_unfinished(session: Session, batch_id: UUID, *, first: int, total: int
         if finished != end - first:
             missing: int = session.execute(
                 text("""
-                SELECT g.seq FROM generate_series(CAST(:first AS int4), CAST(:last AS int4)) AS g (seq) WHERE NOT EXISTS (
-                    SELECT FROM results WHERE batch_id = :id AND seq = g.seq) ORDER BY g.seq LIMIT 1"""),
+                SELECT g.seq FROM generate_series(CAST(:first AS int4), CAST(:last AS int4)) AS g (seq)
+                WHERE NOT EXISTS (SELECT FROM results WHERE batch_id = :id AND seq = g.seq)
+                ORDER BY g.seq LIMIT 1"""),
                 {"id": batch_id, "first": first, "last": end - 1},
             ).scalar_one()
             return missing

@@ -104,7 +104,7 @@ class TestRefused:
     [
         ({"endpoint": "/v1/moderations"}, "endpoint"),
         ({"completion_window": "tomorrow"}, "completion_window"),
-        ({"completion_window": "999d"}, "completion_window"),
+        ({"completion_window": "9999d"}, "completion_window"),
         ({"metadata": {str(number): "x" for number in range(17)}}, "metadata"),
         ({"metadata": {"a": 5}}, "metadata.a"),
         ({"colour": "red"}, "colour"),

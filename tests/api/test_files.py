@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from starlette.testclient import TestClient
 
 from api.gateway import Gateway
 from models.states import Scope
-from pipeline.validate import free_blobs
+from pipeline.validate import free_blobs, sweep_blobs
+from runtime.errors import NotFound
 from runtime.settings import GatewaySettings
+from store.blobs import Blobs, BlobWriter
 from tests.api.conftest import ClientOf
 from tests.support.batches import execute
 
@@ -194,3 +198,32 @@ def test_a_folder_that_takes_no_more_is_said_so(client: TestClient, gateway: Gat
     answer = upload(client, LINE)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
     assert client.get("/v1/files").json()["data"] == []
+
+
+def test_what_a_killed_upload_left_is_swept_when_it_is_old(client: TestClient, gateway: Gateway) -> None:
+    kept = upload(client, LINE).json()["id"]
+    folder = Path(gateway.blobs.url)
+    for name, age_s in ((kept, 1e6), ("file-00", 1e6), ("file-01.partial", 1e6), ("file-02.partial", 10)):
+        (folder / name).touch()
+        os.utime(folder / name, (time.time() - age_s,) * 2)
+    assert sweep_blobs(gateway.database, gateway.blobs) == 2
+    assert blobs_in(gateway) == sorted([kept, "file-02.partial"])
+
+
+def test_blobs_may_be_anywhere_that_fsspec_reaches() -> None:
+    blobs = Blobs("memory://stoker-blobs")
+    writer = BlobWriter(blobs, "one")
+    writer.write(b"some ")
+    writer.write(memoryview(b"bytes"))
+    writer.commit()
+    assert b"".join(blobs.pieces("one")) == b"some bytes"
+    with blobs.local_copy("one") as path:
+        assert path.read_bytes() == b"some bytes"
+    left = BlobWriter(blobs, "two")
+    left.write(b"x")
+    left.discard()
+    blobs.delete("one")
+    blobs.delete("one")
+    with pytest.raises(NotFound):
+        next(blobs.pieces("one"))
+    assert blobs.older_than(-60.0) == []
