@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -172,11 +172,12 @@ def _clear(session: Session, batch_id: UUID) -> None:
         session.execute(delete(table).where(table.batch_id == batch_id))
 
 
-def waiting_since(session: Session) -> datetime | None:
-    """When the oldest batch that no validator holds was created; None if none waits."""
-    found: datetime | None = session.execute(
+def waiting_s(session: Session) -> float | None:
+    """How long the oldest batch that no validator holds has waited; None if none waits."""
+    found: float | None = session.execute(
         text(
-            "SELECT min(created_at) FROM batches WHERE state = 'validating' AND input_file_id IS NOT NULL "
+            "SELECT CAST(extract(epoch FROM clock_timestamp() - min(created_at)) AS float8) FROM batches "
+            "WHERE state = 'validating' AND input_file_id IS NOT NULL "
             "AND (lease_until IS NULL OR lease_until < clock_timestamp())"
         )
     ).scalar_one_or_none()

@@ -16,9 +16,12 @@ from store.documents import tally_of
 from store.health import has_dispatch_leader, postgres_version, probe_write
 from store.presence import PresenceBoard
 from store.schema import schema_revisions
+from store.validating import waiting_s
 from worker.celery_app import make_app
 from worker.queues import HintPublisher
 from worker.semantic import embedder_of, index_of
+
+LONG_WAIT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,7 @@ def examine(settings: Settings) -> list[Finding]:
         ("engine", _engine),
         ("semantic cache", _semantic_cache),
         ("documents", _documents),
+        ("gateway", _gateway),
     )
     findings: list[Finding] = []
     for what, check in checks:
@@ -160,6 +164,20 @@ def _documents(settings: Settings) -> list[Finding]:
         )
     found = f"{tally.ready:,} ready, {tally.failed:,} failed, {open_count:,} waiting, {len(readers)} workers read"
     return [Finding("documents", found, remedy)]
+
+
+def _gateway(settings: Settings) -> list[Finding]:
+    """Whether batches wait for a validator."""
+    database = Database(settings.require_postgres(), pool_size=1)
+    try:
+        with database.transaction() as session:
+            waited_s = waiting_s(session)
+    finally:
+        database.close()
+    if waited_s is None:
+        return [Finding("gateway", "no batch waits to be validated")]
+    remedy = "" if waited_s < LONG_WAIT_S else "start a gateway (`stoker gateway`), or give it more validators"
+    return [Finding("gateway", f"the oldest batch waits for {waited_s:.0f} s to be validated", remedy)]
 
 
 def _semantic_cache(settings: Settings) -> list[Finding]:
