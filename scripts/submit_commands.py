@@ -253,6 +253,7 @@ def submit(
             return
         served = connected(settings)
         database = stack.enter_context(opened_database(served))
+        results_of = named_batch(database, reuse) if reuse else None
         submitted = _submit(
             served,
             database,
@@ -260,9 +261,7 @@ def submit(
             wish,
             options=options,
             window_s=window,
-            wishes=_wishes(
-                priority, weight, order, budget_tokens, results_of=named_batch(database, reuse) if reuse else None
-            ),
+            wishes=_wishes(priority, weight, order, budget_tokens, results_of=results_of),
             reuse=not force,
             report=report,
         )
