@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
+from anyio.to_thread import current_default_thread_limiter
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -41,7 +44,15 @@ _DESCRIPTION: Final = (
 
 def create_app(gateway: Gateway) -> FastAPI:
     """The application with its parts. No documentation page: those load scripts from elsewhere."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        # A thread more than there are connections would only wait for one.
+        current_default_thread_limiter().total_tokens = gateway.settings.gateway.pool_size
+        yield
+
     app = FastAPI(
+        lifespan=lifespan,
         title="Stoker",
         version=importlib.metadata.version("stoker"),
         description=_DESCRIPTION,

@@ -134,7 +134,7 @@ def retry_failed_lines(request: Request, principal: Submitter, batch_id: BatchId
             reuse=True,
             tenant=principal.tenant,
             key_id=principal.key_id,
-            request=_again(earlier),
+            request=_again(earlier, window_s=gateway.settings.limits.window_s),
         )
     except BadInput as error:
         raise _ended(str(error)) from error
@@ -172,11 +172,11 @@ def _digest_of(principal: Principal, idempotency_key: str) -> str:
     return hashlib.sha256(f"{principal.key_id}\n{idempotency_key}".encode()).hexdigest()
 
 
-def _again(earlier: BatchProgress) -> dict[str, object]:
+def _again(earlier: BatchProgress, *, window_s: float) -> dict[str, object]:
     """What a retry takes over from its batch's create body: not its budget."""
     asked = dict(earlier.request or {})
     asked["stoker"] = {name: value for name, value in (asked.get("stoker") or {}).items() if name != "budget_tokens"}
-    asked["completion_window"] = "24h"
+    asked["completion_window"] = f"{window_s:.0f}s"
     return asked
 
 

@@ -60,7 +60,7 @@ def refusals(*status_codes: int) -> dict[int | str, dict[str, Any]]:
 
 
 def links(**operations: str) -> dict[int | str, dict[str, Any]]:
-    """A creation's answer, whose id is the parameter `PARAMETER` of the operations: `links(retrieve_file="file_id")`."""
+    """That a creation's id is a parameter of these operations: `links(retrieve_file="file_id")`."""
     return {
         200: {
             "links": {

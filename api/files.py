@@ -174,7 +174,7 @@ def estimate_file(request: Request, principal: Reader, file_id: FileId) -> Estim
     if entry.estimate is not None:
         return Estimate(**entry.estimate)
     assert entry.blob is not None  # noqa: S101
-    with gateway.estimating, gateway.blobs.local_copy(entry.blob) as path:
+    with gateway.estimating(), gateway.blobs.local_copy(entry.blob) as path:
         try:
             options = SubmitOptions(
                 max_output_tokens=gateway.settings.limits.max_output_tokens,
@@ -212,12 +212,13 @@ def _room(gateway: Gateway, principal: Principal) -> int:
     with gateway.database.transaction() as session:
         left = limits.tenant_bytes - stored_bytes(session, tenant=principal.tenant)
     if left <= 0:
-        raise ApiError(
-            413,
-            f"your uploads have {limits.tenant_bytes:,} bytes, the most that are kept; delete some files",
-            code="storage_full",
-        )
+        raise _storage_full(gateway)
     return min(left, limits.file_bytes)
+
+
+def _storage_full(gateway: Gateway) -> ApiError:
+    most = gateway.settings.gateway.tenant_bytes
+    return ApiError(413, f"a tenant's uploads may have {most:,} bytes together; delete some files", code="storage_full")
 
 
 def _keep(gateway: Gateway, principal: Principal, file_id: str, upload: Upload) -> FileEntry:
@@ -231,7 +232,7 @@ def _keep(gateway: Gateway, principal: Principal, file_id: str, upload: Upload) 
     assert upload.filename is not None  # noqa: S101  # else it was refused
     try:
         with gateway.database.transaction() as session:
-            return add_upload(
+            entry = add_upload(
                 session,
                 file_id=file_id,
                 tenant=principal.tenant,
@@ -242,6 +243,9 @@ def _keep(gateway: Gateway, principal: Principal, file_id: str, upload: Upload) 
                 blob=file_id,
                 expires_after=expires_after,
             )
+            if stored_bytes(session, tenant=principal.tenant) > gateway.settings.gateway.tenant_bytes:
+                raise _storage_full(gateway)  # by uploads that came at the same time
+            return entry
     except BaseException:
         gateway.blobs.delete(file_id)
         raise

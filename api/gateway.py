@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from fastapi import Request
 
+from api.errors import ApiError
 from api.uploads import UploadSlots
 from runtime.settings import Settings
 from store.blobs import Blobs
 from store.database import Database
 from store.presence import PresenceBoard
 from store.rate_limits import RateLimits
+
+ESTIMATE_WAIT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +30,22 @@ class Gateway:
     limits: RateLimits
     board: PresenceBoard
     upload_slots: UploadSlots
-    estimating: threading.Lock = field(default_factory=threading.Lock)
-    """One at a time: it takes a core."""
+    estimates: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def estimating(self) -> Iterator[None]:
+        """The right to read a whole file, which takes a core: one request has it at a time. Raises ApiError 429."""
+        if not self.estimates.acquire(timeout=ESTIMATE_WAIT_S):
+            raise ApiError(
+                429,
+                "another file is being estimated; try again soon",
+                kind="rate_limit_error",
+                headers={"Retry-After": "5"},
+            )
+        try:
+            yield
+        finally:
+            self.estimates.release()
 
 
 def gateway_of(request: Request) -> Gateway:

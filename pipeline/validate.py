@@ -67,11 +67,10 @@ def run_aftercare(database: Database, blobs: Blobs, settings: Settings, stop: th
     )
     sweep_at = 0.0
     while not stop.is_set():
+        due = steps
         if time.monotonic() >= sweep_at:
-            steps_now, sweep_at = (*steps, lambda: sweep_blobs(database, blobs)), time.monotonic() + SWEEP_BLOBS_S
-        else:
-            steps_now = steps
-        for step in steps_now:
+            due, sweep_at = (*steps, lambda: sweep_blobs(database, blobs)), time.monotonic() + SWEEP_BLOBS_S
+        for step in due:
             try:
                 step()
             except ServiceUnreachable as error:
