@@ -108,6 +108,7 @@ def test_the_batch_is_in_progress_with_its_totals_window_and_manifest(
         "model": "m",
         "max_output_tokens": 64,
         "cache": "exact",
+        "settings": {},
         "order": "file",
         "file_name": "-",
         "file_bytes": path.stat().st_size,
