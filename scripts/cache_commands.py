@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cache.keys import collection_name
+from pipeline.namespace_figures import certificates, figures_of
 from runtime.errors import BadInput, Deadlocked, NotFound, ServiceUnreachable
 from runtime.settings import Settings
 from scripts.local import connected
@@ -63,7 +64,7 @@ def stats(settings: Settings, as_json: bool) -> None:
         "lookups_lost_to_outages": totals.unlooked,
     }
     found = _certified(reports)
-    namespaces = [_namespace(report, one) for report, one in zip(reports, found, strict=True)]
+    namespaces = [figures_of(report, one) for report, one in zip(reports, found, strict=True)]
     if as_json:
         emit_json(figures | {"namespaces": namespaces})
         return
@@ -136,13 +137,10 @@ def ttl(settings: Settings, namespace: int, time: float) -> None:
 
 def _certified(reports: Sequence[NamespaceReport]) -> list[Certified]:
     """The certificates; only who has namespaces needs the libraries of the semantic cache."""
-    if not reports:
-        return []
     try:
-        from pipeline.certify import certified  # noqa: PLC0415
+        return certificates(reports)
     except ImportError as error:
         raise BadInput(f"to read certificates {error.name} is needed: run `make cache`") from error
-    return [certified(report) for report in reports]
 
 
 def _carry_out(served: Settings, step: Callable[[Session], Cleared]) -> Cleared:
@@ -177,24 +175,6 @@ def _drop_collections(url: str, secrets: list[bytes]) -> None:
             index.drop(collection_name(secret))
     except (ImportError, ServiceUnreachable) as error:
         say(f"{error}; the collections there stay as they are, nothing finds them any more")
-
-
-def _namespace(report: NamespaceReport, found: Certified) -> dict[str, Any]:
-    return {
-        "namespace": report.id,
-        "model": report.alias,
-        "template": report.template,
-        "state": found.state,
-        "lookups": report.lookups,
-        "hits": report.served,
-        "share": round(report.served / report.lookups, 4) if report.lookups else 0.0,
-        "error_bound": found.error_bound,
-        "tokens_saved": report.saved_tokens,
-        "audits": report.audits,
-        "audit_tokens": report.audit_tokens,
-        "entries": report.entries,
-        "ttl_s": report.ttl_s,
-    }
 
 
 _COLUMNS = ("id", "state", "lookups", "hits", "wrong at most", "saved", "audits", "their tokens")

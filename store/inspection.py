@@ -23,6 +23,7 @@ from runtime.errors import NotFound
 SCANNED_JOBS = 5_000  # lines in a row that are looked at before shards are; 5 to 15 ms
 LOOKED_AT_JOBS = 20_000  # jobs of shards looked at in one statement; 30 to 60 ms
 SEARCH_S = 1.0  # after that an answer may be short, and says where to go on
+SEARCH_FOR_ONE_S = 5.0  # after that it may be empty
 COUNTED_JOBS = 50_000  # jobs of shards with failures among which these are counted
 BUCKETS = 60
 BUCKETED_JOBS = 200_000
@@ -66,7 +67,10 @@ class JobPage:
 
 @dataclass(frozen=True, slots=True)
 class WholeJob:
-    """A job with its request and its result; `body`, `settings`, `response` and `stoker` are JSON text."""
+    """A job with its request and its result; `body`, `settings`, `response` and `stoker` are JSON text.
+
+    `leader` is the custom_id of the job whose result it takes or took.
+    """
 
     seq: int
     custom_id: str
@@ -82,8 +86,11 @@ class WholeJob:
     completion_tokens: int | None
     duration_ms: int | None
     similarity: float | None
+    entry: int | None
+    namespace: int | None
     stoker: str | None
     ended_at: datetime | None
+    leader: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +196,11 @@ def whole_job(session: Session, batch_id: UUID, seq: int, *, tenant: str) -> Who
     row = session.execute(
         text("""
         SELECT j.custom_id, j.body, j.stoker, r.outcome, r.source, r.status_code, r.response, r.error_code,
-            r.error_message, r.prompt_tokens, r.completion_tokens, r.duration_ms, r.similarity, r.stoker, r.created_at
+            r.error_message, r.prompt_tokens, r.completion_tokens, r.duration_ms, r.similarity,
+            r.cache_entry_id, r.namespace_id, r.stoker, r.created_at, (
+                SELECT l.custom_id FROM followers x CROSS JOIN LATERAL (
+                    SELECT custom_id FROM jobs WHERE batch_id = :id AND seq = x.leader OFFSET 0) AS l
+                WHERE x.batch_id = :id AND x.seq = :seq)
         FROM jobs j LEFT JOIN LATERAL (
             SELECT * FROM results WHERE batch_id = :id AND seq = :seq OFFSET 0) AS r ON true
         WHERE j.batch_id = :id AND j.seq = :seq"""),
@@ -273,13 +284,13 @@ class _Search:
 
     def find(self, first: int, limit: int) -> tuple[list[int], int | None]:
         """Up to `limit` seqs from `first` on, and where to go on. It may find fewer where they are very scattered."""
-        until = time.monotonic() + SEARCH_S
+        began = time.monotonic()
         found: list[int] = []
         for seqs, next_seq in self._steps(first, limit + 1):
             found += seqs
             if len(found) > limit:
                 return found[:limit], found[limit]
-            if time.monotonic() > until:
+            if time.monotonic() - began > (SEARCH_S if found else SEARCH_FOR_ONE_S):
                 return found, next_seq
         return found, None
 

@@ -32,6 +32,12 @@ class WorkerPresence(BaseModel):
     healthy: bool
     running: int | None = None
     waiting: int | None = None
+    tokens_per_s: float | None = None
+    """Output tokens of its engine, since its last reading; as the others None where nothing is known of it."""
+    kv_use: float | None = None
+    """Of the engine's room for keys and values, 0 to 1."""
+    gpu_use: float | None = None
+    """Of its GPUs' time, the mean, 0 to 1."""
     in_flight: int = 0
     """Requests that each child keeps in flight."""
     service_s: float = 0.0

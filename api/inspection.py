@@ -1,0 +1,148 @@
+"""/v1/stoker/…: what the page reads beside files and batches. It must not change anything."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Final
+from uuid import UUID
+
+from fastapi import APIRouter, Path, Query, Request
+
+from api.auth import Admin, KeyedRoute, Reader
+from api.errors import refusals
+from api.gateway import gateway_of
+from api.inspected import (
+    All,
+    BatchDetails,
+    BudgetObject,
+    DeliveryObject,
+    JobDetails,
+    JobList,
+    Me,
+    NamespaceList,
+    NamespaceObject,
+    WorkerObject,
+    batch_details,
+    budget_object,
+    delivery_object,
+    job_details,
+    job_list,
+    worker_object,
+)
+from pipeline.namespace_figures import bounds_of, certificates, figures_of
+from store.batches import batch_progress
+from store.budgets import budgets_of, budgets_of_batch
+from store.cache_reports import namespace_reports
+from store.deliveries import deliveries_of
+from store.inspection import Wanted, course_of, engines_seen, failures_of, jobs_page, whole_job
+from store.results import waiting_jobs
+
+if TYPE_CHECKING:
+    from pipeline.certify import Certified
+
+router = APIRouter(prefix="/v1/stoker", tags=["stoker"], route_class=KeyedRoute)
+
+MOST_LISTED: Final = 200
+MOST_LINES: Final = 2_147_483_647
+BatchId = Annotated[str, Path(pattern="^batch_[0-9a-f]{32}$")]
+
+
+@router.get("/me", responses=refusals())
+def who_asks(principal: Reader) -> Me:
+    """Whose key it is, and what it may do."""
+    return Me(
+        tenant=principal.tenant,
+        key=principal.key_id,
+        name=principal.name,
+        scopes=sorted(principal.scopes),
+        expires_at=None if principal.expires_at is None else int(principal.expires_at.timestamp()),
+        version=importlib.metadata.version("stoker"),
+    )
+
+
+@router.get("/batches/{batch_id}", responses=refusals(400, 404))
+def inspect_batch(request: Request, principal: Reader, batch_id: BatchId) -> BatchDetails:
+    """One batch: errors by kind, its states by time, results over time, budgets, webhooks, engines, what waits."""
+    identifier, tenant = _read(batch_id), principal.tenant
+    with gateway_of(request).database.transaction() as session:
+        progress = batch_progress(session, identifier, tenant=tenant)
+        failures = failures_of(session, identifier, tenant=tenant)
+        return batch_details(
+            progress,
+            kinds=failures.kinds,
+            kinds_complete=failures.complete,
+            course=course_of(session, identifier, tenant=tenant),
+            budgets=budgets_of_batch(session, identifier),
+            deliveries=deliveries_of(session, tenant=tenant, batch_id=identifier),
+            engines=engines_seen(session, identifier, tenant=tenant),
+            waiting=waiting_jobs(session, identifier),
+        )
+
+
+@router.get("/batches/{batch_id}/jobs", responses=refusals(400, 404))
+def list_jobs(
+    request: Request,
+    principal: Reader,
+    batch_id: BatchId,
+    after: Annotated[int, Query(ge=0, le=MOST_LINES, description="a line")] = 0,
+    limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 50,
+    outcome: Annotated[Wanted | None, Query(description="waiting: without a result")] = None,
+) -> JobList:
+    """The jobs of a batch by line, from the one after line `after` on."""
+    with gateway_of(request).database.transaction() as session:
+        return job_list(
+            jobs_page(session, _read(batch_id), tenant=principal.tenant, first=after, limit=limit, wanted=outcome)
+        )
+
+
+@router.get("/batches/{batch_id}/jobs/{line}", responses=refusals(400, 404))
+def inspect_job(
+    request: Request,
+    principal: Reader,
+    batch_id: BatchId,
+    line: Annotated[int, Path(ge=1, le=MOST_LINES, description="counts from 1")],
+) -> JobDetails:
+    """One job: what was asked, what was answered, and where the answer came from. Long texts are cut."""
+    with gateway_of(request).database.transaction() as session:
+        job = whole_job(session, _read(batch_id), line - 1, tenant=principal.tenant)
+    return job_details(job)
+
+
+@router.get("/workers", responses=refusals())
+def list_workers(request: Request, _principal: Admin) -> All[WorkerObject]:
+    """The live workers of all nodes with their engines' readings; they announce themselves every 5 s."""
+    return All(data=[worker_object(worker) for worker in gateway_of(request).board.workers(node=None)])
+
+
+@router.get("/namespaces", responses=refusals())
+def list_namespaces(request: Request, principal: Reader) -> NamespaceList:
+    """The tenant's namespaces of the semantic cache, with what their certificates say."""
+    with gateway_of(request).database.transaction() as session:
+        reports = namespace_reports(session, principal.tenant)
+    found: Sequence[Certified | None]
+    try:
+        found, note = certificates(reports), None
+    except ImportError as error:
+        found = [None] * len(reports)
+        note = f"this gateway cannot read certificates: {error.name} is missing; run `make cache` where it runs"
+    pairs = zip(reports, found, strict=True)
+    return NamespaceList(data=[NamespaceObject(**figures_of(*pair), **bounds_of(*pair)) for pair in pairs], note=note)
+
+
+@router.get("/budgets", responses=refusals())
+def list_budgets(request: Request, principal: Reader) -> All[BudgetObject]:
+    """The budgets of the tenant's keys in their running periods, and of its batches that have not ended."""
+    with gateway_of(request).database.transaction() as session:
+        return All(data=[budget_object(one) for one in budgets_of(session, principal.tenant)])
+
+
+@router.get("/deliveries", responses=refusals())
+def list_deliveries(request: Request, principal: Reader) -> All[DeliveryObject]:
+    """The tenant's last webhooks, newest first, and what became of each."""
+    with gateway_of(request).database.transaction() as session:
+        return All(data=[delivery_object(row) for row in deliveries_of(session, tenant=principal.tenant)])
+
+
+def _read(batch_id: str) -> UUID:
+    return UUID(batch_id.removeprefix("batch_"))
