@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Generic, Literal, TypeVar
 
@@ -15,7 +16,7 @@ from models.states import BudgetPeriod, DeliveryState, Outcome, Scope, Source
 from store.batches import BatchProgress
 from store.budgets import BudgetReport
 from store.deliveries import DeliveryRow
-from store.inspection import Bucket, FailureKind, JobLine, JobPage, WholeJob
+from store.inspection import Bucket, FailureKind, Failures, JobLine, JobPage, WholeJob
 from store.presence import WorkerPresence
 from store.results import WaitingJobs
 
@@ -207,6 +208,15 @@ class NamespaceList(All[NamespaceObject]):
     note: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class LookedThrough:
+    """What many rows of a batch were read for."""
+
+    failures: Failures
+    course: list[Bucket]
+    engines: list[dict[str, Any]]
+
+
 def job_list(page: JobPage) -> JobList:
     """A page of jobs; a line is the seq before it, and so is where the next page begins."""
     return JobList(
@@ -291,25 +301,22 @@ def worker_object(worker: WorkerPresence) -> WorkerObject:
 
 def batch_details(
     progress: BatchProgress,
+    seen: LookedThrough,
     *,
-    kinds: list[FailureKind],
-    kinds_complete: bool,
-    course: list[Bucket],
     budgets: list[BudgetReport],
     deliveries: list[DeliveryRow],
-    engines: list[dict[str, Any]],
     waiting: WaitingJobs | None,
 ) -> BatchDetails:
     """All that the page of one batch shows."""
     return BatchDetails(
         batch=batch_object(progress),
-        errors=[error_kind(kind) for kind in kinds],
-        errors_complete=kinds_complete,
+        errors=[error_kind(kind) for kind in seen.failures.kinds],
+        errors_complete=seen.failures.complete,
         marks=marks_of(progress),
-        finished=[FinishedObject(at=bucket.at, jobs=bucket.jobs, failed=bucket.failed) for bucket in course],
+        finished=[FinishedObject(at=bucket.at, jobs=bucket.jobs, failed=bucket.failed) for bucket in seen.course],
         budgets=[budget_object(one) for one in budgets],
         deliveries=[delivery_object(one) for one in deliveries],
-        engines=engines,
+        engines=seen.engines,
         waiting=None
         if waiting is None
         else WaitingObject(

@@ -19,6 +19,7 @@ from api.inspected import (
     DeliveryObject,
     JobDetails,
     JobList,
+    LookedThrough,
     Me,
     NamespaceList,
     NamespaceObject,
@@ -30,6 +31,7 @@ from api.inspected import (
     job_list,
     worker_object,
 )
+from api.remembered import Remembered
 from pipeline.namespace_figures import bounds_of, certificates, figures_of
 from store.batches import batch_progress
 from store.budgets import budgets_of, budgets_of_batch
@@ -45,6 +47,7 @@ router = APIRouter(prefix="/v1/stoker", tags=["stoker"], route_class=KeyedRoute)
 
 MOST_LISTED: Final = 200
 MOST_LINES: Final = 2_147_483_647
+_LOOKED_THROUGH: Final = Remembered[LookedThrough](most=256)
 BatchId = Annotated[str, Path(pattern="^batch_[0-9a-f]{32}$")]
 
 
@@ -67,15 +70,20 @@ def inspect_batch(request: Request, principal: Reader, batch_id: BatchId) -> Bat
     identifier, tenant = _read(batch_id), principal.tenant
     with gateway_of(request).database.transaction() as session:
         progress = batch_progress(session, identifier, tenant=tenant)
-        failures = failures_of(session, identifier, tenant=tenant)
+        seen = _LOOKED_THROUGH.of(
+            identifier,
+            (progress.state, progress.done, progress.failed),
+            lambda: LookedThrough(
+                failures=failures_of(session, identifier, tenant=tenant),
+                course=course_of(session, identifier, tenant=tenant),
+                engines=engines_seen(session, identifier, tenant=tenant),
+            ),
+        )
         return batch_details(
             progress,
-            kinds=failures.kinds,
-            kinds_complete=failures.complete,
-            course=course_of(session, identifier, tenant=tenant),
+            seen,
             budgets=budgets_of_batch(session, identifier),
             deliveries=deliveries_of(session, tenant=tenant, batch_id=identifier),
-            engines=engines_seen(session, identifier, tenant=tenant),
             waiting=waiting_jobs(session, identifier),
         )
 

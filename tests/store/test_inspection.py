@@ -176,7 +176,7 @@ def test_a_batch_that_is_not_the_tenants_or_not_whole_shows_nothing(database: Da
         else:
             for read in (failures_of, course_of, engines_seen):
                 with pytest.raises(NotFound):
-                    read(session, batch_id, tenant=tenant)  # type: ignore[operator]
+                    read(session, batch_id, tenant=tenant)
             with pytest.raises(NotFound):
                 jobs_page(session, batch_id, tenant=tenant, first=0, limit=9)
         with pytest.raises(NotFound):
