@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
-import importlib.util
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -17,7 +15,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api import batches, files, page
+from api import batches, files, inspection, page
 from api.errors import ApiError, not_found
 from api.gateway import Gateway
 from runtime.errors import NotFound, ServiceUnreachable
@@ -63,10 +61,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         max_body_size=gateway.settings.gateway.request_bytes,
     )
     app.state.gateway = gateway
-    routers = [files.router, batches.router, page.page_router()]
-    if importlib.util.find_spec("api.inspection"):
-        routers.append(importlib.import_module("api.inspection").router)
-    for router in routers:
+    for router in (files.router, batches.router, inspection.router, page.page_router()):
         app.include_router(router)
     app.get("/healthz", include_in_schema=False)(_healthz)
     app.add_exception_handler(ApiError, _answer)

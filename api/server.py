@@ -34,7 +34,8 @@ def open_gateway(settings: Settings, stack: ExitStack) -> Gateway:
     """A gateway's parts, closed with the stack."""
     database = Database(settings.require_postgres(), pool_size=settings.gateway.pool_size)
     stack.callback(database.close)
-    board, limits = PresenceBoard(settings.require_redis()), RateLimits(settings.require_redis())
+    board = PresenceBoard(settings.require_redis())
+    limits = RateLimits(settings.require_redis(), wrong_keys_per_minute=settings.gateway.wrong_keys_per_minute)
     stack.callback(board.close)
     stack.callback(limits.close)
     return Gateway(

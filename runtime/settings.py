@@ -167,6 +167,7 @@ class GatewaySettings(_Group):
     pool_size: Count = Field(20, description="connections to Postgres that a gateway process keeps at most")
     connections: Count = Field(1000, description="requests at once; more are answered 503")
     requests_per_minute: Count = Field(1200, description="of a key that states none itself; more are answered 429")
+    wrong_keys_per_minute: Count = Field(30, description="requests without a right key of an address; then it waits")
     batch_lines: Count | None = Field(None, description="lines of one batch; more: too_many_tasks; unset: any number")
     batch_tokens: Count | None = Field(None, description="estimated tokens of one batch; more: token_limit_exceeded")
     validators: Count = Field(1, description="processes that turn uploaded files into jobs, and deliver webhooks")

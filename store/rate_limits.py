@@ -25,8 +25,7 @@ KEY_PREFIX: Final = "stoker:limit:key:"
 ADDRESS_PREFIX: Final = "stoker:limit:address:"
 BURST_SHARE: Final = 4  # a bucket holds a quarter of a minute's requests
 LEAST_BURST: Final = 10  # a client begins with some requests at once, whatever its rate
-FAILURES_PER_MINUTE: Final = 30
-FAILURES_BURST: Final = 30
+WRONG_KEYS_PER_MINUTE: Final = 30
 TIMEOUT_S: Final = 0.5
 REST_S: Final = 5.0  # after a failure, so that a Redis which hangs does not slow every request
 WARN_EVERY_S: Final = 60.0
@@ -70,7 +69,8 @@ _UNKNOWN: Final = Allowance(0.0, None)
 class RateLimits:
     """The limits of all keys and addresses. Raises nothing; threads share it."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, wrong_keys_per_minute: int = WRONG_KEYS_PER_MINUTE) -> None:
+        self._wrong_keys_per_minute = wrong_keys_per_minute
         self._address = without_secrets(url)
         self._redis = redis.Redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S)
         self._take = self._redis.register_script(_TAKE)
@@ -116,7 +116,9 @@ class RateLimits:
 
     def _failures(self, address: str, *, wanted: int) -> float:
         bucket = ADDRESS_PREFIX + _network(address)
-        return self._ask(bucket, per_minute=FAILURES_PER_MINUTE, burst=FAILURES_BURST, wanted=wanted).wait_s
+        return self._ask(
+            bucket, per_minute=self._wrong_keys_per_minute, burst=self._wrong_keys_per_minute, wanted=wanted
+        ).wait_s
 
     def _ask(self, bucket: str, *, per_minute: int, burst: int, wanted: int) -> Allowance:
         if time.monotonic() < self._rests_until:

@@ -30,7 +30,7 @@ from store.blobs import Blobs
 from store.database import Database
 from store.keys import revoke_key, rotate_key, set_key_expiry, set_key_rate
 from store.presence import PresenceBoard
-from store.rate_limits import FAILURES_BURST, RateLimits
+from store.rate_limits import WRONG_KEYS_PER_MINUTE, RateLimits
 
 JSON = {"content-type": "application/json"}
 
@@ -225,8 +225,8 @@ def test_an_address_that_guesses_is_no_longer_heard_and_a_right_key_beside_it_is
 ) -> None:
     known, unknown = issued(database), issued(database)
     assert client.get("/read", headers=bearer(known)).status_code == 200
-    guesses = [client.get("/read", headers=bearer(remake_key(known.id))) for _ in range(FAILURES_BURST + 5)]
-    assert {answer.status_code for answer in guesses[:FAILURES_BURST]} == {401}
+    guesses = [client.get("/read", headers=bearer(remake_key(known.id))) for _ in range(WRONG_KEYS_PER_MINUTE + 5)]
+    assert {answer.status_code for answer in guesses[:WRONG_KEYS_PER_MINUTE]} == {401}
     assert guesses[-1].status_code == 429 and int(guesses[-1].headers["retry-after"]) >= 1
     assert client.get("/read", headers=bearer(unknown)).status_code == 429  # whether it is right is not said
     assert client.get("/read", headers=bearer(known)).status_code == 200

@@ -15,7 +15,7 @@ from store.database import Database
 from tests.support.gateway_process import GatewayProcess
 
 # Identifiers of what is there, and what no schema can say: that a file of purpose `batch` must end in .jsonl, and which
-# hosts a webhook may have.
+# hosts a webhook may have. Where a wrong id is to be tried, the stated one would stand in its place.
 CONFIG = """
 [parameters]
 "path.batch_id" = "{batch}"
@@ -27,6 +27,11 @@ enabled = true
 [[operations]]
 include-name = ["POST /v1/files", "POST /v1/batches"]
 [operations.checks.positive_data_acceptance]
+enabled = false
+
+[[operations]]
+include-name = "GET /v1/stoker/batches/{{batch_id}}/jobs/{{line}}"
+[operations.checks.negative_data_rejection]
 enabled = false
 """
 LINE = {
@@ -47,6 +52,7 @@ def test_every_answer_is_as_the_description_says(
         "STOKER_BROKER__URL": "memory://",
         "STOKER_REDIS__URL": redis_url,
         "STOKER_HOME": str(tmp_path),
+        "STOKER_GATEWAY__WRONG_KEYS_PER_MINUTE": "1000000",
     }
     with (
         GatewayProcess(env=env, folder=tmp_path) as gateway,

@@ -10,7 +10,7 @@ import pytest
 import redis
 from structlog.testing import capture_logs
 
-from store.rate_limits import FAILURES_BURST, LEAST_BURST, RateLimits
+from store.rate_limits import LEAST_BURST, WRONG_KEYS_PER_MINUTE, RateLimits
 from tests.support.waiting import wait_until
 
 NOWHERE = "redis://:secret@127.0.0.1:1/0"
@@ -56,7 +56,7 @@ def test_a_lower_limit_holds_at_once(limits: RateLimits) -> None:
 
 def test_an_address_that_fails_is_refused_and_its_right_neighbours_are_not(limits: RateLimits) -> None:
     limits.welcome("2001:db8::1", b"right")
-    for host in range(FAILURES_BURST):
+    for host in range(WRONG_KEYS_PER_MINUTE):
         assert limits.refused_s(f"2001:db8::{host:x}", b"wrong") == 0
         limits.failed(f"2001:db8::{host:x}")
     assert 0 < limits.refused_s("2001:db8::ffff", b"wrong") <= 2
