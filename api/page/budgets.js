@@ -1,0 +1,63 @@
+// Token budgets: what is spent, what is reserved for jobs that run, and the cap.
+
+import { Refused, ask } from "./client.js";
+import { h, render } from "./dom.js";
+import { empty, meter, sorry, table } from "./parts.js";
+import { poll } from "./poll.js";
+import { brief, clock, count, percent, shortId } from "./words.js";
+
+const EVERY_S = 3;
+
+/** Open the view in an element; returns how to close it. */
+export function open(root) {
+  let budgets = null;
+  let refused = null;
+  const reading = poll(async (signal) => {
+    try {
+      budgets = (await ask("v1/stoker/budgets", { signal })).data;
+      refused = null;
+    } catch (error) {
+      if (!(error instanceof Refused)) throw error;
+      refused = error.message;
+    }
+    draw();
+  }, { every_s: EVERY_S });
+
+  function draw() {
+    render(root, h("h1", { key: "title", tabindex: -1 }, "Budgets"),
+      refused ? sorry("Budgets cannot be shown", refused) : budgets && content(budgets));
+  }
+
+  return { close: reading.stop };
+}
+
+function content(budgets) {
+  if (!budgets.length) {
+    return empty("No budget", "Keys and batches take as many tokens as they like. A key can have a budget for a day or a month, a batch one of its own; what is beyond ends as budget_exceeded.",
+      "stoker keys create --name nightly --day-tokens 20000000");
+  }
+  return [
+    h("p", { key: "lead", class: "lead" }, "Spent is of results that are there; reserved is the most that running jobs may still take. Together they never exceed the cap. Days and months are UTC's."),
+    budgetTable(budgets),
+  ];
+}
+
+/** A table of budgets. */
+export function budgetTable(budgets) {
+  return table("budgets", "Budgets", [
+    { name: "owner", label: "Of", cell: owner },
+    { name: "period", label: "Period", cell: (one) => [`${one.period === "batch" ? "the whole batch" : `this ${one.period}`}`, h("span", { class: "under" }, `since ${clock(one.began_at)}`)] },
+    { name: "use", label: "Use", cell: (one) => meter(`budget of ${one.key_name ?? one.batch}`, one.spent / one.cap, words(one), { more: one.reserved / one.cap, kind: (one.spent + one.reserved) / one.cap > 0.9 ? "hot" : "" }) },
+    { name: "spent", label: "Spent", number: true, cell: (one) => amount(one.spent) },
+    { name: "reserved", label: "Reserved", number: true, cell: (one) => amount(one.reserved) },
+    { name: "cap", label: "Cap", number: true, cell: (one) => amount(one.cap) },
+  ], budgets, (one) => `${one.key} ${one.batch} ${one.period} ${one.began_at}`);
+}
+
+const amount = (tokens) => h("span", { title: count(tokens) }, brief(tokens));
+const words = (one) => `${percent(one.spent / one.cap, 0)} spent${one.reserved ? `, ${percent(one.reserved / one.cap, 0)} reserved` : ""}`;
+
+function owner(one) {
+  if (one.batch) return h("a", { class: "mono", href: `#/batches/${encodeURIComponent(one.batch)}`, title: one.batch }, shortId(one.batch));
+  return [h("b", { class: "name", title: one.key_name }, one.key_name), h("span", { class: "under mono" }, one.key)];
+}
