@@ -14,13 +14,14 @@ import subprocess
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from inference.endpoint import Endpoint
 from inference.engines import EnginePlan
+from inference.gpus import GpuMeter
 from runtime.children import spawn
 from runtime.errors import Fatal, StokerError
 from runtime.logs import get_logger
@@ -39,15 +40,24 @@ _METRIC = re.compile(r"^(?:vllm:|llamacpp:)(\w+)(?:\{[^}]*\})? ([0-9.eE+-]+)$", 
 _RUNNING = ("num_requests_running", "requests_processing")
 _WAITING = ("num_requests_waiting", "requests_deferred")
 _TOKENS = ("generation_tokens_total", "tokens_predicted_total")
+# The later two are older vLLM's and older llama.cpp's; today's llama.cpp does not tell it.
+_KV_USE = ("kv_cache_usage_perc", "gpu_cache_usage_perc", "kv_cache_usage_ratio")
 
 
 @dataclass(frozen=True, slots=True)
 class EngineReadings:
-    """What the engine's /metrics say; None where it does not."""
+    """What the engine's /metrics say; None where it does not.
+
+    `kv_use` and `gpu_use` are shares, of its room for keys and values and of its GPUs' time; `tokens_per_s` is since
+    the reading before.
+    """
 
     running: int | None
     waiting: int | None
     generated_tokens: int | None
+    kv_use: float | None = None
+    tokens_per_s: float | None = None
+    gpu_use: float | None = None
 
 
 class EngineSupervisor:
@@ -66,7 +76,8 @@ class EngineSupervisor:
         self._stop = threading.Event()
         self._started = threading.Event()
         self._failure: StokerError | None = None
-        self._read_at = self._healthy_at = self._progress_at = 0.0
+        self._gpus = GpuMeter(plan.env)
+        self._read_at = self._healthy_at = self._progress_at = self._counted_at = 0.0
         self._thread = threading.Thread(target=self._run, name="engine-watch", daemon=True)
 
     def __enter__(self) -> Self:
@@ -109,6 +120,7 @@ class EngineSupervisor:
             self._failure = error
         finally:
             self.is_healthy = False
+            self._gpus.close()
             self._end_child()
             if self._started.is_set() and not self._stop.is_set():
                 log.critical("engine_watch_ended", engine=self.plan.kind)
@@ -126,6 +138,7 @@ class EngineSupervisor:
             self.is_healthy = False
             log.error("engine_restarts", engine=self.plan.kind, reason=reason, restarts=self.restarts)
             self._end_child()
+            self.readings = EngineReadings(None, None, None)
             await self._sleep(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])
             self.restarts += 1
             try:
@@ -185,10 +198,19 @@ class EngineSupervisor:
                 text = await endpoint.text("/metrics") if self.is_healthy else ""
         except StokerError:  # it died, or was too busy, between the two
             self.is_healthy, text = False, ""
+        gpu_use = self._gpus.read()
         if self.is_healthy:
             self._healthy_at = now
-            return self._stalled(parse_readings(text), now)
+            return self._stalled(self._with_rates(parse_readings(text), gpu_use), now)
+        self.readings = replace(self.readings, tokens_per_s=None, gpu_use=gpu_use)
         return "/health does not answer" if now - self._healthy_at > UNHEALTHY_AFTER_S else None
+
+    def _with_rates(self, readings: EngineReadings, gpu_use: float | None) -> EngineReadings:
+        """The readings with what they make of the ones before."""
+        counted_at = time.monotonic()
+        seconds, self._counted_at = counted_at - self._counted_at, counted_at
+        rate = tokens_per_s(self.readings.generated_tokens, readings.generated_tokens, seconds=seconds)
+        return replace(readings, tokens_per_s=rate, gpu_use=gpu_use)
 
     def _stalled(self, readings: EngineReadings, now: float) -> str | None:
         is_idle = not readings.running
@@ -234,12 +256,24 @@ class EngineSupervisor:
 
 
 def parse_readings(text: str) -> EngineReadings:
-    """Readings from the Prometheus text of vLLM or llama.cpp; labelled series of one name are summed."""
-    totals: dict[str, float] = {}
+    """Readings from the Prometheus text of vLLM or llama.cpp; labelled series of one name are summed, shares averaged.
+
+    Those that more than one reading makes are None.
+    """
+    series: dict[str, list[float]] = {}
     for name, value in _METRIC.findall(text):
-        totals[name] = totals.get(name, 0.0) + float(value)
+        series.setdefault(name, []).append(float(value))
 
-    def first(names: tuple[str, ...]) -> int | None:
-        return next((int(totals[name]) for name in names if name in totals), None)
+    def total(names: tuple[str, ...]) -> int | None:
+        return next((int(sum(series[name])) for name in names if name in series), None)
 
-    return EngineReadings(first(_RUNNING), first(_WAITING), first(_TOKENS))
+    shares = next((series[name] for name in _KV_USE if name in series), None)
+    kv_use = None if shares is None else min(1.0, max(0.0, sum(shares) / len(shares)))
+    return EngineReadings(total(_RUNNING), total(_WAITING), total(_TOKENS), kv_use)
+
+
+def tokens_per_s(before: int | None, after: int | None, *, seconds: float) -> float | None:
+    """The rate between two readings of a counter; None if one is missing or the engine was started between them."""
+    if before is None or after is None or after < before or seconds <= 0:
+        return None
+    return (after - before) / seconds

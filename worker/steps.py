@@ -20,7 +20,7 @@ from celery.bootsteps import StartStopStep
 from celery.worker.components import Pool
 
 from inference.engines import EnginePlan, plan_engine
-from inference.supervisor import EngineSupervisor
+from inference.supervisor import EngineReadings, EngineSupervisor
 from pipeline.identity import EngineIdentity, identify_endpoint, register
 from runtime.children import spawn, stop
 from runtime.errors import ServiceUnreachable
@@ -241,6 +241,7 @@ class PresenceThread(threading.Thread):
 
     def _presence(self) -> WorkerPresence:
         engine = self._parts.engine
+        readings = engine.readings if engine else EngineReadings(None, None, None)
         return WorkerPresence(
             name=self._name_in_redis,
             node=self._parts.settings.worker.node,
@@ -250,6 +251,9 @@ class PresenceThread(threading.Thread):
             models=self._models,
             engine=self._engine_label,
             healthy=engine.is_healthy if engine else True,
-            running=engine.readings.running if engine else None,
-            waiting=engine.readings.waiting if engine else None,
+            running=readings.running,
+            waiting=readings.waiting,
+            tokens_per_s=readings.tokens_per_s,
+            kv_use=readings.kv_use,
+            gpu_use=readings.gpu_use,
         )
