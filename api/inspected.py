@@ -150,7 +150,9 @@ class JobError(BaseModel):
 class JobDetails(JobObject):
     """One job with its request and its answer."""
 
-    request: Any = Field(description="the body that is sent to the engine")
+    request: dict[str, Any] = Field(
+        description="the body that is sent to the engine; of one with very many values only its first `text`"
+    )
     settings: Any = Field(description="the line's own `stoker` object")
     response: Any = Field(description="as the engine sent it")
     error: JobError | None
@@ -232,7 +234,7 @@ def job_details(job: WholeJob) -> JobDetails:
     request, response = shortener.read(job.body), shortener.read(job.response)
     return JobDetails(
         **_line(job),
-        request=request,
+        request=request if isinstance(request, dict) else {"text": request},
         settings=shortener.read(job.settings),
         response=response,
         error=_error(job, response),

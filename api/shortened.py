@@ -13,6 +13,7 @@ WHOLE_CHARACTERS: Final = 200_000  # shown as they are, up to here; beyond, a br
 TEXT_CHARACTERS: Final = 20_000  # of each text of a longer JSON
 ITEMS: Final = 200  # of each list and object of it
 CHARACTERS: Final = 400_000  # of all its texts together
+VALUES: Final = 500_000  # in a JSON that is read: of more, 32 MB of text may become a gigabyte of objects
 DEPTH: Final = 60  # pydantic refuses to write what is four times as deep
 EXACT_BITS: Final = 53  # browsers round what is longer
 
@@ -28,6 +29,8 @@ class Shortener:
         """The value of a JSON text, cut where that is long; None of None."""
         if text is None:
             return None
+        if text.count(",") + text.count("[") > VALUES:
+            return self._text(text, TEXT_CHARACTERS)
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):

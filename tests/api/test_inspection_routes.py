@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from api.gateway import Gateway
 from api.remembered import CHEAP_S, Remembered
-from api.shortened import CHARACTERS, DEPTH, ITEMS, TEXT_CHARACTERS, WHOLE_CHARACTERS, Shortener
+from api.shortened import CHARACTERS, DEPTH, ITEMS, TEXT_CHARACTERS, VALUES, WHOLE_CHARACTERS, Shortener
 from cache.policy import Limits, Policy
 from models.jobs import JobResult, failed
 from models.names import batch_name
@@ -179,9 +179,10 @@ def deep(levels: int) -> Any:
         ("9" * 5_000, "9" * 5_000, False),
         ("[" * 100_000, "[" * TEXT_CHARACTERS + "… (80,000 more characters)", True),
         (json.dumps(["y" * WHOLE_CHARACTERS]), ["y" * TEXT_CHARACTERS + "… (180,000 more characters)"], True),
+        ("[[]" + ",[]" * VALUES + "]", "[[]" + ",[]" * 6_665 + ",[… (1,480,004 more characters)", True),
         (json.dumps(list(range(60_000))), list(range(ITEMS)), True),
     ],
-    ids=["surrogate", "numbers", "no JSON", "digits", "brackets", "text", "list"],
+    ids=["surrogate", "numbers", "no JSON", "digits", "brackets", "text", "values", "list"],
 )
 def test_any_text_is_shown_and_cut_where_it_is_long(text: str, shown: Any, is_cut: bool) -> None:
     shortener = Shortener()
