@@ -25,9 +25,6 @@ CONTENT_TYPES = {
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-cache",
 }
 
@@ -40,7 +37,7 @@ class _StaticFile:
 
 
 def page_router() -> APIRouter:
-    """Routes of the page and its files, which are read once, now. They ask for no key and are not in the OpenAPI document."""
+    """Routes of the page and its files, which are read once, now; they ask for no key and are in no API description."""
     files = {path.name: _read(path) for path in FOLDER.iterdir() if path.suffix in CONTENT_TYPES}
     router = APIRouter(include_in_schema=False)
 

@@ -54,9 +54,9 @@ export function open(root, [id], session) {
     else {
       render(root, crumbs, heading(seen.batch, session, changed), h("div", { key: "figures", class: "figures" }, numbers(seen.batch)),
         h("section", { key: "progress" }, progress(seen.batch), legend(seen.batch)),
-        problems(seen), course(seen), errors(seen, jobs), h("section", { key: "jobs" }, jobs.draw(seen.batch)),
+        problems(seen), course(seen), errors(seen, jobs),
         h("div", { key: "rest", class: "columns" }, files(seen.batch, tooLarge, draw), settings(seen)),
-        aside(seen));
+        aside(seen), h("section", { key: "jobs" }, jobs.draw(seen.batch)));
     }
   }
 
@@ -116,13 +116,14 @@ function course({ batch, marks, finished }) {
     finished.length > 0 ? chart(finished) : batch.stoker.jobs.total > 200_000 && h("p", { class: "more" }, "No chart of results over time: the batch has more than 200,000 jobs."));
 }
 
-function errors({ errors: kinds }, jobs) {
+function errors({ errors: kinds, errors_complete: areAll }, jobs) {
   return kinds.length > 0 && h("section", { key: "errors" }, h("h2", null, "Errors by kind"),
     table("errors", "Errors by kind", [
       { name: "count", label: "Jobs", number: true, cell: (one) => h("button", { type: "button", class: "link", onclick: () => jobs.filter("failed"), title: "show the failed jobs" }, count(one.count)) },
       { name: "code", label: "Kind", cell: (one) => h("span", { class: "mono" }, one.code) },
       { name: "message", label: "One of them", cell: (one) => h("span", { class: "clamp", title: one.message }, one.message ?? "") },
-    ], kinds, (one) => one.code));
+    ], kinds, (one) => one.code),
+    !areAll && h("p", { key: "some", class: "more" }, "The batch is large: only some of its failed jobs are counted here."));
 }
 
 function files(batch, tooLarge, draw) {
@@ -143,7 +144,7 @@ function settings({ batch, engines }) {
   return h("section", { key: "settings" }, h("h2", null, "Settings"), facts([
     ["Endpoint", batch.endpoint],
     ["Model", batch.model],
-    ["Window", `${batch.completion_window}${batch.expires_at ? `, until ${clock(batch.expires_at)}` : ""}`],
+    ["Window", `${windowWords(batch.completion_window)}${batch.expires_at ? `, until ${clock(batch.expires_at)}` : ""}`],
     ["Priority", `${stoker.priority}, weight ${stoker.weight}`],
     ["Cache", stoker.cache],
     ["Order of jobs", stoker.order],
@@ -155,6 +156,8 @@ function settings({ batch, engines }) {
     ...engines.map((one, place) => [engines.length > 1 ? `Engine ${place + 1}` : "Engine", engineWords(one)]),
   ]));
 }
+
+const windowWords = (text) => (/^\d+s$/.test(text) ? duration(Number.parseInt(text, 10)) : text);
 
 const words = (pairs) => Object.entries(pairs ?? {}).map(([name, value]) => `${name}: ${value}`).join(", ") || null;
 

@@ -166,7 +166,6 @@ function batchCell(one) {
     h("a", { class: "name", href: `#/batches/${encodeURIComponent(one.id)}`, title: one.stoker.name }, one.stoker.name),
     h("span", { class: "under mono", title: one.id }, shortId(one.id)),
     labels.map(([name, value]) => h("span", { key: `label-${name}`, class: "label", title: `${name}: ${value}` }, `${name}: ${value}`)),
-    one.stoker.paused_reason && h("span", { key: "why", class: "why" }, one.stoker.paused_reason),
   ];
 }
 
@@ -180,7 +179,8 @@ function progressCell(one) {
   ];
   return [progress(one), h("span", { class: "under" },
     h("span", null, total || ENDED.has(one.status) ? `${count(done)} of ${count(total)}` : "reading its file"),
-    total > 0 && h("span", { key: "share" }, percent(done / total)), notes)];
+    total > 0 && h("span", { key: "share" }, percent(done / total)), notes),
+  one.stoker.paused_reason && h("span", { key: "why", class: "why clamp", title: one.stoker.paused_reason }, one.stoker.paused_reason)];
 }
 
 function rateCell(one) {
@@ -193,8 +193,8 @@ function timeCell(one) {
   const ended = endedAt(one);
   if (ended) return [h("span", { title: clock(ended) }, ago(ended, now())), h("span", { class: "under" }, `took ${duration(ended - one.created_at)}`)];
   const left = secondsLeft(one);
-  return [h("span", { title: left ? `about ${clock(now() + left)}` : null }, left === null ? "–" : `${duration(left)} left`),
-    h("span", { class: "under" }, `since ${clock(one.created_at)}`)];
+  return [h("span", { title: left ? `about ${clock(now() + left)}` : null }, left === null ? "–" : duration(left)),
+    h("span", { class: "under", title: `since ${clock(one.created_at)}` }, left === null ? `since ${clock(one.created_at)}` : "left")];
 }
 
 function tokensCell(one) {

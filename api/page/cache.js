@@ -7,7 +7,6 @@ import { poll } from "./poll.js";
 import { brief, count, counted, duration, percent } from "./words.js";
 
 const EVERY_S = 5;
-const LIMIT = 0.01; // of the certificate, where the answer does not state it
 const STATES = {
   pilot: ["pilot", "quiet", "It learns: the engine answers everything, nothing is served yet."],
   shadow: ["shadow", "quiet", "It decides what it would serve, and the engine answers all the same."],
@@ -18,10 +17,11 @@ const STATES = {
 /** Open the view in an element; returns how to close it. */
 export function open(root) {
   let spaces = null;
+  let note = null;
   let refused = null;
   const reading = poll(async (signal) => {
     try {
-      spaces = (await ask("v1/stoker/namespaces", { signal })).data;
+      ({ data: spaces, note } = await ask("v1/stoker/namespaces", { signal }));
       refused = null;
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
@@ -32,30 +32,31 @@ export function open(root) {
 
   function draw() {
     render(root, h("h1", { key: "title", tabindex: -1 }, "Cache"),
-      refused ? sorry("The cache cannot be shown", refused) : spaces && content(spaces));
+      refused ? sorry("The cache cannot be shown", refused) : spaces && content(spaces, note));
   }
 
   return { close: reading.stop };
 }
 
-function content(spaces) {
+function content(spaces, note) {
   if (!spaces.length) {
     return empty("No namespace yet", "The exact cache works by itself. Answers to requests that only mean the same are served once a batch asks for it, and only while their certificate holds.",
       "stoker submit prompts.jsonl --cache semantic");
   }
   return [
     h("p", { key: "lead", class: "lead" }, "A namespace holds the answers to one template by one checkpoint. Each has a certificate: the most of its lookups that were answered otherwise than the engine would have, with 95% confidence at all moments at once."),
+    note && h("p", { key: "note", class: "notice" }, note),
     h("div", { key: "spaces", class: "spaces" }, spaces.map((one) => card(one))),
   ];
 }
 
 function card(one) {
-  const [word, kind, meaning] = STATES[one.state] ?? [one.state, "quiet", ""];
+  const [word, kind, meaning] = STATES[one.state] ?? ["not known", "quiet", "Its certificate could not be read."];
   return h("article", { key: one.namespace, class: "space", "aria-label": `namespace ${one.namespace}` },
     h("div", { class: "heading" }, h("h2", null, `Namespace ${one.namespace}`), badge(word, kind)),
     h("p", { class: "template mono", title: one.template }, one.template || "without a template"),
     h("p", { class: "more" }, meaning),
-    one.hits > 0 ? bound(one) : h("p", { key: "bound" }, `None of ${counted(one.lookups, "lookup")} was served from the cache, so none was wrong.`),
+    bound(one),
     facts([
       ["Model", one.model],
       ["Served", `${count(one.hits)} of ${counted(one.lookups, "lookup")}, ${percent(one.share)}`],
@@ -68,7 +69,9 @@ function card(one) {
 }
 
 function bound(one) {
-  const limit = one.error_limit ?? LIMIT;
+  if (!one.hits) return h("p", { key: "bound" }, one.lookups ? `None of ${counted(one.lookups, "lookup")} was served from the cache, so none was wrong.` : "Nothing was looked up yet.");
+  const limit = one.error_limit;
+  if (one.error_bound === null || !limit) return null;
   const most = Math.ceil(one.error_bound * 10_000) / 100; // a bound is rounded up
   return h("div", { key: "bound", class: "bound" },
     h("p", null, "At most ", h("b", null, `${most.toFixed(2)}%`), ` of its lookups were answered wrongly; the limit is ${percent(limit, 0)}.`),

@@ -4,6 +4,7 @@ const KEY = "stoker.key";
 const TIMEOUT_MS = 20_000;
 const SOURCE = document.baseURI.split("#")[0].replace(/[^/]*$/, "");
 let key = stored();
+let locked = false;
 let skew_ms = 0;
 export const events = new EventTarget();
 
@@ -15,11 +16,11 @@ export class Refused extends Error {
   }
 }
 
-/** No answer, or one of a gateway in trouble: worth another try. */
+/** No answer, or one of a gateway in trouble (then with its status): worth another try. */
 export class Unreachable extends Error {
-  constructor(message, retryAfter_s) {
+  constructor(message, status, retryAfter_s) {
     super(message);
-    this.retryAfter_s = retryAfter_s;
+    Object.assign(this, { status, retryAfter_s });
   }
 }
 
@@ -28,8 +29,12 @@ export class Locked extends Error {}
 
 export const hasKey = () => key !== null;
 
+/** Whether the key was refused, and no other one was given since. */
+export const isLocked = () => locked;
+
 export function setKey(value) {
   key = value;
+  locked = false;
   try {
     if (value === null) sessionStorage.removeItem(KEY);
     else sessionStorage.setItem(KEY, value);
@@ -81,10 +86,11 @@ async function fault(response) {
   const message = said?.error?.message ?? `it answered ${response.status}`;
   const wait_s = Number(response.headers.get("retry-after")) || undefined;
   if (response.status === 401) {
+    locked = true;
     events.dispatchEvent(new CustomEvent("locked", { detail: message }));
     return new Locked(message);
   }
-  if (response.status >= 500 || response.status === 429) return new Unreachable(message, wait_s);
+  if (response.status >= 500 || response.status === 429) return new Unreachable(message, response.status, wait_s);
   return new Refused(response.status, message, said?.error?.code, wait_s);
 }
 

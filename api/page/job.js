@@ -46,7 +46,8 @@ export function open(root, [id, line]) {
         h("div", { key: "both", class: "both" },
           h("section", { key: "prompt" }, h("h2", null, "Prompt"), prompt(job, text)),
           h("section", { key: "answer" }, h("h2", null, "Answer"), answer(job, text))),
-        h("section", { key: "about" }, h("h2", null, "About it"), facts(about(job))),
+        job.truncated && h("p", { key: "cut", class: "notice" }, "It is long: some of its texts or lists are cut here. The batch's files have them whole."),
+        h("section", { key: "about", class: "about" }, h("h2", null, "About it"), facts(about(job))),
         passages(job, text),
         raw(job, text));
     }
@@ -137,7 +138,7 @@ function about(job) {
   const reasoning = usage?.completion_tokens_details?.reasoning_tokens;
   const leader = job.stoker?.leader;
   return [
-    ["The answer came from", job.outcome && `${sourceOf(job)}${typeof job.similarity === "number" ? `, similarity ${job.similarity.toFixed(4)}` : ""}${leader ? `, of ${leader}` : ""}`],
+    ["Answer from", job.outcome && `${sourceOf(job)}${typeof job.similarity === "number" ? `, similarity ${job.similarity.toFixed(4)}` : ""}${leader ? `, of ${leader}` : ""}`],
     ["Model", job.response?.model ?? job.request?.model],
     ["Tokens in", usage && `${count(usage.prompt_tokens)}${cached ? `, ${percent(cached / usage.prompt_tokens)} in the engine's prefix cache` : ""}`],
     ["Tokens out", usage && `${count(usage.completion_tokens ?? 0)}${reasoning ? `, ${count(reasoning)} of them reasoning` : ""}`],

@@ -7,7 +7,7 @@ import { poll } from "./poll.js";
 import { ENDED, endedAt } from "./rates.js";
 import { clock, count, duration } from "./words.js";
 
-const PAGE = 50;
+const PAGE = 25;
 const EVERY_S = 3;
 const FILTERS = ["all", "succeeded", "failed", "truncated", "empty", "waiting"];
 const OUTCOMES = { succeeded: "good", truncated: "held", empty: "quiet", failed: "bad" };
@@ -65,7 +65,7 @@ export function jobsOf(id, batchNow, redraw) {
   }
 
   const filter = (outcome) => turn({ outcome, trail: [] });
-  const next = () => turn({ trail: [...place.trail, page.data.at(-1).line] });
+  const next = () => turn({ trail: [...place.trail, page.next_after] });
   const back = () => turn({ trail: place.trail.slice(0, -1) });
 
   function draw(batch) {
@@ -77,7 +77,7 @@ export function jobsOf(id, batchNow, redraw) {
         }, one, " ", h("span", { class: "count" }, count(counts[one])))))),
       problem && h("p", { key: "problem", class: "notice", role: "alert" }, problem),
       page && table("jobs", "Jobs", columns(id, batch), page.data, (one) => one.line),
-      page && !page.data.length && h("p", { key: "none", class: "more" }, nothing(batch, place)),
+      page && !page.data.length && h("p", { key: "none", class: "more" }, page.has_more ? "None in the lines looked at so far; go on to the next page." : nothing(batch, place)),
       h("div", { key: "pages", class: "pages" },
         h("button", { type: "button", disabled: !place.trail.length, onclick: back }, "Previous"),
         h("button", { type: "button", disabled: !page?.has_more, onclick: next }, "Next"),

@@ -4,7 +4,7 @@ import * as batch from "./batch.js";
 import * as batches from "./batches.js";
 import * as budgets from "./budgets.js";
 import * as cache from "./cache.js";
-import { Locked, ask, events, hasKey, setKey } from "./client.js";
+import { Locked, Unreachable, ask, events, hasKey, setKey } from "./client.js";
 import { h, render } from "./dom.js";
 import * as job from "./job.js";
 import * as webhooks from "./webhooks.js";
@@ -20,17 +20,19 @@ const VIEWS = [
   [/^#\/webhooks$/, webhooks],
 ];
 const TABS = [["batches", "Batches"], ["workers", "Workers"], ["cache", "Cache"], ["budgets", "Budgets"], ["webhooks", "Webhooks"]];
-const THEMES = { system: "dark", dark: "light", light: "system" };
+const systemIsDark = matchMedia("(prefers-color-scheme: dark)");
 const [top, main, nav, who, login] = ["top", "main", "nav", "who", "login"].map((id) => document.getElementById(id));
 const scrolled = new Map();
 let me = null;
 let view = null;
 let shown = null;
+let lockedAt = 0; // where the page was scrolled to when the key ended
 
 const session = { may: (scope) => Boolean(me?.scopes.includes("admin") || me?.scopes.includes(scope)) };
 
 events.addEventListener("locked", (event) => askForKey(me ? `The key no longer works: ${event.detail}` : event.detail));
 addEventListener("hashchange", () => me && route());
+systemIsDark.addEventListener("change", () => me && frame());
 addEventListener("pagehide", () => view?.close());
 addEventListener("pageshow", (event) => event.persisted && location.reload());
 document.querySelector(".skip").onclick = (event) => {
@@ -52,17 +54,22 @@ async function enter() {
     render(login);
     [top.hidden, main.hidden] = [false, false];
     frame();
-    if (isBack) events.dispatchEvent(new Event("unlocked"));
-    else route();
+    if (isBack) {
+      events.dispatchEvent(new Event("unlocked"));
+      main.querySelector("h1")?.focus({ preventScroll: true });
+      scrollTo(0, lockedAt);
+    } else route();
     return null;
   } catch (error) {
     if (error instanceof Locked) return null; // its event has asked again
-    return askForKey(error.message ? `The gateway does not answer: ${error.message}. Try again.` : "");
+    const isAway = error instanceof Unreachable && error.status === undefined;
+    return askForKey(isAway ? `The gateway does not answer: ${error.message}. Try again.` : error.message);
   }
 }
 
 function askForKey(problem) {
   const wasHidden = login.hidden;
+  if (wasHidden) lockedAt = scrollY;
   const submit = (event) => {
     event.preventDefault();
     const value = event.target.elements.key.value.trim();
@@ -93,29 +100,36 @@ function logOut() {
 }
 
 function frame() {
-  const theme = document.documentElement.dataset.theme ?? "system";
+  const other = isDark() ? "light" : "dark";
   const here = location.hash.split("/")[1];
   render(nav, TABS.map(([name, label]) => h("a", { href: `#/${name}`, "aria-current": here === name ? "page" : null }, label)));
   render(who,
     h("span", { class: "key", title: `key ${me.key} of tenant ${me.tenant}, scopes ${me.scopes.join(", ")}; Stoker ${me.version}` }, me.name),
-    h("button", { type: "button", class: "theme", title: `Theme: ${theme}`, "aria-label": `Theme: ${theme}. Change to ${THEMES[theme]}`, onclick: () => setTheme(THEMES[theme]) }, themeMark(theme)),
+    h("button", { type: "button", class: "theme", title: `Change to ${other}`, "aria-label": `Change to the ${other} theme`, onclick: () => setTheme(other) }, themeMark(other)),
     h("button", { type: "button", onclick: logOut }, "Log out"));
 }
 
 function themeMark(theme) {
   const paths = {
-    system: "M8 1.500a6.500 6.500 0 1 0 0 13zM8 1.500a6.500 6.500 0 0 1 0 13",
     dark: "M13.500 9.800A6 6 0 0 1 6.200 2.500a6 6 0 1 0 7.300 7.300z",
     light: "M8 4.800a3.200 3.200 0 1 0 0 6.400 3.200 3.200 0 0 0 0-6.400zM8 .8v2M8 13.200v2M.8 8h2M13.200 8h2M2.900 2.900l1.400 1.400M11.700 11.700l1.400 1.400M2.900 13.100l1.400-1.400M11.700 4.300l1.400-1.400",
   };
   return h("svg", { viewBox: "0 0 16 16", width: 16, height: 16, class: theme, "aria-hidden": "true" }, h("path", { d: paths[theme] }));
 }
 
+function isDark() {
+  const chosen = document.documentElement.dataset.theme;
+  return chosen ? chosen === "dark" : systemIsDark.matches;
+}
+
+/** Choose a theme; the one that the system has follows the system from then on. */
 function setTheme(theme) {
-  if (theme === "system") delete document.documentElement.dataset.theme;
+  const isSystems = theme === (systemIsDark.matches ? "dark" : "light");
+  if (isSystems) delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = theme;
   try {
-    localStorage.setItem("stoker.theme", theme);
+    if (isSystems) localStorage.removeItem("stoker.theme");
+    else localStorage.setItem("stoker.theme", theme);
   } catch {
     // Storage is forbidden: it holds until the page is left.
   }

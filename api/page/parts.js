@@ -92,28 +92,28 @@ export function sparkline(values, words) {
     values.length > 1 && h("polyline", { class: "line", points: points.join(" ") }));
 }
 
-/** Results over time, failures on top of the rest. Buckets: {at, jobs, failed}. */
+/** Results over time, failures on top of the rest. Buckets: {at, jobs, failed}, `at` being where each ends. */
 export function chart(buckets) {
   const most = Math.max(...buckets.map((one) => one.jobs), 1);
-  const [first, last] = [buckets[0].at, buckets.at(-1).at];
   const all = buckets.reduce((sum, one) => sum + one.jobs, 0);
   const failed = buckets.reduce((sum, one) => sum + one.failed, 0);
-  const width = buckets.length > 1 ? (last - first) / (buckets.length - 1) : 0;
+  const width = buckets.length > 1 ? (buckets.at(-1).at - buckets[0].at) / (buckets.length - 1) : 0;
+  const [first, last] = [buckets[0].at - width, buckets.at(-1).at];
   const each = 600 / buckets.length;
   return h("figure", { class: "chart" },
     h("figcaption", null, `Results over time${width ? `, each bar ${duration(width)}` : ""}; at most ${count(most)} in one`),
     h("svg", {
       viewBox: "0 0 600 90", preserveAspectRatio: "none", role: "img",
-      "aria-label": `${counted(all, "result")} from ${clock(first)} to ${clock(last + width)}, ${count(failed)} of them failed`,
+      "aria-label": `${counted(all, "result")} from ${clock(first)} to ${clock(last)}, ${count(failed)} of them failed`,
     }, buckets.map((one, place) => {
       const [tall, low] = [(one.jobs / most) * 88, (one.failed / most) * 88];
       const [x, wide] = [(place * each + each * 0.1).toFixed(2), Math.min(24, each * 0.8).toFixed(2)];
       return h("g", { key: place },
-        h("title", null, `${clock(one.at)}: ${counted(one.jobs, "result")}, ${count(one.failed)} failed`),
+        h("title", null, `to ${clock(one.at)}: ${counted(one.jobs, "result")}, ${count(one.failed)} failed`),
         h("rect", { class: "good", x, width: wide, y: 90 - tall + low, height: tall - low }),
         h("rect", { class: "bad", x, width: wide, y: 90 - tall, height: low }));
     })),
-    h("div", { class: "axis" }, h("span", null, clock(first)), h("span", null, clock(last + width))));
+    h("div", { class: "axis" }, h("span", null, clock(first)), h("span", null, clock(last))));
 }
 
 /** A command line with a button that copies it. */

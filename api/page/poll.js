@@ -1,6 +1,6 @@
 // Asks again and again while the tab is seen: at a steady pace, more slowly while nothing answers.
 
-import { Locked, Unreachable, events } from "./client.js";
+import { Locked, Unreachable, events, isLocked } from "./client.js";
 
 const SLOWEST_S = 30;
 const connection = document.getElementById("connection");
@@ -20,7 +20,7 @@ export function poll(step, { every_s }) {
       again = true;
       return;
     }
-    if (document.hidden) return; // `seen` goes on
+    if (document.hidden || isLocked()) return; // `seen`, or `unlocked`, goes on
     running = true;
     let wait_s = every_s;
     try {
@@ -32,7 +32,7 @@ export function poll(step, { every_s }) {
       if (!(error instanceof Unreachable)) throw error;
       failures += 1;
       wait_s = error.retryAfter_s ?? Math.min(SLOWEST_S, every_s * 2 ** failures) * (0.75 + Math.random() / 2);
-      lost(error.message, wait_s);
+      lost(error, wait_s);
     } finally {
       running = false;
     }
@@ -55,9 +55,11 @@ export function poll(step, { every_s }) {
   };
 }
 
-function lost(why, wait_s) {
-  // The seconds are not announced: only that it is so.
-  connection.textContent = `The gateway does not answer (${why}); trying again. What you see is from before.`;
+function lost({ message, status }, wait_s) {
+  const what = status === 429 ? "The gateway asks to wait" : "The gateway does not answer";
+  const text = `${what}, trying again (${message}). What you see is from before.`;
+  // A text that stays the same is not announced again.
+  if (connection.textContent !== text) connection.textContent = text;
   connection.title = `next try in ${Math.round(wait_s)} s`;
   connection.hidden = false;
 }

@@ -27,7 +27,7 @@ export function open(root) {
   function draw() {
     render(root, h("h1", { key: "title", tabindex: -1 }, "Webhooks"),
       refused ? sorry("Webhooks cannot be shown", refused) : deliveries && (deliveries.length ? deliveryTable(deliveries)
-        : empty("No webhook yet", "A batch that names an address tells it of its end, signed and with retries. Put this beside endpoint and completion_window when you make the batch:", '"stoker": {"webhook": "https://example.org/stoker"}')));
+        : empty("No webhook yet", "A batch that names an address tells it of its end, signed and with retries. Put this beside endpoint and completion_window when you make the batch:", '"stoker": {"webhook": {"url": "https://example.org/stoker"}}')));
   }
 
   return { close: reading.stop };
