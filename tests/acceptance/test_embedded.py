@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import tempfile
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 
 from inference.checkpoints import digest_of
 from tests.acceptance.chats import ids_of, parse_lines, read_lines
+from tests.support.own_services import free_port
 from tests.support.processes import REPOSITORY, Command, marked, new_mark, seen_processes, stoker
 from tests.support.waiting import wait_until
 
@@ -83,7 +86,8 @@ def test_up_serves_other_terminals_until_ctrl_c(
 ) -> None:
     mark = new_mark()
     elsewhere = {"STOKER_HOME": str(home), "COLUMNS": "200"}
-    with Command("up", env=env, mark=mark) as up:
+    port = free_port()
+    with Command("up", env=env | {"STOKER_GATEWAY__PORT": str(port)}, mark=mark) as up:
         wait_until(lambda: _is_up(up, elsewhere), UP_S, "stoker up is up")
         submitted = stoker("submit", prompts_file, "--max-output-tokens", "8", env=elsewhere)
         assert submitted.returncode == 0, submitted.stderr
@@ -92,6 +96,10 @@ def test_up_serves_other_terminals_until_ctrl_c(
         assert watched.returncode == 0, watched.stderr
         lines = parse_lines(stoker("results", batch, env=elsewhere).stdout)
         assert ids_of(lines) == ids_of(parse_lines(prompts_file.read_text()))
+        wait_until(lambda: _get(port, "/") is not None, UP_S, "the page is there")
+        key = (home / "key").read_text().strip()
+        [listed] = json.loads(_get(port, "/v1/batches", key) or b"")["data"]
+        assert (listed["id"], listed["status"]) == (batch, "completed"), "its first key sees what commands submit"
         up.process.send_signal(signal.SIGINT)
         ended = up.wait(60)
         assert left_behind(home, mark) == []
@@ -105,3 +113,13 @@ def _is_up(up: Command, env: dict[str, str]) -> bool:
     assert up.process.poll() is None, up.wait().stderr
     found = stoker("doctor", "--json", env=env)
     return '"worker ' in found.stdout
+
+
+def _get(port: int, path: str, key: str = "") -> bytes | None:
+    """What the gateway answers; None while it does not."""
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"Authorization": f"Bearer {key}"})
+    try:
+        with urllib.request.urlopen(request, timeout=10.0) as answer:
+            return bytes(answer.read())
+    except (urllib.error.URLError, OSError):
+        return None
