@@ -185,6 +185,7 @@ function progressCell(one) {
 
 function rateCell(one) {
   if (!one.in_progress_at) return "–";
+  if (ENDED.has(one.status) && !one.stoker.jobs.done) return "–";
   if (ENDED.has(one.status)) return [h("span", null, rate(rateOnAverage(one))), h("span", { class: "under" }, "on average")];
   return [h("span", null, rate(rateNow(one)?.jobs)), h("span", { class: "under" }, `avg ${rate(rateOnAverage(one))}`)];
 }

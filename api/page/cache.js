@@ -61,10 +61,10 @@ function card(one) {
       ["Model", one.model],
       ["Served", `${count(one.hits)} of ${counted(one.lookups, "lookup")}, ${percent(one.share)}`],
       ["Saved", `${brief(one.tokens_saved)} tokens`],
-      ["Audited by the engine", `${counted(one.audits, "answer")}, at ${brief(one.audit_tokens)} tokens`],
+      ["Audited", `${counted(one.audits, "answer")}, at ${brief(one.audit_tokens)} tokens`],
       ["Answers kept", `${count(one.entries)}${one.ttl_s ? `, each for ${duration(one.ttl_s)}` : ""}`],
     ]),
-    (one.sentence || one.why?.length) && h("details", { key: "sentence" }, h("summary", null, "What the certificate says"),
+    (one.sentence || one.why?.length > 0) && h("details", { key: "sentence" }, h("summary", null, "What the certificate says"),
       one.sentence && h("p", { key: "said" }, one.sentence), (one.why ?? []).map((reason, place) => h("p", { key: `why ${place}` }, reason))));
 }
 
@@ -75,5 +75,5 @@ function bound(one) {
   const most = Math.ceil(one.error_bound * 10_000) / 100; // a bound is rounded up
   return h("div", { key: "bound", class: "bound" },
     h("p", null, "At most ", h("b", null, `${most.toFixed(2)}%`), ` of its lookups were answered wrongly; the limit is ${percent(limit, 0)}.`),
-    meter("the bound, of its limit", one.error_bound / limit, `${percent(Math.min(1, one.error_bound / limit), 0)} of the limit`, { kind: one.error_bound > limit ? "hot" : "" }));
+    meter("the bound, of its limit", one.error_bound / limit, `${Math.round((one.error_bound / limit) * 100)}% of the limit`, { kind: one.error_bound > limit ? "hot" : "" }));
 }

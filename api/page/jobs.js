@@ -11,7 +11,7 @@ const PAGE = 25;
 const EVERY_S = 3;
 const FILTERS = ["all", "succeeded", "failed", "truncated", "empty", "waiting"];
 const OUTCOMES = { succeeded: "good", truncated: "held", empty: "quiet", failed: "bad" };
-const SOURCES = { engine: "engine", reused: "reused", exact: "exact cache", duplicate: "duplicate", semantic: "semantic cache", none: "never run" };
+const SOURCES = { engine: "engine", reused: "reused", exact: "exact cache", duplicate: "duplicate", semantic: "semantic cache", none: "–" };
 const places = new Map(); // where each batch's list was left
 
 /** The word for a job's outcome. */
@@ -97,6 +97,8 @@ function nothing(batch, place) {
   return batch.status === "validating" ? "Its file is being read; the jobs come then." : "It has no jobs.";
 }
 
+const codeOf = (job) => job.error_code ?? (job.status_code >= 400 ? `http_${job.status_code}` : null);
+
 function countsOf({ stoker: { jobs } }) {
   return { ...jobs, all: jobs.total, waiting: jobs.total - jobs.done };
 }
@@ -106,7 +108,7 @@ function columns(id, batch) {
   return [
     { name: "line", label: "Line", number: true, cell: (one) => count(one.line) },
     { name: "custom", label: "custom_id", cell: (one) => h("a", { class: "mono", title: one.custom_id, href: `#/batches/${encodeURIComponent(id)}/jobs/${one.line}` }, one.custom_id) },
-    { name: "outcome", label: "Outcome", cell: (one) => [outcomeOf(one), one.error_code && h("span", { key: "code", class: "under mono" }, one.error_code)] },
+    { name: "outcome", label: "Outcome", cell: (one) => [outcomeOf(one), codeOf(one) && h("span", { key: "code", class: "under mono" }, codeOf(one))] },
     { name: "source", label: "From", cell: (one) => (one.outcome ? sourceOf(one) : "") },
     { name: "in", label: "Tokens in", number: true, cell: (one) => (one.outcome ? count(one.prompt_tokens) : "") },
     { name: "out", label: "Tokens out", number: true, cell: (one) => (one.outcome ? count(one.completion_tokens) : "") },

@@ -46,9 +46,9 @@ else askForKey("");
 async function enter() {
   try {
     const found = await ask("v1/stoker/me");
-    const isAnother = me && (me.tenant !== found.tenant || me.key !== found.key);
-    if (isAnother) return location.reload(); // nothing of the first one's may stay
-    const isBack = me !== null;
+    if (me && me.tenant !== found.tenant) return location.reload(); // nothing of the first one's may stay
+    const isAnother = me?.key !== found.key; // which may do more, or less
+    const isBack = me !== null && !isAnother;
     me = found;
     login.hidden = true;
     render(login);

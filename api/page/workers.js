@@ -75,7 +75,7 @@ const COLUMNS = [
   { name: "running", label: "Running", number: true, cell: (one) => count(one.running) },
   { name: "waiting", label: "Waiting", number: true, cell: (one) => count(one.waiting) },
   { name: "kv", label: "KV cache", cell: (one) => share("KV cache in use", one.kv_use, "not stated") },
-  { name: "gpu", label: "GPU", cell: (one) => share("GPU utilisation", one.gpu_use, "no GPU") },
+  { name: "gpu", label: "GPU", cell: (one) => share("GPU utilisation", one.gpu_use, "no GPU", 1) },
 ];
 
 function tokensCell(one) {
@@ -84,6 +84,6 @@ function tokensCell(one) {
   return [h("span", null, rate(one.tokens_per_s)), sparkline(values, `${rate(one.tokens_per_s)}; ${counted(values.length, "reading")}, at most ${rate(Math.max(0, ...values))}`)];
 }
 
-const share = (label, value, none) => (value === null || value === undefined
+const share = (label, value, none, most = 0.95) => (value === null || value === undefined
   ? h("span", { class: "more" }, none)
-  : meter(label, value, percent(value, 0), { kind: value > 0.95 ? "hot" : "" }));
+  : meter(label, value, percent(value, 0), { kind: value > most ? "hot" : "" }));
