@@ -29,7 +29,7 @@ async function cancel(batch, changed) {
   const { done, total } = batch.stoker.jobs;
   const sure = await confirmed({
     title: `Cancel ${batch.stoker.name}?`,
-    text: `${counted(total - done, "job")} will not run and end as batch_cancelled. What is in flight ends, and the ${count(done)} results that are there stay.`,
+    text: total === 0 ? "Its file is still being read; none of its jobs will run." : `${counted(total - done, "job")} will not run and end as batch_cancelled. What is in flight ends, and the ${count(done)} results that are there stay.`,
     action: "Cancel the batch", keep: "Let it run", kind: "danger",
   });
   if (sure) await act(batch, "cancel", changed, "is being cancelled");

@@ -53,7 +53,7 @@ export function open(root, [id], session) {
     else if (!seen) render(root, crumbs);
     else {
       render(root, crumbs, heading(seen.batch, session, changed), h("div", { key: "figures", class: "figures" }, numbers(seen.batch)),
-        h("section", { key: "progress" }, progress(seen.batch), legend(seen.batch)),
+        seen.batch.stoker.jobs.total > 0 && h("section", { key: "progress" }, progress(seen.batch), legend(seen.batch)),
         problems(seen), course(seen), errors(seen, jobs),
         h("div", { key: "rest", class: "columns" }, files(seen.batch, tooLarge, draw), settings(seen)),
         aside(seen), h("section", { key: "jobs" }, jobs.draw(seen.batch)));
@@ -73,7 +73,7 @@ function numbers(batch) {
   const left = secondsLeft(batch);
   const used = tokens.prompt + tokens.completion;
   return [
-    figure("Jobs", count(jobs.done), `of ${count(jobs.total)}, ${shareOf(jobs.done, jobs.total)}`),
+    figure("Jobs", count(jobs.done), jobs.total ? `of ${count(jobs.total)}, ${shareOf(jobs.done, jobs.total)}` : ""),
     figure("Failed", count(jobs.failed), jobs.done ? `${percent(jobs.failed / jobs.done)} of those done` : ""),
     ended
       ? figure("Took", duration(ended - batch.created_at), `ended ${clock(ended)}`)
@@ -103,7 +103,7 @@ function problems({ batch, waiting }) {
         { name: "message", label: "What is wrong", cell: (one) => `${one.message}${one.param ? ` (${one.param})` : ""}` },
       ], refusals, (one) => `${one.line} ${one.code} ${one.param}`)));
   }
-  return told.length > 0 && h("section", { key: "problems", class: "notice" }, told);
+  return told.length > 0 && h("section", { key: "problems", class: `notice ${refusals.length ? "bad" : ""}` }, told);
 }
 
 function course({ batch, marks, finished }) {
@@ -127,15 +127,15 @@ function errors({ errors: kinds, errors_complete: areAll }, jobs) {
 }
 
 function files(batch, tooLarge, draw) {
+  const { done, failed } = batch.stoker.jobs;
   const base = batch.stoker.name.replace(/\.jsonl$/, "");
   const part = ENDED.has(batch.status) ? "" : ", as far as they are";
   const listed = [
-    { id: batch.stoker.output_file_id, label: `Results${part}`, name: `${base}.out.jsonl` },
-    { id: batch.stoker.error_file_id, label: `Failed jobs${part}`, name: `${base}.errors.jsonl` },
+    done > failed && { id: batch.stoker.output_file_id, label: `Results${part}`, name: `${base}.out.jsonl` },
+    failed > 0 && { id: batch.stoker.error_file_id, label: `Failed jobs${part}`, name: `${base}.errors.jsonl` },
     { id: batch.input_file_id, label: "The input file", name: `${base}.jsonl` },
   ];
-  return h("section", { key: "files" }, h("h2", null, "Files"), downloads(listed, tooLarge, draw),
-    !batch.input_file_id && h("p", { class: "more" }, "Its input came by the command line and is not kept as a file."));
+  return h("section", { key: "files" }, h("h2", null, "Files"), downloads(listed.filter(Boolean), tooLarge, draw));
 }
 
 function settings({ batch, engines }) {

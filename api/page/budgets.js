@@ -34,7 +34,7 @@ export function open(root) {
 function content(budgets) {
   if (!budgets.length) {
     return empty("No budget", "Keys and batches take as many tokens as they like. A key can have a budget for a day or a month, a batch one of its own; what is beyond ends as budget_exceeded.",
-      "stoker keys create --name nightly --day-tokens 20000000");
+      "stoker keys create --name nightly --tokens-per-day 20000000");
   }
   return [
     h("p", { key: "lead", class: "lead" }, "Spent is of results that are there; reserved is the most that running jobs may still take. Together they never exceed the cap. Days and months are UTC's."),

@@ -11,7 +11,7 @@ const LATER_MS = 60_000;
 
 /** A list of files; each of `files` is {id, label, name}. `tooLarge` is a Set that remembers which were, `draw` draws again. */
 export function downloads(files, tooLarge, draw) {
-  return h("ul", { class: "downloads" }, files.filter((one) => one.id).map((one) => h("li", { key: one.id },
+  return h("ul", { class: "downloads" }, files.map((one) => h("li", { key: one.id },
     h("button", { type: "button", title: one.id, onclick: (event) => fetched(one, event.currentTarget, tooLarge, draw) }, one.label),
     tooLarge.has(one.id) && h("div", { key: "by-hand" },
       h("p", null, `More than ${bytes(MOST_BYTES)}: too much for a browser's memory. This takes it in a stream:`), command(byHand(one))))));

@@ -101,7 +101,7 @@ function answer(job, text) {
   const choices = job.response?.choices;
   const vectors = job.response?.data;
   return [
-    job.error && h("div", { key: "error", class: "notice" }, h("p", null, h("b", { class: "mono" }, job.error.code)), text("error", String(job.error.message ?? ""), "prose")),
+    job.error && h("div", { key: "error", class: "notice bad" }, h("p", null, h("b", { class: "mono" }, job.error.code)), text("error", String(job.error.message ?? ""), "prose")),
     Array.isArray(told) && [
       h("h3", { key: "told" }, "The whole conversation"),
       told.map((message, place) => spoken(`told ${place}`, message, text)),
