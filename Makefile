@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 include engines.mk
 
 .PHONY: help demo up cache documents test test-engine chaos check format env-example compose-env \
-	bench bench-submit bench-pipeline bench-growth bench-dispatch bench-order bench-refill bench-end-to-end bench-front-end bench-cache nginx rabbitmq
+	bench bench-submit bench-pipeline bench-growth bench-dispatch bench-order bench-refill bench-end-to-end bench-front-end bench-cache nginx rabbitmq chromium
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -18,7 +18,7 @@ demo: .venv/.demo checkpoint-gguf ## 64 prompts from file to results, with no se
 up: .venv/.demo checkpoint-gguf ## everything on this machine until Ctrl-C
 	@stoker up
 
-test: check checkpoint-gguf embedder ## all tests: real services, real kills, real vLLM (builds what it needs)
+test: check checkpoint-gguf embedder chromium ## all tests: real services, real kills, real vLLM (builds what it needs)
 	@$(MAKE) --no-print-directory -j2 engine-vllm checkpoint
 	@python -m tests.support.services sh -c 'pytest -n 3 -m "not engine and not alone" && pytest -m "(engine or alone) and not long"'
 
@@ -72,6 +72,9 @@ bench-submit: .venv/.dev ## rows/s and memory of submit and download, beside bar
 
 nginx: .venv/.dev
 	@python -m tests.support.packages nginx
+
+chromium: .venv/.dev
+	@python -m tests.support.packages chromium || true # the page's tests say that they are skipped
 
 rabbitmq: .venv/.dev
 	@python -m tests.support.packages rabbitmq-server

@@ -1,6 +1,6 @@
-"""Installs a server from the system's packages without letting it run: `python -m tests.support.packages nginx`.
+"""Installs a program from the system's packages, a server without letting it run: `python -m tests.support.packages nginx`.
 
-Such a package would start its server at once and on every address; ours start one of their own, on loopback.
+A server's package would start it at once and on every address; ours start one of their own, on loopback.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-# By program: the package that brings it, the service that must not run, and what else there is to do.
-PACKAGES = {
+# By program: the package that brings it, the service that must not run if it has one, and what else there is to do.
+PACKAGES: dict[str, tuple[str, str | None, str]] = {
+    "chromium": ("chromium", None, "install your system's chromium; without it the page's tests are skipped"),
     "nginx": ("nginx-light", "nginx", "install your system's nginx-light, stopped"),
     "rabbitmq-server": (
         "rabbitmq-server",
@@ -46,7 +47,7 @@ def install(program: str) -> None:
     finally:
         if made:
             POLICY.unlink()
-    if shutil.which("systemctl"):  # nor at the next boot
+    if service is not None and shutil.which("systemctl"):  # nor at the next boot
         subprocess.run(["systemctl", "disable", "--quiet", service], check=False, capture_output=True)
 
 
