@@ -74,7 +74,7 @@ const COLUMNS = [
   { name: "tokens", label: "Output tokens", number: true, cell: tokensCell },
   { name: "running", label: "Running", number: true, cell: (one) => count(one.running) },
   { name: "waiting", label: "Waiting", number: true, cell: (one) => count(one.waiting) },
-  { name: "kv", label: "KV cache", cell: (one) => share("KV cache in use", one.kv_use, "not stated", one.kv_use > 0.95 ? "hot" : "") },
+  { name: "kv", label: "KV cache", cell: (one) => share("KV cache in use", one.kv_use, "not stated") },
   { name: "gpu", label: "GPU", cell: (one) => share("GPU utilisation", one.gpu_use, "no GPU", 1) },
 ];
 
