@@ -108,7 +108,7 @@ function answer(job, text) {
     ],
     !told && Array.isArray(choices) && choices.map((choice, place) => choiceOf(choice, place, choices.length, text)),
     !choices && isVectors(vectors) && h("p", { key: "vectors" }, vectorWords(vectors)),
-    job.response && !choices && !isVectors(vectors) && text("response", json(job.response), "code"),
+    job.response && !job.error && !choices && !isVectors(vectors) && text("response", json(job.response), "code"),
     !job.response && !job.error && h("p", { key: "none", class: "more" }, "It has no answer."),
   ];
 }

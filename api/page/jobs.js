@@ -76,7 +76,7 @@ export function jobsOf(id, batchNow, redraw) {
           key: one, type: "button", "aria-pressed": String(place.outcome === one), onclick: () => filter(one),
         }, one, " ", h("span", { class: "count" }, count(counts[one])))))),
       problem && h("p", { key: "problem", class: "notice", role: "alert" }, problem),
-      page && table("jobs", "Jobs", columns(id, batch), page.data, (one) => one.line),
+      page?.data.length > 0 && table("jobs", "Jobs", columns(id, batch), page.data, (one) => one.line),
       page && !page.data.length && h("p", { key: "none", class: "more" }, page.has_more ? "None in the lines looked at so far; go on to the next page." : nothing(batch, place)),
       h("div", { key: "pages", class: "pages" },
         h("button", { type: "button", disabled: !place.trail.length, onclick: back }, "Previous"),
