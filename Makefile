@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 include engines.mk
 
 .PHONY: help demo up cache documents test test-engine chaos check format env-example compose-env \
-	bench bench-submit bench-pipeline bench-growth bench-dispatch bench-order bench-refill bench-end-to-end bench-front-end bench-cache nginx rabbitmq chromium
+	bench bench-submit bench-gateway bench-pipeline bench-growth bench-dispatch bench-order bench-refill bench-end-to-end bench-front-end bench-cache nginx rabbitmq chromium
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -18,9 +18,9 @@ demo: .venv/.demo checkpoint-gguf ## 64 prompts from file to results, with no se
 up: .venv/.demo checkpoint-gguf ## everything on this machine until Ctrl-C
 	@stoker up
 
-test: check checkpoint-gguf embedder chromium ## all tests: real services, real kills, real vLLM (builds what it needs)
-	@$(MAKE) --no-print-directory -j2 engine-vllm checkpoint
-	@python -m tests.support.services sh -c 'pytest -n 3 -m "not engine and not alone" && pytest -m "(engine or alone) and not long"'
+test: check checkpoint-gguf embedder ## all tests: real services, real kills, real vLLM, a real browser (builds what it needs)
+	@$(MAKE) --no-print-directory -j3 engine-vllm checkpoint chromium
+	@python -m tests.support.services sh -c 'pytest -n 3 --dist worksteal -m "not engine and not alone" && pytest -m "(engine or alone) and not long"'
 
 test-engine: .venv/.dev engine-vllm checkpoint ## only the tests with a real vLLM
 	@python -m tests.support.services pytest -m engine
@@ -53,7 +53,7 @@ env-example: .venv/.demo
 	@python -c 'from runtime.settings import env_example; print(env_example(), end="")' > .env.example
 
 # `make bench-cache`, `make bench-dispatch` and `make chaos` are of other questions; the table shows their last results.
-BENCHES := bench-end-to-end bench-front-end bench-pipeline bench-growth bench-submit bench-order bench-refill
+BENCHES := bench-end-to-end bench-front-end bench-pipeline bench-growth bench-submit bench-gateway bench-order bench-refill
 bench: .venv/.dev ## all ratios anew (about 2 hours), one table of them, README.md and docs/benchmarks.md
 	@failed=; for bench in $(BENCHES); do \
 		echo "== make $$bench"; $(MAKE) --no-print-directory $$bench || failed="$$failed $$bench"; \
@@ -69,6 +69,9 @@ bench-growth: .venv/.dev nginx rabbitmq ## what a job costs in larger batches an
 
 bench-submit: .venv/.dev ## rows/s and memory of submit and download, beside bare COPYs
 	@python -m benchmarks.submit
+
+bench-gateway: .venv/.dev ## the gateway under 200 clients beside uploads of 100,000 lines; a file of 2 GB
+	@python -m benchmarks.gateway
 
 nginx: .venv/.dev
 	@python -m tests.support.packages nginx
