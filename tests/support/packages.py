@@ -1,4 +1,4 @@
-"""Installs a program from the system's packages, a server without letting it run: `python -m tests.support.packages nginx`.
+"""Installs from the system's packages, a server without letting it run: `python -m tests.support.packages nginx`.
 
 A server's package would start it at once and on every address; ours start one of their own, on loopback.
 """
