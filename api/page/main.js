@@ -58,7 +58,7 @@ async function enter() {
       events.dispatchEvent(new Event("unlocked"));
       main.querySelector("h1")?.focus({ preventScroll: true });
       scrollTo(0, lockedAt);
-    } else route();
+    } else route(lockedAt);
     return null;
   } catch (error) {
     if (error instanceof Locked) return null; // its event has asked again
@@ -136,7 +136,8 @@ function setTheme(theme) {
   frame();
 }
 
-function route() {
+/** Open the view that the address names; `left_px` is where the one before was scrolled to. */
+function route(left_px = scrollY) {
   const hash = location.hash || "#/batches";
   const found = VIEWS.map(([pattern, module]) => [hash.match(pattern), module]).find(([match]) => match);
   if (!found) {
@@ -144,7 +145,7 @@ function route() {
     return;
   }
   const isFirst = shown === null;
-  if (!isFirst) scrolled.set(shown, scrollY);
+  if (!isFirst) scrolled.set(shown, left_px);
   view?.close();
   render(main);
   const root = document.createElement("div");
