@@ -75,5 +75,5 @@ function bound(one) {
   const most = Math.ceil(one.error_bound * 10_000) / 100; // a bound is rounded up
   return h("div", { key: "bound", class: "bound" },
     h("p", null, "At most ", h("b", null, `${most.toFixed(2)}%`), ` of its lookups were answered wrongly; the limit is ${percent(limit, 0)}.`),
-    meter("the bound, of its limit", one.error_bound / limit, `${Math.round((one.error_bound / limit) * 100)}% of the limit`, { kind: one.error_bound > limit ? "hot" : "" }));
+    meter("the bound, of its limit", one.error_bound / limit, `${Math.ceil((one.error_bound / limit) * 100)}% of the limit`, { kind: one.error_bound > limit ? "hot" : "" }));
 }
