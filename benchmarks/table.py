@@ -27,6 +27,7 @@ ORDER: Final = (
     "pipeline",
     "growth",
     "submit",
+    "gateway",
     "order",
     "refill",
     "front_end",
