@@ -62,11 +62,12 @@ export async function ask(path, { method = "GET", signal } = {}) {
 /** The response itself, for what is not JSON. */
 export async function send(path, { method = "GET", signal, timeout_ms = TIMEOUT_MS } = {}) {
   const limits = [signal, timeout_ms && AbortSignal.timeout(timeout_ms)].filter(Boolean);
+  const used = key;
   let response;
   try {
     response = await fetch(address(path), {
       method,
-      headers: { Authorization: `Bearer ${key ?? ""}`, Accept: "application/json" },
+      headers: { Authorization: `Bearer ${used ?? ""}`, Accept: "application/json" },
       signal: AbortSignal.any(limits),
       cache: "no-store",
       credentials: "omit",
@@ -78,19 +79,19 @@ export async function send(path, { method = "GET", signal, timeout_ms = TIMEOUT_
   const date = Date.parse(response.headers.get("date") ?? "");
   if (!Number.isNaN(date) && Math.abs(date + 500 - Date.now() - skew_ms) > 2_000) skew_ms = date + 500 - Date.now();
   if (response.ok) return response;
-  throw await fault(response);
+  throw await fault(response, used === key);
 }
 
-async function fault(response) {
+async function fault(response, isOfThisKey) {
   const said = await response.json().catch(() => null);
   const message = said?.error?.message ?? `it answered ${response.status}`;
   const wait_s = Number(response.headers.get("retry-after")) || undefined;
-  if (response.status === 401) {
+  if (response.status === 401 && isOfThisKey) {
     locked = true;
     events.dispatchEvent(new CustomEvent("locked", { detail: message }));
     return new Locked(message);
   }
-  if (response.status >= 500 || response.status === 429) return new Unreachable(message, response.status, wait_s);
+  if (response.status >= 500 || [401, 429].includes(response.status)) return new Unreachable(message, response.status, wait_s);
   return new Refused(response.status, message, said?.error?.code, wait_s);
 }
 
