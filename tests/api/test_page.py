@@ -110,7 +110,9 @@ def house(postgres_template: str, _redis_database: str, tmp_path_factory: pytest
 @contextmanager
 def served(gateway: Gateway) -> Iterator[str]:
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(create_app(gateway), port=port, log_config=None, access_log=False))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(gateway), port=port, log_config=None, timeout_graceful_shutdown=1)
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
