@@ -385,7 +385,8 @@ def test_a_key_that_ends_is_asked_for_again_and_a_silent_gateway_is_told(browser
     with opened(browser, house, who=None) as page:
         log_in(page, late)
         expect(row(page, "yesterday.jsonl")).to_be_visible()
-        page.route("**/v1/**", lambda route: route.fulfill(status=503, json={"error": {"message": "away"}}))
+        away: Any = {"status": 503, "headers": {"Retry-After": "1"}, "json": {"error": {"message": "away"}}}
+        page.route("**/v1/**", lambda route: route.fulfill(**away))
         expect(page.get_by_role("status")).to_contain_text("The gateway does not answer, trying again")
         page.unroute("**/v1/**")
         expect(page.get_by_role("status")).to_be_hidden()
