@@ -84,7 +84,7 @@ def main() -> None:
         }
         _forget_peaks(parts)
         big = {**asyncio.run(there_and_back(parts.load, wishes.big_bytes)), "peak_mb": _peaks_mb(parts)}
-    report = {
+    report: dict[str, Any] = {
         "made_with": made_with("fastapi", "uvicorn", "psycopg", "aiohttp"),
         "note": f"{SHARED} {LOAD_BEFORE:.1f}.",
         "polls_s": speeds,
