@@ -48,7 +48,7 @@ SMALL_BATCHES, SMALL_LINES = 40, 100
 DISCARDED_BYTES: Final = 256 * 1024**2
 BIG_BYTES: Final = 2 * 10**9
 PEAK_MB: Final = 200.0  # of the gateway, as submit is held to
-SHARED: Final = "Clients, gateway, validator, Postgres and Redis share the cores; processes that ran before:"
+SHARED: Final = "In the gateway's load clients, servers and Postgres share the cores. Load of the minute before:"
 
 
 @dataclass(frozen=True, slots=True)
