@@ -6,9 +6,12 @@ they are in; so an orphan is found also when it has left its parent's session, a
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +22,7 @@ from types import TracebackType
 from typing import Self
 
 from runtime.children import birth_of
+from tests.support import warm_commands
 from tests.support.waiting import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -100,17 +104,33 @@ class Command:
 def stoker(
     *arguments: str | Path, env: Mapping[str, str], stdin: str | None = None, timeout_s: float = COMMAND_S
 ) -> subprocess.CompletedProcess[str]:
-    """Run `stoker …` to its end."""
+    """Run `stoker …` to its end; without stdin it is forked from a process that has loaded it."""
+    command = [str(argument) for argument in arguments]
+    env = {**clean_environment(), **env}
+    if stdin is None:
+        return warm_commands.run(_forking(), command, folder=REPOSITORY, env=env, timeout_s=timeout_s)
     return subprocess.run(
-        [str(STOKER), *(str(argument) for argument in arguments)],
+        [str(STOKER), *command],
         cwd=REPOSITORY,
-        input=stdin or "",
-        env={**clean_environment(), **env},
+        input=stdin,
+        env=env,
         text=True,
         capture_output=True,
         check=False,
         timeout=timeout_s,
     )
+
+
+@functools.cache
+def _forking() -> socket.socket:
+    process, server = warm_commands.start(STOKER, folder=REPOSITORY, env=clean_environment())
+
+    def end() -> None:
+        server.close()
+        process.wait()
+
+    atexit.register(end)
+    return server
 
 
 class WorkerProcess:
