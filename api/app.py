@@ -6,6 +6,7 @@ import importlib.metadata
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
+from uuid import uuid4
 
 from anyio.to_thread import current_default_thread_limiter
 from fastapi import FastAPI, Request
@@ -91,7 +92,11 @@ class WithHeaders:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        wanted = {**_HEADERS, **(_API_HEADERS if scope["path"].startswith("/v1/") else {})}
+        wanted = {
+            **_HEADERS,
+            "X-Request-Id": f"req_{uuid4().hex}",
+            **(_API_HEADERS if scope["path"].startswith("/v1/") else {}),
+        }
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -142,6 +147,8 @@ def _methods_of(request: Request) -> str:
 
 def _invalid(error: RequestValidationError) -> ApiError:
     first = error.errors()[0]
+    if first["loc"][0] == "path" and str(first["loc"][1]).endswith("_id"):
+        return not_found(f"{str(first['loc'][1]).removesuffix('_id')} of this id")
     place = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no valid JSON: {first.get('ctx', {}).get('error', '')}", code="invalid_json")

@@ -55,27 +55,32 @@ def create_batch(
     With an Idempotency-Key, or when the client says that it repeats itself, a second creation is the first one.
     """
     gateway = gateway_of(request)
-    webhook = body.stoker.webhook
+    webhook = body.extras.webhook
     if webhook is not None and (fault := check_url(webhook.url, gateway.settings)):
         raise ApiError(400, fault, param="stoker.webhook.url")
     with gateway.database.transaction() as session:
-        entry = find_file(session, body.input_file_id, tenant=principal.tenant)
-    if entry.purpose is not Purpose.BATCH or entry.blob is None:
-        raise ApiError(400, f"{entry.id} has the purpose {entry.purpose}; upload it as `batch`", param="input_file_id")
-    asked = body.digest(key_id=principal.key_id, file_digest=entry.digest or "")
-    is_repeated = x_stainless_retry_count > 0
-    digest = asked if idempotency_key is None else _digest_of(principal, idempotency_key)
-    with gateway.database.transaction() as session:
-        lock_submit(session, tenant=principal.tenant, submit_digest=digest)
-        earlier = None
-        if idempotency_key is not None or is_repeated:
-            held_for = REPEATED_FOR if idempotency_key is None else KEY_HELD_FOR
-            earlier = find_request(session, tenant=principal.tenant, digest=digest, younger_than=held_for)
-        if earlier is None:
-            earlier = _begin(session, principal, body, entry, digest=digest)
-        elif idempotency_key is not None and not _is_same(session, earlier, body, principal, entry):
-            raise ApiError(422, "this Idempotency-Key was used for another request; use a new one", code="key_reused")
-        return batch_object(batch_progress(session, earlier, tenant=principal.tenant))
+        if idempotency_key is not None:
+            digest = _digest_of(principal, idempotency_key)
+            lock_submit(session, tenant=principal.tenant, submit_digest=digest)
+            earlier = find_request(
+                session, tenant=principal.tenant, digest=digest, younger_than=KEY_HELD_FOR, cancelled_too=True
+            )
+            if earlier is not None and request_of(session, earlier) != _as_stored(body):
+                raise ApiError(
+                    422, "this Idempotency-Key was used for another request; use a new one", code="key_reused"
+                )
+            batch_id = earlier or _begin(session, principal, body, _batch_file(session, principal, body), digest=digest)
+        else:
+            entry = _batch_file(session, principal, body)
+            digest = body.digest(key_id=principal.key_id, file_digest=entry.digest or "")
+            lock_submit(session, tenant=principal.tenant, submit_digest=digest)
+            earlier = None
+            if x_stainless_retry_count > 0:
+                earlier = find_request(
+                    session, tenant=principal.tenant, digest=digest, younger_than=REPEATED_FOR, cancelled_too=False
+                )
+            batch_id = earlier or _begin(session, principal, body, entry, digest=digest)
+        return batch_object(batch_progress(session, batch_id, tenant=principal.tenant))
 
 
 @router.get("", responses=refusals(400, 404))
@@ -152,20 +157,28 @@ def _begin(session: Session, principal: Principal, body: CreateBatch, entry: Fil
         input_name=entry.filename,
         input_digest=entry.digest or "",
         digest=digest,
-        request=body.model_dump(mode="json", exclude_unset=True),
+        request=_as_stored(body),
         window=body.window,
-        priority=body.stoker.priority,
-        weight=body.stoker.weight,
+        priority=body.extras.priority,
+        weight=body.extras.weight,
     )
     begin_request(session, batch)
-    if body.stoker.budget_tokens is not None:
-        open_batch_budget(session, batch.id, body.stoker.budget_tokens)
+    if body.extras.budget_tokens is not None:
+        open_batch_budget(session, batch.id, body.extras.budget_tokens)
     return batch.id
 
 
-def _is_same(session: Session, batch_id: UUID, body: CreateBatch, principal: Principal, entry: FileEntry) -> bool:
-    earlier, progress = request_of(session, batch_id), batch_progress(session, batch_id, tenant=principal.tenant)
-    return earlier == body.model_dump(mode="json", exclude_unset=True) and progress.input_file_id == entry.id
+def _batch_file(session: Session, principal: Principal, body: CreateBatch) -> FileEntry:
+    """The upload that the batch is to be made of. Raises ApiError if it is for something else, NotFound."""
+    entry = find_file(session, body.input_file_id, tenant=principal.tenant)
+    if entry.purpose is not Purpose.BATCH or entry.blob is None:
+        raise ApiError(400, f"{entry.id} has the purpose {entry.purpose}; upload it as `batch`", param="input_file_id")
+    return entry
+
+
+def _as_stored(body: CreateBatch) -> dict[str, object]:
+    """A create body as its batch keeps it."""
+    return body.model_dump(mode="json", exclude_unset=True)
 
 
 def _digest_of(principal: Principal, idempotency_key: str) -> str:

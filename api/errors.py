@@ -90,4 +90,4 @@ class ApiError(HTTPException):
 
 def not_found(what: str) -> ApiError:
     """Nothing of this id for this tenant, whoever else may have it."""
-    return ApiError(404, f"no {what}; check the id and the key", kind="not_found_error", code="not_found")
+    return ApiError(404, f"there is no {what}; check the id and the key", kind="not_found_error", code="not_found")

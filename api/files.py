@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -20,11 +20,20 @@ from models.batch_requests import Expiry
 from models.file_names import upload_name
 from models.lines import SubmitOptions
 from models.states import CacheMode, Purpose
-from pipeline.made_files import counted, find_made_file, pieces
+from pipeline.made_files import find_made_file, pieces
 from pipeline.submit import FileEstimate, dry_run
 from runtime.clock import uuid7
-from runtime.errors import InvalidFile
-from store.files import FileEntry, add_upload, delete_file, find_file, keep_estimate, list_files, stored_bytes
+from runtime.errors import InvalidFile, ServiceUnreachable
+from store.files import (
+    FileEntry,
+    add_upload,
+    delete_file,
+    find_file,
+    keep_estimate,
+    list_files,
+    lock_uploads,
+    stored_bytes,
+)
 
 router = APIRouter(prefix="/v1/files", tags=["files"], route_class=KeyedRoute)
 
@@ -91,10 +100,10 @@ async def create_file(request: Request, principal: Submitter) -> FileObject:
     """Upload a file: of purpose `batch` one that ends in .jsonl. Its lines are checked by the batch."""
     gateway = gateway_of(request)
     file_id = upload_name(uuid7())
-    with gateway.upload_slots.taken(principal.key_id):
-        room = await asyncio.to_thread(_room, gateway, principal)
+    with gateway.upload_slots.taken(principal.tenant):
+        room = await run_in_threadpool(_room, gateway, principal)
         upload = await receive(request, gateway.blobs, name=file_id, most_bytes=room)
-        entry = await asyncio.to_thread(_keep, gateway, principal, file_id, upload)
+        entry = await run_in_threadpool(_keep, gateway, principal, file_id, upload)
     return file_object(entry)
 
 
@@ -128,7 +137,7 @@ def retrieve_file(request: Request, principal: Reader, file_id: FileId) -> FileO
     database = gateway_of(request).database
     made = find_made_file(database, file_id, tenant=principal.tenant)
     if made is not None:
-        return made_file_object(made, counted(database, made))
+        return made_file_object(made)
     return file_object(_upload(gateway_of(request), principal, file_id))
 
 
@@ -160,7 +169,7 @@ def file_content(
         return _streamed(gateway.blobs.pieces(entry.blob), {"Content-Length": str(entry.size_bytes)}, entry.filename)
     headers = {} if made.is_complete else {"X-Incomplete": "true"}
     headers["X-Last-Line"] = str(made.last_line)
-    name = made_file_object(made, None).filename
+    name = made_file_object(made).filename
     return _streamed(pieces(gateway.database, made, after_line=after_line), headers, name)
 
 
@@ -232,6 +241,7 @@ def _keep(gateway: Gateway, principal: Principal, file_id: str, upload: Upload) 
     assert upload.filename is not None  # noqa: S101  # else it was refused
     try:
         with gateway.database.transaction() as session:
+            lock_uploads(session, principal.tenant)
             entry = add_upload(
                 session,
                 file_id=file_id,
@@ -246,6 +256,8 @@ def _keep(gateway: Gateway, principal: Principal, file_id: str, upload: Upload) 
             if stored_bytes(session, tenant=principal.tenant) > gateway.settings.gateway.tenant_bytes:
                 raise _storage_full(gateway)  # by uploads that came at the same time
             return entry
+    except ServiceUnreachable:  # it may be committed all the same; if it is not, the sweep finds the blob
+        raise
     except BaseException:
         gateway.blobs.delete(file_id)
         raise

@@ -17,8 +17,6 @@ from store.database import Database
 from store.presence import PresenceBoard
 from store.rate_limits import RateLimits
 
-ESTIMATE_WAIT_S = 2.0
-
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
@@ -35,7 +33,7 @@ class Gateway:
     @contextmanager
     def estimating(self) -> Iterator[None]:
         """The right to read a whole file, which takes a core: one request has it at a time. Raises ApiError 429."""
-        if not self.estimates.acquire(timeout=ESTIMATE_WAIT_S):
+        if not self.estimates.acquire(blocking=False):
             raise ApiError(
                 429,
                 "another file is being estimated; try again soon",

@@ -190,18 +190,22 @@ def file_object(entry: FileEntry) -> FileObject:
     )
 
 
-def made_file_object(file: MadeFile, size_bytes: int | None) -> FileObject:
-    """A file that is made of rows."""
+def made_file_object(file: MadeFile) -> FileObject:
+    """A file that is made of rows; its bytes are counted after its batch's end, and those of an input never."""
     progress, entry = file.progress, file.entry
+    if entry is not None:
+        return file_object(entry)
+    is_input = file.part is Part.INPUT
     return FileObject(
         id=file.id,
-        bytes=size_bytes or 0,
-        created_at=unix(entry.created_at if entry else progress.created_at),
+        bytes=0,
+        created_at=unix(progress.created_at),
         filename=f"{batch_name(progress.id)}_{file.part.value}.jsonl",
-        purpose=Purpose.BATCH if file.part is Part.INPUT else Purpose.BATCH_OUTPUT,
-        status="processed" if file.is_complete else "uploaded",
-        status_details=None if file.is_complete else "the batch runs: what has ended by now, in the input's order",
-        expires_at=None if entry is None or entry.expires_at is None else unix(entry.expires_at),
+        purpose=Purpose.BATCH if is_input else Purpose.BATCH_OUTPUT,
+        status="processed" if is_input else "uploaded",
+        status_details="made of the batch's jobs while it is read: its bytes are not counted"
+        if is_input
+        else "the batch runs: what has ended by now, in the input's order",
     )
 
 

@@ -29,17 +29,26 @@ class Remembered(Generic[Value]):
         self._most = most
         self._clock = clock
         self._kept: OrderedDict[Hashable, _Kept[Value]] = OrderedDict()
+        self._making: set[Hashable] = set()
         self._lock = Lock()
 
     def of(self, key: Hashable, figures: Hashable, make: Callable[[], Value]) -> Value:
-        """The key's value: made anew where `figures` are others than those it was made for, unless it is dear."""
+        """The key's value: made anew where `figures` are others than those it was made for, unless it is dear.
+
+        While one makes it anew others have the earlier one; the very first may be made by several at once.
+        """
         began = self._clock()
         with self._lock:
             kept = self._kept.get(key)
-            if kept is not None and (kept.figures == figures or began < kept.until):
+            if kept is not None and (kept.figures == figures or began < kept.until or key in self._making):
                 self._kept.move_to_end(key)
                 return kept.value
-        value = make()
+            self._making.add(key)
+        try:
+            value = make()
+        finally:
+            with self._lock:
+                self._making.discard(key)
         ended = self._clock()
         wait_s = (ended - began) / SHARE if ended - began > CHEAP_S else 0.0
         with self._lock:

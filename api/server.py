@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from contextlib import ExitStack
@@ -98,6 +99,8 @@ def _serve() -> None:
             validator = ValidatorThread()
             validator.start()
             stack.callback(validator.stop)
+        for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again once it has ended; then we clean up
+            signal.signal(number, lambda *_: None)
         log.info("gateway_up", url=f"http://{settings.gateway.host}:{settings.gateway.port}")
         uvicorn.run(
             app,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from pathlib import PurePosixPath
 from typing import Final
 
 from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
@@ -26,6 +28,7 @@ from store.blobs import Blobs, BlobWriter
 
 FEED_BYTES: Final = 1024 * 1024  # parsed and written in one go, in a thread
 SILENT_S: Final = 60.0  # an upload that sends nothing for so long is given up
+LEAST_BYTES_S: Final = 16 * 1024  # on average, after the first minute: places are not for those who trickle
 FIELD_BYTES: Final = 4096
 MOST_FIELDS: Final = 16
 NAME_CHARACTERS: Final = 255
@@ -44,30 +47,30 @@ class Upload:
 
 
 class UploadSlots:
-    """How many uploads run at once, of all keys and of each. Lives in the event loop's thread."""
+    """How many uploads run at once, of all tenants and of each. Lives in the event loop's thread."""
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
         self._running: Counter[str] = Counter()
 
     @contextmanager
-    def taken(self, key_id: str) -> Iterator[None]:
+    def taken(self, tenant: str) -> Iterator[None]:
         """A place for one upload. Raises ApiError 429 when there is none."""
-        if self._running.total() >= self._settings.uploads or self._running[key_id] >= self._settings.key_uploads:
+        if self._running.total() >= self._settings.uploads or self._running[tenant] >= self._settings.tenant_uploads:
             raise ApiError(
                 429,
-                f"too many uploads at once (of this key at most {self._settings.key_uploads}); try again soon",
+                f"too many uploads at once (at most {self._settings.tenant_uploads} of a tenant's); try again soon",
                 kind="rate_limit_error",
                 code="too_many_uploads",
                 headers={"Retry-After": "2"},
             )
-        self._running[key_id] += 1
+        self._running[tenant] += 1
         try:
             yield
         finally:
-            self._running[key_id] -= 1
-            if not self._running[key_id]:
-                del self._running[key_id]
+            self._running[tenant] -= 1
+            if not self._running[tenant]:
+                del self._running[tenant]
 
 
 async def receive(request: Request, blobs: Blobs, *, name: str, most_bytes: int) -> Upload:
@@ -75,14 +78,14 @@ async def receive(request: Request, blobs: Blobs, *, name: str, most_bytes: int)
     boundary = _boundary(request)
     if int(request.headers.get("content-length") or 0) > most_bytes + FEED_BYTES:
         raise _too_large(most_bytes)
-    upload = Upload(await asyncio.to_thread(BlobWriter, blobs, name))
+    upload = Upload(await run_in_threadpool(BlobWriter, blobs, name))
     form = _Form(upload, boundary, most_bytes=most_bytes)
     try:
         async for piece in _pieces(request):
-            await asyncio.to_thread(form.feed, piece)
+            await run_in_threadpool(form.feed, piece)
         form.end()
     except BaseException as error:
-        await asyncio.to_thread(upload.writer.discard)
+        await run_in_threadpool(upload.writer.discard)
         if isinstance(error, MultipartParseError):
             raise ApiError(400, f"the multipart body is malformed: {error}; send it as the client does") from error
         if isinstance(error, ClientDisconnect):
@@ -94,7 +97,7 @@ async def receive(request: Request, blobs: Blobs, *, name: str, most_bytes: int)
 async def _pieces(request: Request) -> AsyncIterator[bytes]:
     """The body, FEED_BYTES at a time."""
     stream = aiter(request.stream())
-    held, size = [], 0
+    held, size, taken, began = [], 0, 0, time.monotonic()
     while True:
         try:
             async with asyncio.timeout(SILENT_S):
@@ -103,6 +106,9 @@ async def _pieces(request: Request) -> AsyncIterator[bytes]:
             raise ApiError(408, f"nothing came for {SILENT_S:.0f} s; send it again") from error
         if chunk is None:
             break
+        taken += len(chunk)
+        if time.monotonic() - began > SILENT_S and taken < LEAST_BYTES_S * (time.monotonic() - began):
+            raise ApiError(408, f"slower than {LEAST_BYTES_S // 1024} KB/s; send it over a better line")
         held.append(chunk)
         size += len(chunk)
         if size >= FEED_BYTES:

@@ -7,13 +7,13 @@ import threading
 from contextlib import ExitStack
 
 from api.server import open_gateway
-from pipeline.validate import run_aftercare, run_validator
+from pipeline.validate import run_validator, start_aftercare
 from runtime.logs import configure_logs
 from runtime.settings import load_settings
 
 
 def main() -> None:
-    """Validate and take care until SIGTERM; a batch that is being read is left to the next validator."""
+    """Validate and take care until SIGTERM; a batch that is being read is put back for the next validator."""
     settings = load_settings()
     configure_logs(settings.log)
     stop = threading.Event()
@@ -21,12 +21,8 @@ def main() -> None:
         signal.signal(number, lambda *_: stop.set())
     with ExitStack() as stack:
         gateway = open_gateway(settings, stack)
-        aftercare = threading.Thread(
-            target=run_aftercare, args=(gateway.database, gateway.blobs, settings, stop), name="aftercare", daemon=True
-        )
-        aftercare.start()
+        start_aftercare(gateway.database, gateway.blobs, settings, stop)
         run_validator(gateway.database, gateway.blobs, gateway.board, settings, stop)
-        aftercare.join(timeout=15.0)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,12 @@ class CreateBatch(_Asked):
     completion_window: str = Field(pattern=_WINDOW, description="24h, 90m, 7d; at most 999 days")
     metadata: Pairs | None = None
     output_expires_after: Expiry | None = None
-    stoker: Extras = Extras()
+    stoker: Extras | None = None
+
+    @property
+    def extras(self) -> Extras:
+        """What is stated beyond the contract, or its defaults."""
+        return self.stoker or Extras()
 
     @property
     def window(self) -> timedelta:

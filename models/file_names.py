@@ -7,12 +7,18 @@ from uuid import UUID
 
 from models.states import Part
 
+_UPLOAD = re.compile(r"file-[0-9a-f]{32}")
 _MADE = re.compile(r"file-([0-9a-f]{32})-(input|output|errors)")
 
 
 def upload_name(file_id: UUID) -> str:
     """`file-01a2…` of an upload."""
     return f"file-{file_id.hex}"
+
+
+def is_upload(name: str) -> bool:
+    """Whether it is the id of an upload, there or not."""
+    return _UPLOAD.fullmatch(name) is not None
 
 
 def made_name(batch_id: UUID, part: Part) -> str:

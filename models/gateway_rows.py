@@ -57,6 +57,7 @@ class StoredFile(Base):
     blob: Mapped[str | None]
     batch_id: Mapped[UUID | None] = mapped_column(ForeignKey("batches.id", ondelete="CASCADE"))
     part: Mapped[Part | None] = mapped_column(word(Part, "part"))
+    counting_until: Mapped[datetime | None]  # the lease of who counts its size
     estimate: Mapped[dict[str, Any] | None]  # what its lines would become
     created_at: Mapped[datetime] = mapped_column(server_default=text("clock_timestamp()"))
     expires_at: Mapped[datetime | None]

@@ -98,10 +98,12 @@ class Batch(Base):
     finalizing_at: Mapped[datetime | None]
     ended_at: Mapped[datetime | None]
     deleted_at: Mapped[datetime | None]  # past retention: gone for everybody, its rows on their way out
+    sums: Mapped[dict[str, Any] | None]  # of its shards' counters, once it has ended
     # Of a batch that came through the gateway; it is validated after its creation was answered.
     input_file_id: Mapped[str | None]
     key_id: Mapped[str | None]  # whose budgets it takes from
     request: Mapped[dict[str, Any] | None]  # its create body
+    validations: Mapped[int] = mapped_column(SmallInteger, server_default="0")  # tries; one that was put back is none
     problems: Mapped[list[dict[str, Any]] | None] = mapped_column(JSONB)  # why validation refused its file
 
     __table_args__ = (

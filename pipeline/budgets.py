@@ -23,7 +23,7 @@ from models.names import batch_name
 from models.states import BudgetPeriod
 from runtime.errors import Permanent, ServiceUnreachable, Transient
 from runtime.logs import get_logger
-from store.budgets import HeldBudget, lock_again, lock_budgets, postpone, settle
+from store.budgets import UNLIMITED, HeldBudget, lock_again, lock_budgets, postpone, settle
 from store.database import Database, Session
 from store.shards import Claim, hold_shard, write_and_tell
 from store.steps import FinishedStep, charge_steps
@@ -37,7 +37,6 @@ WAIT_S: Final = 1.0  # between two looks at a budget that is all reserved; as of
 MESSAGE_TOKENS: Final = 8
 REQUEST_TOKENS: Final = 512  # a template's own system prompt, its preamble of tools: the longest known have some 400
 INPUT_TOKENS: Final = 16  # a text's special tokens, and the rounding of its share in a pack's usage
-UNLIMITED: Final = 2**62
 MEDIA_TOKENS: Final = 16_384  # the most that Qwen2-VL's processor makes of one image; others make fewer
 
 
@@ -90,7 +89,7 @@ def charge_ahead(session: Session, claim: Claim, steps: Sequence[FinishedStep], 
     if not hold_shard(session, claim):
         return False
     budgets = lock_budgets(session, claim)
-    if sum(step.tokens for step in steps) > min((budget.free for budget in budgets), default=0):
+    if sum(step.tokens for step in steps) > min((budget.free for budget in budgets), default=UNLIMITED):
         return False
     charged = charge_steps(session, claim, steps, lease_s=lease_s)
     settle(session, claim, [budget.id for budget in budgets], reserved=0, spent=charged or 0)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Final
 from uuid import UUID
 
 from models.file_names import read_made_name
@@ -17,6 +19,8 @@ from store.batches import BatchProgress, batch_progress
 from store.database import Database
 from store.files import FileEntry, find_file, set_size, uncounted
 from store.results import first_unfinished, job_pages, result_pages
+
+COUNT_LEASE: Final = timedelta(hours=1)  # much longer than 10,000,000 lines take
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,8 @@ def find_made_file(database: Database, name: str, *, tenant: str, after_line: in
                 raise NotFound(f"no file {name}")
             return MadeFile(name, progress, part, None, progress.total)
         entry = find_file(session, name, tenant=tenant) if progress.is_ended else None
-        last_line = first_unfinished(session, batch_id, first=after_line, total=progress.total)
+        total = progress.total
+        last_line = total if progress.is_ended else first_unfinished(session, batch_id, first=after_line, total=total)
     return MadeFile(name, progress, part, entry, last_line)
 
 
@@ -65,27 +70,15 @@ def pieces(database: Database, file: MadeFile, *, after_line: int = 0) -> Iterat
 
 
 def count_next(database: Database) -> bool:
-    """Count the size of one results file that nobody has counted; false if there is none."""
+    """Count the size of one results file that nobody has counted; false if there is none. It may be repeated."""
     with database.transaction() as session:
-        entry = uncounted(session)
-        if entry is None:
-            return False
-        set_size(session, entry.id, _size(database, entry))
+        entry = uncounted(session, lease=COUNT_LEASE)
+    if entry is None:
+        return False
+    size = _size(database, entry)
+    with database.transaction() as session:
+        set_size(session, entry.id, size)
     return True
-
-
-def counted(database: Database, file: MadeFile) -> int | None:
-    """Its size in bytes, counted now if nobody has; None while it grows."""
-    if not file.is_complete:
-        return None
-    if file.entry is None:
-        return sum(map(len, pieces(database, file)))
-    if file.entry.size_bytes is not None:
-        return file.entry.size_bytes
-    size = _size(database, file.entry)
-    with database.transaction() as session:
-        set_size(session, file.id, size)
-    return size
 
 
 def _size(database: Database, entry: FileEntry) -> int:

@@ -23,7 +23,7 @@ from models.lines import LineRules, ParsedLine, SubmitOptions
 from models.states import CacheMode, JobOrder, Priority
 from pipeline.again import check_reusable
 from pipeline.arrange import PAGE_SHARDS, arrange
-from pipeline.batch_file import BatchFile, Progress, SkippingBatchFile, opened
+from pipeline.batch_file import PROGRESS_EVERY_LINES, BatchFile, Progress, SkippingBatchFile, opened
 from pipeline.begin import CHUNK_JOBS, LEASE, TENANT, begin_batch, same_submit
 from pipeline.begin import Submitted as Submitted
 from pipeline.cutting import ShardCutter, cut_ordered
@@ -131,8 +131,9 @@ def fill_held(
     settings: Settings,
     served_models: frozenset[str] | None,
     order: JobOrder,
+    go_on: Callable[[], None],
 ) -> Filled:
-    """Store the file as the jobs of a batch that a validator holds, and set it going.
+    """Store the file as the jobs of a batch that a validator holds, and set it going; `go_on` may raise to end it.
 
     Raises InvalidFile, and LostFence when the batch is no longer held or was cancelled: the caller clears the rest.
     """
@@ -140,19 +141,21 @@ def fill_held(
         source = _source(file, options, settings, served_models, None, None, endpoint=batch.endpoint)
         manifest = {"file_name": batch.input_name, "file_bytes": source.size_bytes, "file_sha256": batch.input_digest}
         batch = replace(batch, options=options.model_dump(mode="json") | manifest)
-        lines = _within_limits(source, settings)
+        lines = _within_limits(source, settings, go_on)
         filled = _store(database, batch, lines, source, wishes=Wishes(order=order), bounds=settings.shard)
     with database.transaction() as session:
         set_going(session, batch, filled, window=timedelta(seconds=settings.limits.window_s))
     return filled
 
 
-def _within_limits(lines: Iterable[ParsedLine], settings: Settings) -> Iterator[ParsedLine]:
+def _within_limits(lines: Iterable[ParsedLine], settings: Settings, go_on: Callable[[], None]) -> Iterator[ParsedLine]:
     """The lines, until they are more than one batch may have."""
     most_lines, most_tokens = settings.gateway.batch_lines, settings.gateway.batch_tokens
     tokens = 0
     for count, line in enumerate(lines, 1):
         tokens += line.prompt_tokens + line.output_tokens
+        if count % PROGRESS_EVERY_LINES == 0:
+            go_on()
         if most_lines is not None and count > most_lines:
             message = f"has more than {most_lines:,} lines, the most of one batch here; split it"
             raise InvalidFile([Problem(None, "too_many_tasks", None, message)], total=1)

@@ -7,12 +7,12 @@ files, uploads that nobody may see any more. Every step may be cut off or done t
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Final
 
 from models.batch_requests import CreateBatch
+from models.file_names import is_upload
 from models.lines import SubmitOptions
 from models.states import CacheMode
 from pipeline.begin import LEASE
@@ -20,10 +20,10 @@ from pipeline.cutting import for_workers
 from pipeline.made_files import count_next
 from pipeline.submit import fill_held
 from pipeline.webhooks import deliver_due
-from runtime.errors import BadInput, InvalidFile, LostFence, NotFound, Problem, ServiceUnreachable
+from runtime.errors import BadInput, BlobGone, InvalidFile, LostFence, Problem, ServiceUnreachable
 from runtime.logs import get_logger
 from runtime.settings import Settings
-from store.blobs import Blobs
+from store.blobs import UNFINISHED, Blobs
 from store.database import Database
 from store.files import forget_file, gone_blobs, unknown_blobs
 from store.notifications import VALIDATE_CHANNEL, listening, wait_for_news
@@ -42,6 +42,10 @@ SWEEP_BLOBS_S: Final = 3600.0
 UNKNOWN_BLOB_S: Final = 86_400.0  # longer than any upload takes: until then a blob without a row may be one
 
 
+class _Stopping(Exception):
+    """This process is to end: the batch is put back for another validator."""
+
+
 def run_validator(
     database: Database, blobs: Blobs, board: PresenceBoard, settings: Settings, stop: threading.Event
 ) -> None:
@@ -50,7 +54,7 @@ def run_validator(
         try:
             with listening(database, VALIDATE_CHANNEL) as connection:
                 while not stop.is_set():
-                    while not stop.is_set() and validate_next(database, blobs, board, settings):
+                    while not stop.is_set() and validate_next(database, blobs, board, settings, stop=stop):
                         pass
                     wait_for_news(connection, POLL_S)
         except ServiceUnreachable as error:
@@ -58,45 +62,67 @@ def run_validator(
             stop.wait(POLL_S)
 
 
-def run_aftercare(database: Database, blobs: Blobs, settings: Settings, stop: threading.Event) -> None:
-    """What follows, beside the validator so that no webhook waits for a large file."""
-    steps: tuple[Callable[[], object], ...] = (
-        lambda: deliver_due(database, settings),
-        lambda: count_next(database),
-        lambda: free_blobs(database, blobs),
+def start_aftercare(database: Database, blobs: Blobs, settings: Settings, stop: threading.Event) -> None:
+    """What follows an end, each in a thread of its own: no webhook waits for a large file to be counted."""
+    tasks: tuple[tuple[str, float, Callable[[], object]], ...] = (
+        ("webhooks", POLL_S, lambda: deliver_due(database, settings)),
+        ("sizes", POLL_S, lambda: count_next(database)),
+        ("files", POLL_S, lambda: free_blobs(database, blobs)),
+        ("sweep", SWEEP_BLOBS_S, lambda: sweep_blobs(database, blobs)),
     )
-    sweep_at = 0.0
+    for name, every_s, task in tasks:
+        threading.Thread(target=_repeat, args=(task, every_s, stop), name=name, daemon=True).start()
+
+
+def _repeat(task: Callable[[], object], every_s: float, stop: threading.Event) -> None:
     while not stop.is_set():
-        due = steps
-        if time.monotonic() >= sweep_at:
-            due, sweep_at = (*steps, lambda: sweep_blobs(database, blobs)), time.monotonic() + SWEEP_BLOBS_S
-        for step in due:
-            try:
-                step()
-            except ServiceUnreachable as error:
-                log.warning("aftercare_waits", error=str(error))
-            except Exception:  # a defect of one step must not end the others; it is tried again
-                log.exception("aftercare_defect")
-                stop.wait(AFTER_DEFECT_S)
-        stop.wait(POLL_S)
+        try:
+            task()
+        except ServiceUnreachable as error:
+            log.warning("aftercare_waits", task=threading.current_thread().name, error=str(error))
+        except Exception:  # a defect must not end what follows all other batches; it is tried again
+            log.exception("aftercare_defect", task=threading.current_thread().name)
+            stop.wait(AFTER_DEFECT_S)
+        stop.wait(every_s)
 
 
-def validate_next(database: Database, blobs: Blobs, board: PresenceBoard, settings: Settings) -> bool:
-    """Take the oldest batch that waits, and set it going or end it; false if none waits."""
+def validate_next(
+    database: Database,
+    blobs: Blobs,
+    board: PresenceBoard,
+    settings: Settings,
+    *,
+    stop: threading.Event | None = None,
+) -> bool:
+    """Take the oldest batch that waits, and set it going or end it; false if none waits.
+
+    Once `stop` is set it is put back at the next chunk of lines.
+    """
     with database.transaction() as session:
         held = claim_validating(session, lease=LEASE)
     if held is None:
         return False
+
+    def go_on() -> None:
+        if stop is not None and stop.is_set():
+            raise _Stopping
+
     try:
-        problems = _problems(database, blobs, board, settings, held)
+        problems = _problems(database, blobs, board, settings, held, go_on)
     except LostFence:
         with database.transaction() as session:  # cancelled meanwhile; if another holds it, nothing happens
             end_cancelled(session, held)
         return True
-    except ServiceUnreachable as error:
+    except _Stopping:
+        _put_back(database, held, wait=timedelta(0), is_tried=False)
+        return True
+    except BlobGone as error:  # by a hand, or its folder is not mounted: it may come back
         log.warning("validation_waits", batch_id=str(held.id), error=str(error))
-        with database.transaction() as session:
-            put_back(session, held, wait=WAIT_AFTER_FAULT)
+        _put_back(database, held, wait=WAIT_AFTER_FAULT, is_tried=True)
+        return True
+    except (ServiceUnreachable, OSError) as error:
+        log.warning("validation_waits", batch_id=str(held.id), error=str(error))
+        _put_back(database, held, wait=WAIT_AFTER_FAULT, is_tried=False)
         return True
     except Exception as error:  # a defect of ours ends the batch with a traceback in the log, never a loop for ever
         log.exception("validation_defect", batch_id=str(held.id))
@@ -108,14 +134,24 @@ def validate_next(database: Database, blobs: Blobs, board: PresenceBoard, settin
     return True
 
 
+def _put_back(database: Database, held: Validating, *, wait: timedelta, is_tried: bool) -> None:
+    with database.transaction() as session:
+        put_back(session, held, wait=wait, is_tried=is_tried)
+
+
 def _problems(
-    database: Database, blobs: Blobs, board: PresenceBoard, settings: Settings, held: Validating
+    database: Database,
+    blobs: Blobs,
+    board: PresenceBoard,
+    settings: Settings,
+    held: Validating,
+    go_on: Callable[[], None],
 ) -> list[Problem]:
     """Why the batch cannot run; empty: it is going."""
     if held.is_cancelled:
         raise LostFence("cancelled before it was validated")
     if held.tries > MOST_TRIES:
-        return [Problem(None, "internal_error", None, f"{MOST_TRIES} validators ended while they read it; split it")]
+        return [Problem(None, "internal_error", None, f"it could not be read in {MOST_TRIES} tries; upload it again")]
     asked = CreateBatch.model_validate(held.request)
     workers, options = _workers(board), submit_options(asked, settings)
     try:
@@ -127,11 +163,12 @@ def _problems(
                 options=options,
                 settings=for_workers(settings, workers),
                 served_models=frozenset(name for worker in workers for name in worker.models) if workers else None,
-                order=asked.stoker.order,
+                order=asked.extras.order,
+                go_on=go_on,
             )
     except InvalidFile as error:
         return _listed(error)
-    except (BadInput, NotFound) as error:
+    except BadInput as error:
         return [Problem(None, "invalid_request", "input_file_id", str(error))]
     log.info("batch_going", batch_id=str(held.id), jobs=filled.total)
     return []
@@ -149,7 +186,7 @@ def free_blobs(database: Database, blobs: Blobs) -> int:
 
 def sweep_blobs(database: Database, blobs: Blobs) -> int:
     """Delete what uploads left that a kill cut off, whole blobs or parts, once it is a day old: how many."""
-    old = blobs.older_than(UNKNOWN_BLOB_S)
+    old = [name for name in blobs.older_than(UNKNOWN_BLOB_S) if is_upload(name.removesuffix(UNFINISHED))]
     with database.transaction() as session:
         unknown = unknown_blobs(session, old)
     for name in unknown:
@@ -160,12 +197,12 @@ def sweep_blobs(database: Database, blobs: Blobs) -> int:
 def submit_options(asked: CreateBatch, settings: Settings) -> SubmitOptions:
     """What a create body changes in every line."""
     return SubmitOptions(
-        model=asked.stoker.model,
+        model=asked.extras.model,
         max_output_tokens=min(
-            asked.stoker.max_output_tokens or settings.limits.max_output_tokens, settings.limits.max_output_tokens
+            asked.extras.max_output_tokens or settings.limits.max_output_tokens, settings.limits.max_output_tokens
         ),
-        cache=asked.stoker.cache or CacheMode(settings.cache.mode),
-        settings=asked.stoker.line_settings,
+        cache=asked.extras.cache or CacheMode(settings.cache.mode),
+        settings=asked.extras.line_settings,
     )
 
 
@@ -179,8 +216,8 @@ def _new_batch(held: Validating, asked: CreateBatch, options: SubmitOptions) -> 
         submit_digest=held.digest,
         options={},
         max_output_tokens=options.max_output_tokens,
-        priority=asked.stoker.priority,
-        weight=asked.stoker.weight,
+        priority=asked.extras.priority,
+        weight=asked.extras.weight,
         fence=held.fence,
     )
 

@@ -5,6 +5,7 @@
     │   └── InvalidFile      a batch file with bad lines; nothing of it was stored
     ├── NotFound             no such batch for this tenant (exit code 2)
     ├── ServiceUnreachable   Postgres, the broker, Redis or the engine does not answer (exit code 3)
+    │   ├── BlobGone         the bytes of an upload are not where they were put
     │   └── Deadlocked       Postgres ended this transaction, another could not go on: it may be done again at once
     ├── Transient            try the job again later: the row of its tries says when
     ├── Permanent            the job ends with this error as its result
@@ -62,6 +63,10 @@ class NotFound(StokerError):
 
 class ServiceUnreachable(StokerError):
     """A service does not answer; the message names it, its address without secrets, and the remedy."""
+
+
+class BlobGone(ServiceUnreachable):
+    """The bytes of an upload are not where they were put: deleted by hand, or their folder is not mounted."""
 
 
 class Deadlocked(ServiceUnreachable):

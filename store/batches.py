@@ -10,6 +10,7 @@ from uuid import UUID
 from sqlalchemy import Row, and_, case, or_, select, text, update
 from sqlalchemy.orm import Session
 
+from models.names import batch_name
 from models.rows import Batch
 from models.states import TERMINAL, BatchState, Ending, Priority
 from runtime.errors import NotFound
@@ -92,14 +93,15 @@ _COUNTERS = (
     "saved_tokens",
     "unlooked",
 )
+_SUMS = (("done", "s.done + s.followers"), *((name, f"s.{name}") for name in _COUNTERS))
+# Of a batch that has ended the sums are kept: listings ask for them every second, and a large one has 15,000 shards.
 _PROGRESS = f"""
 SELECT b.id, b.state, b.ending, b.priority, b.paused_reason, b.endpoint, b.input_name, b.options, b.max_output_tokens,
     b.created_at, b.in_progress_at, b.expires_at, b.cancelling_at, b.finalizing_at, b.ended_at, b.input_file_id,
     b.request, b.problems, b.total,
-    CAST(coalesce(sum(s.done + s.followers), 0) AS int8),
-    {", ".join(f"CAST(coalesce(sum(s.{name}), 0) AS int8)" for name in _COUNTERS)},
+    {", ".join(f"coalesce(CAST(b.sums ->> '{name}' AS int8), CAST(sum({sum_}) AS int8), 0)" for name, sum_ in _SUMS)},
     count(*) FILTER (WHERE s.state = 'running'), b.weight, b.skipped, b.retry_of, b.followers
-FROM batches b LEFT JOIN shards s ON s.batch_id = b.id
+FROM batches b LEFT JOIN shards s ON s.batch_id = b.id AND b.sums IS NULL
 WHERE b.tenant = :tenant AND b.deleted_at IS NULL AND {{condition}}
 GROUP BY b.id ORDER BY b.id DESC LIMIT :limit
 """
@@ -111,7 +113,7 @@ def batch_progress(session: Session, batch_id: UUID, *, tenant: str) -> BatchPro
         text(_PROGRESS.format(condition="b.id = :batch_id")), {"tenant": tenant, "batch_id": batch_id, "limit": 1}
     ).one_or_none()
     if row is None:
-        raise NotFound(f"no batch {batch_id}")
+        raise NotFound(f"no {batch_name(batch_id)}")
     return _progress(row)
 
 
@@ -256,7 +258,7 @@ def screen(session: Session) -> list[tuple[UUID, str]]:
                 count(*) FILTER (WHERE outcome = 'failed' AND error_code IS DISTINCT FROM 'budget_exceeded'),
                 mode() WITHIN GROUP (
                     ORDER BY coalesce(error_code, '') || ': ' || left(coalesce(error_message, ''), 200))
-                    FILTER (WHERE outcome = 'failed')
+                    FILTER (WHERE outcome = 'failed' AND error_code IS DISTINCT FROM 'budget_exceeded')
             FROM (SELECT * FROM results WHERE batch_id = :id AND source <> 'duplicate' LIMIT :jobs) AS first"""),
             {"id": batch_id, "jobs": SCREENED_JOBS},
         ).one()
@@ -295,9 +297,12 @@ def finish(session: Session, batch_id: UUID) -> int:
     session.execute(text("DELETE FROM job_tries WHERE batch_id = :id"), {"id": batch_id})
     give_up_lookups(session, batch_id)
     session.execute(
-        text("""
+        text(f"""
         UPDATE batches SET state = coalesce(ending, 'completed'), ending = coalesce(ending, 'completed'),
-            ended_at = clock_timestamp() WHERE id = :id"""),
+            ended_at = clock_timestamp(), sums = (
+                SELECT jsonb_build_object({", ".join(f"'{name}', coalesce(sum({sum_}), 0)" for name, sum_ in _SUMS)})
+                FROM shards s WHERE s.batch_id = :id)
+        WHERE id = :id"""),
         {"id": batch_id},
     )
     add_results(session, batch_id)

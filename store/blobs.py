@@ -18,10 +18,14 @@ from typing import Any, Final
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from runtime.errors import NotFound, ServiceUnreachable
+from runtime.errors import BlobGone, ServiceUnreachable
+from runtime.logs import get_logger
+from runtime.settings import without_secrets
+
+log = get_logger(__name__)
 
 READ_BYTES: Final = 1024 * 1024
-_UNFINISHED: Final = ".partial"
+UNFINISHED: Final = ".partial"
 
 
 class BlobWriter:
@@ -30,7 +34,7 @@ class BlobWriter:
     def __init__(self, blobs: Blobs, name: str) -> None:
         self._blobs, self._name = blobs, name
         with blobs.translated():
-            self._file: Any = blobs.files.open(blobs.place(name + _UNFINISHED), "wb")
+            self._file: Any = blobs.files.open(blobs.place(name + UNFINISHED), "wb")
 
     def write(self, content: bytes | memoryview) -> None:
         """Append. Raises ServiceUnreachable when the folder cannot take it, being full for example."""
@@ -44,13 +48,14 @@ class BlobWriter:
                 self._file.flush()
                 os.fsync(self._file.fileno())
             self._file.close()
-            self._blobs.files.mv(self._blobs.place(self._name + _UNFINISHED), self._blobs.place(self._name))
+            self._blobs.files.mv(self._blobs.place(self._name + UNFINISHED), self._blobs.place(self._name))
+            self._blobs.sync_folder()
 
     def discard(self) -> None:
         """Leave nothing; harmless after `commit`."""
         with suppress(OSError):
             self._file.close()
-        self._blobs.delete(self._name + _UNFINISHED)
+        self._blobs.delete(self._name + UNFINISHED)
 
 
 class Blobs:
@@ -71,18 +76,17 @@ class Blobs:
         return f"{self._root.rstrip('/')}/{name}"
 
     def pieces(self, name: str) -> Iterator[bytes]:
-        """The bytes of a blob, READ_BYTES at a time. Raises NotFound if there is none."""
+        """The bytes of a blob, READ_BYTES at a time. Raises BlobGone if there is none."""
         with self.translated(), self._opened(name) as file:
             while piece := file.read(READ_BYTES):
                 yield piece
 
     @contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:
-        """The blob as a file of this machine for the block: itself where it is one. Raises NotFound."""
+        """The blob as a file of this machine for the block: itself where it is one. Raises BlobGone."""
         if self.is_local:
-            path = Path(self.place(name))
-            if not path.is_file():
-                raise NotFound(f"the bytes of {name} are gone from {self.url}")
+            with self.translated(), self._opened(name):
+                path = Path(self.place(name))
             yield path
             return
         with tempfile.TemporaryDirectory(prefix="stoker-blob-") as folder:
@@ -101,7 +105,17 @@ class Blobs:
         with self.translated():
             found = self.files.ls(self._root, detail=True)
         latest = time.time() - age_s
-        return [one["name"].rpartition("/")[2] for one in found if _written_at(one) < latest]
+        old = [one for one in found if one["type"] == "file" and _written_at(one) < latest]
+        return [one["name"].rpartition("/")[2] for one in old]
+
+    def sync_folder(self) -> None:
+        """Make the names in the folder durable, where it is one of this machine."""
+        if self.is_local:
+            folder = os.open(self._root, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
     @contextmanager
     def translated(self) -> Iterator[None]:
@@ -110,7 +124,7 @@ class Blobs:
             yield
         except OSError as error:
             raise ServiceUnreachable(
-                f"the files in {self.url} cannot be read or written: {error.strerror or error}; "
+                f"uploads in {without_secrets(self.url)} cannot be read or written: {error.strerror or error}; "
                 "free space, or check STOKER_GATEWAY__FILES"
             ) from error
 
@@ -118,7 +132,8 @@ class Blobs:
         try:
             return self.files.open(self.place(name), "rb")
         except FileNotFoundError as error:
-            raise NotFound(f"the bytes of {name} are gone from {self.url}") from error
+            log.error("blob_gone", blob=name, url=without_secrets(self.url))
+            raise BlobGone(f"the bytes of {name} are not where uploads are kept") from error
 
 
 def _written_at(entry: dict[str, Any]) -> float:

@@ -21,6 +21,7 @@ from models.states import BudgetPeriod
 if TYPE_CHECKING:
     from store.shards import Claim
 
+UNLIMITED = 2**62  # a cap that was taken away, in rows of periods that had begun
 # Of a batch `b`: whether what its jobs take is counted.
 BUDGETED = """(EXISTS (SELECT FROM budgets WHERE batch_id = b.id) OR b.key_id IS NOT NULL AND EXISTS (
     SELECT FROM api_keys WHERE id = b.key_id AND coalesce(day_tokens, month_tokens) IS NOT NULL))"""
@@ -91,9 +92,10 @@ def set_key_caps(session: Session, key_id: str, *, day_tokens: int | None, month
         text(f"""
         WITH held AS (
             SELECT u.id, p.cap FROM api_keys k {_PERIODS} JOIN budgets u ON {_ROW_OF_PERIOD}
-            WHERE k.id = :key AND p.cap IS NOT NULL ORDER BY u.id FOR NO KEY UPDATE OF u)
-        UPDATE budgets b SET cap = held.cap, waits_until = NULL FROM held WHERE b.id = held.id"""),
-        {"key": key_id},
+            WHERE k.id = :key ORDER BY u.id FOR NO KEY UPDATE OF u)
+        UPDATE budgets b SET cap = coalesce(held.cap, :unlimited), waits_until = NULL
+        FROM held WHERE b.id = held.id"""),
+        {"key": key_id, "unlimited": UNLIMITED},
     )
     return found is not None
 
@@ -101,8 +103,12 @@ def set_key_caps(session: Session, key_id: str, *, day_tokens: int | None, month
 def lock_budgets(session: Session, claim: Claim) -> list[HeldBudget]:
     """The budgets that hold for a claimed shard's batch now, locked; its key's new periods are begun.
 
-    Lock the shard before.
+    Lock the shard before. The key is held, so that its caps change before this or after, never in between.
     """
+    session.execute(
+        text("SELECT 1 FROM api_keys WHERE id = (SELECT key_id FROM batches WHERE id = :batch) FOR SHARE"),
+        {"batch": claim.batch_id},
+    )
     session.execute(
         text(f"""
         INSERT INTO budgets (key_id, period, began_at, cap)

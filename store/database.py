@@ -15,6 +15,7 @@ from typing import Any, cast
 import psycopg
 from sqlalchemy import URL, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session as Session  # callers name it without knowing SQLAlchemy
 
 from runtime.errors import BadInput, Deadlocked, ServiceUnreachable, Unstorable
@@ -134,6 +135,8 @@ class Database:
             yield
         except (OperationalError, InterfaceError, psycopg.OperationalError) as error:
             raise self._unreachable(error) from error
+        except PoolTimeout as error:
+            raise ServiceUnreachable("all connections of this process to Postgres are in use; try again") from error
         except (DataError, UnicodeEncodeError) as error:
             raise Unstorable(str(error).splitlines()[0]) from error
         except DBAPIError as error:

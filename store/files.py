@@ -102,6 +102,11 @@ def list_files(
     return [_entry(tuple(row)) for row in rows]
 
 
+def lock_uploads(session: Session, tenant: str) -> None:
+    """Hold, to the end of the transaction, the right to add an upload to the tenant's: two see each other's bytes."""
+    session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:tenant, 2))"), {"tenant": tenant})
+
+
 def stored_bytes(session: Session, *, tenant: str) -> int:
     """Bytes of all uploads of a tenant whose blobs are still there."""
     return int(
@@ -114,7 +119,7 @@ def stored_bytes(session: Session, *, tenant: str) -> int:
 
 
 def delete_file(session: Session, file_id: str, *, tenant: str) -> None:
-    """Put a file out of sight; `forget_gone` frees what it holds. Raises NotFound."""
+    """Put a file out of sight; `forget_file` follows when its bytes are gone. Raises NotFound."""
     gone = session.scalar(
         text(
             "UPDATE files SET deleted_at = clock_timestamp() "
@@ -151,13 +156,16 @@ def add_results(session: Session, batch_id: UUID) -> None:
     )
 
 
-def uncounted(session: Session) -> FileEntry | None:
-    """A results file whose size nobody has counted, locked to the end of the transaction."""
+def uncounted(session: Session, *, lease: timedelta) -> FileEntry | None:
+    """A results file whose size nobody has counted, not given to anybody else while the lease holds."""
     row = session.execute(
-        text(
-            f"SELECT {_COLUMNS} FROM files WHERE size_bytes IS NULL AND deleted_at IS NULL "
-            "ORDER BY id LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED"
-        )
+        text(f"""
+        UPDATE files SET counting_until = clock_timestamp() + :lease WHERE id = (
+            SELECT id FROM files WHERE size_bytes IS NULL AND deleted_at IS NULL
+              AND (counting_until IS NULL OR counting_until < now())
+            ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED)
+        RETURNING {_COLUMNS}"""),
+        {"lease": lease},
     ).one_or_none()
     return None if row is None else _entry(tuple(row))
 
@@ -172,7 +180,7 @@ def gone_blobs(session: Session, *, limit: int) -> list[tuple[str, str]]:
     rows = session.execute(
         text("""
         SELECT id, blob FROM files f WHERE blob IS NOT NULL
-          AND (deleted_at IS NOT NULL OR expires_at <= clock_timestamp())
+          AND (deleted_at IS NOT NULL OR expires_at <= now())
           AND NOT EXISTS (SELECT FROM batches b WHERE b.state = 'validating' AND b.input_file_id = f.id)
         ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED"""),
         {"limit": limit},

@@ -42,7 +42,7 @@ class NewRequest:
 
 @dataclass(frozen=True, slots=True)
 class Validating:
-    """A batch that this validator holds until `lease` is over. `tries`: how often it was held, this time included."""
+    """A batch that a validator holds while its lease lasts; `tries` counts those that did not put it back."""
 
     id: UUID
     fence: int
@@ -54,11 +54,7 @@ class Validating:
     digest: str
     request: dict[str, Any]
     is_cancelled: bool
-
-    @property
-    def tries(self) -> int:
-        """How often a validator has held it."""
-        return self.fence
+    tries: int
 
 
 def begin_request(session: Session, batch: NewRequest) -> None:
@@ -84,14 +80,17 @@ def begin_request(session: Session, batch: NewRequest) -> None:
     wake(session, VALIDATE_CHANNEL)
 
 
-def find_request(session: Session, *, tenant: str, digest: str, younger_than: timedelta) -> UUID | None:
-    """The newest batch of this creation, whatever became of it."""
+def find_request(
+    session: Session, *, tenant: str, digest: str, younger_than: timedelta, cancelled_too: bool
+) -> UUID | None:
+    """The newest batch of this creation, whatever became of it; one that was cancelled only if so asked."""
     found: UUID | None = session.execute(
         text(
             "SELECT id FROM batches WHERE tenant = :tenant AND submit_digest = :digest AND deleted_at IS NULL "
+            "AND (:whatever OR ending IS DISTINCT FROM 'cancelled') "
             "AND created_at > clock_timestamp() - :age ORDER BY id DESC LIMIT 1"
         ),
-        {"tenant": tenant, "digest": digest, "age": younger_than},
+        {"tenant": tenant, "digest": digest, "age": younger_than, "whatever": cancelled_too},
     ).scalar_one_or_none()
     return found
 
@@ -111,30 +110,31 @@ def claim_validating(session: Session, *, lease: timedelta) -> Validating | None
     """
     row = session.execute(
         text("""
-        UPDATE batches SET fence = fence + 1, lease_until = clock_timestamp() + :lease WHERE id = (
+        UPDATE batches SET fence = fence + 1, validations = validations + 1, lease_until = clock_timestamp() + :lease
+        WHERE id = (
             SELECT id FROM batches WHERE state = 'validating' AND input_file_id IS NOT NULL
               AND (lease_until IS NULL OR lease_until < clock_timestamp())
             ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED)
         RETURNING id, fence, tenant, endpoint, input_file_id, input_name, input_digest, submit_digest, request,
-            ending IS NOT NULL"""),
+            ending IS NOT NULL, validations"""),
         {"lease": lease},
     ).one_or_none()
     if row is None:
         return None
     held = Validating(*row)
-    if held.tries > 1:
+    if held.fence > 1:
         _clear(session, held.id)
     return held
 
 
-def put_back(session: Session, held: Validating, *, wait: timedelta) -> None:
-    """Let the batch be taken again after a while; nothing happens if the fence has moved."""
+def put_back(session: Session, held: Validating, *, wait: timedelta, is_tried: bool) -> None:
+    """Let the batch be taken again after a while; `is_tried`: this was a try. Nothing if the fence has moved."""
     session.execute(
         text(
-            "UPDATE batches SET lease_until = clock_timestamp() + :wait "
+            "UPDATE batches SET lease_until = clock_timestamp() + :wait, validations = validations - :less "
             "WHERE id = :id AND fence = :fence AND state = 'validating'"
         ),
-        {"id": held.id, "fence": held.fence, "wait": wait},
+        {"id": held.id, "fence": held.fence, "wait": wait, "less": 0 if is_tried else 1},
     )
 
 

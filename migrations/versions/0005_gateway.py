@@ -89,6 +89,7 @@ def upgrade() -> None:
     sa.Column('blob', sa.Text(), nullable=True),
     sa.Column('batch_id', sa.Uuid(), nullable=True),
     sa.Column('part', sa.Enum('input', 'output', 'errors', name='part', native_enum=False, create_constraint=True, length=16), nullable=True),
+    sa.Column('counting_until', sa.DateTime(timezone=True), nullable=True),
     sa.Column('estimate', postgresql.JSONB(astext_type=sa.Text()), nullable=True),
     sa.Column('created_at', sa.DateTime(timezone=True), server_default=sa.text('clock_timestamp()'), nullable=False),
     sa.Column('expires_at', sa.DateTime(timezone=True), nullable=True),
@@ -114,6 +115,8 @@ def upgrade() -> None:
     op.add_column('batches', sa.Column('input_file_id', sa.Text(), nullable=True))
     op.add_column('batches', sa.Column('key_id', sa.Text(), nullable=True))
     op.add_column('batches', sa.Column('request', postgresql.JSONB(astext_type=sa.Text()), nullable=True))
+    op.add_column('batches', sa.Column('sums', postgresql.JSONB(astext_type=sa.Text()), nullable=True))
+    op.add_column('batches', sa.Column('validations', sa.SmallInteger(), server_default='0', nullable=False))
     op.add_column('batches', sa.Column('problems', postgresql.JSONB(astext_type=sa.Text()), nullable=True))
     op.add_column('job_steps', sa.Column('charged', sa.Integer(), server_default='0', nullable=False))
     op.create_index('ix_batches_tenant', 'batches', ['tenant', 'id'], unique=False)

@@ -94,7 +94,7 @@ def test_the_official_client_uploads_creates_polls_lists_and_downloads(client: o
     [error] = [json.loads(text) for text in client.files.content(done.error_file_id).text.splitlines()]
     assert (error["custom_id"], error["error"], error["response"]["status_code"]) == ("id-7", None, 400)
     client.files.content(done.output_file_id).write_to_file(tmp_path / "out.jsonl")
-    shown = client.files.retrieve(done.output_file_id)
+    shown = client.files.wait_for_processing(done.output_file_id, poll_interval=0.2)
     assert (shown.purpose, shown.bytes) == ("batch_output", (tmp_path / "out.jsonl").stat().st_size)
 
     more = [submit(client, line(number, f"more {number}")).id for number in range(3)]
@@ -220,6 +220,9 @@ def test_an_upload_takes_flat_memory_and_a_killed_gateway_keeps_what_it_answered
     gateway.process.wait()
     with GatewayProcess(env=env, folder=tmp_path) as again:
         assert client.with_options(base_url=f"{again.url}/v1").files.retrieve(made.id) == made
+        again.process.terminate()
+        assert again.process.wait(30) == 0
+        wait_until(lambda: not marked(again.mark), 15, "its validator ended with it")
 
 
 def _peak_bytes(pid: int) -> int:

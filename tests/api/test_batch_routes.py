@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -13,8 +15,13 @@ from starlette.testclient import TestClient
 from api.gateway import Gateway
 from models.batch_requests import CreateBatch
 from models.lines import ENDPOINTS
+from pipeline.made_files import count_next
+from pipeline.validate import validate_next
 from runtime.settings import GatewaySettings
+from store.batches import batches_to_finish, end_unfinished, finish, shards_to_wind_down
+from store.database import Database
 from store.presence import WorkerPresence
+from store.shards import claim, close
 from store.validating import claim_validating, refuse
 from tests.api.conftest import ClientOf
 from tests.support.batches import execute, rows
@@ -207,6 +214,71 @@ def test_a_validator_that_died_is_replaced_and_one_that_wakes_changes_nothing(
     running = client.get(f"/v1/batches/{batch}").json()
     assert (running["status"], running["request_counts"]["total"]) == ("in_progress", 10)
     assert rows(gateway.database, "SELECT count(*), count(*) FILTER (WHERE custom_id = 'half') FROM jobs") == [(10, 0)]
+
+
+def test_a_validator_that_is_to_end_puts_its_batch_back_and_that_is_no_try(
+    client: TestClient, gateway: Gateway
+) -> None:
+    stop = threading.Event()
+    stop.set()
+    batch = create(client, upload(client, *(line(str(number)) for number in range(5000)))).json()["id"]
+    assert validate_next(gateway.database, gateway.blobs, gateway.board, gateway.settings, stop=stop)
+    assert rows(gateway.database, "SELECT state, validations, lease_until <= now() FROM batches") == [
+        ("validating", 0, True)
+    ]
+    assert validate_next(gateway.database, gateway.blobs, gateway.board, gateway.settings)
+    assert client.get(f"/v1/batches/{batch}").json()["request_counts"]["total"] == 5000
+
+
+def test_uploads_that_are_out_of_reach_are_waited_for_and_bytes_that_are_gone_are_not_for_ever(
+    client: TestClient, gateway: Gateway, validate: Validate, tmp_path: Path
+) -> None:
+    batch = create(client, upload(client, line())).json()["id"]
+    folder = Path(gateway.blobs.url)
+    folder.rename(tmp_path / "away")
+    folder.touch()  # ENOTDIR, as a place that is broken
+    for _ in range(8):
+        assert validate() == 1
+        execute(gateway.database, "UPDATE batches SET lease_until = now()")
+    assert client.get(f"/v1/batches/{batch}").json()["status"] == "validating"
+    folder.unlink()
+    folder.mkdir()
+    for _ in range(6):
+        assert validate() == 1
+        execute(gateway.database, "UPDATE batches SET lease_until = now()")
+    failed = client.get(f"/v1/batches/{batch}").json()
+    assert failed["status"] == "failed" and str(folder) not in json.dumps(failed)
+
+
+def test_the_size_of_results_is_counted_apart_and_no_request_waits_for_it(
+    client: TestClient, gateway: Gateway, validate: Validate
+) -> None:
+    batch = create(client, upload(client, line("a"), line("b"))).json()["id"]
+    validate()
+    client.post(f"/v1/batches/{batch}/cancel")
+    end_cancelled_jobs(gateway.database)
+    errors = client.get(f"/v1/batches/{batch}").json()["error_file_id"]
+    before = client.get(f"/v1/files/{errors}").json()
+    assert (before["bytes"], before["status"]) == (0, "uploaded")
+    assert count_next(gateway.database) and not count_next(gateway.database)
+    after = client.get(f"/v1/files/{errors}").json()
+    content = client.get(f"/v1/files/{errors}/content").content
+    assert (after["bytes"], after["status"], content.count(b"batch_cancelled")) == (len(content), "processed", 2)
+    assert client.delete(f"/v1/files/{errors}").status_code == 200
+    assert client.get(f"/v1/files/{errors}/content").status_code == 404
+
+
+def end_cancelled_jobs(database: Database) -> None:
+    """What the dispatch leader does for a cancelled batch."""
+    with database.transaction() as session:
+        for shard_id, _ in shards_to_wind_down(session, limit=10):
+            taken = claim(session, shard_id, holder="test", lease_s=30.0, states=("pending", "dispatched"))
+            assert taken is not None
+            end_unfinished(session, shard_id=shard_id, fence=taken.fence, code="batch_cancelled", message="cancelled")
+            close(session, taken)
+    with database.transaction() as session:
+        for batch_id in batches_to_finish(session):
+            finish(session, batch_id)
 
 
 def test_batches_are_listed_by_page(client: TestClient, client_of: ClientOf) -> None:

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from api.gateway import Gateway
 from models.states import Scope
 from pipeline.validate import free_blobs, sweep_blobs
-from runtime.errors import NotFound
+from runtime.errors import BlobGone
 from runtime.settings import GatewaySettings
 from store.blobs import Blobs, BlobWriter
 from tests.api.conftest import ClientOf
@@ -103,7 +103,7 @@ def test_a_body_that_is_no_whole_form_leaves_nothing(
 class TestLimits:
     @pytest.fixture
     def gateway_settings(self) -> GatewaySettings:
-        return GatewaySettings(file_bytes=1000, tenant_bytes=1500, uploads=2, key_uploads=1, request_bytes=2000)
+        return GatewaySettings(file_bytes=1000, tenant_bytes=1500, uploads=2, tenant_uploads=1, request_bytes=2000)
 
     def test_a_file_beyond_the_limit_is_refused_while_it_comes(self, client: TestClient, gateway: Gateway) -> None:
         answer = upload(client, b"x" * 1001)
@@ -115,7 +115,7 @@ class TestLimits:
         assert (full.status_code, full.json()["error"]["code"]) == (413, "storage_full")
         assert len(blobs_in(gateway)) == 2
 
-    def test_one_key_has_its_places_and_all_have_theirs(self, client: TestClient, gateway: Gateway) -> None:
+    def test_one_tenant_has_its_places_and_all_have_theirs(self, client: TestClient, gateway: Gateway) -> None:
         slots = gateway.upload_slots
         with slots.taken("one"):
             with pytest.raises(Exception, match="at once"), slots.taken("one"):
@@ -203,11 +203,13 @@ def test_a_folder_that_takes_no_more_is_said_so(client: TestClient, gateway: Gat
 def test_what_a_killed_upload_left_is_swept_when_it_is_old(client: TestClient, gateway: Gateway) -> None:
     kept = upload(client, LINE).json()["id"]
     folder = Path(gateway.blobs.url)
-    for name, age_s in ((kept, 1e6), ("file-00", 1e6), ("file-01.partial", 1e6), ("file-02.partial", 10)):
+    nobodys, young = f"file-{1:032x}", f"file-{2:032x}.partial"
+    (folder / "folder").mkdir()
+    for name, age_s in ((kept, 1e6), (nobodys, 1e6), (f"{nobodys}.partial", 1e6), (young, 10), ("others.parquet", 1e6)):
         (folder / name).touch()
         os.utime(folder / name, (time.time() - age_s,) * 2)
     assert sweep_blobs(gateway.database, gateway.blobs) == 2
-    assert blobs_in(gateway) == sorted([kept, "file-02.partial"])
+    assert blobs_in(gateway) == sorted([kept, young, "others.parquet", "folder"])
 
 
 def test_blobs_may_be_anywhere_that_fsspec_reaches() -> None:
@@ -224,6 +226,6 @@ def test_blobs_may_be_anywhere_that_fsspec_reaches() -> None:
     left.discard()
     blobs.delete("one")
     blobs.delete("one")
-    with pytest.raises(NotFound):
+    with pytest.raises(BlobGone):
         next(blobs.pieces("one"))
     assert blobs.older_than(-60.0) == []

@@ -16,6 +16,8 @@ import sys
 from contextlib import ExitStack
 from urllib.parse import urlsplit
 
+import psycopg
+
 from scripts.embedded import default_home, embedded_services
 from tests.support.own_services import OwnRabbitMQ, OwnRedis, server_folder
 from tests.support.packages import install
@@ -29,9 +31,11 @@ def main() -> int:
     """The command's exit status."""
     with server_folder() as folder, ExitStack() as stack:
         env = dict(os.environ)
+        env.pop("PYTHONDONTWRITEBYTECODE", None)  # else each of some hundred processes compiles our modules anew
         if not answers(env.setdefault("STOKER_TEST_POSTGRES", POSTGRES)):
             home = default_home({}).with_name("stoker-test")
             env["STOKER_TEST_POSTGRES"] = stack.enter_context(embedded_services(home)).postgres_url
+            need_no_disk(env["STOKER_TEST_POSTGRES"])
             print("services: started Postgres", file=sys.stderr)
         if not answers(env.setdefault("STOKER_TEST_REDIS", REDIS)):
             env["STOKER_TEST_REDIS"] = stack.enter_context(OwnRedis(folder / "redis")).url.removesuffix("/0")
@@ -42,6 +46,13 @@ def main() -> int:
             env |= {"STOKER_TEST_RABBITMQ": broker.url, "RABBITMQ_NODENAME": broker.node}  # as rabbitmqctl finds it
             print("services: started RabbitMQ", file=sys.stderr)
         return subprocess.run(sys.argv[1:], env=env, check=False).returncode
+
+
+def need_no_disk(postgres_url: str) -> None:
+    """Let our own server wait for no disk: nothing outlives the tests, and those of its crashes start another one."""
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("ALTER SYSTEM SET fsync = off")
+        connection.execute("SELECT pg_reload_conf()")
 
 
 def answers(url: str) -> bool:
