@@ -32,6 +32,7 @@ def main() -> int:
     with server_folder() as folder, ExitStack() as stack:
         env = dict(os.environ)
         env.pop("PYTHONDONTWRITEBYTECODE", None)  # else each of some hundred processes compiles our modules anew
+        env.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads turn in circles where there are more than cores
         if not answers(env.setdefault("STOKER_TEST_POSTGRES", POSTGRES)):
             home = default_home({}).with_name("stoker-test")
             env["STOKER_TEST_POSTGRES"] = stack.enter_context(embedded_services(home)).postgres_url
