@@ -11,7 +11,6 @@ import functools
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,8 +21,8 @@ from types import TracebackType
 from typing import Self
 
 from runtime.children import birth_of
-from tests.support import warm_commands
 from tests.support.waiting import wait_until
+from tests.support.warm_processes import Forking
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STOKER = Path(sys.executable).parent / "stoker"
@@ -108,7 +107,7 @@ def stoker(
     command = [str(argument) for argument in arguments]
     env = {**clean_environment(), **env}
     if stdin is None:
-        return warm_commands.run(_forking(), command, folder=REPOSITORY, env=env, timeout_s=timeout_s)
+        return _forking().run(command, env=env, timeout_s=timeout_s)
     return subprocess.run(
         [str(STOKER), *command],
         cwd=REPOSITORY,
@@ -122,15 +121,10 @@ def stoker(
 
 
 @functools.cache
-def _forking() -> socket.socket:
-    process, server = warm_commands.start(STOKER, folder=REPOSITORY, env=clean_environment())
-
-    def end() -> None:
-        server.close()
-        process.wait()
-
-    atexit.register(end)
-    return server
+def _forking() -> Forking:
+    forking = Forking("scripts.stoker:main", program=STOKER, folder=REPOSITORY, env=clean_environment())
+    atexit.register(forking.close)
+    return forking
 
 
 class WorkerProcess:
