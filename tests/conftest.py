@@ -51,7 +51,6 @@ def postgres_template() -> Iterator[str]:
             database.close()
             yield name
         finally:
-            _end_drops(wait=True)
             _drop(admin, name)
 
 
@@ -64,17 +63,16 @@ def postgres_url(postgres_template: str) -> Iterator[str]:
 
 @contextmanager
 def empty_database(postgres_template: str) -> Iterator[str]:
-    """The URL of a migrated and empty database, soon gone after the block."""
+    """The URL of a migrated and empty database, gone after the block."""
     name = f"{RUN}_{uuid4().hex[:8]}"
-    admin = _administrator()
-    admin.execute(
-        sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(postgres_template))
-    )
-    try:
-        yield _url_of(name)
-    finally:
-        _end_drops(wait=False)
-        _begin_drop(admin, name)
+    with _administrator() as admin:
+        admin.execute(
+            sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(postgres_template))
+        )
+        try:
+            yield _url_of(name)
+        finally:
+            _drop(admin, name)
 
 
 @pytest.fixture
@@ -138,26 +136,6 @@ def _administrator() -> psycopg.Connection:
 
 def _url_of(name: str) -> str:
     return libpq_url(make_url(POSTGRES).set(database=name))
-
-
-_drops: list[psycopg.Connection] = []
-
-
-def _begin_drop(admin: psycopg.Connection, name: str) -> None:
-    """Ask for it without waiting: a drop waits for the disk, the next test need not."""
-    admin.pgconn.send_query(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)).as_bytes(admin))
-    _drops.append(admin)
-
-
-def _end_drops(*, wait: bool) -> None:
-    """See to the drops that have ended, or to all."""
-    for admin in list(_drops):
-        admin.pgconn.consume_input()
-        if wait or not admin.pgconn.is_busy():
-            _drops.remove(admin)
-            ended = admin.pgconn.get_result()
-            assert ended is not None and ended.status == psycopg.pq.ExecStatus.COMMAND_OK, ended
-            admin.close()
 
 
 def _drop(admin: psycopg.Connection, name: str) -> None:

@@ -6,8 +6,6 @@ they are in; so an orphan is found also when it has left its parent's session, a
 
 from __future__ import annotations
 
-import atexit
-import functools
 import os
 import secrets
 import signal
@@ -22,7 +20,6 @@ from typing import Self
 
 from runtime.children import birth_of
 from tests.support.waiting import wait_until
-from tests.support.warm_processes import Forking
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STOKER = Path(sys.executable).parent / "stoker"
@@ -103,28 +100,17 @@ class Command:
 def stoker(
     *arguments: str | Path, env: Mapping[str, str], stdin: str | None = None, timeout_s: float = COMMAND_S
 ) -> subprocess.CompletedProcess[str]:
-    """Run `stoker …` to its end; without stdin it is forked from a process that has loaded it."""
-    command = [str(argument) for argument in arguments]
-    env = {**clean_environment(), **env}
-    if stdin is None:
-        return _forking().run(command, env=env, timeout_s=timeout_s)
+    """Run `stoker …` to its end."""
     return subprocess.run(
-        [str(STOKER), *command],
+        [str(STOKER), *(str(argument) for argument in arguments)],
         cwd=REPOSITORY,
-        input=stdin,
-        env=env,
+        input=stdin or "",
+        env={**clean_environment(), **env},
         text=True,
         capture_output=True,
         check=False,
         timeout=timeout_s,
     )
-
-
-@functools.cache
-def _forking() -> Forking:
-    forking = Forking("scripts.stoker:main", program=STOKER, folder=REPOSITORY, env=clean_environment())
-    atexit.register(forking.close)
-    return forking
 
 
 class WorkerProcess:

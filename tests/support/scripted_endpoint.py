@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import atexit
-import functools
 import os
+import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -35,10 +35,8 @@ import uvloop
 from aiohttp import web
 
 from tests.support.scripted_server import Script
-from tests.support.warm_processes import Forking
 
 START_TIMEOUT_S = 20.0
-REPOSITORY = Path(__file__).parents[2]
 
 
 class ScriptedEndpoint:
@@ -75,7 +73,9 @@ class ScriptedEndpoint:
         """Start the server; after `kill` at the same address, its memory and orders gone."""
         self._port_file.unlink(missing_ok=True)
         self._socket.unlink(missing_ok=True)
-        self._process = _forking().start([*self._flags, "--port", str(self.port)], env=os.environ)
+        command = [sys.executable, "-m", "tests.support.scripted_endpoint", *self._flags]
+        command += ["--port", str(self.port)]
+        self._process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
         end = time.monotonic() + START_TIMEOUT_S
         while not self._port_file.exists():
             if self._process.poll() is not None or time.monotonic() > end:
@@ -126,14 +126,6 @@ class ScriptedEndpoint:
             return answer
 
 
-@functools.cache
-def _forking() -> Forking:
-    program = REPOSITORY / "scripted_endpoint"
-    forking = Forking("tests.support.scripted_endpoint:main", program=program, folder=REPOSITORY, env=os.environ)
-    atexit.register(forking.close)
-    return forking
-
-
 class Calls(msgspec.Struct, frozen=True):
     """`count` requests came; `prompts` says how often each text did, `paths` how often each path.
 
@@ -161,7 +153,7 @@ async def _serve_forever(options: argparse.Namespace) -> None:
         new = options.port_file.with_suffix(".new")
         new.write_text(str(listener.sockets[0].getsockname()[1]))
         new.replace(options.port_file)
-    while options.exit_with is None or Path(f"/proc/{options.exit_with}").exists():
+    while options.exit_with in {None, os.getppid()}:
         await asyncio.sleep(0.5)
 
 
@@ -176,7 +168,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=0, help="requests served at once; 0: all")
     parser.add_argument("--api-key")
     parser.add_argument("--without-health", action="store_true", help="as servers that have no /health")
-    parser.add_argument("--exit-with", type=int, metavar="PID", help="end when this process has ended")
+    parser.add_argument("--exit-with", type=int, metavar="PID", help="end when this parent has ended")
     uvloop.run(_serve_forever(parser.parse_args()))
 
 
