@@ -24,6 +24,7 @@ from runtime.logs import get_logger
 
 log = get_logger(__name__)
 
+UPLOADS: Final = "/v1/files"  # have a limit of their own
 _HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -31,7 +32,7 @@ _HEADERS: Final = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
-_API_HEADERS: Final = {
+_V1_HEADERS: Final = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
@@ -59,11 +60,10 @@ def create_app(gateway: Gateway) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
-        max_body_size=gateway.settings.gateway.request_bytes,
     )
     app.state.gateway = gateway
     for router in (files.router, batches.router, inspection.router, page.page_router()):
-        app.include_router(router)
+        app.include_router(router, max_body_size=gateway.settings.gateway.request_bytes)
     app.get("/healthz", include_in_schema=False)(_healthz)
     app.add_exception_handler(ApiError, _answer)
     app.add_exception_handler(NotFound, _answer)
@@ -71,7 +71,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _answer)
     app.add_exception_handler(HTTPException, _answer)
     app.add_exception_handler(Exception, _answer)
-    app.add_middleware(WithHeaders)
+    app.add_middleware(WithHeaders, most_bytes=gateway.settings.gateway.request_bytes)
     return app
 
 
@@ -82,10 +82,10 @@ def _healthz(request: Request) -> dict[str, str]:
 
 
 class WithHeaders:
-    """Every answer says what browsers may do with it: nothing but show it."""
+    """Every answer says what browsers may do with it: nothing but show it. A body that is too large ends here."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, *, most_bytes: int) -> None:
+        self._app, self._most_bytes = app, most_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on; what an answer states itself stays."""
@@ -95,7 +95,7 @@ class WithHeaders:
         wanted = {
             **_HEADERS,
             "X-Request-Id": f"req_{uuid4().hex}",
-            **(_API_HEADERS if scope["path"].startswith("/v1/") else {}),
+            **(_V1_HEADERS if scope["path"].startswith("/v1/") else {}),
         }
 
         async def send_with_headers(message: Message) -> None:
@@ -105,12 +105,19 @@ class WithHeaders:
                     headers.setdefault(name, value)
             await send(message)
 
+        stated = dict(scope["headers"]).get(b"content-length", b"0")
+        if stated.isdigit() and int(stated) > self._most_bytes and scope["path"] != UPLOADS:
+            shown = _too_large(self._most_bytes)
+            await JSONResponse(shown.answer.model_dump(), status_code=413)(scope, receive, send_with_headers)
+            return
         await self._app(scope, receive, send_with_headers)
 
 
 async def _answer(request: Request, error: Exception) -> JSONResponse:
     """The one place that turns errors into answers."""
     shown = _as_api_error(error)
+    if shown.status_code == 413 and not isinstance(error, ApiError):
+        shown = _too_large(request.app.state.gateway.settings.gateway.request_bytes)
     if shown.status_code == 405:
         shown.headers = {"Allow": _methods_of(request)}
     if shown.status_code == 500:
@@ -134,6 +141,12 @@ def _as_api_error(error: Exception) -> ApiError:
     return ApiError(500, "a defect of ours; it is in the gateway's log", kind="server_error", code="internal_error")
 
 
+def _too_large(most_bytes: int) -> ApiError:
+    return ApiError(
+        413, f"a body may have {most_bytes:,} bytes (STOKER_GATEWAY__REQUEST_BYTES); send less", code="body_too_large"
+    )
+
+
 def _methods_of(request: Request) -> str:
     """What the path knows: Starlette names the methods of the first of its routes only."""
     asked = request.url.path.split("/")
@@ -150,6 +163,8 @@ def _invalid(error: RequestValidationError) -> ApiError:
     if first["loc"][0] == "path" and str(first["loc"][1]).endswith("_id"):
         return not_found(f"{str(first['loc'][1]).removesuffix('_id')} of this id")
     place = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
+    if first["type"] in ("model_attributes_type", "dict_type") and not place:
+        return ApiError(400, "the body is no JSON object; send one, with `Content-Type: application/json`")
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no valid JSON: {first.get('ctx', {}).get('error', '')}", code="invalid_json")
     field = ".".join(place) or None
@@ -157,4 +172,9 @@ def _invalid(error: RequestValidationError) -> ApiError:
 
 
 def _said(fault: Any) -> str:
+    if fault["type"] == "extra_forbidden":
+        return "is unknown; docs/gateway.md and /openapi.json have the names that are known"
+    if fault["type"] == "string_pattern_mismatch":
+        is_window = fault["loc"][-1] == "completion_window"
+        return "write 90m, 24h or 7d" if is_window else "is not of the form that /openapi.json says"
     return str(fault["msg"]).removeprefix("Value error, ")

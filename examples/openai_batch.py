@@ -1,6 +1,7 @@
 """The official client against a gateway of `make up`, from upload to results: python examples/openai_batch.py
 
-It needs `pip install openai`; the address and the key are those that `make up` says.
+It needs `pip install openai`, and the key that `make up` wrote into a file, which it names:
+OPENAI_API_KEY=$(cat /var/lib/stoker/key) python examples/openai_batch.py
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ ENDED = {"completed", "failed", "expired", "cancelled"}
 
 def main() -> None:
     """Upload the examples, run them as a batch, print what came."""
+    if "OPENAI_API_KEY" not in os.environ:
+        sys.exit("set OPENAI_API_KEY to the key that `make up` wrote into the file it names")
     client = OpenAI(
-        base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8080/v1"), api_key=os.environ["OPENAI_API_KEY"]
+        base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8080/v1"), api_key=os.environ.get("OPENAI_API_KEY")
     )
     with PROMPTS.open("rb") as prompts:
         file = client.files.create(file=prompts, purpose="batch")

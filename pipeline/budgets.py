@@ -320,12 +320,12 @@ class Funds:
 
     def _refusal(self, bound: int, budget: HeldBudget) -> str:
         name = f"the {budget.period} budget of key {budget.key_id}"
-        remedy = f"raise it with `stoker keys limit {budget.key_id} --{budget.period}-tokens N`"
+        remedy = f"raise it with `stoker keys limit {budget.key_id} --tokens-per-{budget.period} N`"
         if budget.period is BudgetPeriod.BATCH:
             name, remedy = "the batch's budget", "a new batch has one of its own"
         return (
             f"may take up to {bound:,} tokens, but {name} has {max(0, budget.unspent):,} left of {budget.cap:,} "
-            f"({budget.spent:,} spent); {remedy}, then `stoker retry {batch_name(self._claim.batch_id)}`"
+            f"({budget.spent:,} spent); {remedy}, then retry {batch_name(self._claim.batch_id)}"
         )
 
 

@@ -49,7 +49,10 @@ def find_made_file(database: Database, name: str, *, tenant: str, after_line: in
         return None
     batch_id, part = named
     with database.transaction() as session:
-        progress = batch_progress(session, batch_id, tenant=tenant)
+        try:
+            progress = batch_progress(session, batch_id, tenant=tenant)
+        except NotFound as error:
+            raise NotFound(f"no file {name}") from error
         if part is Part.INPUT:
             if progress.input_file_id is not None:
                 raise NotFound(f"no file {name}")

@@ -73,7 +73,8 @@ def check_url(url: str, settings: Settings) -> str | None:
     if settings.gateway.webhook_private:
         return None
     if target.scheme != "https":
-        return f"{shown(target)} is not https, over which webhooks go (STOKER_GATEWAY__WEBHOOK_PRIVATE); use https"
+        remedy = "use https, or run the gateway with STOKER_GATEWAY__WEBHOOK_PRIVATE=true"
+        return f"{shown(target)} is not https, over which webhooks go; {remedy}"
     address = stated_address(target)
     if address is not None and not is_public(address):
         return f"{shown(target)} is at no public address; {_errand(settings, TRY_S).instead}"

@@ -114,7 +114,10 @@ class LocalProcess:
     def expect_alive(self) -> None:
         """Raise ServiceUnreachable with the end of its log if it has ended."""
         if self.process.poll() is not None:
-            raise ServiceUnreachable(f"the {self.what} has ended; the end of {self.log}:\n{_tail(self.log)}")
+            raise ServiceUnreachable(
+                f"the {self.what} has ended (status {self.process.returncode}); start again, batches go on; "
+                f"the end of {self.log}:\n{_tail(self.log)}"
+            )
 
 
 @contextmanager

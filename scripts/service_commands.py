@@ -112,6 +112,9 @@ def gateway(settings: Settings) -> None:
     """
     if not has_gateway_parts():
         raise BadInput("the gateway's libraries are missing: pip install 'stoker[gateway]'")
+    host, port = settings.gateway.host, settings.gateway.port
+    if port and is_answering(host, port):
+        raise BadInput(f"port {port} of {host} is taken: set STOKER_GATEWAY__PORT to another")
     environment = gateway_environment(connected(settings))
     os.execve(sys.executable, [sys.executable, "-m", "api.server"], environment)  # noqa: S606
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ PLAIN_LINE_EVERY_S = 5.0
 
 stderr = Console(stderr=True, highlight=False, emoji=False)
 stdout = Console(highlight=False, emoji=False)
+WIDE = 1000
 
 
 def say(message: str) -> None:
@@ -50,6 +52,8 @@ def emit_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
         table.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
+    if not stdout.is_terminal and "COLUMNS" not in os.environ:
+        stdout.width = WIDE  # a program reads it: nothing is folded
     stdout.print(table)
 
 

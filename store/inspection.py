@@ -17,6 +17,7 @@ from uuid import UUID
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
+from models.names import batch_name
 from models.states import Outcome, Source
 from runtime.errors import NotFound
 
@@ -322,7 +323,7 @@ def _sizes(session: Session, batch_id: UUID, *, tenant: str) -> tuple[int, int]:
         {"id": batch_id, "tenant": tenant},
     ).one_or_none()
     if row is None:
-        raise NotFound(f"no batch {batch_id}")
+        raise NotFound(f"no {batch_name(batch_id)}")
     return row[0], row[1]
 
 

@@ -33,7 +33,7 @@ export function open(root) {
 
 function content(budgets) {
   if (!budgets.length) {
-    return empty("No budget", "Keys and batches take as many tokens as they like. A key can have a budget for a day or a month, a batch one of its own; what is beyond ends as budget_exceeded.",
+    return empty("No budget holds now", "No living key has one, and no batch that runs. A key can have a budget for a day or a month, a batch one of its own; what is beyond ends as budget_exceeded.",
       "stoker keys create --name nightly --tokens-per-day 20000000");
   }
   return [

@@ -101,7 +101,7 @@ export function chart(buckets) {
   const [first, last] = [buckets[0].at - width, buckets.at(-1).at];
   const each = 600 / buckets.length;
   return h("figure", { class: "chart" },
-    h("figcaption", null, `Results over time${width ? `, each bar ${duration(width)}` : ""}; at most ${count(most)} in one`),
+    h("figcaption", null, `Results over time${width >= 0.1 ? `, each bar ${duration(width)}` : ""}; at most ${count(most)} in one`),
     h("svg", {
       viewBox: "0 0 600 90", preserveAspectRatio: "none", role: "img",
       "aria-label": `${counted(all, "result")} from ${clock(first)} to ${clock(last)}, ${count(failed)} of them failed`,

@@ -394,7 +394,7 @@ def test_one_attempt_spends_a_budget_to_its_end_and_says_which_and_what_to_do(
     assert child.feed().jobs == 80
     assert 0 < len(refused(database, batch_id)) < 80
     message = results_of(database, batch_id)[refused(database, batch_id)[0]].error_message or ""
-    assert f"the day budget of key {KEY} has" in message and f"stoker keys limit {KEY} --day-tokens N" in message
+    assert f"the day budget of key {KEY} has" in message and f"stoker keys limit {KEY} --tokens-per-day N" in message
     assert taken_by(database, batch_id) <= 900
     with database.transaction() as session:
         (report,) = budgets_of(session, "local")
