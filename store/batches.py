@@ -361,7 +361,9 @@ def _requeue_missing(session: Session, batch_id: UUID) -> int:
         [{"id": batch_id, "seqs": part} for part in parts],
     )
     session.execute(
-        text("UPDATE batches SET state = 'in_progress', finalizing_at = NULL, shards_left = :n WHERE id = :id"),
+        text(
+            "UPDATE batches SET state = 'in_progress', finalizing_at = NULL, shards_left = :n, sums = NULL WHERE id = :id"
+        ),
         {"id": batch_id, "n": len(parts)},
     )
     return len(missing)
