@@ -362,7 +362,8 @@ def _requeue_missing(session: Session, batch_id: UUID) -> int:
     )
     session.execute(
         text(
-            "UPDATE batches SET state = 'in_progress', finalizing_at = NULL, shards_left = :n, sums = NULL WHERE id = :id"
+            "UPDATE batches SET state = 'in_progress', finalizing_at = NULL, shards_left = :n, sums = NULL "
+            "WHERE id = :id"
         ),
         {"id": batch_id, "n": len(parts)},
     )
