@@ -44,10 +44,10 @@ def test_a_budget_that_is_met_ends_a_batch_cleanly_though_a_worker_is_killed(
         assert submitted.returncode == 0, submitted.stderr
         batch = submitted.stdout.strip()
         wait_until(lambda: results_in(postgres_url) >= 20, 30, "the batch is in its middle")
+        wait_until(lambda: figures_in(postgres_url)["reserved"] > 0, 30, "tokens are reserved")
         for process in killed.processes():
             os.kill(process.pid, signal.SIGKILL)
         wait_until(lambda: not killed.processes(), 5, "all of it is gone")
-    assert figures_in(postgres_url)["reserved"] > 0, "until its leases are over"
     with WorkerProcess("next", env=env, folder=tmp_path):
         wait_until(lambda: figures_in(postgres_url)["state"] == "completed", 60, "the batch has ended")
         found = figures_in(postgres_url)
