@@ -7,21 +7,22 @@ from datetime import timedelta
 from typing import Annotated, Final
 from uuid import UUID
 
-from fastapi import APIRouter, Header, Path, Query, Request
+from fastapi import APIRouter, Header, Query, Request
 
 from api.auth import KeyedRoute, Principal, Reader, Submitter
 from api.errors import ApiError, links, refusals
 from api.files import listing
-from api.gateway import Gateway, gateway_of
-from api.objects import BatchObject, Listing, batch_object
+from api.gateway import gateway_of
+from api.objects import BATCH_ID, BatchId, BatchObject, Listing, batch_object
 from models.batch_requests import CreateBatch
+from models.names import batch_hex
 from models.states import Purpose
 from pipeline.again import retry_batch
 from pipeline.cutting import for_workers
+from pipeline.serving import live_workers
 from pipeline.webhooks import check_url
 from runtime.clock import uuid7
-from runtime.errors import BadInput, ServiceUnreachable
-from runtime.settings import Settings
+from runtime.errors import BadInput
 from store.batches import BatchProgress, batch_progress, latest_batches, request_cancel, resume
 from store.budgets import open_batch_budget
 from store.database import Session
@@ -33,7 +34,6 @@ router = APIRouter(prefix="/v1/batches", tags=["batches"], route_class=KeyedRout
 
 REPEATED_FOR: Final = timedelta(minutes=10)  # a client that says it repeats itself gets the batch of the first time
 KEY_HELD_FOR: Final = timedelta(hours=24)
-BatchId = Annotated[str, Path(pattern="^batch_[0-9a-f]{32}$")]
 _LINKS: Final = links(
     retrieve_batch="batch_id",
     cancel_batch="batch_id",
@@ -88,7 +88,7 @@ def list_all_batches(
     request: Request,
     principal: Reader,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    after: Annotated[str | None, Query(pattern="^batch_[0-9a-f]{32}$")] = None,
+    after: Annotated[str | None, Query(pattern=BATCH_ID)] = None,
 ) -> Listing[BatchObject]:
     """The tenant's batches, newest first; `after` is a batch's id."""
     with gateway_of(request).database.transaction() as session:
@@ -135,7 +135,7 @@ def retry_failed_lines(request: Request, principal: Submitter, batch_id: BatchId
         made = retry_batch(
             gateway.database,
             earlier.id,
-            settings=_for_workers(gateway),
+            settings=for_workers(gateway.settings, live_workers(gateway.board)),
             reuse=True,
             tenant=principal.tenant,
             key_id=principal.key_id,
@@ -193,16 +193,8 @@ def _again(earlier: BatchProgress, *, window_s: float) -> dict[str, object]:
     return asked
 
 
-def _for_workers(gateway: Gateway) -> Settings:
-    try:
-        workers = gateway.board.workers()
-    except ServiceUnreachable:
-        workers = []
-    return for_workers(gateway.settings, workers)
-
-
 def _found(session: Session, name: str, principal: Principal) -> BatchProgress:
-    return batch_progress(session, UUID(name.removeprefix("batch_")), tenant=principal.tenant)
+    return batch_progress(session, UUID(batch_hex(name)), tenant=principal.tenant)
 
 
 def _ended(message: str) -> ApiError:

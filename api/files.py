@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import timedelta
+from itertools import chain
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Path, Query, Request, Response
@@ -290,12 +291,7 @@ def _streamed(content: Iterator[bytes], headers: dict[str, str], filename: str) 
     safe = safe.encode("ascii", "replace").decode().replace("?", "_")
     first = next(content, b"")  # before the answer's head: what cannot be read is an error, not half a body
     disposition = {"Content-Disposition": f'attachment; filename="{safe}"'}
-    return StreamingResponse(_from(first, content), media_type=BYTES, headers={**headers, **disposition})
-
-
-def _from(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    yield first
-    yield from rest
+    return StreamingResponse(chain([first], content), media_type=BYTES, headers={**headers, **disposition})
 
 
 def _estimate(found: FileEstimate | None, refused: InvalidFile | None = None) -> Estimate:
@@ -306,6 +302,6 @@ def _estimate(found: FileEstimate | None, refused: InvalidFile | None = None) ->
         most_output_tokens=found.output_tokens if found else 0,
         endpoint=found.endpoint if found else None,
         models=found.models if found else {},
-        problems=[{"code": one.code, "message": one.message, "param": one.field, "line": one.line} for one in problems],
+        problems=[one.members() for one in problems],
         problem_count=0 if refused is None else refused.total,
     )

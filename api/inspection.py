@@ -31,7 +31,9 @@ from api.inspected import (
     job_list,
     worker_object,
 )
+from api.objects import BatchId
 from api.remembered import Remembered
+from models.names import batch_hex
 from pipeline.namespace_figures import bounds_of, certificates, figures_of
 from store.batches import batch_progress
 from store.budgets import budgets_of, budgets_of_batch
@@ -48,7 +50,6 @@ router = APIRouter(prefix="/v1/stoker", tags=["stoker"], route_class=KeyedRoute)
 MOST_LISTED: Final = 200
 MOST_LINES: Final = 2_147_483_647
 _LOOKED_THROUGH: Final = Remembered[LookedThrough](most=256)
-BatchId = Annotated[str, Path(pattern="^batch_[0-9a-f]{32}$")]
 
 
 @router.get("/me", responses=refusals())
@@ -153,4 +154,4 @@ def list_deliveries(request: Request, principal: Reader) -> All[DeliveryObject]:
 
 
 def _read(batch_id: str) -> UUID:
-    return UUID(batch_id.removeprefix("batch_"))
+    return UUID(batch_hex(batch_id))

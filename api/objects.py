@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Final, Generic, Literal, TypeVar
 
+from fastapi import Path
 from pydantic import BaseModel, Field
 
-from models.file_names import made_name
+from models.file_names import made_filename, made_name
 from models.names import batch_name
 from models.states import BatchState, CacheMode, Ending, JobOrder, Part, Priority, Purpose
 from pipeline.made_files import MadeFile
@@ -15,6 +16,8 @@ from store.batches import BatchProgress
 from store.files import FileEntry
 
 Object = TypeVar("Object", bound=BaseModel)
+BATCH_ID: Final = "^batch_[0-9a-f]{32}$"
+BatchId = Annotated[str, Path(pattern=BATCH_ID)]
 
 
 class FileExtras(BaseModel):
@@ -200,7 +203,7 @@ def made_file_object(file: MadeFile) -> FileObject:
         id=file.id,
         bytes=0,
         created_at=unix(progress.created_at),
-        filename=f"{batch_name(progress.id)}_{file.part.value}.jsonl",
+        filename=made_filename(progress.id, file.part),
         purpose=Purpose.BATCH if is_input else Purpose.BATCH_OUTPUT,
         status="processed" if is_input else "uploaded",
         status_details="made of the batch's jobs while it is read: its bytes are not counted"

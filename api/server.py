@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,8 +13,8 @@ import uvicorn
 from api.app import create_app
 from api.gateway import Gateway
 from api.uploads import UploadSlots
-from runtime.children import spawn, stop
 from runtime.errors import BadInput, StokerError
+from runtime.kept_process import KeptProcess
 from runtime.logs import configure_logs, get_logger
 from runtime.settings import Settings, load_settings
 from store.blobs import Blobs
@@ -28,7 +27,6 @@ log = get_logger(__name__)
 EXIT_USAGE, EXIT_UNREACHABLE = 2, 3
 GRACE_S = 30
 IDLE_S = 75  # longer than proxies keep a connection, so that they end it and not we
-RESTART_S = 1.0
 
 
 def open_gateway(settings: Settings, stack: ExitStack) -> Gateway:
@@ -58,29 +56,6 @@ def files_url(settings: Settings) -> str:
     return str(Path(settings.home) / "files")
 
 
-class ValidatorThread(threading.Thread):
-    """Keeps one validator process running: starts it again when it dies. It dies with this thread."""
-
-    def __init__(self) -> None:
-        super().__init__(name="validator-watch", daemon=True)
-        self._stop_wanted = threading.Event()
-
-    def run(self) -> None:
-        while not self._stop_wanted.is_set():
-            child = spawn([sys.executable, "-m", "api.validator"], env=dict(os.environ), log=None, session=True)
-            while child.poll() is None and not self._stop_wanted.wait(RESTART_S):
-                pass
-            if self._stop_wanted.is_set():
-                stop(child, grace_s=GRACE_S)
-            else:
-                log.error("validator_restarts", status=child.returncode)
-
-    def stop(self) -> None:
-        """End the process and the thread."""
-        self._stop_wanted.set()
-        self.join()
-
-
 def main() -> None:
     """Serve until SIGTERM or SIGINT; requests under way may end. An expected error is one line and an exit code."""
     try:
@@ -96,7 +71,7 @@ def _serve() -> None:
     with ExitStack() as stack:
         app = create_app(open_gateway(settings, stack))
         for _ in range(settings.gateway.validators):
-            validator = ValidatorThread()
+            validator = KeptProcess("api.validator", name="validator", env=os.environ, grace_s=GRACE_S)
             validator.start()
             stack.callback(validator.stop)
         for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again once it has ended; then we clean up

@@ -31,9 +31,8 @@ from benchmarks.rows import Row, at_most, bold
 from benchmarks.submit_files import MODEL, fill_results
 from models.states import Scope
 from pipeline.keys import issue_key
-from scripts.local import is_answering
+from scripts.embedded import is_answering
 from store.database import Database
-from store.files import add_results
 from store.schema import migrate
 from tests.support.gateway_process import GatewayProcess
 from tests.support.own_services import OwnPostgres, OwnRedis, free_port, server_folder
@@ -119,7 +118,7 @@ def running() -> Iterator[Parts]:
             small = write_batch(folder / "small.jsonl", SMALL_LINES, model=MODEL)
             batches = [asyncio.run(batch_of(replace(load, file=str(small)))) for _ in range(SMALL_BATCHES)]
             ended = asyncio.run(batch_of(load))
-            _end(database, postgres.url, UUID(ended["id"].removeprefix("batch_")))
+            fill_results(postgres.url, UUID(ended["id"].removeprefix("batch_")))
             (folder / "shown.json").write_text(json.dumps(batches))
             load = replace(
                 load, batches=[one["id"] for one in [*batches, ended]], output=ended["stoker"]["output_file_id"]
@@ -230,13 +229,6 @@ def _loaded(load: Load) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.gateway_load", json.dumps(asdict(load))]
     done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, check=True)
     return dict(json.loads(done.stdout))
-
-
-def _end(database: Database, url: str, batch_id: UUID) -> None:
-    """Give the batch its results, and what belongs to an end that downloads ask for."""
-    fill_results(url, batch_id)
-    with database.transaction() as session:
-        add_results(session, batch_id)
 
 
 @contextmanager

@@ -11,6 +11,8 @@ import psycopg
 
 from benchmarks.batch_lines import bodies, custom_id, line
 from benchmarks.submit_sides import ROWS_A_TRANSACTION
+from store.batches import finish
+from store.database import Database
 
 MODEL = "smollm2-135m"
 BLOCK_BYTES = 256 * 1024
@@ -56,17 +58,18 @@ def write_files(folder: Path, lines: int) -> dict[str, Path]:
 
 
 def fill_results(url: str, batch_id: UUID) -> None:
-    """Give every job of a batch a result, by one statement, and end the batch."""
+    """Give every job of a batch a result, by one statement, and end the batch as the leader does."""
     json.loads(RESPONSE)  # what is stored must be JSON
     with psycopg.connect(url) as connection:
         connection.execute(FILL, (RESPONSE, batch_id))
         connection.execute(
             "UPDATE shards SET state = 'done', done = cardinality(seqs) WHERE batch_id = %s", (batch_id,)
         )
-        connection.execute(
-            "UPDATE batches SET state = 'completed', shards_left = 0, ended_at = clock_timestamp() WHERE id = %s",
-            (batch_id,),
-        )
+        connection.execute("UPDATE batches SET state = 'finalizing', shards_left = 0 WHERE id = %s", (batch_id,))
+    database = Database(url, pool_size=1)
+    with database.transaction() as session:
+        finish(session, batch_id)
+    database.close()
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("VACUUM (ANALYZE) jobs, results, shards, batches")
         connection.execute("CHECKPOINT")

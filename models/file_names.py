@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from uuid import UUID
 
+from models.names import batch_name
 from models.states import Part
 
 _UPLOAD = re.compile(r"file-[0-9a-f]{32}")
@@ -24,6 +25,11 @@ def is_upload(name: str) -> bool:
 def made_name(batch_id: UUID, part: Part) -> str:
     """The id of the file with this part of a batch, known before it is complete."""
     return f"file-{batch_id.hex}-{part.value}"
+
+
+def made_filename(batch_id: UUID, part: Part) -> str:
+    """What that file is called where it is saved."""
+    return f"{batch_name(batch_id)}_{part.value}.jsonl"
 
 
 def read_made_name(name: str) -> tuple[UUID, Part] | None:

@@ -18,6 +18,7 @@ from models.states import CacheMode
 from pipeline.begin import LEASE
 from pipeline.cutting import for_workers
 from pipeline.made_files import count_next
+from pipeline.serving import live_workers, served_models
 from pipeline.submit import fill_held
 from pipeline.webhooks import deliver_due
 from runtime.errors import BadInput, BlobGone, InvalidFile, LostFence, Problem, ServiceUnreachable
@@ -27,7 +28,7 @@ from store.blobs import UNFINISHED, Blobs
 from store.database import Database
 from store.files import forget_file, gone_blobs, unknown_blobs
 from store.notifications import VALIDATE_CHANNEL, listening, wait_for_news
-from store.presence import PresenceBoard, WorkerPresence
+from store.presence import PresenceBoard
 from store.submissions import NewBatch
 from store.validating import Validating, claim_validating, end_cancelled, put_back, refuse
 
@@ -153,7 +154,7 @@ def _problems(
     if held.tries > MOST_TRIES:
         return [Problem(None, "internal_error", None, f"it could not be read in {MOST_TRIES} tries; upload it again")]
     asked = CreateBatch.model_validate(held.request)
-    workers, options = _workers(board), submit_options(asked, settings)
+    workers, options = live_workers(board), submit_options(asked, settings)
     try:
         with blobs.local_copy(held.input_file_id) as path:
             filled = fill_held(
@@ -162,7 +163,7 @@ def _problems(
                 _new_batch(held, asked, options),
                 options=options,
                 settings=for_workers(settings, workers),
-                served_models=frozenset(name for worker in workers for name in worker.models) if workers else None,
+                served_models=served_models(workers),
                 order=asked.extras.order,
                 go_on=go_on,
             )
@@ -220,15 +221,6 @@ def _new_batch(held: Validating, asked: CreateBatch, options: SubmitOptions) -> 
         weight=asked.extras.weight,
         fence=held.fence,
     )
-
-
-def _workers(board: PresenceBoard) -> list[WorkerPresence]:
-    """The live workers; none while Redis is away: models are checked when a worker runs the jobs."""
-    try:
-        return board.workers()
-    except ServiceUnreachable as error:
-        log.warning("presence_unknown", error=str(error))
-        return []
 
 
 def _listed(error: InvalidFile) -> list[Problem]:

@@ -43,6 +43,10 @@ class Problem:
     field: str | None
     message: str
 
+    def members(self) -> dict[str, str | int | None]:
+        """As the batch contract lists it among a batch's errors."""
+        return {"code": self.code, "message": self.message, "param": self.field, "line": self.line}
+
     def __str__(self) -> str:
         place = "file" if self.line is None else f"line {self.line}"
         return f"{place}: {self.field + ': ' if self.field else ''}{self.message} [{self.code}]"

@@ -302,7 +302,7 @@ def _start_chroma(*, place: _Home, running: ExitStack) -> str:
     command = [str(program), "run", "--path", str(folder), "--host", "127.0.0.1", "--port", str(port)]
     ours = dataclasses.replace(place, account=None)
     child = _serve("chroma", command=command, place=ours, running=running, stop_signal=signal.SIGTERM)
-    _wait("chroma", child=child, is_ready=lambda: _accepts(port), place=place)
+    _wait("chroma", child=child, is_ready=lambda: is_answering("127.0.0.1", port), place=place)
     return f"http://127.0.0.1:{port}"
 
 
@@ -374,9 +374,10 @@ def _pongs(address: Path) -> bool:
             return False
 
 
-def _accepts(port: int) -> bool:
+def is_answering(host: str, port: int) -> bool:
+    """Whether somebody listens there."""
     try:
-        socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
+        socket.create_connection((host, port), timeout=1.0).close()
     except OSError:
         return False
     return True

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from typing import Literal
 from runtime.children import birth_of, spawn, stop
 from runtime.errors import BadInput, ServiceUnreachable
 from runtime.settings import Settings, environment_of
-from scripts.embedded import default_home, embedded_services
+from scripts.embedded import default_home, embedded_services, is_answering
 from scripts.terminal import bar
 from store.database import Database
 from store.presence import PresenceBoard
@@ -176,15 +175,6 @@ def local_gateway(settings: Settings) -> Iterator[LocalProcess]:
         yield gateway
     finally:
         stop(child, grace_s=STOP_MARGIN_S)
-
-
-def is_answering(host: str, port: int) -> bool:
-    """Whether somebody listens there."""
-    try:
-        socket.create_connection((host, port), timeout=1.0).close()
-    except OSError:
-        return False
-    return True
 
 
 def ensure_node(settings: Settings, stack: ExitStack, node: Node) -> LocalProcess | None:

@@ -16,6 +16,7 @@ from pipeline.keys import ensure_first_key
 from runtime.errors import BadInput
 from runtime.logs import configure_logs
 from runtime.settings import Settings, environment_of
+from scripts.embedded import is_answering
 from scripts.local import (
     LocalProcess,
     connected,
@@ -24,7 +25,6 @@ from scripts.local import (
     has_reading_parts,
     has_semantic_parts,
     home_of,
-    is_answering,
     local_gateway,
     local_services,
     local_worker,

@@ -18,6 +18,7 @@ from models.names import batch_name
 from models.states import CacheMode, JobOrder, Priority
 from pipeline.again import retry_batch
 from pipeline.cutting import for_workers
+from pipeline.serving import served_models
 from pipeline.submit import Submitted, Wishes, dry_run, submit_file
 from runtime.settings import LEAST_WEIGHT, MOST_WEIGHT, Settings
 from scripts.local import connected, ensure_node, local_services, prepare_schema
@@ -386,7 +387,7 @@ def _submit(
     report: SkippedLines | None = None,
 ) -> Submitted:
     workers = _workers(settings)
-    served = _models_of(workers)
+    served = served_models(workers)
     if served is None:
         say("no worker is live: model names are checked when one runs the jobs")
     with ExitStack() as stack:
@@ -445,11 +446,6 @@ def _workers(settings: Settings) -> list[WorkerPresence]:
         return board.workers()
     finally:
         board.close()
-
-
-def _models_of(workers: Sequence[WorkerPresence]) -> frozenset[str] | None:
-    # One queue feeds all workers: only what every one of them serves is sure to be answered.
-    return frozenset.intersection(*(frozenset(worker.models) for worker in workers)) if workers else None
 
 
 @contextmanager

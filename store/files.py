@@ -12,6 +12,7 @@ from uuid import UUID
 from sqlalchemy import insert, text
 from sqlalchemy.orm import Session
 
+from models.file_names import made_filename, made_name
 from models.gateway_rows import StoredFile
 from models.states import Part, Purpose
 from runtime.errors import NotFound
@@ -144,15 +145,21 @@ def add_results(session: Session, batch_id: UUID) -> None:
     session.execute(
         text("""
         INSERT INTO files (id, tenant, purpose, filename, batch_id, part, expires_at)
-        SELECT 'file-' || replace(CAST(b.id AS text), '-', '') || '-' || p.part, b.tenant, 'batch_output',
-            'batch_' || replace(CAST(b.id AS text), '-', '') || '_' || p.part || '.jsonl', b.id, p.part,
+        SELECT p.id, b.tenant, 'batch_output', p.filename, b.id, p.part,
             clock_timestamp() + make_interval(secs => CAST(b.request -> 'output_expires_after' ->> 'seconds' AS float8))
         FROM batches b CROSS JOIN LATERAL (
-            SELECT sum(failed) AS failed, sum(done + followers) AS done FROM shards WHERE batch_id = b.id) s
-        CROSS JOIN LATERAL (VALUES ('output', s.done - s.failed), ('errors', s.failed)) AS p (part, lines)
+            SELECT CAST(b.sums ->> 'done' AS int8) AS done, CAST(b.sums ->> 'failed' AS int8) AS failed) s
+        CROSS JOIN LATERAL (VALUES (:output, :output_name, 'output', s.done - s.failed),
+            (:errors, :errors_name, 'errors', s.failed)) AS p (id, filename, part, lines)
         WHERE b.id = :id AND p.lines > 0
         ON CONFLICT DO NOTHING"""),
-        {"id": batch_id},
+        {
+            "id": batch_id,
+            "output": made_name(batch_id, Part.OUTPUT),
+            "output_name": made_filename(batch_id, Part.OUTPUT),
+            "errors": made_name(batch_id, Part.ERRORS),
+            "errors_name": made_filename(batch_id, Part.ERRORS),
+        },
     )
 
 

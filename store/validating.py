@@ -140,11 +140,8 @@ def put_back(session: Session, held: Validating, *, wait: timedelta, is_tried: b
 
 def refuse(session: Session, held: Validating, problems: Sequence[Problem]) -> bool:
     """Validating → failed, with why; its jobs go. False if the fence has moved."""
-    listed = [
-        {"code": problem.code, "message": problem.message, "param": problem.field, "line": problem.line}
-        for problem in problems
-    ]
-    return _end(session, held, BatchState.FAILED, problems=json.dumps(listed))
+    listed = json.dumps([problem.members() for problem in problems])
+    return _end(session, held, BatchState.FAILED, problems=listed)
 
 
 def end_cancelled(session: Session, held: Validating) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -22,8 +21,8 @@ from celery.worker.components import Pool
 from inference.engines import EnginePlan, plan_engine
 from inference.supervisor import EngineReadings, EngineSupervisor
 from pipeline.identity import EngineIdentity, identify_endpoint, register
-from runtime.children import spawn, stop
 from runtime.errors import ServiceUnreachable
+from runtime.kept_process import KeptProcess
 from runtime.logs import get_logger
 from runtime.settings import Settings, environment_of
 from store.presence import ANNOUNCE_S, PresenceBoard, WorkerPresence
@@ -35,7 +34,6 @@ LEAST_CHILDREN, MOST_CHILDREN = 2, 4  # one is writing or claiming while another
 LLAMACPP_CHILDREN = 1  # two would send two groups of prompts by turns to slots that keep a cache each
 SLOTS_A_CHILD = 512
 DISPATCH_GRACE_S = 5.0
-DISPATCH_POLL_S = 1.0  # also the least time between two starts
 
 
 class WorkerParts:
@@ -48,7 +46,7 @@ class WorkerParts:
         self._plan: EnginePlan | None = None
         self._planned = False
         self.engine: EngineSupervisor | None = None
-        self.dispatcher: DispatcherThread | None = None
+        self.dispatcher: KeptProcess | None = None
         self.presence: PresenceThread | None = None
         self._owner = 0
 
@@ -175,37 +173,9 @@ class DispatchStep(StartStopStep):  # type: ignore[misc]
     def start(self, worker: Any) -> None:
         """Start the standby leader; it dies with this process."""
         parts: WorkerParts = worker.app.stoker_parts
-        parts.dispatcher = DispatcherThread(parts.settings)
+        env = {**os.environ, **environment_of(parts.settings)}
+        parts.dispatcher = KeptProcess("worker.dispatcher", name="dispatcher", env=env, grace_s=DISPATCH_GRACE_S)
         parts.dispatcher.start()
-
-
-class DispatcherThread(threading.Thread):
-    """Keeps one dispatch process running: starts it again when it dies. It dies with this thread."""
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(name="dispatcher-watch", daemon=True)
-        self._env = {**os.environ, **environment_of(settings)}
-        self._stop_wanted = threading.Event()
-
-    def run(self) -> None:
-        while not self._stop_wanted.is_set():
-            try:
-                child = spawn([sys.executable, "-m", "worker.dispatcher"], env=self._env, log=None, session=True)
-            except OSError as error:
-                log.error("dispatcher_start_failed", error=str(error))
-                self._stop_wanted.wait(DISPATCH_POLL_S)
-                continue
-            while child.poll() is None and not self._stop_wanted.wait(DISPATCH_POLL_S):
-                pass
-            if self._stop_wanted.is_set():
-                stop(child, grace_s=DISPATCH_GRACE_S)
-            else:
-                log.error("dispatcher_restarts", status=child.returncode)
-
-    def stop(self) -> None:
-        """End the process and the thread."""
-        self._stop_wanted.set()
-        self.join()
 
 
 class PresenceThread(threading.Thread):

@@ -45,29 +45,17 @@ from tests.support.batches import (
     results_of,
     shards_of,
 )
+from tests.support.silent_broker import SilentBroker
 
 SETTINGS = Settings.model_construct(shard=ShardSettings(max_jobs=4), limits=LimitSettings(window_s=600))
 A, B, C = (chat(word, temperature=0) for word in "abc")
 Rows = list[tuple[Any, ...]]
 
 
-class Broker:
-    """Takes hints and loses them: these tests claim by hand."""
-
-    def publish(self, shards: object) -> None:
-        return
-
-    def ready_count(self) -> int:
-        return 10_000
-
-    def invite(self, readers: int) -> None:
-        raise AssertionError("no document was added")
-
-
 @pytest.fixture
 def dispatcher(database: Database, redis_url: str) -> Iterator[Dispatcher]:
     board = PresenceBoard(redis_url)
-    yield Dispatcher(database, Broker(), board, Settings.model_construct())
+    yield Dispatcher(database, SilentBroker(), board, Settings.model_construct())
     board.close()
 
 

@@ -42,25 +42,13 @@ from tests.support.batches import (
     shards_of,
     store_batch,
 )
-
-
-class Broker:
-    """Takes hints and loses them: these tests claim by hand."""
-
-    def publish(self, shards: object) -> None:
-        return
-
-    def ready_count(self) -> int:
-        return 10_000
-
-    def invite(self, readers: int) -> None:
-        raise AssertionError("no document was added")
+from tests.support.silent_broker import SilentBroker
 
 
 @pytest.fixture
 def dispatcher(database: Database, redis_url: str) -> Iterator[Dispatcher]:
     board = PresenceBoard(redis_url)
-    yield Dispatcher(database, Broker(), board, Settings.model_construct())
+    yield Dispatcher(database, SilentBroker(), board, Settings.model_construct())
     board.close()
 
 

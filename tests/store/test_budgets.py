@@ -43,6 +43,7 @@ from store.shards import Claim, Retry, claim_next, close, give_back, hold_shard,
 from tests.support.batches import CHAT, EMBEDDINGS, batch_row, chat, dispatch_all, execute, results_of, store_batch
 from tests.support.conversing import Child, store_lines, talk, told_of
 from tests.support.scripted_endpoint import ScriptedEndpoint
+from tests.support.silent_broker import SilentBroker
 
 JOBS = 60
 LEADERS = 48  # the others are equal to one of these
@@ -82,19 +83,6 @@ CREATE CONSTRAINT TRIGGER checked AFTER UPDATE ON shards DEFERRABLE INITIALLY DE
 
 class Unclear(Exception):
     """A COMMIT whose answer was lost."""
-
-
-class SilentBroker:
-    """Loses every hint: the workers here ask Postgres."""
-
-    def publish(self, shards: object) -> None:
-        return
-
-    def ready_count(self) -> int:
-        return 10_000
-
-    def invite(self, readers: int) -> None:
-        raise AssertionError("no document was added")
 
 
 class Worker:

@@ -19,6 +19,7 @@ from store.database import Database
 from store.presence import PresenceBoard
 from store.shards import Claim, claim_next, close, give_back, load_jobs, write_results
 from tests.support.batches import answers, batch_row, chat, dispatch_all, execute, results_of, shards_of, store_batch
+from tests.support.silent_broker import SilentBroker
 
 JOBS = 150
 LEADERS = 110  # the others are equal to one of these
@@ -26,19 +27,6 @@ WORKERS = 6
 LEASE_S = 0.3
 TIMEOUT_S = 60.0
 ENDED = {"completed", "cancelled", "expired"}
-
-
-class Broker:
-    """Takes hints and loses them: the workers here ask Postgres."""
-
-    def publish(self, shards: object) -> None:
-        return
-
-    def ready_count(self) -> int:
-        return 10_000
-
-    def invite(self, readers: int) -> None:
-        raise AssertionError("no document was added")
 
 
 class Worker:
@@ -95,7 +83,7 @@ class Worker:
 def dispatcher(database: Database, redis_url: str) -> Iterator[Dispatcher]:
     board = PresenceBoard(redis_url)
     settings = Settings.model_construct(worker=WorkerSettings(lease_s=LEASE_S))
-    yield Dispatcher(database, Broker(), board, settings)
+    yield Dispatcher(database, SilentBroker(), board, settings)
     board.close()
 
 

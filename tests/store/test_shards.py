@@ -47,28 +47,16 @@ from tests.support.batches import (
     shards_of,
     store_batch,
 )
+from tests.support.silent_broker import SilentBroker
 
 SHORT_LEASE_S = 0.01
-
-
-class Broker:
-    """Takes hints and loses them: these tests claim by hand."""
-
-    def publish(self, shards: object) -> None:
-        return
-
-    def ready_count(self) -> int:
-        return 10_000
-
-    def invite(self, readers: int) -> None:
-        raise AssertionError("no document was added")
 
 
 @pytest.fixture
 def dispatcher(database: Database, redis_url: str) -> Iterator[Dispatcher]:
     board = PresenceBoard(redis_url)
     settings = Settings.model_construct(worker=WorkerSettings(lease_s=SHORT_LEASE_S))
-    yield Dispatcher(database, Broker(), board, settings)
+    yield Dispatcher(database, SilentBroker(), board, settings)
     board.close()
 
 

@@ -32,6 +32,7 @@ from store.dispatching import candidates, mark_dispatched, recall
 from store.presence import PresenceBoard
 from store.shards import Claim, Retry, claim_next, close, give_back, quarantine, write_results, write_retries
 from tests.support.batches import answers, execute
+from tests.support.silent_broker import SilentBroker
 
 LEASE_S = 600.0
 TERMINAL = {"completed", "cancelled", "expired"}
@@ -49,19 +50,6 @@ CREATE TRIGGER history AFTER UPDATE ON batches FOR EACH ROW WHEN (old.state <> n
 """
 TABLES = ("history", "followers", "job_tries", "job_steps", "results", "jobs", "shards", "batches")
 HELD = st.integers(0, 1_000_000)
-
-
-class SilentBroker:
-    """Loses every hint: the workers here ask Postgres."""
-
-    def publish(self, shards: object) -> None:
-        return
-
-    def ready_count(self) -> int:
-        return 10_000
-
-    def invite(self, readers: int) -> None:
-        raise AssertionError("no document was added")
 
 
 class Protocol(RuleBasedStateMachine):
