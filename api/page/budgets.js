@@ -1,34 +1,21 @@
 // Token budgets: what is spent, what is reserved for jobs that run, and the cap.
 
-import { Refused, ask } from "./client.js";
-import { h, render } from "./dom.js";
-import { empty, meter, sorry, table } from "./parts.js";
-import { poll } from "./poll.js";
+import { h } from "./dom.js";
+import { openListing } from "./listing.js";
+import { empty, meter, table } from "./parts.js";
 import { brief, clock, count, percent, shortId } from "./words.js";
 
 const EVERY_S = 3;
 
 /** Open the view in an element; returns how to close it. */
 export function open(root) {
-  let budgets = null;
-  let refused = null;
-  const reading = poll(async (signal) => {
-    try {
-      budgets = (await ask("v1/stoker/budgets", { signal })).data;
-      refused = null;
-    } catch (error) {
-      if (!(error instanceof Refused)) throw error;
-      refused = error.message;
-    }
-    draw();
-  }, { every_s: EVERY_S });
-
-  function draw() {
-    render(root, h("h1", { key: "title", tabindex: -1 }, "Budgets"),
-      refused ? sorry("Budgets cannot be shown", refused) : budgets && content(budgets));
-  }
-
-  return { close: reading.stop };
+  return openListing(root, {
+    title: "Budgets",
+    path: "v1/stoker/budgets",
+    every_s: EVERY_S,
+    refusal: "Budgets cannot be shown",
+    content: ({ data }) => content(data),
+  });
 }
 
 function content(budgets) {

@@ -1,9 +1,8 @@
 // What the semantic cache may serve, and how wrong it is at most.
 
-import { Refused, ask } from "./client.js";
-import { h, render } from "./dom.js";
-import { badge, empty, facts, meter, sorry } from "./parts.js";
-import { poll } from "./poll.js";
+import { h } from "./dom.js";
+import { openListing } from "./listing.js";
+import { badge, empty, facts, meter } from "./parts.js";
 import { brief, count, counted, duration, percent } from "./words.js";
 
 const EVERY_S = 5;
@@ -16,26 +15,13 @@ const STATES = {
 
 /** Open the view in an element; returns how to close it. */
 export function open(root) {
-  let spaces = null;
-  let note = null;
-  let refused = null;
-  const reading = poll(async (signal) => {
-    try {
-      ({ data: spaces, note } = await ask("v1/stoker/namespaces", { signal }));
-      refused = null;
-    } catch (error) {
-      if (!(error instanceof Refused)) throw error;
-      refused = error.message;
-    }
-    draw();
-  }, { every_s: EVERY_S });
-
-  function draw() {
-    render(root, h("h1", { key: "title", tabindex: -1 }, "Cache"),
-      refused ? sorry("The cache cannot be shown", refused) : spaces && content(spaces, note));
-  }
-
-  return { close: reading.stop };
+  return openListing(root, {
+    title: "Cache",
+    path: "v1/stoker/namespaces",
+    every_s: EVERY_S,
+    refusal: "The cache cannot be shown",
+    content: ({ data, note }) => content(data, note),
+  });
 }
 
 function content(spaces, note) {

@@ -1,9 +1,8 @@
 // Webhooks that tell of batches' ends, and what became of each.
 
-import { Refused, ask } from "./client.js";
-import { h, render } from "./dom.js";
-import { badge, empty, sorry, table } from "./parts.js";
-import { poll } from "./poll.js";
+import { h } from "./dom.js";
+import { openListing } from "./listing.js";
+import { badge, empty, table } from "./parts.js";
 import { clock, count, shortId } from "./words.js";
 
 const EVERY_S = 3;
@@ -11,26 +10,21 @@ const KINDS = { pending: "live", delivered: "good", failed: "bad" };
 
 /** Open the view in an element; returns how to close it. */
 export function open(root) {
-  let deliveries = null;
-  let refused = null;
-  const reading = poll(async (signal) => {
-    try {
-      deliveries = (await ask("v1/stoker/deliveries", { signal })).data;
-      refused = null;
-    } catch (error) {
-      if (!(error instanceof Refused)) throw error;
-      refused = error.message;
-    }
-    draw();
-  }, { every_s: EVERY_S });
+  return openListing(root, {
+    title: "Webhooks",
+    path: "v1/stoker/deliveries",
+    every_s: EVERY_S,
+    refusal: "Webhooks cannot be shown",
+    content: ({ data }) => content(data),
+  });
+}
 
-  function draw() {
-    render(root, h("h1", { key: "title", tabindex: -1 }, "Webhooks"),
-      refused ? sorry("Webhooks cannot be shown", refused) : deliveries && (deliveries.length ? deliveryTable(deliveries)
-        : empty("No webhook yet", "A batch that names an address tells it of its end, signed and with retries. Put this beside endpoint and completion_window when you make the batch:", '"stoker": {"webhook": {"url": "https://example.org/stoker"}}')));
+function content(deliveries) {
+  if (!deliveries.length) {
+    return empty("No webhook yet", "A batch that names an address tells it of its end, signed and with retries. Put this beside endpoint and completion_window when you make the batch:",
+      '"stoker": {"webhook": {"url": "https://example.org/stoker"}}');
   }
-
-  return { close: reading.stop };
+  return deliveryTable(deliveries);
 }
 
 /** A table of deliveries. Addresses are strangers' texts, so they are no links. */
