@@ -16,7 +16,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api import batches, files, inspection, page
+from api import batches, files, inspection, models, page
 from api.errors import ApiError, not_found
 from api.gateway import Gateway
 from runtime.errors import NotFound, ServiceUnreachable
@@ -62,7 +62,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.gateway = gateway
-    for router in (files.router, batches.router, inspection.router, page.page_router()):
+    for router in (files.router, batches.router, models.router, inspection.router, page.page_router()):
         app.include_router(router, max_body_size=gateway.settings.gateway.request_bytes)
     app.get("/healthz", include_in_schema=False)(_healthz)
     app.add_exception_handler(ApiError, _answer)

@@ -89,9 +89,18 @@ def list_all_batches(
     principal: Reader,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(pattern=BATCH_ID)] = None,
+    idempotency_key: Annotated[str | None, Query(min_length=1, max_length=255)] = None,
 ) -> Listing[BatchObject]:
-    """The tenant's batches, newest first; `after` is a batch's id."""
+    """The tenant's batches, newest first; `after` is a batch's id.
+
+    With `idempotency_key` the newest one that this key created with it, at any time: at most one.
+    """
     with gateway_of(request).database.transaction() as session:
+        if idempotency_key is not None:
+            digest = _digest_of(principal, idempotency_key)
+            named = find_request(session, tenant=principal.tenant, digest=digest, cancelled_too=True)
+            one = [] if named is None else [batch_progress(session, named, tenant=principal.tenant)]
+            return listing([batch_object(progress) for progress in one], has_more=False)
         last = None if after is None else _found(session, after, principal).id
         found = latest_batches(session, tenant=principal.tenant, limit=limit + 1, before=last)
     return listing([batch_object(one) for one in found[:limit]], has_more=len(found) > limit)

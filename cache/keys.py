@@ -53,6 +53,7 @@ class Scope:
     endpoint: str
     checkpoint: str
     epochs: tuple[int, ...]
+    validated: bool = False  # answers are held to their request's schema, so others may not serve
 
 
 def read_body(body: str | bytes) -> dict[str, Any]:
@@ -133,7 +134,8 @@ def collection_name(secret: bytes) -> str:
 
 
 def _scope(scope: Scope) -> list[Any]:
-    return [scope.tenant, scope.endpoint, scope.checkpoint, *scope.epochs]
+    held = ["validated"] if scope.validated else []
+    return [scope.tenant, scope.endpoint, scope.checkpoint, *scope.epochs, *held]
 
 
 def _digest(value: Any) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -59,6 +60,25 @@ def usage_of(raw: msgspec.Raw) -> Usage:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What the first choice of an answer says: without lone surrogates, so it may go into another request.
+
+    `calls_tools`: it asks for a tool to be called.
+    """
+
+    text: str = ""
+    finish_reason: str = ""
+    calls_tools: bool = False
+
+
+def said(path: str, response: str) -> Said:
+    """The first choice of a response that `result_of` took for an answer."""
+    _, answer = _decode(response, _DECODERS[path])
+    choices = answer.choices if isinstance(answer, _Chat | _Completion) else []
+    return choices[0].said() if choices else Said()
+
+
 class _Answer(msgspec.Struct):
     usage: msgspec.Raw = msgspec.Raw(b"{}")
 
@@ -82,8 +102,17 @@ class _Message(msgspec.Struct):
     function_call: dict[str, msgspec.Raw] | None = None
     audio: dict[str, msgspec.Raw] | None = None
 
+    @property
+    def calls_tools(self) -> bool:
+        return bool(self.tool_calls or self.function_call)
+
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(part.text or "" for part in self.content if part.type in (None, "text"))
+        return self.content or self.refusal or ""
+
     def is_empty(self) -> bool:
-        if self.tool_calls or self.function_call or self.audio or self.refusal:
+        if self.calls_tools or self.audio or self.refusal:
             return False
         if isinstance(self.content, list):
             return all(part.is_empty() for part in self.content)
@@ -97,6 +126,9 @@ class _Choice(msgspec.Struct):
     def is_empty(self) -> bool:
         return self.message.is_empty()
 
+    def said(self) -> Said:
+        return Said(self.message.text(), self.finish_reason or "", self.message.calls_tools)
+
 
 class _TextChoice(msgspec.Struct):
     text: str | None
@@ -104,6 +136,9 @@ class _TextChoice(msgspec.Struct):
 
     def is_empty(self) -> bool:
         return _is_blank(self.text)
+
+    def said(self) -> Said:
+        return Said(self.text or "", self.finish_reason or "")
 
 
 class _Chat(_Answer, kw_only=True):

@@ -67,6 +67,7 @@ class Extras(_Asked):
     weight: float = Field(1.0, ge=LEAST_WEIGHT, le=MOST_WEIGHT)
     order: JobOrder = JobOrder.PREFIX
     budget_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
+    validate_answers: bool = False
     webhook: Webhook | None = None
     labels: Pairs = Field(default_factory=dict)
 

@@ -40,7 +40,7 @@ class SubmitOptions(BaseModel):
 
     `sets` replaces fields of the body whether present or not, `model` the model; `max_output_tokens` is the
     most that one completion may generate: a larger wish, or none, becomes this. `settings` are fields of a line's own
-    `stoker` for the lines that do not state them.
+    `stoker` for the lines that do not state them. `validate_answers`: each is held to the JSON schema of its request.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,6 +50,7 @@ class SubmitOptions(BaseModel):
     max_output_tokens: int = Field(ge=1)
     cache: CacheMode = CacheMode.EXACT
     settings: dict[str, Any] = Field(default_factory=dict)
+    validate_answers: bool = False
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def retry_batch(
     return begin_batch(database, batch, fill, window=window, reuse=reuse)
 
 
-def check_reusable(database: Database, batch_id: UUID, *, endpoint: str, tenant: str) -> None:
+def check_reusable(database: Database, batch_id: UUID, *, endpoint: str, validate_answers: bool, tenant: str) -> None:
     """Raises BadInput unless the batch's results can answer a batch of this endpoint; NotFound if it is gone."""
     with database.transaction() as session:
         earlier = read_earlier(session, batch_id, tenant=tenant)
@@ -84,6 +84,10 @@ def check_reusable(database: Database, batch_id: UUID, *, endpoint: str, tenant:
         raise BadInput(
             f"--reuse {batch_name(batch_id)[:18]}: its lines have {earlier.endpoint}, these have {endpoint}; "
             "name a batch with the same endpoint"
+        )
+    if validate_answers and not earlier.options.get("validate_answers"):
+        raise BadInput(
+            f"--reuse {batch_name(batch_id)[:18]}: its answers were not validated, as these are to be; name another"
         )
 
 

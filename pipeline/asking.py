@@ -18,6 +18,7 @@ from pipeline.context import FeedContext
 from pipeline.converse import converse
 from pipeline.retry import waiting
 from pipeline.steps import StepFailed, Steps, Stopped
+from pipeline.validated import validated
 from runtime.clock import utc_now
 from runtime.errors import StokerError
 from store.shards import Claim, Retry
@@ -84,6 +85,8 @@ async def _ask_one(context: FeedContext, attempt: Attempt, job: Job) -> JobResul
     path, name = attempt.claim.endpoint, request_name(attempt.claim.batch_id, job.seq)
     reply = await context.endpoint(path).post(path, job.body.encode(), request_id=name)
     result = result_of(job.seq, path, reply)
+    if attempt.claim.validates:
+        result = await validated(context, attempt, job, result)
     if job.seq in attempt.looked.twice and result.outcome is Outcome.SUCCEEDED:
         with suppress(StokerError):  # the answer is there; a second one that fails, or is too dear, only says nothing
             async with attempt.covering(job.seq, job.body, taken=tokens_of(result.usage)) as cover:

@@ -18,6 +18,7 @@ from models.line_problems import SHOWN_CHARACTERS
 from models.line_settings import read_settings
 from models.lines import LineRules, ParsedLine, parse_line
 from pipeline.duplicates import LOW_BITS, SETTLE_LINES, DigestBuckets, duplicates
+from pipeline.forms import check_form
 from pipeline.recipes import recipe_problem
 from pipeline.semantic_lines import template_problem
 from runtime.errors import BadInput, InvalidFile, Problem
@@ -80,7 +81,7 @@ class BatchFile:
                 if isinstance(line, Problem):
                     self._refuse(line)
                     continue
-                if line.stoker is not None and (problem := stated_problem(line, number)):
+                if problem := stated_problem(line, number, self._rules):
                     self._refuse(problem)
                     continue
                 if self.endpoint is None:
@@ -111,7 +112,7 @@ class BatchFile:
     def _ids(self) -> Iterator[tuple[int, str]]:
         for number, raw in self._raw_lines():
             line = parse_line(raw, number, rules=self._rules, endpoint=self.endpoint)
-            if isinstance(line, ParsedLine) and stated_problem(line, number) is None:
+            if isinstance(line, ParsedLine) and stated_problem(line, number, self._rules) is None:
                 yield number, line.custom_id
 
     def _refuse(self, problem: Problem, *, count: int = 1) -> None:
@@ -227,7 +228,7 @@ class SkippingBatchFile(BatchFile):
         for number, raw in lines:
             line = parse_line(raw, number, rules=self._rules, endpoint=self.endpoint)
             if isinstance(line, ParsedLine):
-                if problem := stated_problem(line, number):
+                if problem := stated_problem(line, number, self._rules):
                     line = problem
                 elif served is not None and line.model not in served:
                     line = self._not_served(line.model, number, lines=1)
@@ -244,8 +245,13 @@ class SkippingBatchFile(BatchFile):
         return None if first_line == number else _duplicate(line.custom_id, line=number, first_line=first_line)
 
 
-def stated_problem(line: ParsedLine, number: int) -> Problem | None:
-    """What is wrong with the template or the recipe that a good line states."""
+def stated_problem(line: ParsedLine, number: int, rules: LineRules) -> Problem | None:
+    """What is wrong with the template or the recipe that a good line states, or the schema that it is to be held to."""
+    if rules.options.validate_answers:
+        try:
+            check_form(line.body)
+        except ValueError as error:
+            return Problem(number, "invalid_request", "body.response_format", str(error))
     if line.stoker is None:
         return None
     settings = read_settings(line.stoker)

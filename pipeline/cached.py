@@ -296,7 +296,7 @@ class ExactCache:
             raised = tuple(epochs[scope] for scope in scopes[:2])
             if one.split is not None and (epoch := epochs[template_scope(one.split.template)]):
                 raised = (*raised, epoch)
-            scope = Scope(claim.tenant, claim.endpoint, checkpoint, raised)
+            scope = Scope(claim.tenant, claim.endpoint, checkpoint, raised, validated=claim.validates)
             sources = (
                 *one.sources,
                 *(name for line in named.get(one.seq, ()) for name in read_settings(line).sources or ()),

@@ -8,7 +8,6 @@ an attempt that lost its fence unawares and the one after it go on from the same
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -17,7 +16,7 @@ from typing import Any, Final, Self
 import msgspec
 
 from inference import endpoint
-from inference.replies import LARGEST_COUNT, result_of
+from inference.replies import LARGEST_COUNT, result_of, said
 from models.jobs import Job, JobResult, Usage, failed
 from models.line_settings import LineSettings
 from models.names import request_name
@@ -192,54 +191,20 @@ class _Kept(msgspec.Struct):
     response: str
 
 
-class _Part(msgspec.Struct):
-    type: str | None = None
-    text: str | None = None
-
-
-class _Message(msgspec.Struct):
-    content: str | list[_Part] | None = None
-    refusal: str | None = None
-    tool_calls: list[msgspec.Raw] | None = None
-    function_call: dict[str, msgspec.Raw] | None = None
-
-    def text(self) -> str:
-        if isinstance(self.content, list):
-            return "".join(part.text or "" for part in self.content if part.type in (None, "text"))
-        return self.content or self.refusal or ""
-
-
-class _Choice(msgspec.Struct):
-    message: _Message
-    finish_reason: str | None = None
-
-
-class _Chat(msgspec.Struct):
-    choices: list[_Choice]
-
-
-_DECODER = msgspec.json.Decoder(_Chat)
-
-
 def _read(kept: str, seq: int, path: str) -> Reply:
     """A finished step's reply, from what was kept of it."""
     stored = msgspec.json.decode(kept, type=_Kept)
     result = result_of(seq, path, endpoint.Reply(stored.status_code, stored.response.encode(), stored.duration_ms))
-    try:
-        choices = _DECODER.decode(stored.response).choices
-    except msgspec.DecodeError:  # a lone surrogate, which msgspec refuses: a question mark for it
-        plain = json.dumps(json.loads(stored.response), ensure_ascii=False).encode("utf-8", "replace")
-        choices = _DECODER.decode(plain).choices
-    first = choices[0] if choices else _Choice(_Message())
+    first = said(path, stored.response)
     return Reply(
-        text=first.message.text(),
+        text=first.text,
         usage=result.usage,
-        finish_reason=first.finish_reason or "",
+        finish_reason=first.finish_reason,
         response=stored.response,
         status_code=stored.status_code,
         outcome=result.outcome,
         duration_ms=stored.duration_ms,
-        calls_tools=bool(first.message.tool_calls or first.message.function_call),
+        calls_tools=first.calls_tools,
     )
 
 

@@ -100,7 +100,13 @@ def submit_file(
         lines = iter(source)
         first = next(lines)  # states the endpoint; a file without a good line ends here, before any row
         if wishes.results_of is not None:
-            check_reusable(database, wishes.results_of, endpoint=first.url, tenant=tenant)
+            check_reusable(
+                database,
+                wishes.results_of,
+                endpoint=first.url,
+                validate_answers=options.validate_answers,
+                tenant=tenant,
+            )
         name = input_name or path.name
         manifest = {"file_name": name, "file_bytes": source.size_bytes, "file_sha256": input_digest}
         batch = NewBatch(

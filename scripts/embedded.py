@@ -156,6 +156,29 @@ def embedded_services(home: Path, *, with_chroma: bool = False) -> Iterator[Embe
         )
 
 
+def free_port(host: str) -> int:
+    """A port of this host that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def is_home_in_use(home: Path) -> bool:
+    """Whether a run has this home at this moment."""
+    try:
+        lock = os.open(home / "lock", os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
 def clear_leftovers(home: Path) -> list[str]:
     """End the servers that a crashed run left in `home`; return what they were, `["postgres (pid 4711)"]`.
 
@@ -295,9 +318,7 @@ def _start_postgres(programs: _Programs, *, place: _Home, running: ExitStack) ->
 def _start_chroma(*, place: _Home, running: ExitStack) -> str:
     """Start Chroma under our own account, which its program may need; its URL, once it serves."""
     _package("chromadb", extra="cache")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port("127.0.0.1")
     program, folder = Path(sys.executable).with_name("chroma"), place.folder / "chroma"
     command = [str(program), "run", "--path", str(folder), "--host", "127.0.0.1", "--port", str(port)]
     ours = dataclasses.replace(place, account=None)

@@ -14,9 +14,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from runtime.children import birth_of, spawn, stop
 from runtime.errors import BadInput, ServiceUnreachable
@@ -74,15 +74,25 @@ def local_services(settings: Settings, *, with_chroma: bool = False) -> Iterator
         if services.chroma_url is not None:
             addresses["chroma"] = services.chroma_url
         announcement = _announcement(settings)
-        announcement.write_text(
-            json.dumps({"pid": os.getpid(), "birth": birth_of(os.getpid()), "addresses": addresses})
-        )
-        announcement.chmod(0o600)
+        _announce(settings, {"pid": os.getpid(), "birth": birth_of(os.getpid()), "addresses": addresses})
         _forget_workers(services.redis_url)
         try:
             yield _with_addresses(settings, addresses)
         finally:
             announcement.unlink(missing_ok=True)
+
+
+def announce_gateway(settings: Settings, place: GatewayPlace) -> None:
+    """Let other programs on this machine find the gateway, if the services here are this process's own."""
+    found = _announced(settings)
+    if found is not None and found["pid"] == os.getpid():
+        _announce(settings, found | {"gateway": asdict(place)})
+
+
+def running_gateway(settings: Settings) -> GatewayPlace | None:
+    """The gateway of a `stoker up` that has this home, if one runs."""
+    found = _announced(settings)
+    return GatewayPlace(**found["gateway"]) if found is not None and "gateway" in found else None
 
 
 def has_semantic_parts(settings: Settings) -> bool:
@@ -100,6 +110,14 @@ def has_reading_parts(settings: Settings) -> bool:
 def _expect_reading(settings: Settings) -> None:
     if not has_reading_parts(settings):
         raise BadInput("reading documents needs its libraries and an embedder: run `make documents`")
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayPlace:
+    """Where a gateway answers, and the file that has a key for it."""
+
+    url: str
+    key_file: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,13 +250,17 @@ def _forget_workers(redis_url: str) -> None:
 
 
 def _running_services(settings: Settings) -> Settings | None:
+    found = _announced(settings)
+    return None if found is None else _with_addresses(settings, found["addresses"])
+
+
+def _announced(settings: Settings) -> dict[str, Any] | None:
+    """What the process that has this home says of itself; None if it is gone."""
     try:
-        found = json.loads(_announcement(settings).read_text())
+        found: dict[str, Any] = json.loads(_announcement(settings).read_text())
     except (FileNotFoundError, ValueError):
         return None
-    if birth_of(found["pid"]) != found["birth"]:
-        return None
-    return _with_addresses(settings, found["addresses"])
+    return found if birth_of(found["pid"]) == found["birth"] else None
 
 
 def _expect_semantic(settings: Settings, *, runs: bool) -> None:
@@ -255,6 +277,13 @@ def _expect_semantic(settings: Settings, *, runs: bool) -> None:
 
 def _announcement(settings: Settings) -> Path:
     return home_of(settings) / "services.json"
+
+
+def _announce(settings: Settings, found: dict[str, Any]) -> None:
+    part = _announcement(settings).with_suffix(".part")
+    part.write_text(json.dumps(found))
+    part.chmod(0o600)
+    part.replace(_announcement(settings))
 
 
 def _with_addresses(settings: Settings, addresses: dict[str, str]) -> Settings:

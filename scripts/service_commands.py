@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -16,9 +17,11 @@ from pipeline.keys import ensure_first_key
 from runtime.errors import BadInput
 from runtime.logs import configure_logs
 from runtime.settings import Settings, environment_of
-from scripts.embedded import is_answering
+from scripts.embedded import free_port, is_answering, is_home_in_use
 from scripts.local import (
+    GatewayPlace,
     LocalProcess,
+    announce_gateway,
     connected,
     gateway_environment,
     has_gateway_parts,
@@ -29,9 +32,10 @@ from scripts.local import (
     local_services,
     local_worker,
     prepare_schema,
+    running_gateway,
 )
 from scripts.lookup import opened_database
-from scripts.terminal import bar, emit_json, emit_table, say
+from scripts.terminal import bar, emit, emit_json, emit_table, say
 from worker.dispatcher import run_dispatcher
 from worker.doctor import examine
 
@@ -63,12 +67,25 @@ def dispatch(settings: Settings) -> None:
 
 
 @click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print where the gateway and its key are, once all is up.")
+@click.option("--until-eof", is_flag=True, help="End when standard input does: for programs that start it.")
 @click.pass_obj
-def up(settings: Settings) -> None:
+def up(settings: Settings, as_json: bool, until_eof: bool) -> None:
     """Run everything on this machine until Ctrl-C: Postgres, Valkey, a worker with its engine, dispatch, the gateway.
 
-    Chroma too, if the semantic cache can work here. Other commands in other terminals find them by themselves.
+    Chroma too, if the semantic cache can work here. Other commands in other terminals find them by themselves. With
+    --json, one that runs already is told of, and no other is started: this command then ends with that one.
     """
+    stop = threading.Event()
+    if until_eof:
+        threading.Thread(target=_set_at_eof, args=[stop], daemon=True).start()
+    if as_json and (running := _running_elsewhere(settings, stop)) is not None:
+        _emit_place(running)
+        while until_eof and running_gateway(settings) == running and not stop.wait(1.0):
+            pass
+        return
+    if stop.is_set():
+        return
     with_chroma = settings.is_embedded and has_semantic_parts(settings)
     if settings.is_embedded and not with_chroma:
         say(f"without Chroma: the semantic cache needs its libraries and an embedder in {settings.cache.embedder}")
@@ -79,28 +96,42 @@ def up(settings: Settings) -> None:
                 started = [stack.enter_context(local_worker(served, on_wait=show))]
             if has_reading_parts(served):
                 started.append(stack.enter_context(local_worker(served, name="documents", node="documents")))
-            page = _start_gateway(served, stack, started)
+            page = _start_gateway(served, stack, started, as_json=as_json)
             stack.callback(say, "stopping")
             say(
                 f"up; logs in {home_of(settings) / 'logs'} ({', '.join(one.log.name for one in started)})\n{page}"
                 "submit from another terminal: stoker submit FILE.jsonl; stop with Ctrl-C"
             )
-            _wait_for_signal(started)
+            _wait_while_alive(started, stop)
 
 
-def _start_gateway(settings: Settings, stack: ExitStack, started: list[LocalProcess]) -> str:
+def _running_elsewhere(settings: Settings, stop: threading.Event) -> GatewayPlace | None:
+    """The gateway of another `stoker up` that has this home, also of one that is just starting; None if none is."""
+    while settings.is_embedded and is_home_in_use(home_of(settings)) and not stop.is_set():
+        if (running := running_gateway(settings)) is not None:
+            return running
+        stop.wait(0.2)
+    return None
+
+
+def _start_gateway(settings: Settings, stack: ExitStack, started: list[LocalProcess], *, as_json: bool) -> str:
     """Start the gateway if it can run here; what is to be said of it."""
-    host, port = settings.gateway.host, settings.gateway.port
     if not has_gateway_parts():
         return "no gateway and no page: their libraries are missing (pip install 'stoker[gateway]')\n"
-    if is_answering(host, port):
-        return f"no gateway and no page: port {port} is taken; set STOKER_GATEWAY__PORT to another\n"
+    wished = (settings.gateway.host, settings.gateway.port)
+    host, port = wished if not is_answering(*wished) else (wished[0], free_port(wished[0]))
+    taken = "" if port == wished[1] else f"port {wished[1]} is taken, so another one is used\n"
+    settings = settings.model_copy(update={"gateway": settings.gateway.model_copy(update={"port": port})})
     file = home_of(settings) / "key"
     with opened_database(settings) as database:
         key = ensure_first_key(database, file)
     started.append(stack.enter_context(local_gateway(settings)))
+    place = GatewayPlace(url=f"http://{host}:{port}/v1", key_file=str(file))
+    announce_gateway(settings, place)
+    if as_json:
+        _emit_place(place)
     known = f"its key is in {file}" if key else "make a key for it with `stoker keys create`"
-    return f"page: http://{host}:{port}/ and API: http://{host}:{port}/v1; {known}\n"
+    return f"{taken}page: http://{host}:{port}/ and API: {place.url}; {known}\n"
 
 
 @click.command()
@@ -146,8 +177,17 @@ def doctor(settings: Settings, as_json: bool) -> int:
     return 0 if all(finding.is_well for finding in findings) else 1
 
 
-def _wait_for_signal(started: Sequence[LocalProcess]) -> None:
-    stop = threading.Event()
+def _emit_place(place: GatewayPlace) -> None:
+    emit(json.dumps(asdict(place)))
+
+
+def _set_at_eof(stop: threading.Event) -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    stop.set()
+
+
+def _wait_while_alive(started: Sequence[LocalProcess], stop: threading.Event) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     while not stop.wait(1.0):

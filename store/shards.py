@@ -47,7 +47,8 @@ class Claim:
 
     A `quarantined` one holds suspects, which run with nothing else on their engine. `crashes` are its attempts in a
     row that died with their worker. `followers`: jobs of its batch take the results of others, which a write must know.
-    `budgeted`: what its jobs take is counted, and must be reserved before it is asked for.
+    `budgeted`: what its jobs take is counted, and must be reserved before it is asked for. `validates`: answers are
+    held to the schema that their request states.
     """
 
     shard_id: int
@@ -63,6 +64,7 @@ class Claim:
     affixes: Affixes
     followers: bool
     budgeted: bool
+    validates: bool
 
     @property
     def runs_alone(self) -> bool:
@@ -107,7 +109,8 @@ def _claim_where(condition: str) -> TextClause:
         FROM batches b WHERE b.id = s.batch_id AND {condition}
         RETURNING s.id AS shard_id, s.fence, s.batch_id, s.seqs, b.endpoint, ({_RUNNABLE}) AS runnable, s.quarantined,
             s.crashes, b.tenant, coalesce(b.options ->> 'cache', 'off') AS cache, b.options -> 'affixes' AS affixes,
-            b.followers > 0 AS followers, {BUDGETED} AS budgeted""")
+            b.followers > 0 AS followers, {BUDGETED} AS budgeted,
+            coalesce(CAST(b.options ->> 'validate_answers' AS bool), false) AS validates""")
 
 
 _CLAIM = _claim_where("s.id = :shard_id AND s.state = ANY(:states)")

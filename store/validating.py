@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 from sqlalchemy import delete, insert, text
@@ -20,6 +20,8 @@ from models.states import BatchState, Priority
 from runtime.errors import Problem
 from store.deliveries import announce_end
 from store.notifications import VALIDATE_CHANNEL, wake
+
+EVER: Final = timedelta(days=36_500)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def begin_request(session: Session, batch: NewRequest) -> None:
 
 
 def find_request(
-    session: Session, *, tenant: str, digest: str, younger_than: timedelta, cancelled_too: bool
+    session: Session, *, tenant: str, digest: str, cancelled_too: bool, younger_than: timedelta = EVER
 ) -> UUID | None:
     """The newest batch of this creation, whatever became of it; one that was cancelled only if so asked."""
     found: UUID | None = session.execute(

@@ -100,6 +100,10 @@ def test_up_serves_other_terminals_until_ctrl_c(
         key = (home / "key").read_text().strip()
         newest, *_ = json.loads(_get(port, "/v1/batches", key) or b"")["data"]
         assert (newest["id"], newest["status"]) == (batch, "completed"), "its first key sees what commands submit"
+        told = json.loads(stoker("up", "--json", env=elsewhere).stdout)
+        assert told == {"url": f"http://127.0.0.1:{port}/v1", "key_file": str(home / "key")}, "no second one is started"
+        served = json.loads(_get(port, "/v1/models", key) or b"")["data"]
+        assert [model["object"] for model in served] == ["model"]
         up.process.send_signal(signal.SIGINT)
         ended = up.wait(60)
         assert left_behind(home, mark) == []

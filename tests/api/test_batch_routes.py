@@ -182,6 +182,17 @@ def test_an_idempotency_key_holds_for_one_request(client: TestClient, client_of:
     assert (reused.status_code, reused.json()["error"]["code"]) == (422, "key_reused")
     colleague = client_of()
     assert create(colleague, file, headers).json()["id"] != first, "another key's"
+    for asked, known in (("order-66", [first]), ("order-67", [])):
+        found = client.get("/v1/batches", params={"idempotency_key": asked}).json()
+        assert [one["id"] for one in found["data"]] == known
+
+
+def test_models_are_those_that_every_live_worker_serves(client: TestClient, gateway: Gateway) -> None:
+    assert client.get("/v1/models").json() == {"object": "list", "data": []}
+    for name, models in (("one", ["small", "large"]), ("other", ["small"])):
+        gateway.board.announce(WorkerPresence(name=name, children=1, models=models, engine="", healthy=True))
+    served = client.get("/v1/models").json()["data"]
+    assert served == [{"id": "small", "object": "model", "created": 0, "owned_by": "stoker"}]
 
 
 def test_a_batch_may_be_cancelled_while_it_is_validated(

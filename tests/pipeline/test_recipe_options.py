@@ -68,8 +68,8 @@ def refused(file: Path, content: str) -> Problem:
         ),
         (
             "extract",
-            {"schema": {**SCHEMA, "properties": {"a": {"pattern": "^(a+)+$"}}}},
-            "stoker.options: schema: pattern",
+            {"schema": {**SCHEMA, "properties": {"a": {"pattern": "a(?=b)"}}}},
+            "stoker.options: schema: the pattern 'a(?=b)' is refused",
         ),
         ("extract", {"schema": {**SCHEMA, "title": "x" * 40_000}}, "stoker.options: schema: has more than 32,768 by"),
     ],

@@ -42,21 +42,28 @@ def talk(*turns: str, body: dict[str, Any] | None = None, **settings: Any) -> di
 
 
 def store_lines(
-    database: Database, folder: Path, lines: Sequence[dict[str, Any]], *, tenant: str = "local", of: UUID | None = None
+    database: Database,
+    folder: Path,
+    lines: Sequence[dict[str, Any]],
+    *,
+    tenant: str = "local",
+    of: UUID | None = None,
+    budget_tokens: int | None = None,
+    **options: Any,
 ) -> UUID:
-    """Submit a file of such lines and dispatch its shards; return the batch."""
+    """Submit a file of such lines, with these options, and dispatch its shards; return the batch."""
     file = folder / f"{uuid4().hex}.jsonl"
     heads = ({"custom_id": f"id-{seq}", "method": "POST", "url": CHAT} for seq in range(len(lines)))
     file.write_text("".join(json.dumps(head | line) + "\n" for head, line in zip(heads, lines, strict=True)))
     batch_id = submit_file(
         database,
         file,
-        options=SubmitOptions(max_output_tokens=64),
+        options=SubmitOptions(max_output_tokens=64, **options),
         settings=Settings.model_construct(shard=ShardSettings(max_jobs=64), limits=LimitSettings(window_s=86_400.0)),
         served_models=None,
         reuse=False,
         tenant=tenant,
-        wishes=Wishes(results_of=of),
+        wishes=Wishes(results_of=of, budget_tokens=budget_tokens),
     ).batch_id
     dispatch_all(database)
     return batch_id
