@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from io import BufferedReader
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
 from uuid import UUID
 
 import msgspec
@@ -53,6 +55,7 @@ class Wishes:
 
 
 NO_WISHES = Wishes()
+NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +84,15 @@ def submit_file(
     input_name: str | None = None,
     tenant: str = TENANT,
     wishes: Wishes = NO_WISHES,
+    about: Mapping[str, Any] = NOTHING,
 ) -> Submitted:
     """Store the file as a batch and set it going; return once all of it is committed.
 
     With `reuse` the same file and options within an hour give the batch that runs or was completed, also when two
-    race. `on_progress` hears (bytes validated, bytes of the file). With `on_skipped` bad lines are left out and it
-    hears of each, in their order; without, one refuses the file. Any error, Ctrl-C included, leaves no rows; a
-    kill leaves a validating batch for `delete_abandoned_batches`. Raises InvalidFile, BadInput, ServiceUnreachable.
+    race. `about` is kept with the batch's options. `on_progress` hears (bytes validated, bytes of the file). With
+    `on_skipped` bad lines are left out and it hears of each, in their order; without, one refuses the file. Any error,
+    Ctrl-C included, leaves no rows; a kill leaves a validating batch for `delete_abandoned_batches`. Raises
+    InvalidFile, BadInput, ServiceUnreachable.
     """
     window = timedelta(seconds=settings.limits.window_s)
     with opened(path) as file:
@@ -116,7 +121,7 @@ def submit_file(
             input_name=name,
             input_digest=input_digest,
             submit_digest=submit_digest,
-            options=options.model_dump() | manifest,
+            options=options.model_dump() | manifest | dict(about),
             max_output_tokens=options.max_output_tokens,
             priority=wishes.priority,
             weight=wishes.weight,

@@ -29,7 +29,7 @@ from scripts.terminal import (
     summary,
     watch_batch,
 )
-from store.batches import latest_batches, request_cancel
+from store.batches import BatchProgress, latest_batches, request_cancel
 from store.batches import resume as resume_batch
 from store.budgets import BudgetReport, budgets_of_batch
 from store.database import Database
@@ -74,13 +74,29 @@ def watch(settings: Settings, batch: str, as_json: bool) -> int:
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="A file; stdout without it.")
 @click.option("--errors", is_flag=True, help="The error file: the jobs that failed, and why.")
 @click.option("--follow", is_flag=True, help="Go on, in input order, until the batch has ended.")
+@click.option(
+    "--table",
+    "moved",
+    type=click.Path(path_type=Path, exists=True),
+    help="Where the table that BATCH was made of is now, if it was moved.",
+)
 @click.pass_obj
-def results(settings: Settings, batch: str, output: Path | None, errors: bool, follow: bool) -> None:
-    """Write BATCH's result lines in input order, those that there are by now; a manifest goes beside a file."""
+def results(
+    settings: Settings, batch: str, output: Path | None, errors: bool, follow: bool, moved: Path | None
+) -> None:
+    """Write BATCH's result lines in input order, those that there are by now; a manifest goes beside a file.
+
+    Of a batch that was made of a table, -o writes that table with its results; those of a retry stand among the ones
+    of the batch that it repeats.
+    """
     if output is not None:
         check_writable(output)
     with opened_database(connected(settings)) as database, ExitStack() as stack:
         batch_id = named_batch(database, batch)
+        progress = progress_of(database, batch)
+        if output is not None and "table" in progress.options and not (errors or follow):
+            _write_table(database, progress, output, moved)
+            return
         sink = sys.stdout.buffer if output is None else stack.enter_context(replacing(output))
         if follow:
             count = _follow(database, batch_id, sink, errors=errors)
@@ -125,6 +141,14 @@ def resume(settings: Settings, batch: str) -> None:
     if not changed:
         raise BadInput(f"{batch_name(batch_id)} is not paused")
     say(f"{batch_name(batch_id)} goes on")
+
+
+def _write_table(database: Database, progress: BatchProgress, output: Path, moved: Path | None) -> None:
+    from scripts.table_source import write_kept  # noqa: PLC0415  # pyarrow is an extra, and takes a while
+
+    rows = write_kept(database, progress, output, moved=moved)
+    write_manifest(database, progress, output)
+    say(f"{rows:,} rows; {progress.done:,} of {progress.total:,} jobs done, {progress.failed:,} failed")
 
 
 def _follow(database: Database, batch_id: UUID, sink: BinaryIO, *, errors: bool) -> int:

@@ -14,7 +14,7 @@ from runtime.errors import BadInput, Deadlocked, NotFound, ServiceUnreachable
 from runtime.settings import Settings
 from scripts.local import connected
 from scripts.lookup import TENANT, opened_database
-from scripts.submit_commands import Window
+from scripts.submit_options import Window
 from scripts.terminal import emit, emit_json, emit_table, say
 from store.cache_reports import (
     Cleared,

@@ -19,7 +19,7 @@ from runtime.errors import BadInput, NotFound
 from runtime.settings import Settings
 from scripts.local import connected
 from scripts.lookup import TENANT, opened_database
-from scripts.submit_commands import Window
+from scripts.submit_options import Window
 from scripts.terminal import emit, emit_json, emit_table, say
 from store.budgets import set_key_caps
 from store.database import Session

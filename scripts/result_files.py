@@ -19,7 +19,7 @@ def check_writable(output: Path, *, beside: Path | None = None) -> None:
     if not output.parent.is_dir():
         raise BadInput(f"-o {output}: the folder {output.parent} does not exist")
     if beside is not None:
-        for written in (output, _errors_of(output), _manifest_of(output)):
+        for written in (output, errors_beside(output), _manifest_of(output)):
             check_other_file(written, beside, option="-o")
 
 
@@ -40,7 +40,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 def write_files(database: Database, progress: BatchProgress, output: Path) -> list[tuple[str, str]]:
     """Results, errors if there are any, and the manifest: (what, path) of each that was written."""
-    errors = _errors_of(output)
+    errors = errors_beside(output)
     with replacing(output) as good, replacing(errors) as bad:
         _, failed = write_lines(database, progress.id, output=good, errors=bad)
     places = [("results", str(output))]
@@ -58,8 +58,9 @@ def write_manifest(database: Database, progress: BatchProgress, output: Path) ->
     return path
 
 
-def _errors_of(output: Path) -> Path:
-    return output.with_suffix(".errors" + output.suffix)
+def errors_beside(output: Path, *, suffix: str | None = None) -> Path:
+    """Where the error lines of a result file go."""
+    return output.with_suffix(".errors" + (suffix or output.suffix))
 
 
 def _manifest_of(output: Path) -> Path:

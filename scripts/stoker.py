@@ -17,7 +17,7 @@ from scripts.cache_commands import cache
 from scripts.documents_commands import documents
 from scripts.keys_commands import keys
 from scripts.quantize_command import quantize
-from scripts.recipe_lines import list_recipes
+from scripts.recipe_source import list_recipes
 from scripts.service_commands import dispatch, doctor, gateway, migrate, up, worker
 from scripts.submit_commands import retry, run, submit
 from scripts.terminal import say

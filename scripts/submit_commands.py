@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
 import click
 
-from models.lines import SubmitOptions, parse_sets
+from models.lines import SubmitOptions
 from models.names import batch_name
-from models.states import CacheMode, JobOrder, Priority
+from models.states import CacheMode, Priority
 from pipeline.again import retry_batch
 from pipeline.cutting import for_workers
 from pipeline.serving import served_models
 from pipeline.submit import Submitted, Wishes, dry_run, submit_file
-from runtime.settings import LEAST_WEIGHT, MOST_WEIGHT, Settings
+from runtime.settings import Settings
 from scripts.local import connected, ensure_node, local_services, prepare_schema
 from scripts.lookup import TENANT, named_batch, opened_database
-from scripts.recipe_lines import RecipeWish, recipe_lines, with_recipe_options
-from scripts.result_files import check_writable, write_files
 from scripts.skipped_lines import SkippedLines, skipped_file, skipped_lines
+from scripts.source import Lines, Source
+from scripts.sources import FileSource, seekable, with_source
+from scripts.submit_options import PRIORITY_OPTION, WEIGHT_OPTION, WINDOW_OPTION, How, with_how, with_window
 from scripts.terminal import (
     bar,
     emit,
@@ -41,159 +38,55 @@ from scripts.terminal import (
 from store.database import Database
 from store.presence import PresenceBoard, WorkerPresence
 
-_WINDOW_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-
-
-class Window(click.ParamType[float]):
-    """A duration such as 90m, 24h or 7d, in seconds."""
-
-    name = "DURATION"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, float):
-            return value
-        number, unit = str(value)[:-1], str(value)[-1:]
-        if unit not in _WINDOW_UNITS or not number.isdigit() or int(number) == 0:
-            self.fail(f"{value!r} is no duration; write 90m, 24h or 7d", param, ctx)
-        return float(int(number) * _WINDOW_UNITS[unit])
-
-
-class Weight(click.ParamType[float]):
-    """A share, within what the dispatcher can count with."""
-
-    name = "NUMBER"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            weight = float(value)
-        except ValueError:
-            weight = 0.0
-        if not LEAST_WEIGHT <= weight <= MOST_WEIGHT:
-            self.fail(
-                f"{value!r} is no weight; write a number from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}, such as 2 or 0.5",
-                param,
-                ctx,
-            )
-        return weight
-
-
-_priority_option = click.option(
-    "--priority",
-    type=click.Choice([priority.value for priority in Priority]),
-    help="Class of the batch: a higher class is dispatched first.",
-)
-_weight_option = click.option("--weight", type=Weight(), help="The batch's share among your batches of its class.")
-_window_option = click.option(
-    "--window", type=Window(), help="Completion window, e.g. 24h; unfinished jobs then expire."
-)
-_submit_options = (
-    click.option(
-        "--set",
-        "sets",
-        multiple=True,
-        metavar="FIELD=VALUE",
-        help="Set a field of every request, e.g. --set temperature=0. Repeatable.",
-    ),
-    click.option("--model", help="Replace the model that every line names."),
-    click.option(
-        "--max-output-tokens",
-        type=click.IntRange(min=1),
-        help="Hard limit of output tokens of one completion; larger wishes are clamped.",
-    ),
-    click.option(
-        "--budget-tokens",
-        type=click.IntRange(min=1, max=2**62),
-        help="The most tokens that all jobs together may take, prompts and outputs; those that no longer fit end as "
-        "budget_exceeded.",
-    ),
-    click.option(
-        "--cache",
-        type=click.Choice([mode.value for mode in CacheMode]),
-        help="exact: an equal request that was answered before is not run again. semantic: nor is one that means the "
-        "same, within a certified error. A line's own stoker.cache overrides it.",
-    ),
-    click.option(
-        "--order",
-        type=click.Choice([order.value for order in JobOrder]),
-        default=JobOrder.PREFIX.value,
-        show_default=True,
-        help="In which jobs run: prefix puts prompts that begin alike together, long outputs first, if the file does "
-        "not; prefix-short puts short outputs first; file keeps the file's. Results are in the file's order.",
-    ),
-    _window_option,
-    _priority_option,
-    _weight_option,
-)
-
-
-def _with_submit_options(command: Any) -> Any:
-    for option in reversed(_submit_options):
-        command = option(command)
-    return command
-
-
-_file_argument = click.argument(
-    "file", required=False, type=click.Path(path_type=Path, exists=True, dir_okay=False, allow_dash=True)
-)
-
 
 @click.command()
-@_file_argument
-@with_recipe_options
+@with_source
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
     required=True,
-    help="Where the result lines go; errors and the manifest are written beside it.",
+    help="Where the results go, of a table with its columns; errors and the manifest are written beside it.",
 )
-@_with_submit_options
+@click.option(
+    "--preview",
+    type=click.IntRange(1, 1000),
+    help="With --prompt: run so many rows first, drawn at random, show them, and ask before the rest.",
+)
+@click.option("--yes", is_flag=True, help="With --preview: show, and go on without asking.")
+@with_how
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON to stdout.")
 @click.pass_obj
 def run(
     settings: Settings,
-    file: Path | None,
-    wish: RecipeWish | None,
+    source: Source,
     output: Path,
-    sets: tuple[str, ...],
-    model: str | None,
-    max_output_tokens: int | None,
-    budget_tokens: int | None,
-    cache: str | None,
-    order: str,
-    window: float | None,
-    priority: str | None,
-    weight: float | None,
+    preview: int | None,
+    yes: bool,
+    how: How,
     as_json: bool,
 ) -> int:
-    """Submit FILE, or documents with a --recipe, work, wait and write the results: the main job in one command.
+    """Submit FILE, a table's rows with a --prompt, or documents with a --recipe; work, wait and write the results.
 
     Uses the services that are set or that `stoker up` runs, else starts embedded ones for this run; starts a
     worker if none is live. Always makes a new batch.
     """
-    check_writable(output, beside=file or output)
-    options = _options(settings, sets, model, max_output_tokens, cache)
-    needs_chroma = options.cache is CacheMode.SEMANTIC or wish is not None
+    source.check_output(output, previews=preview is not None)
+    needs_chroma = how.cache_mode(settings) is CacheMode.SEMANTIC or source.needs_chroma
     with local_services(settings, with_chroma=needs_chroma) as served, ExitStack() as stack:
         prepare_schema(served)
         started = ensure_node(served, stack, "generation")
-        database = stack.enter_context(opened_database(served))
-        submitted = _submit(
-            served,
-            database,
-            file,
-            wish,
-            options=options,
-            window_s=window,
-            wishes=_wishes(priority, weight, order, budget_tokens),
-            reuse=False,
-        )
+        begin = _Begin(served, stack.enter_context(opened_database(served)), source, how)
+        check = started.expect_alive if started else None
+        with begin.lines(sample=preview or 0, folder=output.parent) as lines:
+            previewed = begin.preview(lines, check=check, yes=yes) if lines.sample else None
+            if lines.sample and previewed is None:
+                return 0
+            submitted = begin.batch(lines, how.wishes(results_of=previewed))
         say(f"{batch_name(submitted.batch_id)}: {submitted.total:,} jobs stored{_following(submitted)}")
         _say_all(submitted.notices)
-        progress = watch_batch(
-            database, submitted.batch_id, tenant=TENANT, check=started.expect_alive if started else None
-        )
-        places = write_files(database, progress, output)
+        progress = watch_batch(begin.database, submitted.batch_id, tenant=TENANT, check=check)
+        places = source.write_files(begin.database, progress, output)
         if as_json:
             emit_json(summary(progress) | {"files": {name: place for name, place in places}})
         print_summary(progress, places=places)
@@ -202,9 +95,8 @@ def run(
 
 
 @click.command()
-@_file_argument
-@with_recipe_options
-@_with_submit_options
+@with_source
+@with_how
 @click.option("--dry-run", is_flag=True, help="Check every line and estimate tokens; store nothing.")
 @click.option("--force", is_flag=True, help="A new batch although the same was submitted within the hour.")
 @click.option("--skip-bad", is_flag=True, help="Leave bad lines out and store the others.")
@@ -220,17 +112,8 @@ def run(
 @click.pass_obj
 def submit(
     settings: Settings,
-    file: Path | None,
-    wish: RecipeWish | None,
-    sets: tuple[str, ...],
-    model: str | None,
-    max_output_tokens: int | None,
-    budget_tokens: int | None,
-    cache: str | None,
-    order: str,
-    window: float | None,
-    priority: str | None,
-    weight: float | None,
+    source: Source,
+    how: How,
     dry_run: bool,
     force: bool,
     skip_bad: bool,
@@ -238,41 +121,33 @@ def submit(
     reuse: str | None,
     as_json: bool,
 ) -> None:
-    """Store FILE's jobs, or one for each document of a --recipe; answer with the batch's id, and every job will end.
+    """Store FILE's jobs, one for each row of a table with a --prompt, or one for each document of a --recipe.
 
-    The same file with the same options within an hour is the same batch, while it is live or completed.
+    Answers with the batch's id, and every job will end. The same file with the same options within an hour is the same
+    batch, while it is live or completed.
     """
-    options = _options(settings, sets, model, max_output_tokens, cache)
-    if wish is not None and (dry_run or skip_bad or skipped):
-        raise click.UsageError("--dry-run and --skip-bad are for a FILE")
+    if not isinstance(source, FileSource) and (dry_run or skip_bad or skipped):
+        raise click.UsageError("--dry-run and --skip-bad are for a FILE of lines")
     with ExitStack() as stack:
         report = None
-        if file is not None and (skip_bad or skipped is not None):
-            report = stack.enter_context(skipped_lines(None if dry_run else skipped_file(file, skipped)))
-        if dry_run and file is not None:
-            _estimate(settings, file, options=options, report=report, as_json=as_json)
+        if isinstance(source, FileSource) and (skip_bad or skipped is not None):
+            report = stack.enter_context(skipped_lines(None if dry_run else skipped_file(source.file, skipped)))
+        if dry_run and isinstance(source, FileSource):
+            options = how.options(settings, common={}, validate_answers=False)
+            _estimate(settings, source.file, options=options, report=report, as_json=as_json)
             return
         served = connected(settings)
-        database = stack.enter_context(opened_database(served))
-        results_of = named_batch(database, reuse) if reuse else None
-        submitted = _submit(
-            served,
-            database,
-            file,
-            wish,
-            options=options,
-            window_s=window,
-            wishes=_wishes(priority, weight, order, budget_tokens, results_of=results_of),
-            reuse=not force,
-            report=report,
-        )
+        begin = _Begin(served, stack.enter_context(opened_database(served)), source, how)
+        results_of = named_batch(begin.database, reuse) if reuse else None
+        with begin.lines() as lines:
+            submitted = begin.batch(lines, how.wishes(results_of=results_of), reuse=not force, report=report)
     if submitted.reused:
         again = "submitted within the last hour already, with these options: same batch"
         say(f"{again} ({submitted.total:,} jobs); --force makes a new one")
     else:
         taken = f", {submitted.taken:,} of them with the results of {reuse}" if reuse else ""
         _say_stored(submitted, taken)
-        if options.cache is CacheMode.SEMANTIC and served.cache.chroma_url is None:
+        if how.cache_mode(settings) is CacheMode.SEMANTIC and served.cache.chroma_url is None:
             say(
                 "note: no Chroma is known here; workers without it serve nothing semantically: set "
                 "STOKER_CACHE__CHROMA_URL for them, or run `make cache` before `stoker up`"
@@ -282,9 +157,9 @@ def submit(
 
 @click.command()
 @click.argument("batch")
-@_window_option
-@_priority_option
-@_weight_option
+@WINDOW_OPTION
+@PRIORITY_OPTION
+@WEIGHT_OPTION
 @click.option("--force", is_flag=True, help="A new batch although BATCH was retried within the hour.")
 @click.option("--json", "as_json", is_flag=True)
 @click.pass_obj
@@ -307,7 +182,7 @@ def retry(
         submitted = retry_batch(
             database,
             named_batch(database, batch),
-            settings=for_workers(_with_window(served, window), _workers(served)),
+            settings=for_workers(with_window(served, window), _workers(served)),
             reuse=not force,
             priority=Priority(priority) if priority else None,
             weight=weight,
@@ -318,6 +193,64 @@ def retry(
     else:
         _say_stored(submitted, f", the failed lines of {batch}")
     _emit_batch(submitted, as_json=as_json)
+
+
+class _Begin:
+    """Begins batches of one source."""
+
+    def __init__(self, settings: Settings, database: Database, source: Source, how: How) -> None:
+        self.database = database
+        self._source, self._how = source, how
+        self._workers = _workers(settings)
+        self._served = served_models(self._workers)
+        self._settings = for_workers(with_window(settings, how.window), self._workers)
+        self._options = how.options(
+            settings,
+            common=source.common(how.cache_mode(settings)),
+            validate_answers=source.validates_answers,
+        )
+        if self._served is None:
+            say("no worker is live: model names are checked when one runs the jobs")
+
+    def lines(self, *, sample: int = 0, folder: Path | None = None) -> AbstractContextManager[Lines]:
+        """The source's lines, for a while."""
+        return self._source.lines(
+            self._settings,
+            self.database,
+            self._how,
+            served=self._served,
+            sample=sample,
+            folder=folder,
+        )
+
+    def batch(
+        self, lines: Lines, wishes: Wishes, *, reuse: bool = False, report: SkippedLines | None = None
+    ) -> Submitted:
+        """Store lines as a batch and set it going."""
+        with bar("storing", total=lines.path.stat().st_size) as show:
+            return submit_file(
+                self.database,
+                lines.path,
+                input_name=self._source.title,
+                options=self._options,
+                settings=self._settings,
+                served_models=self._served,
+                wishes=wishes,
+                reuse=reuse,
+                about=lines.about,
+                on_skipped=report,
+                tenant=TENANT,
+                on_progress=lambda done_bytes, _: show(done_bytes),
+            )
+
+    def preview(self, lines: Lines, *, check: Callable[[], None] | None, yes: bool) -> UUID | None:
+        """Run the sample of a table and show it: its batch, or None if the rest is not wanted."""
+        with lines.sampled() as sample:
+            submitted = self.batch(sample, self._how.wishes())
+        watch_batch(self.database, submitted.batch_id, tenant=TENANT, check=check)
+        slots = sum(worker.children * worker.in_flight for worker in self._workers) or 1
+        goes_on = self._source.ask_to_go_on(self.database, submitted.batch_id, of=lines, slots=slots, yes=yes)
+        return submitted.batch_id if goes_on else None
 
 
 def _say_stored(submitted: Submitted, more: str) -> None:
@@ -346,75 +279,10 @@ def _emit_batch(submitted: Submitted, *, as_json: bool) -> None:
     )
 
 
-def _wishes(
-    priority: str | None,
-    weight: float | None,
-    order: str,
-    budget_tokens: int | None,
-    *,
-    results_of: UUID | None = None,
-) -> Wishes:
-    return Wishes(Priority(priority or Priority.NORMAL), weight or 1.0, results_of, JobOrder(order), budget_tokens)
-
-
-def _with_window(settings: Settings, window_s: float | None) -> Settings:
-    if window_s is None:
-        return settings
-    return settings.model_copy(update={"limits": settings.limits.model_copy(update={"window_s": window_s})})
-
-
-def _options(
-    settings: Settings, sets: tuple[str, ...], model: str | None, limit: int | None, cache: str | None
-) -> SubmitOptions:
-    return SubmitOptions(
-        sets=parse_sets(sets),
-        model=model,
-        max_output_tokens=limit or settings.limits.max_output_tokens,
-        cache=CacheMode(cache or settings.cache.mode),
-    )
-
-
-def _submit(
-    settings: Settings,
-    database: Database,
-    file: Path | None,
-    wish: RecipeWish | None,
-    *,
-    options: SubmitOptions,
-    window_s: float | None,
-    wishes: Wishes,
-    reuse: bool,
-    report: SkippedLines | None = None,
-) -> Submitted:
-    workers = _workers(settings)
-    served = served_models(workers)
-    if served is None:
-        say("no worker is live: model names are checked when one runs the jobs")
-    with ExitStack() as stack:
-        if wish is None:
-            path = stack.enter_context(_seekable(file or Path("-")))
-        else:
-            path = stack.enter_context(recipe_lines(settings, database, wish, model=options.model, served=served))
-        show = stack.enter_context(bar("storing", total=path.stat().st_size))
-        return submit_file(
-            database,
-            path,
-            input_name=str(file) if wish is None else wish.title,
-            options=options,
-            settings=for_workers(_with_window(settings, window_s), workers),
-            served_models=served,
-            wishes=wishes,
-            reuse=reuse,
-            on_skipped=report,
-            tenant=TENANT,
-            on_progress=lambda done_bytes, _: show(done_bytes),
-        )
-
-
 def _estimate(
     settings: Settings, file: Path, *, options: SubmitOptions, report: SkippedLines | None, as_json: bool
 ) -> None:
-    with _seekable(file) as path, bar("checking", total=path.stat().st_size) as show:
+    with seekable(file) as path, bar("checking", total=path.stat().st_size) as show:
         found = dry_run(
             path,
             options=options,
@@ -446,15 +314,3 @@ def _workers(settings: Settings) -> list[WorkerPresence]:
         return board.workers()
     finally:
         board.close()
-
-
-@contextmanager
-def _seekable(file: Path) -> Iterator[Path]:
-    """The file itself; standard input (`-`) as a temporary file."""
-    if str(file) != "-":
-        yield file
-        return
-    with tempfile.NamedTemporaryFile(prefix="stoker-", suffix=".jsonl") as spooled:
-        shutil.copyfileobj(sys.stdin.buffer, spooled)
-        spooled.flush()
-        yield Path(spooled.name)

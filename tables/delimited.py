@@ -37,13 +37,12 @@ def delimited_batches(file: Path, names: Sequence[str], *, delimiter: str) -> It
     given = 0
     for block_bytes in BLOCK_BYTES:
         try:
-            skipped = 0
+            again = given
             for batch in _stream(file, names, delimiter=delimiter, block_bytes=block_bytes):
-                known = min(given - skipped, batch.num_rows)
-                skipped += known
-                if known < batch.num_rows:
-                    yield batch.slice(known)
-                    given += batch.num_rows - known
+                new = batch.slice(min(again, batch.num_rows))
+                again -= batch.num_rows - new.num_rows
+                given += new.num_rows
+                yield new
             return
         except pa.ArrowInvalid as error:
             if "straddling" not in str(error) or block_bytes == BLOCK_BYTES[-1]:
@@ -58,6 +57,7 @@ def _stream(file: Path, names: Sequence[str], *, delimiter: str, block_bytes: in
         convert_options=pc.ConvertOptions(
             column_types={name: pa.string() for name in names},
             include_columns=list(names),
+            include_missing_columns=True,  # another file of the folder has them
             null_values=[""],
             strings_can_be_null=True,
             quoted_strings_can_be_null=False,
@@ -75,7 +75,9 @@ def _header(file: Path, *, delimiter: str) -> list[str]:
         except UnicodeDecodeError as error:
             raise _not_utf8(file) from error
         except csv.Error as error:
-            raise BadInput(f"{file}: its header cannot be read ({error}); the first row must name the columns") from error
+            raise BadInput(
+                f"{file}: its header cannot be read ({error}); the first row must name the columns"
+            ) from error
     if not names:
         raise BadInput(f"{file}: is empty; the first row must name the columns")
     return names

@@ -53,7 +53,9 @@ def kind_of(path: Path) -> Kind:
     if suffix in SUFFIXES:
         return SUFFIXES[suffix]
     remedy = f"; {REMEDIES[suffix].replace('FILE', path.name)}" if suffix in REMEDIES else ""
-    raise BadInput(f"{path}: {suffix or 'a name without a suffix'} is no known kind of table ({known_suffixes()}){remedy}")
+    raise BadInput(
+        f"{path}: {suffix or 'a name without a suffix'} is no known kind of table ({known_suffixes()}){remedy}"
+    )
 
 
 def known_suffixes() -> str:

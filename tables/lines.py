@@ -8,18 +8,20 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pyarrow as pa
 import pyarrow.json as pj
 
 from runtime.errors import BadInput
+from tables.schemas import Unlike, merged
 
 BLOCK_BYTES: Final = 1 << 20  # as pyarrow's own readers take; a line may be longer
 BOM: Final = b"\xef\xbb\xbf"
-# Integers beyond 64 bits become floats without a word; only a field that became one is looked at.
+# pyarrow makes a float of an integer beyond 64 bits without a word; looked for only where a field became one.
 LONG_INTEGER: Final = re.compile(rb"[:,\[]\s*-?\d{19}")
 LARGEST_INTEGER: Final = (1 << 63) - 1
 
@@ -29,9 +31,8 @@ def lines_schema(file: Path) -> tuple[pa.Schema, int]:
     schema = pa.schema([])
     rows = 0
     for first_line, block in _blocks(file):
-        found = _parse(file, first_line, block, known=schema)
-        schema = found.schema if schema.equals(found.schema) else _unified(schema, found.schema)
-        rows += found.num_rows
+        schema, found = _extended(file, first_line, block, known=schema)
+        rows += found
     return schema, rows
 
 
@@ -51,14 +52,13 @@ def _blocks(file: Path) -> Iterator[tuple[int, bytes]]:
             opened.seek(0)
         while piece := opened.read(BLOCK_BYTES):
             end = piece.rfind(b"\n") + 1
-            pieces.append(piece[:end])
             if end:
-                block = b"".join(pieces)
-                pieces = [piece[end:]]
+                block = b"".join([*pieces, piece[:end]])
                 yield first_line, block
                 first_line += block.count(b"\n")
+                pieces = [piece[end:]]
             else:
-                pieces[-1] = piece
+                pieces.append(piece)
     if rest := b"".join(pieces):
         yield first_line, rest
 
@@ -68,26 +68,119 @@ def _table(block: bytes, options: pj.ParseOptions | None = None) -> pa.Table:
     return pj.read_json(io.BytesIO(block), read_options=reading, parse_options=options)
 
 
-def _parse(file: Path, first_line: int, block: bytes, *, known: pa.Schema) -> pa.Table:
-    """The rows of a block, their types in agreement with `known`. Raises BadInput that names the line."""
+def _extended(file: Path, first_line: int, block: bytes, *, known: pa.Schema) -> tuple[pa.Schema, int]:
+    """`known` with what the block has more, and its rows. Raises BadInput that names the line."""
     try:
         if not block.isascii():
             block.decode()
         table = _table(block)
-        table = table.cast(_as_text(table.schema)) if _has_times(table.schema) else table
-        _unified(known, table.schema)
+        schema = _with(known, table.schema)
     except UnicodeDecodeError as error:
         line = first_line + block.count(b"\n", 0, error.start)
-        raise BadInput(f"{file}: line {line} is not UTF-8 (byte 0x{block[error.start]:02x}); write it as UTF-8") from error
-    except pa.ArrowException as error:
-        raise _worded(file, first_line, block, known=known, error=error) from error
-    lines = block.count(b"\n") + (not block.endswith(b"\n"))
-    if table.num_rows != lines and table.num_rows != sum(1 for line in block.split(b"\n") if line.strip()):
-        raise _worded(file, first_line, block, known=known, error=ValueError("not one object a line"))
-    if any(pa.types.is_floating(type_) for type_ in _types(table.schema)) and LONG_INTEGER.search(block):
+        raise BadInput(
+            f"{file}: line {line} is not UTF-8 (byte 0x{block[error.start]:02x}); write it as UTF-8"
+        ) from error
+    except (pa.ArrowException, Unlike) as error:
+        raise _first_bad_line(file, first_line, block, known=known) from error
+    if table.num_rows != sum(1 for line in block.splitlines() if line.strip()):
+        raise _first_bad_line(file, first_line, block, known=known)
+    if LONG_INTEGER.search(block):
         _check_integers(file, first_line, block)
-    return table
+    return schema, table.num_rows
 
 
-def _unified(one: pa.Schema, other: pa.Schema) -> pa.Schema:
-    return pa.unify_schemas([one, other], promote_options="permissive")
+def _with(known: pa.Schema, found: pa.Schema) -> pa.Schema:
+    if found.equals(known):
+        return known
+    fields = [field.with_type(_without_times(field.type)) for field in found]
+    return merged(known, pa.schema(fields))
+
+
+def _without_times(type_: pa.DataType) -> pa.DataType:
+    """The type with text in place of the times that pyarrow sees in it."""
+    if pa.types.is_timestamp(type_):
+        return pa.string()
+    if isinstance(type_, pa.ListType):
+        return pa.list_(_without_times(type_.value_type))
+    if isinstance(type_, pa.StructType):
+        return pa.struct([field.with_type(_without_times(field.type)) for field in type_])
+    return type_
+
+
+def _first_bad_line(file: Path, first_line: int, block: bytes, *, known: pa.Schema) -> BadInput:
+    """What is wrong with the first line that is no object of the types of all before it."""
+    lines = block.split(b"\n")
+    good = bisect_left(range(len(lines)), True, key=lambda count: not _fits(lines[: count + 1], known=known))
+    if good == len(lines):
+        return BadInput(f"{file}: lines {first_line} and after are not one JSON object a line")
+    place = f"{file}: line {first_line + good}"
+    try:
+        if not isinstance(json.loads(lines[good]), dict):
+            return BadInput(f"{place} is no JSON object{_remedy(lines[good])}")
+        _with(_with(known, _table(b"\n".join(lines[:good]) + b"\n").schema), _table(lines[good]).schema)
+    except (json.JSONDecodeError, RecursionError) as error:
+        return BadInput(f"{place} is no JSON ({error}){_remedy(lines[good])}")
+    except Unlike as error:
+        return BadInput(f"{place}: {_of_two_types(error)}")
+    except pa.ArrowException as error:
+        return BadInput(f"{place}: {_worded(str(error))}")
+    return BadInput(f"{place}: does not go with the lines before it")
+
+
+def _fits(lines: list[bytes], *, known: pa.Schema) -> bool:
+    """Whether each line is one object, of the same types as the others and as `known`."""
+    try:
+        table = _table(b"\n".join(lines))
+        _with(known, table.schema)
+    except (pa.ArrowException, Unlike):
+        return False
+    return table.num_rows == sum(1 for line in lines if line.strip())
+
+
+def _remedy(line: bytes) -> str:
+    if line.lstrip().startswith(b"["):
+        return "; a file that is one JSON array becomes lines with `jq -c '.[]'`"
+    return "; write one object a line"
+
+
+def _worded(error: str) -> str:
+    twice = re.search(r"Column\((.*)\) was specified twice", error)
+    if twice is not None:
+        return f"the field {twice[1].strip('/')} stands twice in it; give it one name each"
+    within = re.search(r"Column\((.*)\) changed from (\w+) to (\w+)", error)
+    if within is not None:
+        field = within[1].strip("/").removesuffix("/[]")
+        return f"the list in field {field} holds a {within[2]} and a {within[3]}; give it one type"
+    return error.splitlines()[0].removeprefix("JSON parse error: ").removesuffix(" in row 0")
+
+
+def _of_two_types(unlike: Unlike) -> str:
+    before, here = _word(unlike.before), _word(unlike.here)
+    if before == here:
+        before, here = unlike.before, unlike.here
+    return f"the field {unlike.column} is {here} here and {before} in a line before; give it one type in every line"
+
+
+def _word(type_: str) -> str:
+    words = {"string": "text", "int64": "a number", "double": "a number", "bool": "a boolean"}
+    if type_.startswith("list<"):
+        return "a list"
+    return "an object" if type_.startswith("struct<") else words.get(type_, type_)
+
+
+def _check_integers(file: Path, first_line: int, block: bytes) -> None:
+    """Raises BadInput for an integer that no column of a table can hold."""
+
+    def within_64_bits(digits: str) -> int:
+        if len(digits) > len(str(LARGEST_INTEGER)) + 1 or abs(int(digits)) > LARGEST_INTEGER:
+            raise OverflowError(digits)
+        return int(digits)
+
+    for number, line in enumerate(block.split(b"\n"), start=first_line):
+        if LONG_INTEGER.search(line):
+            try:
+                json.loads(line, parse_int=within_64_bits)
+            except OverflowError as error:
+                raise BadInput(
+                    f"{file}: line {number}: the integer {error} does not fit in 64 bits; write it as text in quotes"
+                ) from error

@@ -1,0 +1,161 @@
+"""Options that say how a batch is to run, the same for every command that begins one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import click
+
+from models.lines import SubmitOptions, parse_sets
+from models.states import CacheMode, JobOrder, Priority
+from pipeline.submit import Wishes
+from runtime.settings import LEAST_WEIGHT, MOST_WEIGHT, Settings
+
+_WINDOW_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+class Window(click.ParamType[float]):
+    """A duration such as 90m, 24h or 7d, in seconds."""
+
+    name = "DURATION"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        number, unit = str(value)[:-1], str(value)[-1:]
+        if unit not in _WINDOW_UNITS or not number.isdigit() or int(number) == 0:
+            self.fail(f"{value!r} is no duration; write 90m, 24h or 7d", param, ctx)
+        return float(int(number) * _WINDOW_UNITS[unit])
+
+
+class Weight(click.ParamType[float]):
+    """A share, within what the dispatcher can count with."""
+
+    name = "NUMBER"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            weight = float(value)
+        except ValueError:
+            weight = 0.0
+        if not LEAST_WEIGHT <= weight <= MOST_WEIGHT:
+            self.fail(
+                f"{value!r} is no weight; write a number from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}, such as 2 or 0.5",
+                param,
+                ctx,
+            )
+        return weight
+
+
+PRIORITY_OPTION = click.option(
+    "--priority",
+    type=click.Choice([priority.value for priority in Priority]),
+    help="Class of the batch: a higher class is dispatched first.",
+)
+WEIGHT_OPTION = click.option("--weight", type=Weight(), help="The batch's share among your batches of its class.")
+WINDOW_OPTION = click.option(
+    "--window", type=Window(), help="Completion window, e.g. 24h; unfinished jobs then expire."
+)
+_OPTIONS = (
+    click.option(
+        "--set",
+        "sets",
+        multiple=True,
+        metavar="FIELD=VALUE",
+        help="Set a field of every request, e.g. --set temperature=0. Repeatable.",
+    ),
+    click.option("--model", help="Replace the model that every line names."),
+    click.option(
+        "--max-output-tokens",
+        type=click.IntRange(min=1),
+        help="Hard limit of output tokens of one completion; larger wishes are clamped.",
+    ),
+    click.option(
+        "--budget-tokens",
+        type=click.IntRange(min=1, max=2**62),
+        help="The most tokens that all jobs together may take, prompts and outputs; those that no longer fit end as "
+        "budget_exceeded.",
+    ),
+    click.option(
+        "--cache",
+        type=click.Choice([mode.value for mode in CacheMode]),
+        help="exact: an equal request that was answered before is not run again. semantic: nor is one that means the "
+        "same, within a certified error. A line's own stoker.cache overrides it.",
+    ),
+    click.option(
+        "--order",
+        type=click.Choice([order.value for order in JobOrder]),
+        default=JobOrder.PREFIX.value,
+        show_default=True,
+        help="In which jobs run: prefix puts prompts that begin alike together, long outputs first, if the file does "
+        "not; prefix-short puts short outputs first; file keeps the file's. Results are in the file's order.",
+    ),
+    click.option(
+        "--validate-answers",
+        is_flag=True,
+        help="Hold each answer to the JSON schema that its request states, with one repair; else the job fails.",
+    ),
+    WINDOW_OPTION,
+    PRIORITY_OPTION,
+    WEIGHT_OPTION,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """What a command line says of how its batch is to run."""
+
+    sets: tuple[str, ...]
+    model: str | None
+    max_output_tokens: int | None
+    budget_tokens: int | None
+    cache: str | None
+    order: str
+    validate_answers: bool
+    window: float | None
+    priority: str | None
+    weight: float | None
+
+    def options(self, settings: Settings, *, common: Mapping[str, Any], validate_answers: bool) -> SubmitOptions:
+        """What is changed in every line; `common` are settings of those lines that do not state them."""
+        return SubmitOptions(
+            sets=parse_sets(self.sets),
+            model=self.model,
+            max_output_tokens=self.max_output_tokens or settings.limits.max_output_tokens,
+            cache=self.cache_mode(settings),
+            settings=dict(common),
+            validate_answers=validate_answers or self.validate_answers,
+        )
+
+    def cache_mode(self, settings: Settings) -> CacheMode:
+        """Which earlier answers may serve it."""
+        return CacheMode(self.cache or settings.cache.mode)
+
+    def wishes(self, *, results_of: UUID | None = None) -> Wishes:
+        """How it runs among others."""
+        priority = Priority(self.priority or Priority.NORMAL)
+        return Wishes(priority, self.weight or 1.0, results_of, JobOrder(self.order), self.budget_tokens)
+
+
+def with_how(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with these options, which it gets as `how`."""
+
+    @functools.wraps(command)
+    def inner(*args: Any, **given: Any) -> Any:
+        how = How(**{name: given.pop(name) for name in How.__dataclass_fields__})
+        return command(*args, how=how, **given)
+
+    for option in reversed(_OPTIONS):
+        inner = option(inner)
+    return inner
+
+
+def with_window(settings: Settings, window_s: float | None) -> Settings:
+    """The settings with this completion window, if one is given."""
+    if window_s is None:
+        return settings
+    return settings.model_copy(update={"limits": settings.limits.model_copy(update={"window_s": window_s})})

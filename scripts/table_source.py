@@ -1,0 +1,133 @@
+"""`FILE --prompt …`: a table's rows become the lines of a batch, one each, and its results the table's columns.
+
+Imported where a table is met: pyarrow takes a while, and may not be installed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from models.states import CacheMode
+from pipeline.answer_forms import AnswerForm
+from pipeline.export import write_lines
+from pipeline.serving import only_served
+from pipeline.table_lines import Prompt, write_rows
+from pipeline.table_results import TableAsked, asked_of, open_asked, write_table
+from runtime.settings import Settings
+from scripts.lookup import TENANT
+from scripts.preview import Preview, ask_to_go_on
+from scripts.result_files import errors_beside, replacing, write_manifest
+from scripts.source import Lines, Source
+from scripts.submit_options import How
+from scripts.terminal import bar
+from store.batches import BatchProgress
+from store.database import Database
+from tables.reading import Table, open_table
+
+
+@dataclass(frozen=True)
+class TableSource(Source):
+    """A table, and what is asked of each of its rows; `prefix` stands before the names of result columns."""
+
+    table: Table
+    prompt: Prompt
+    prefix: str
+    skips_nulls: bool
+
+    @property
+    def title(self) -> str:
+        """The table's path."""
+        return str(self.table.path)
+
+    @property
+    def validates_answers(self) -> bool:  # type: ignore[override]
+        """Whether their form was stated."""
+        return self.prompt.form is not None
+
+    def common(self, mode: CacheMode) -> Mapping[str, Any]:
+        """The prompt's template is the semantic cache's."""
+        return {"template": self.prompt.template} if mode is CacheMode.SEMANTIC else {}
+
+    @property
+    def asked(self) -> TableAsked:
+        """What its batch is to keep, but for the digest of the table, which takes reading it."""
+        return TableAsked(str(self.table.path.absolute()), "", self.prompt.template, self.prefix, self.prompt.form)
+
+    @contextmanager
+    def lines(
+        self,
+        settings: Settings,
+        database: Database,
+        how: How,
+        *,
+        served: frozenset[str] | None,
+        sample: int,
+        folder: Path | None,
+    ) -> Iterator[Lines]:
+        """A line for each row. Raises BadInput for nulls that are not to be skipped."""
+        del database
+        model = how.model or only_served(served)
+        with tempfile.NamedTemporaryFile(prefix=".stoker-", suffix=".jsonl", dir=folder) as file:
+            with bar("reading the table", total=self.table.rows) as show:
+                written = write_rows(
+                    self.table,
+                    self.prompt,
+                    file,
+                    model=model,
+                    states_variables=how.cache_mode(settings) is CacheMode.SEMANTIC,
+                    skips_nulls=self.skips_nulls,
+                    sample=sample,
+                    on_progress=show,
+                )
+            about = replace(self.asked, sha256=self.table.digest()).stored()
+            yield Lines(Path(file.name), about, count=written.lines, sample=written.sample)
+
+    def check_output(self, output: Path, *, previews: bool) -> None:
+        """That the table can be written there with the result columns."""
+        del previews
+        self.asked.check(output, self.table)
+
+    def write_files(self, database: Database, progress: BatchProgress, output: Path) -> list[tuple[str, str]]:
+        """The table with its results, error lines if there are any, and the manifest."""
+        _write(database, progress, output, self.table, self.asked)
+        places = [("results", str(output))]
+        if progress.failed:
+            errors = errors_beside(output, suffix=".jsonl")
+            with replacing(errors) as bad:
+                write_lines(database, progress.id, output=None, errors=bad)
+            places.append(("errors", str(errors)))
+        return [*places, ("manifest", str(write_manifest(database, progress, output)))]
+
+    def ask_to_go_on(self, database: Database, preview: UUID, *, of: Lines, slots: int, yes: bool) -> bool:
+        """Show each answer beside its input, and what all rows would take."""
+        return ask_to_go_on(Preview(database, preview, of=of.count, slots=slots), yes=yes)
+
+
+def table_source(
+    path: Path, template: str, system: str | None, form: AnswerForm | None, *, prefix: str, skips_nulls: bool
+) -> TableSource:
+    """The table at this path. Raises BadInput if it cannot be read, or lacks what the prompt names."""
+    table = open_table(path)
+    prompt = Prompt(template, system, form)
+    prompt.check(table.column_names)
+    return TableSource(table, prompt, prefix, skips_nulls)
+
+
+def write_kept(database: Database, progress: BatchProgress, output: Path, *, moved: Path | None) -> int:
+    """Write the table that a batch was made of, which may have moved, with its results: how many rows."""
+    asked = asked_of(progress)
+    table = open_asked(asked, moved)
+    asked.check(output, table)
+    _write(database, progress, output, table, asked)
+    return table.rows
+
+
+def _write(database: Database, progress: BatchProgress, output: Path, table: Table, asked: TableAsked) -> None:
+    with bar("writing the table", total=table.rows) as show:
+        write_table(database, progress, table, output, asked=asked, tenant=TENANT, on_progress=show)
