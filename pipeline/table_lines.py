@@ -130,7 +130,7 @@ def _line_maker(prompt: Prompt, *, model: str, states_variables: bool) -> Callab
     def make(number: int, values: list[str]) -> bytes:
         pieces[1::2] = [values[place] for place in places]
         stoker = b""
-        if states_variables:
+        if states_variables and not any("\0" in value for value in values):  # settings hold no NUL
             stoker = b',"stoker":{"variables":%b}' % encode(dict(zip(slots, values, strict=True)))
         return b'{"custom_id":"row-%d%b%b%b%b}\n' % (number, head, encode("".join(pieces)), tail, stoker)
 

@@ -16,7 +16,8 @@ import click
 from models.line_problems import CUSTOM_ID_CHARACTERS
 from pipeline.adding import add_documents, gather, is_url
 from pipeline.recipe import Recipe
-from pipeline.recipes import named_recipe, read_options, recipes
+from pipeline.recipes import named_recipe, read_options
+from pipeline.recipes import recipes as known_recipes
 from pipeline.serving import only_served
 from runtime.errors import BadInput
 from runtime.settings import Settings
@@ -106,10 +107,10 @@ def recipe_source(
     return RecipeSource(recipe, documents, collection, said, options)
 
 
-@click.command("recipes")
-def list_recipes() -> None:
+@click.command()
+def recipes() -> None:
     """What can be done to documents with `--recipe`."""
-    for name, recipe in sorted(recipes().items()):
+    for name, recipe in sorted(known_recipes().items()):
         say(f"{name}: {recipe.summary}")
 
 

@@ -4,31 +4,68 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import sys
+from typing import Final
 
 import click
 
 from runtime.errors import BadInput, InvalidFile, NotFound, StokerError
 from runtime.logs import configure_logs
 from runtime.settings import LogSettings, load_settings
-from scripts.batch_commands import cancel, results, resume, status, watch
-from scripts.cache_commands import cache
-from scripts.documents_commands import documents
-from scripts.keys_commands import keys
-from scripts.quantize_command import quantize
-from scripts.recipe_source import list_recipes
-from scripts.service_commands import dispatch, doctor, gateway, migrate, up, worker
-from scripts.submit_commands import retry, run, submit
 from scripts.terminal import say
-from scripts.webhooks_commands import webhooks
 
 EXIT_USAGE = 2
 EXIT_UNREACHABLE = 3
 EXIT_INTERRUPTED = 130
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+# A command's module is imported when the command is asked for: all of them together take a second.
+COMMANDS: Final = {
+    "run": "submit_commands",
+    "submit": "submit_commands",
+    "status": "batch_commands",
+    "watch": "batch_commands",
+    "results": "batch_commands",
+    "cancel": "batch_commands",
+    "resume": "batch_commands",
+    "retry": "submit_commands",
+    "worker": "service_commands",
+    "dispatch": "service_commands",
+    "gateway": "service_commands",
+    "up": "service_commands",
+    "migrate": "service_commands",
+    "doctor": "service_commands",
+    "cache": "cache_commands",
+    "documents": "documents_commands",
+    "keys": "keys_commands",
+    "recipes": "recipe_source",
+    "quantize": "quantize_command",
+    "webhooks": "webhooks_commands",
+}
+
+
+class Commands(click.Group):
+    """COMMANDS, each a command of its name in its module."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names."""
+        del ctx
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command; None for a name that is none."""
+        del ctx
+        module = COMMANDS.get(cmd_name)
+        if module is None:
+            return None
+        found = getattr(importlib.import_module(f"scripts.{module}"), cmd_name)
+        assert isinstance(found, click.Command)  # noqa: S101
+        return found
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(importlib.metadata.version("stoker"), prog_name="stoker")
 @click.pass_context
 def cli(context: click.Context) -> None:
@@ -38,31 +75,6 @@ def cli(context: click.Context) -> None:
     """
     context.obj = load_settings()
     configure_logs(LogSettings(level="warning", format=context.obj.log.format))
-
-
-for command in (
-    run,
-    submit,
-    status,
-    watch,
-    results,
-    cancel,
-    resume,
-    retry,
-    worker,
-    dispatch,
-    gateway,
-    up,
-    migrate,
-    doctor,
-    cache,
-    documents,
-    keys,
-    list_recipes,
-    quantize,
-    webhooks,
-):
-    cli.add_command(command)
 
 
 def main() -> None:

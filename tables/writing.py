@@ -125,7 +125,7 @@ def _fitting(value: Any, kind: ColumnKind) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if kind is ColumnKind.INTEGER:
-        return int(value) if value in INTEGERS else None
+        return int(value) if (isinstance(value, int) or value.is_integer()) and int(value) in INTEGERS else None
     return _as_float(value) if kind is ColumnKind.NUMBER else None
 
 

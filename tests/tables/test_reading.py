@@ -9,7 +9,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -81,11 +80,11 @@ def test_rows_come_in_order_in_batches_of_a_bounded_size(
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
 def test_a_batch_of_long_documents_has_fewer_rows(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"documents.{suffix}"
-    documents = pa.table({"text": [f"{number} " + "x" * 100_000 for number in range(400)]})
-    (as_parquet if suffix == "parquet" else as_arrow)(path, documents)
+    texts = [f"{number} " + "x" * 200_000 for number in range(150)]
+    (as_parquet if suffix == "parquet" else as_arrow)(path, pa.table({"text": texts}))
     sizes = [sum(map(len, batch.column("text"))) for batch in open_table(path).batches()]
     assert max(sizes) <= BATCH_BYTES
-    assert sum(sizes) == sum(map(len, documents.column("text").to_pylist()))
+    assert sum(sizes) == sum(map(len, texts))
 
 
 def test_values_keep_their_types(tmp_path: Path) -> None:
@@ -119,6 +118,7 @@ def test_values_keep_their_types(tmp_path: Path) -> None:
 
 
 def test_pandas_nanoseconds_that_are_whole_microseconds_are_datetimes(tmp_path: Path) -> None:
+    pd = pytest.importorskip("pandas")
     pd.DataFrame({"at": pd.to_datetime(["2026-01-02 03:04:05"]).astype("datetime64[ns]")}).to_parquet(
         tmp_path / "t.parquet"
     )
@@ -149,16 +149,16 @@ def test_a_csv_cell_longer_than_a_block_is_read_and_no_row_twice(tmp_path: Path)
 
 
 def test_jsonl_types_are_those_of_the_whole_file_and_text_is_never_made_a_date(tmp_path: Path) -> None:
-    early = [{"n": number, "day": "2026-01-02", "more": {"a": number}} for number in range(50_000)]
+    early = [{"n": number, "day": "2026-01-02", "more": {"a": number}} for number in range(25_000)]
     late = [{"n": 0.5, "day": "none", "more": {"b": ["x"]}, "new": True}, {"day": "2026-01-02T03:04:05Z"}]
     lines = [json.dumps(row) for row in [*early, *late]]
     path = written(tmp_path / "t.jsonl", "\ufeff\n" + "\n".join(lines[:10]) + "\r\n \n" + "\n".join(lines[10:]))
     table = open_table(path)
     assert table.rows == len(lines)
     assert table.column_names == ["n", "day", "more", "new"]
-    assert column(table, "n")[-3:] == [49_999.0, 0.5, None]
+    assert column(table, "n")[-3:] == [24_999.0, 0.5, None]
     assert column(table, "day")[-3:] == ["2026-01-02", "none", "2026-01-02T03:04:05Z"]
-    assert column(table, "more")[-3:] == [{"a": 49_999, "b": None}, {"a": None, "b": ["x"]}, None]
+    assert column(table, "more")[-3:] == [{"a": 24_999, "b": None}, {"a": None, "b": ["x"]}, None]
     assert column(table, "new")[-3:] == [None, True, None]
 
 

@@ -12,7 +12,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -134,20 +133,17 @@ def test_jsonl_and_csv_say_in_words_what_they_have_no_type_for(tmp_path: Path) -
 
 
 def test_pandas_gets_its_index_and_its_categories_back(tmp_path: Path) -> None:
+    pd = pytest.importorskip("pandas")
     frame = pd.DataFrame(
         {"text": ["a", "b"], "kind": pd.Categorical(["x", "y"], categories=["y", "x"])},
         index=pd.Index([7, 9], name="id"),
     )
     frame.to_parquet(tmp_path / "in.parquet")
-    for suffix in ("parquet", "arrow"):
-        write_through(open_table(tmp_path / "in.parquet"), tmp_path / f"out.{suffix}", ["1", "2"])
-        reader = pd.read_parquet if suffix == "parquet" else _read_arrow
-        pd.testing.assert_frame_equal(reader(tmp_path / f"out.{suffix}").drop(columns="answer"), frame)
-
-
-def _read_arrow(path: Path) -> pd.DataFrame:
-    with pa.ipc.open_file(str(path)) as opened:
-        return opened.read_pandas()
+    table = open_table(tmp_path / "in.parquet")
+    write_through(table, tmp_path / "out.parquet", ["1", "2"])
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out.parquet").drop(columns="answer"), frame)
+    write_through(table, tmp_path / "out.feather", ["1", "2"])
+    pd.testing.assert_frame_equal(pd.read_feather(tmp_path / "out.feather").drop(columns="answer"), frame)
 
 
 def test_an_arrow_file_gets_one_dictionary_of_those_of_all_batches(tmp_path: Path) -> None:
@@ -226,7 +222,7 @@ def _odd_table(path: Path) -> Table:
 
 
 THROUGH = """
-import resource, sys
+import sys
 from pathlib import Path
 from tables.reading import open_table
 from tables.writing import AddedColumn, ColumnKind, writer_for
@@ -234,18 +230,21 @@ table = open_table(Path(sys.argv[1]))
 with writer_for(Path(sys.argv[2]), table, [AddedColumn("answer", ColumnKind.TEXT)]) as writer:
     for batch in table.batches():
         writer.write(batch, {"answer": batch.column("text")})
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
-    """One row group of 8 times the rows; held whole, the larger table would take 140 MB more."""
-    peaks = []
+    """One row group of 8 times the rows; held whole, the larger table would take 60 MB more, and its answers as much.
+
+    The kernel's high-water mark is asked, because getrusage counts what the parent held before the exec.
+    """
+    peaks_kb = []
     for rows in (100_000, 800_000):
         text = pa.array([f"the parcel number {number} came late and its box was open" for number in range(1000)])
         texts = pa.concat_arrays([text] * (rows // 1000))
         ids = pa.array(range(rows))
         pq.write_table(pa.table({"id": ids, "text": texts}), tmp_path / "in.parquet", row_group_size=rows)
         command = [sys.executable, "-c", THROUGH, str(tmp_path / "in.parquet"), str(tmp_path / "out.parquet")]
-        peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    assert peaks[1] - peaks[0] < 48
+        peaks_kb.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    assert peaks_kb[1] - peaks_kb[0] < 32_000
