@@ -106,10 +106,6 @@ SUBMIT = ("submit", "--documents", ".", "--model", "m")
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [
-        (("submit",), "give either FILE or --recipe with --documents"),
-        (("submit", __file__, *SUBMIT[1:], "--recipe", "index"), "give either FILE or --recipe with --documents"),
-        (("submit", "--recipe", "index"), "--recipe and --documents go together"),
-        (("submit", __file__, "--labels", "a,b"), "--labels, --schema and --option are for --recipe; lines of a FILE"),
         ((*SUBMIT, "--recipe", "sum"), "no recipe sum; there are ask, classify, extract, index, summarize"),
         ((*SUBMIT, "--recipe", "classify"), "required field `labels` (recipe classify; its options: labels)"),
         ((*SUBMIT, "--recipe", "classify", "--labels", "a, ,a"), "labels: each may be there once"),

@@ -70,7 +70,7 @@ def test_a_table_comes_back_with_its_answers_and_a_retry_takes_only_what_failed(
 def test_what_a_preview_ran_is_kept_and_not_run_again(
     env: dict[str, str], tmp_path: Path, table: Path, endpoint: ScriptedEndpoint, database: Database
 ) -> None:
-    plain = [table, "--prompt", "Say {id}", "--preview", "6", "-o", tmp_path / "out.jsonl"]
+    plain: list[str | Path] = [table, "--prompt", "Say {id}", "--preview", "6", "-o", tmp_path / "out.jsonl"]
     shown = stoker("run", *plain, env=env)
     assert shown.returncode == 0 and endpoint.calls().count == 6
     assert "preview: 6 of 40 rows, drawn at random" in shown.stderr and "echo: Say " in shown.stderr

@@ -24,7 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where commands run: with a table, lines, and files for options."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.csv").write_text("text,n\na,1\n")
-    (tmp_path / "lines.jsonl").write_text("{}\n")
+    (tmp_path / "lines.jsonl").write_text('{"a": 1}\n')
     (tmp_path / "labels.txt").write_text("yes, really\n\nno\n")
     (tmp_path / "schema.json").write_text("{")
     return tmp_path
@@ -35,7 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("lines.jsonl", "FileSource lines.jsonl"),
         ("-", "FileSource -"),
-        ("lines.jsonl --prompt {x}", "--prompt: no column x"),
+        ("lines.jsonl --prompt {x}", "--prompt: no column x; the table has a"),
         ("t.csv --prompt {text}{n} --labels @labels.txt", "TableSource t.csv"),
         ("t.csv --prompt {text} --regex [ab]", "TableSource t.csv"),
         ("t.csv", "t.csv: is a table; say what is asked of each row with --prompt"),
