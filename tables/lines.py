@@ -11,9 +11,10 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.json as pj
 
 from runtime.errors import BadInput
@@ -21,7 +22,7 @@ from tables.schemas import Unlike, merged
 
 BLOCK_BYTES: Final = 1 << 20  # as pyarrow's own readers take; a line may be longer
 BOM: Final = b"\xef\xbb\xbf"
-# pyarrow makes a float of an integer beyond 64 bits without a word; looked for only where a field became one.
+# pyarrow makes a float of an integer beyond 64 bits without a word.
 LONG_INTEGER: Final = re.compile(rb"[:,\[]\s*-?\d{19}")
 LARGEST_INTEGER: Final = (1 << 63) - 1
 
@@ -82,9 +83,10 @@ def _extended(file: Path, first_line: int, block: bytes, *, known: pa.Schema) ->
         ) from error
     except (pa.ArrowException, Unlike) as error:
         raise _first_bad_line(file, first_line, block, known=known) from error
-    if table.num_rows != sum(1 for line in block.splitlines() if line.strip()):
+    lines = block.count(b"\n")
+    if table.num_rows != lines and table.num_rows != sum(1 for line in block.split(b"\n") if line.strip()):
         raise _first_bad_line(file, first_line, block, known=known)
-    if LONG_INTEGER.search(block):
+    if any(_beyond_64_bits(chunk) for column in table.columns for chunk in column.chunks):
         _check_integers(file, first_line, block)
     return schema, table.num_rows
 
@@ -166,6 +168,18 @@ def _word(type_: str) -> str:
     if type_.startswith("list<"):
         return "a list"
     return "an object" if type_.startswith("struct<") else words.get(type_, type_)
+
+
+def _beyond_64_bits(array: Any) -> bool:
+    """Whether a float is in it, at any depth, that may have been such an integer."""
+    if isinstance(array, pa.ListArray):
+        return _beyond_64_bits(array.flatten())
+    if isinstance(array, pa.StructArray):
+        return any(_beyond_64_bits(within) for within in array.flatten())
+    if not pa.types.is_floating(array.type):
+        return False
+    ends = pc.min_max(array)
+    return any((end.as_py() or 0) * sign >= LARGEST_INTEGER for end, sign in ((ends["min"], -1), (ends["max"], 1)))
 
 
 def _check_integers(file: Path, first_line: int, block: bytes) -> None:

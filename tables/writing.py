@@ -5,6 +5,7 @@ Nothing here knows what the appended columns mean.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -75,6 +76,8 @@ def check_output(path: Path, table: Table, added: Sequence[AddedColumn]) -> None
     kind = kind_of(path)
     if not path.parent.is_dir():
         raise BadInput(f"{path}: the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise BadInput(f"{path}: the folder {path.parent} may not be written to; name a file elsewhere")
     if path.is_dir():
         raise BadInput(f"{path}: is a folder; name a file")
     if path.exists() and any(path.samefile(file) for file in table.files):

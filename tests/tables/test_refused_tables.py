@@ -64,6 +64,11 @@ REFUSED: dict[str, tuple[str, bytes | str, str]] = {
         '{"a": 12345678901234567890}\n',
         "line 1: the integer 12345678901234567890 does not fit",
     ),
+    "long_within": (
+        "t.jsonl",
+        '{"a": [{"b": 0.5}, {"b": -12345678901234567890}]}\n',
+        "line 1: the integer -1234567890123",
+    ),
     "no_parquet": ("t.parquet", "hello", "t.parquet: cannot be read as Parquet ("),
     "no_arrow": ("t.arrow", "hello", "t.arrow: cannot be read as Arrow ("),
     "cut_arrow": ("t.arrow", b"ARROW1\x00\x00cut", "t.arrow: cannot be read as Arrow ("),
@@ -92,6 +97,8 @@ def test_a_file_that_is_no_table_is_refused_with_its_place_and_the_remedy(tmp_pa
 def test_integers_at_the_end_of_64_bits_are_read(tmp_path: Path) -> None:
     largest = (1 << 63) - 1
     (tmp_path / "t.jsonl").write_text(f'{{"a": {largest}, "b": ": 12345678901234567890"}}\n{{"a": {-largest}}}')
+    (tmp_path / "float.jsonl").write_text('{"a": 1e300, "b": NaN}\n')
+    assert open_table(tmp_path / "float.jsonl").rows == 1
     values = [value for batch in open_table(tmp_path / "t.jsonl").batches() for value in batch.column("a")]
     assert values == [largest, -largest]
 
