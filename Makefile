@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 include engines.mk
 
 .PHONY: help demo up cache documents test test-engine chaos check format env-example compose-env \
-	bench bench-submit bench-gateway bench-pipeline bench-growth bench-dispatch bench-order bench-refill bench-end-to-end bench-front-end bench-cache nginx rabbitmq chromium
+	bench bench-submit bench-gateway bench-tables bench-pipeline bench-growth bench-dispatch bench-order bench-refill bench-end-to-end bench-front-end bench-cache nginx rabbitmq chromium
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -44,10 +44,10 @@ compose-env: ## secrets for docker compose, made once
 	@$(PYTHON) scripts/compose_env.py
 
 cache: .venv/.demo embedder ## what the semantic cache needs: its libraries and the small embedder
-	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,cache,gateway,tables]'
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,cache,gateway,tables]' -e ./client
 
 documents: .venv/.demo embedder ## what reading and searching documents needs: its libraries and the small embedder
-	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,cache,documents,gateway,tables]'
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,cache,documents,gateway,tables]' -e ./client
 
 env-example: .venv/.demo
 	@python -c 'from runtime.settings import env_example; print(env_example(), end="")' > .env.example
@@ -69,6 +69,10 @@ bench-growth: .venv/.dev nginx rabbitmq ## what a job costs in larger batches an
 
 bench-submit: .venv/.dev ## rows/s and memory of submit and download, beside bare COPYs
 	@python -m benchmarks.submit
+
+bench-tables: .venv/.dev nginx rabbitmq engine-vllm checkpoint embedder ## tables of 1,000,000 and 10,000,000 rows; with FOLDER=banking77 that one too, by command and by client
+	@python -m benchmarks.large_table
+	@[ -z "$(FOLDER)" ] || python -m benchmarks.banking_table --folder $(FOLDER)
 
 bench-gateway: .venv/.dev ## the gateway under 200 clients beside uploads of 100,000 lines; a file of 2 GB
 	@python -m benchmarks.gateway
@@ -105,13 +109,13 @@ bench-front-end: .venv/.dev engine-vllm checkpoint ## vLLM's batch route beside 
 	@python -m benchmarks.front_end
 
 # Only what a run needs: no test tools.
-.venv/.demo: pyproject.toml constraints.txt
+.venv/.demo: pyproject.toml client/pyproject.toml constraints.txt
 	@echo "building .venv (about 30 s)" >&2
 	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear .venv
-	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,gateway,tables]'
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,gateway,tables]' -e ./client
 	@touch $@
 
 .venv/.dev: .venv/.demo requirements/compose.txt
-	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,dev,cache,documents,gateway,tables]'
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,dev,cache,documents,gateway,tables]' -e ./client
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --require-hashes -r requirements/compose.txt
 	@touch $@

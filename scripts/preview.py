@@ -62,11 +62,14 @@ class Preview:
             say(f"no row has a result: {batch_name(self.batch_id)} is {self._progress.state.value}")
             return
         found = forecast(self._rows, of=self._of, wall_s=seconds_of(self._progress), slots=self._slots)
-        say(
-            f"all {self._of:,} rows, estimated from these (95%): {_counted(found.prompt_tokens)} tokens in, "
-            f"{_counted(found.completion_tokens)} tokens out, {_timed(found.seconds)}; "
-            "rows that equal others, or that the cache answers, take none"
-        )
+        say(f"all {self._of:,} rows, estimated from these, with 95% ranges:")
+        for name, shown in (
+            ("tokens in", _counted(found.prompt_tokens)),
+            ("tokens out", _counted(found.completion_tokens)),
+            ("time", _timed(found.seconds)),
+        ):
+            say(f"  {name:10}  {shown}")
+        say("rows that equal others, or that the cache answers, take none")
 
 
 def ask_to_go_on(preview: Preview, *, yes: bool) -> bool:

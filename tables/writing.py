@@ -111,6 +111,10 @@ def writer_for(path: Path, table: Table, added: Sequence[AddedColumn]) -> Iterat
         with _opened(part, kind_of(path), schema, table) as put:
             yield Writer(put, schema, added)
         part.replace(path)
+    except OSError as error:  # pyarrow's too
+        raise BadInput(
+            f"{path}: cannot be written ({error.strerror or error}); make room, or name another place"
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 
