@@ -160,6 +160,8 @@ _TABLES = frozenset({".parquet", ".pq", ".csv", ".tsv", ".arrow", ".feather", ".
 
 
 def _table(stated: _Stated, file: Path, template: str) -> Source:
+    if str(file) == "-":
+        raise click.UsageError("standard input is for lines; a table is a file or a folder")
     if importlib.util.find_spec("pyarrow") is None:
         raise BadInput("tables need pyarrow: pip install 'stoker[tables]'")
     from scripts.table_source import table_source  # noqa: PLC0415  # pyarrow is an extra, and takes a while

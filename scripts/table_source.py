@@ -19,6 +19,7 @@ from pipeline.export import write_lines
 from pipeline.serving import only_served
 from pipeline.table_lines import Prompt, write_rows
 from pipeline.table_results import TableAsked, asked_of, open_asked, write_table
+from runtime.errors import BadInput
 from runtime.settings import Settings
 from scripts.lookup import TENANT
 from scripts.preview import Preview, ask_to_go_on
@@ -75,16 +76,22 @@ class TableSource(Source):
         model = how.model or only_served(served)
         with tempfile.NamedTemporaryFile(prefix=".stoker-", suffix=".jsonl", dir=folder) as file:
             with bar("reading the table", total=self.table.rows) as show:
-                written = write_rows(
-                    self.table,
-                    self.prompt,
-                    file,
-                    model=model,
-                    states_variables=how.cache_mode(settings) is CacheMode.SEMANTIC,
-                    skips_nulls=self.skips_nulls,
-                    sample=sample,
-                    on_progress=show,
-                )
+                try:
+                    written = write_rows(
+                        self.table,
+                        self.prompt,
+                        file,
+                        model=model,
+                        states_variables=how.cache_mode(settings) is CacheMode.SEMANTIC,
+                        skips_nulls=self.skips_nulls,
+                        sample=sample,
+                        on_progress=show,
+                    )
+                except OSError as error:
+                    raise BadInput(
+                        f"{file.name}: the rows' lines cannot be written there ({error.strerror}); "
+                        "they take about what the prompts do: make room, or set TMPDIR"
+                    ) from error
             about = replace(self.asked, sha256=self.table.digest()).stored()
             yield Lines(Path(file.name), about, count=written.lines, sample=written.sample)
 
@@ -95,7 +102,7 @@ class TableSource(Source):
 
     def write_files(self, database: Database, progress: BatchProgress, output: Path) -> list[tuple[str, str]]:
         """The table with its results, error lines if there are any, and the manifest."""
-        _write(database, progress, output, self.table, self.asked)
+        write_kept(database, progress, output)
         places = [("results", str(output))]
         if progress.failed:
             errors = errors_beside(output, suffix=".jsonl")
@@ -119,15 +126,14 @@ def table_source(
     return TableSource(table, prompt, prefix, skips_nulls)
 
 
-def write_kept(database: Database, progress: BatchProgress, output: Path, *, moved: Path | None) -> int:
-    """Write the table that a batch was made of, which may have moved, with its results: how many rows."""
+def write_kept(database: Database, progress: BatchProgress, output: Path, *, moved: Path | None = None) -> int:
+    """Write the table that a batch was made of, which may have moved, with its results: how many rows.
+
+    Raises BadInput if the table has changed, or cannot be written there.
+    """
     asked = asked_of(progress)
     table = open_asked(asked, moved)
     asked.check(output, table)
-    _write(database, progress, output, table, asked)
-    return table.rows
-
-
-def _write(database: Database, progress: BatchProgress, output: Path, table: Table, asked: TableAsked) -> None:
     with bar("writing the table", total=table.rows) as show:
         write_table(database, progress, table, output, asked=asked, tenant=TENANT, on_progress=show)
+    return table.rows

@@ -38,6 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("lines.jsonl --prompt {x}", "--prompt: no column x; the table has a"),
         ("t.csv --prompt {text}{n} --labels @labels.txt", "TableSource t.csv"),
         ("t.csv --prompt {text} --regex [ab]", "TableSource t.csv"),
+        ("- --prompt {text}", "standard input is for lines; a table is a file or a folder"),
         ("t.csv", "t.csv: is a table; say what is asked of each row with --prompt"),
         (".", ".: is a table; say what is asked of each row with --prompt"),
         ("t.csv --prompt {txt}", "--prompt: no column txt; the table has text, n"),
