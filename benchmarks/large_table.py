@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.paired import keep_run, made_with
-from benchmarks.rows import Row, at_most
+from benchmarks.rows import Row
 from benchmarks.static_endpoint import CONTENT, MODEL, StaticEndpoint
 from runtime.settings import Settings, environment_of, load_settings
 from scripts.local import local_services, local_worker, prepare_schema
@@ -36,7 +36,6 @@ STOKER: Final = Path(sys.executable).with_name("stoker")
 PROMPT: Final = "Which of our teams should answer this customer? Message {id}: {text}"
 GROUP_ROWS: Final = 1_000_000  # one row group: larger than most writers make them
 WRITE_ROWS: Final = 100_000
-PEAK_MB: Final = 250.0
 RUN_LIMIT_S: Final = 1800.0
 
 
@@ -190,7 +189,6 @@ def rows(found: list[Size]) -> list[Row]:
             f"**{', '.join(f'{peak:.0f}' for peak in peaks)}**; {largest.rows / seconds:,.0f} rows/s",
             COMMAND,
             headline=True,
-            **at_most(peaks[-1], PEAK_MB, " MB"),
         )
         for what, peaks, seconds in (
             ("submit --prompt", [one.submit_mb for one in found], largest.submit_s),
