@@ -10,6 +10,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 
 import click
 
@@ -40,6 +41,7 @@ from worker.dispatcher import run_dispatcher
 from worker.doctor import examine
 
 EXIT_UNREACHABLE = 3
+REPOSITORY, CHECKPOINTS = Path(__file__).resolve().parents[1], ".checkpoints"
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -86,6 +88,7 @@ def up(settings: Settings, as_json: bool, until_eof: bool) -> None:
         return
     if stop.is_set():
         return
+    settings = _at_checkpoints(settings)
     with_chroma = settings.is_embedded and has_semantic_parts(settings)
     if settings.is_embedded and not with_chroma:
         say(f"without Chroma: the semantic cache needs its libraries and an embedder in {settings.cache.embedder}")
@@ -103,6 +106,19 @@ def up(settings: Settings, as_json: bool, until_eof: bool) -> None:
                 "submit from another terminal: stoker submit FILE.jsonl; stop with Ctrl-C"
             )
             _wait_while_alive(started, stop)
+
+
+def _at_checkpoints(settings: Settings) -> Settings:
+    """Go to the repository, where `make` puts checkpoints and engines, if none is named or here.
+
+    A notebook starts us from any folder.
+    """
+    named = settings.engine.checkpoint is not None or settings.engine.url is not None
+    if named or Path(CHECKPOINTS).is_dir() or not (REPOSITORY / CHECKPOINTS).is_dir():
+        return settings
+    at = settings.model_copy(update={"home": home_of(settings).absolute()})
+    os.chdir(REPOSITORY)
+    return at
 
 
 def _running_elsewhere(settings: Settings, stop: threading.Event) -> GatewayPlace | None:

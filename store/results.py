@@ -188,7 +188,8 @@ def _page(session: Session, batch_id: UUID, *, first: int) -> list[ResultRow]:
     rows = session.execute(
         text("""
         SELECT r.seq, j.custom_id, r.outcome, r.source, r.status_code, r.response, r.error_code, r.error_message,
-            r.cache_entry_id, r.similarity, r.namespace_id, r.stoker, r.prompt_tokens, r.completion_tokens, r.duration_ms
+            r.cache_entry_id, r.similarity, r.namespace_id, r.stoker, r.prompt_tokens, r.completion_tokens,
+            r.duration_ms
         FROM results r CROSS JOIN LATERAL (
             SELECT custom_id FROM jobs WHERE batch_id = :id AND seq = r.seq OFFSET 0) AS j
         WHERE r.batch_id = :id AND r.seq >= :first AND r.seq < :end ORDER BY r.seq"""),

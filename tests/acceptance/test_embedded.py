@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -16,7 +18,7 @@ import pytest
 from inference.checkpoints import digest_of
 from tests.acceptance.chats import ids_of, parse_lines, read_lines
 from tests.support.own_services import free_port
-from tests.support.processes import REPOSITORY, Command, marked, new_mark, seen_processes, stoker
+from tests.support.processes import REPOSITORY, Command, clean_environment, marked, new_mark, seen_processes, stoker
 from tests.support.waiting import wait_until
 
 GGUF = next(iter(sorted((REPOSITORY / ".checkpoints").glob("smollm2-135m-gguf/*.gguf"))), None)
@@ -102,8 +104,17 @@ def test_up_serves_other_terminals_until_ctrl_c(
         assert (newest["id"], newest["status"]) == (batch, "completed"), "its first key sees what commands submit"
         told = json.loads(stoker("up", "--json", env=elsewhere).stdout)
         assert told == {"url": f"http://127.0.0.1:{port}/v1", "key_file": str(home / "key")}, "no second one is started"
-        served = json.loads(_get(port, "/v1/models", key) or b"")["data"]
-        assert [model["object"] for model in served] == ["model"]
+        asked = "import stoker_client; print(stoker_client.run(['Hi.'], max_output_tokens=4, progress=False)[0].source)"
+        joined = subprocess.run(
+            [sys.executable, "-c", asked],
+            env={**clean_environment(), **elsewhere},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert joined.stdout == "engine\n", joined.stderr
         up.process.send_signal(signal.SIGINT)
         ended = up.wait(60)
         assert left_behind(home, mark) == []
