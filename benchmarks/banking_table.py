@@ -1,10 +1,10 @@
 """BANKING77 as a table through one command and through the client: seconds, accuracy, what came from a cache.
 
-    python -m benchmarks.banking_table --folder BANKING77 [--rows 3080] [--semantic 13083]
+    python -m benchmarks.banking_table --folder BANKING77 [--rows 3080] [--semantic 4000]
 
 The rows of test.csv as Parquet, classified into the 77 intents by the small checkpoint on vLLM: by `stoker run`, then,
 with the caches cleared, by `stoker_client.run` with pandas; then by the client as a new batch, with what is cached. At
-last all 13,083 rows in a seeded order with `--cache semantic`. One worker, one engine; services are embedded ones in a
+last 4,000 of all rows in a seeded order with `--cache semantic`. One worker, one engine; services are embedded ones in a
 folder of their own. About 15 minutes on two cores. Writes benchmarks/results/banking_table.json.
 """
 
@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=TEST_ROWS)
-    parser.add_argument("--semantic", type=int, default=13_083)
+    parser.add_argument("--semantic", type=int, default=4_000)
     options = parser.parse_args()
     texts, intents = read_lines(options.folder)
     every = pd.DataFrame({"text": texts, "intent": intents})

@@ -13,6 +13,7 @@ from models.states import CacheMode, JobOrder, Priority
 from runtime.settings import LEAST_WEIGHT, MOST_WEIGHT
 
 MOST_PAIRS, KEY_CHARACTERS, VALUE_CHARACTERS = 16, 64, 512
+TEMPLATE_CHARACTERS = 65_536  # a template is a prompt; the whole body is held to the gateway's limit
 MOST_TOKENS = 2**53  # what JSON's readers still count exactly
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 _WINDOW = r"^([1-9][0-9]{0,7}s|[1-9][0-9]{0,5}m|[1-9][0-9]{0,3}h|[1-9][0-9]{0,2}d)$"
@@ -57,7 +58,7 @@ class Extras(_Asked):
     """
 
     cache: CacheMode | None = None
-    template: Text | None = None
+    template: Annotated[str | None, Field(min_length=1, max_length=TEMPLATE_CHARACTERS, pattern=r"^[^\x00]*$")] = None
     collection: Text | None = None
     top_k: int | None = Field(None, ge=1, le=MOST_PASSAGES)
     context_tokens: int | None = Field(None, ge=16, le=MOST_TOKENS)

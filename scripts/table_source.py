@@ -74,7 +74,7 @@ class TableSource(Source):
         """A line for each row. Raises BadInput for nulls that are not to be skipped."""
         del database
         model = how.model or only_served(served)
-        with tempfile.NamedTemporaryFile(prefix=".stoker-", suffix=".jsonl", dir=folder) as file:
+        with tempfile.TemporaryFile(dir=folder) as file:  # without a name: nothing is left of it, however we end
             with bar("reading the table", total=self.table.rows) as show:
                 try:
                     written = write_rows(
@@ -88,12 +88,13 @@ class TableSource(Source):
                         on_progress=show,
                     )
                 except OSError as error:
+                    place = folder or tempfile.gettempdir()
                     raise BadInput(
-                        f"{file.name}: the rows' lines cannot be written there ({error.strerror}); "
-                        "they take about what the prompts do: make room, or set TMPDIR"
+                        f"{place}: the rows' lines cannot be written there ({error.strerror}); they take about what "
+                        "the prompts do: make room, or set TMPDIR"
                     ) from error
             about = replace(self.asked, sha256=self.table.digest()).stored()
-            yield Lines(Path(file.name), about, count=written.lines, sample=written.sample)
+            yield Lines(Path(f"/proc/self/fd/{file.fileno()}"), about, count=written.lines, sample=written.sample)
 
     def check_output(self, output: Path, *, previews: bool) -> None:
         """That the table can be written there with the result columns."""

@@ -17,7 +17,6 @@ from stoker_client.prompts import Template
 from stoker_client.tables import Table, check_columns, is_frame
 
 WINDOW: Final = re.compile(r"[1-9][0-9]{0,7}s|[1-9][0-9]{0,5}m|[1-9][0-9]{0,3}h|[1-9][0-9]{0,2}d")
-TEMPLATE_CHARACTERS: Final = 512  # the most that a batch states for all its lines; a longer one stands in each
 _ANSWERED: Final = ("answer",)
 _COUNTED: Final = ("error", "prompt_tokens", "completion_tokens", "source")
 _CHOICES: Final = {
@@ -123,7 +122,6 @@ def line_form(asked: Asked, *, model: str, form: Form, template: Template | None
         system="\n\n".join(filter(None, (asked.system, form.instruction))) or None,
         template=template,
         states_variables=asked.cache == "semantic",
-        states_template=len(asked.prompt or "") > TEMPLATE_CHARACTERS,
     )
 
 
@@ -131,7 +129,7 @@ def create_body(asked: Asked, *, form: Form, lines: LineForm) -> dict[str, Any]:
     """The body that creates the batch, but for its file."""
     stoker = {
         "cache": asked.cache,
-        "template": asked.prompt if lines.states_variables and not lines.states_template else None,
+        "template": asked.prompt if lines.states_variables else None,
         "priority": asked.priority,
         "budget_tokens": asked.budget_tokens,
         "validate_answers": True if form.schema is not None else None,

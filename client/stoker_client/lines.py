@@ -51,7 +51,6 @@ class LineForm:
     system: str | None = None
     template: Template | None = None
     states_variables: bool = False
-    states_template: bool = False
 
 
 @dataclass(slots=True)
@@ -141,10 +140,7 @@ def _stated(form: LineForm, columns: Sequence[str], texts: Sequence[str]) -> str
     """What a line states for the semantic cache: nothing where rows are prompts, or where a value holds a NUL."""
     if form.template is None or any("\0" in text for text in texts):
         return ""
-    stated: dict[str, Any] = {"variables": dict(zip(columns, texts, strict=True))}
-    if form.states_template:
-        stated["template"] = form.template.text
-    return f',"stoker":{compact(stated)}'
+    return f',"stoker":{compact({"variables": dict(zip(columns, texts, strict=True))})}'
 
 
 def _check_value(value: Any, column: str, row: int) -> None:

@@ -54,7 +54,6 @@ def test_a_table_comes_back_with_its_answers_and_a_retry_takes_only_what_failed(
     assert sum(not error for error in errors) == ROWS - 2
     [failed] = read_lines(Path(figures["files"]["errors"]))
     assert (failed["custom_id"], failed["error"]["code"]) == ("row-7", "invalid_answer")
-    assert not list(tmp_path.glob(".stoker-*")), "the lines are gone"
 
     endpoint.script(YES, match="7 wrong")
     asked = endpoint.calls().count
