@@ -4,8 +4,8 @@
 
 The rows of test.csv as Parquet, classified into the 77 intents by the small checkpoint on vLLM: by `stoker run`, then,
 with the caches cleared, by `stoker_client.run` with pandas; then by the client as a new batch, with what is cached. At
-last 4,000 of all rows in a seeded order with `--cache semantic`. One worker, one engine; services are embedded ones in a
-folder of their own. About 15 minutes on two cores. Writes benchmarks/results/banking_table.json.
+last 4,000 of all rows in a seeded order with `--cache semantic`. One worker, one engine; services are embedded ones in
+a folder of their own. About 15 minutes on two cores. Writes benchmarks/results/banking_table.json.
 """
 
 from __future__ import annotations
