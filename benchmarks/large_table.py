@@ -186,13 +186,18 @@ def rows(found: list[Size]) -> list[Row]:
     return [
         Row(
             f"`stoker {what}` of a table of {sizes} rows: most memory of its process, MB",
-            f"**{', '.join(f'{peak:.0f}' for peak in peaks)}**; {largest.rows / seconds:,.0f} rows/s",
+            f"**{', '.join(f'{peak:.0f}' for peak in peaks)}**; {largest.rows / seconds:,.0f} rows/s{more}",
             COMMAND,
             headline=True,
         )
-        for what, peaks, seconds in (
-            ("submit --prompt", [one.submit_mb for one in found], largest.submit_s),
-            ("results -o", [one.results_mb for one in found], largest.results_s),
+        for what, peaks, seconds, more in (
+            ("submit --prompt", [one.submit_mb for one in found], largest.submit_s, ""),
+            (
+                "results -o",
+                [one.results_mb for one in found],
+                largest.results_s,
+                f", {largest.answered:,} of them with an answer",
+            ),
         )
     ]
 

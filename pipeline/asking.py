@@ -33,7 +33,10 @@ async def ask(context: FeedContext, attempt: Attempt, unit: Unit) -> list[JobRes
     if isinstance(unit, Job):
         if unit.seq in attempt.looked.steps:
             return await _ask_in_steps(context, attempt, unit)
-        return [await _awaited(context, attempt, unit) or await _ask_one(context, attempt, unit)]
+        try:
+            return [await _awaited(context, attempt, unit) or await _ask_one(context, attempt, unit)]
+        except Stopped:
+            return []
     reply = await context.endpoint(path).post(
         path, unit.body, request_id=request_name(attempt.claim.batch_id, unit.jobs[0].seq)
     )
@@ -84,12 +87,13 @@ async def _done_in(steps: Steps, context: FeedContext, claim: Claim, job: Job) -
 async def _ask_one(context: FeedContext, attempt: Attempt, job: Job) -> JobResult:
     path, name = attempt.claim.endpoint, request_name(attempt.claim.batch_id, job.seq)
     reply = await context.endpoint(path).post(path, job.body.encode(), request_id=name)
-    result = result_of(job.seq, path, reply)
+    first = result = result_of(job.seq, path, reply)
     if attempt.claim.validates:
-        result = await validated(context, attempt, job, result)
+        result = await validated(context, attempt, job, first)
     if job.seq in attempt.looked.twice and result.outcome is Outcome.SUCCEEDED:
+        taken = tokens_of(first.usage) if result is first else 0  # a repair has told of both
         with suppress(StokerError):  # the answer is there; a second one that fails, or is too dear, only says nothing
-            async with attempt.covering(job.seq, job.body, taken=tokens_of(result.usage)) as cover:
+            async with attempt.covering(job.seq, job.body, taken=taken) as cover:
                 reply = await context.endpoint(path).post(path, job.body.encode(), request_id=name)
                 again = result_of(job.seq, path, reply)
                 cover.tokens = tokens_of(again.usage)

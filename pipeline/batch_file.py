@@ -15,7 +15,7 @@ from pathlib import Path
 from stat import S_ISREG
 
 from models.line_problems import SHOWN_CHARACTERS
-from models.line_settings import read_settings
+from models.line_settings import LineSettings, read_settings
 from models.lines import LineRules, ParsedLine, parse_line
 from pipeline.duplicates import LOW_BITS, SETTLE_LINES, DigestBuckets, duplicates
 from pipeline.forms import check_form
@@ -28,6 +28,7 @@ BUFFER_BYTES = 1024 * 1024
 PROGRESS_EVERY_LINES = 4096
 KEPT_PROBLEMS = 20
 NAMED_MODELS = 20
+MOST_FORMS = 64  # different schemas that a validating file's lines state: each is compiled, and takes 0.3 s at the most
 SKIPPED_SUSPECTS = 100_000  # ids that several lines use: 15 MB of ids and line numbers
 
 Progress = Callable[[int, int], None]
@@ -62,6 +63,7 @@ class BatchFile:
         self._problems: list[Problem] = []
         self._total_problems = 0
         self._missing_models: dict[str, tuple[int, int]] = {}  # name: its first line, its lines
+        self._forms: set[int] = set()
 
     @property
     def size_bytes(self) -> int:
@@ -81,7 +83,7 @@ class BatchFile:
                 if isinstance(line, Problem):
                     self._refuse(line)
                     continue
-                if problem := stated_problem(line, number, self._rules):
+                if problem := self._stated_problem(line, number):
                     self._refuse(problem)
                     continue
                 if self.endpoint is None:
@@ -112,8 +114,30 @@ class BatchFile:
     def _ids(self) -> Iterator[tuple[int, str]]:
         for number, raw in self._raw_lines():
             line = parse_line(raw, number, rules=self._rules, endpoint=self.endpoint)
-            if isinstance(line, ParsedLine) and stated_problem(line, number, self._rules) is None:
+            if isinstance(line, ParsedLine) and self._stated_problem(line, number) is None:
                 yield number, line.custom_id
+
+    def _stated_problem(self, line: ParsedLine, number: int) -> Problem | None:
+        """What is wrong with the template or recipe that a good line states, or the schema that it is to be held to."""
+        settings = None if line.stoker is None else read_settings(line.stoker)
+        if self._rules.options.validate_answers and (fault := self._form_fault(line, settings)):
+            return Problem(number, "invalid_request", "body.response_format", fault)
+        if settings is None:
+            return None
+        return template_problem(line, settings, number) or recipe_problem(line, settings, number)
+
+    def _form_fault(self, line: ParsedLine, settings: LineSettings | None) -> str | None:
+        if settings is not None and settings.has_steps:
+            return "answers of a conversation or a recipe are not validated; leave validate_answers out"
+        try:
+            form = check_form(line.body)
+        except ValueError as error:
+            return str(error)
+        if form is not None and form not in self._forms:
+            if len(self._forms) == MOST_FORMS:
+                return f"schema: the lines before have {MOST_FORMS} others; use fewer in one file, or split it"
+            self._forms.add(form)
+        return None
 
     def _refuse(self, problem: Problem, *, count: int = 1) -> None:
         self._total_problems += count
@@ -228,7 +252,7 @@ class SkippingBatchFile(BatchFile):
         for number, raw in lines:
             line = parse_line(raw, number, rules=self._rules, endpoint=self.endpoint)
             if isinstance(line, ParsedLine):
-                if problem := stated_problem(line, number, self._rules):
+                if problem := self._stated_problem(line, number):
                     line = problem
                 elif served is not None and line.model not in served:
                     line = self._not_served(line.model, number, lines=1)
@@ -243,19 +267,6 @@ class SkippingBatchFile(BatchFile):
             return None
         first_line = first_lines.setdefault(line.custom_id, number)
         return None if first_line == number else _duplicate(line.custom_id, line=number, first_line=first_line)
-
-
-def stated_problem(line: ParsedLine, number: int, rules: LineRules) -> Problem | None:
-    """What is wrong with the template or the recipe that a good line states, or the schema that it is to be held to."""
-    if rules.options.validate_answers:
-        try:
-            check_form(line.body)
-        except ValueError as error:
-            return Problem(number, "invalid_request", "body.response_format", str(error))
-    if line.stoker is None:
-        return None
-    settings = read_settings(line.stoker)
-    return template_problem(line, settings, number) or recipe_problem(line, settings, number)
 
 
 @contextmanager

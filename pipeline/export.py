@@ -74,7 +74,7 @@ def line(batch_id: UUID, row: ResultRow) -> bytes:
         error = _json({"code": row.error_code, "message": row.error_message})
     return (
         f'{{"id":"{name}","custom_id":{_json(row.custom_id)},"response":{response},"error":{error},'
-        f'"stoker":{{"outcome":"{row.outcome.value}","source":"{row.source}"{_origin(row)}{_members(row)}}}}}\n'
+        f'"stoker":{{"outcome":"{row.outcome.value}","source":"{row.source}"{_origin(row)}{_usage(row)}{_members(row)}}}}}\n'
     ).encode()
 
 
@@ -133,6 +133,14 @@ def _origin(row: ResultRow) -> str:
     entry = "" if row.entry is None else f',"entry":{row.entry}'
     namespace = "" if row.namespace is None else f',"namespace":{row.namespace}'
     return leader + entry + namespace + ("" if row.similarity is None else f',"similarity":{row.similarity:.4f}')
+
+
+def _usage(row: ResultRow) -> str:
+    """What the job took, where its response does not say it: a failed one, and one that was asked for twice."""
+    told = row.outcome is not Outcome.FAILED and '"repaired":true' not in (row.stoker or "")
+    if told or not row.prompt_tokens + row.completion_tokens:
+        return ""
+    return f',"usage":{{"prompt_tokens":{row.prompt_tokens},"completion_tokens":{row.completion_tokens}}}'
 
 
 def _members(row: ResultRow) -> str:

@@ -43,7 +43,8 @@ class Retrieved:
     def tell(self, result: JobResult) -> JobResult:
         """The result with its passages and which of them the answer cites."""
         answer = answer_text(result.response or "") or ""
-        told = {"passages": self.told, "citations": citations(answer, len(self.told))}
+        told = msgspec.json.decode(result.stoker) if result.stoker else {}
+        told |= {"passages": self.told, "citations": citations(answer, len(self.told))}
         return replace(result, stoker=msgspec.json.encode(told).decode())
 
 

@@ -99,7 +99,7 @@ def submit_file(
         source = _source(file, options, settings, served_models, on_progress, on_skipped)
         input_digest = source.digest()
         skip_bad = on_skipped is not None
-        submit_digest = _submit_digest(input_digest, options, window, wishes, skip_bad=skip_bad)
+        submit_digest = _submit_digest(input_digest, options, window, wishes, skip_bad=skip_bad, about=about)
         if reuse and (earlier := same_submit(database, tenant=tenant, submit_digest=submit_digest)):
             return earlier
         lines = iter(source)
@@ -230,10 +230,16 @@ def _source(
 
 
 def _submit_digest(
-    input_digest: str, options: SubmitOptions, window: timedelta, wishes: Wishes, *, skip_bad: bool
+    input_digest: str,
+    options: SubmitOptions,
+    window: timedelta,
+    wishes: Wishes,
+    *,
+    skip_bad: bool,
+    about: Mapping[str, Any],
 ) -> str:
     """sha256 of all that makes two submits the same: the file, what is changed in it, and how it is to run."""
-    asked = options.model_dump() | {"window_s": window.total_seconds(), "skip_bad": skip_bad, "wishes": wishes}
+    asked = options.model_dump() | {"window_s": window.total_seconds(), "skip_bad": skip_bad, "wishes": wishes, **about}
     canonical = msgspec.json.encode(asked, order="deterministic")
     return hashlib.sha256(input_digest.encode() + b"\n" + canonical).hexdigest()
 

@@ -5,8 +5,10 @@ Rows are read a batch at a time and written as they come. It must not store anyt
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
@@ -45,7 +47,12 @@ class Prompt:
 
     def check(self, columns: Sequence[str]) -> None:
         """Raises BadInput unless the table has what the slots name."""
+        for name, text in (("--prompt", self.template), ("--system", self.system or "")):
+            if text.encode(errors="ignore").decode() != text:
+                raise BadInput(f"{name}: is no valid UTF-8; write it as text")
         known = f"the table has {', '.join(columns)}"
+        if unusual := [name for name in columns if not SLOT.fullmatch(f"{{{name}}}")]:
+            known += f" (rename {', '.join(unusual)} to use it: a slot is letters, digits and _)"
         if not self.slots:
             raise BadInput(f"--prompt: has no slot; write {{column}} where a row's value stands: {known}")
         if missing := [slot for slot in self.slots if slot not in columns]:
@@ -88,10 +95,10 @@ def write_rows(
     for batch in table.batches(prompt.slots):
         lines = []
         for number, values in enumerate(_values(batch, prompt.slots), written.rows + 1):
-            if None in values:
+            if any(is_null(value) for value in values):
                 _note_nulls(written, number, dict(zip(prompt.slots, values, strict=True)))
                 continue
-            line = make(number, [_text(value) for value in values])
+            line = make(number, [_text(value, prompt.slots[at], row=number) for at, value in enumerate(values)])
             written.lines += 1
             if len(written.sample) < sample:
                 written.sample.append(line)
@@ -137,8 +144,13 @@ def _line_maker(prompt: Prompt, *, model: str, states_variables: bool) -> Callab
     return make
 
 
-def _text(value: Any) -> str:
-    """How a value stands in a prompt."""
+def is_null(value: Any) -> bool:
+    """Whether a slot has nothing to say: a null, or what pandas writes for one, NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _text(value: Any, slot: str, *, row: int) -> str:
+    """How a value stands in a prompt. Raises BadInput for what has no text."""
     if isinstance(value, str):
         return value
     if isinstance(value, bool):
@@ -147,20 +159,15 @@ def _text(value: Any) -> str:
         return str(value)
     if isinstance(value, date | datetime | time):
         return value.isoformat()
-    return msgspec.json.encode(value, enc_hook=_plain).decode()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, timedelta):
-        return str(value)
-    if isinstance(value, Mapping):
-        return dict(value)
-    return str(value)
+    if not isinstance(value, bytes | timedelta):
+        with suppress(TypeError, ValueError):
+            return msgspec.json.encode(value, enc_hook=str).decode()
+    raise BadInput(f"{slot} of row {row} is of the type {type(value).__name__}, which has no text; make it a string")
 
 
 def _note_nulls(written: Written, number: int, values: Mapping[str, Any]) -> None:
     for slot, value in values.items():
-        if value is None:
+        if is_null(value):
             written.nulls[slot] = written.nulls.get(slot, 0) + 1
     if len(written.null_rows) < NAMED_ROWS:
         written.null_rows.append(number)

@@ -18,7 +18,7 @@ from cache.payload import SLOT
 from inference.replies import said
 from models.states import Outcome
 from pipeline.answer_forms import AnswerForm
-from pipeline.table_lines import row_of
+from pipeline.table_lines import is_null, row_of
 from runtime.errors import BadInput, NotFound
 from store.batches import BatchProgress, batch_progress
 from store.database import Database
@@ -33,6 +33,9 @@ _KINDS: Final[Mapping[str, ColumnKind]] = {
     "number": ColumnKind.NUMBER,
     "boolean": ColumnKind.BOOLEAN,
 }
+_TYPES: Final = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
+UNFINISHED: Final = "unfinished: there is no result yet"
+LOST: Final = "lost: the batch that this one repeats is kept no longer, and its answers with it"
 _SAID: Final[Mapping[Outcome, str]] = {
     Outcome.TRUNCATED: "truncated: the answer was cut by its limit of tokens",
     Outcome.EMPTY: "empty: the engine said nothing",
@@ -106,7 +109,9 @@ def write_table(
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write the table with the batch's results by now; `on_progress` hears the rows that are written."""
-    layers = [_Answers(database, batch_id) for batch_id in _repeated(database, progress, tenant=tenant)]
+    repeated = list(_repeated(database, progress, tenant=tenant))
+    layers = [_Answers(database, batch_id) for batch_id in repeated if batch_id is not None]
+    missing = UNFINISHED if None not in repeated else LOST
     slots, rows = tuple(dict.fromkeys(SLOT.findall(asked.template))), 0
     with writer_for(output, table, asked.columns) as writer:
         for batch in table.batches():
@@ -114,12 +119,13 @@ def write_table(
             found: dict[int, ResultRow] = {}
             for layer in reversed(layers):
                 found |= layer.upto(rows)
-            cells = [_cells(found.get(row), asked) for row in range(first, rows + 1)]
+            cells = [_cells(found.get(row), asked, missing=missing) for row in range(first, rows + 1)]
             for row, slot in _without_line(batch, slots, first=first, found=found):
                 cells[row - first][asked.prefix + "error"] = f"null: the column {slot} has no value in this row"
             writer.write(batch, {one.name: [cell.get(one.name) for cell in cells] for one in asked.columns})
             if on_progress is not None:
                 on_progress(rows)
+        table.check_unchanged()  # before the output takes its place
 
 
 class _Answers:
@@ -143,22 +149,24 @@ class _Answers:
         return found
 
 
-def _repeated(database: Database, progress: BatchProgress, *, tenant: str) -> Iterator[UUID]:
-    """The batch, the one whose failed lines it runs again, and so on, as far back as they are kept."""
+def _repeated(database: Database, progress: BatchProgress, *, tenant: str) -> Iterator[UUID | None]:
+    """The batch, the one whose failed lines it runs again, and so on; None in the end for one that is kept no more."""
     earlier: UUID | None = progress.id
     while earlier is not None:
-        yield earlier
         try:
             with database.transaction() as session:
-                earlier = batch_progress(session, earlier, tenant=tenant).retry_of
+                found = batch_progress(session, earlier, tenant=tenant)
         except NotFound:
+            yield None
             return
+        yield earlier
+        earlier = found.retry_of
 
 
-def _cells(row: ResultRow | None, asked: TableAsked) -> dict[str, Any]:
+def _cells(row: ResultRow | None, asked: TableAsked, *, missing: str) -> dict[str, Any]:
     """The result columns of one row by their names; those that have no value are left out."""
     if row is None:
-        return {asked.prefix + "error": "unfinished: there is no result yet"}
+        return {asked.prefix + "error": missing}
     found: dict[str, Any] = {"source": row.source}
     if row.outcome is Outcome.FAILED:
         found["error"] = f"{row.error_code}: {row.error_message}"
@@ -180,17 +188,28 @@ def _without_line(
         return
     for slot in slots:
         for row, value in enumerate(batch.column(slot), first):
-            if value is None and row not in found:
+            if is_null(value) and row not in found:
                 yield row, slot
 
 
 def _kind(schema: Any) -> ColumnKind:
-    """What holds a property's values: JSON text for what has no column of its own."""
-    named = schema.get("type") if isinstance(schema, dict) else None
-    kinds = [one for one in ([named] if isinstance(named, str) else named or []) if one != "null"]
-    if isinstance(schema, dict) and not kinds and all(isinstance(one, str) for one in schema.get("enum", [None])):
-        return ColumnKind.TEXT
-    return _KINDS.get(kinds[0], ColumnKind.TEXT) if len(kinds) == 1 else ColumnKind.TEXT
+    """What holds a property's values: JSON text for what has no column of its own, or may be of several types."""
+    found = _types(schema) - {"null"}
+    if found == {"integer", "number"}:
+        return ColumnKind.NUMBER
+    return _KINDS.get(min(found), ColumnKind.TEXT) if len(found) == 1 else ColumnKind.TEXT
+
+
+def _types(schema: Any) -> set[str]:
+    """The JSON types that a value may have, as far as its schema says; references say nothing."""
+    if not isinstance(schema, dict):
+        return {"any"}
+    if stated := schema.get("type"):
+        return {stated} if isinstance(stated, str) else set(stated)
+    if choices := schema.get("anyOf") or schema.get("oneOf"):
+        return {kind for choice in choices for kind in _types(choice)}
+    values = schema.get("enum") or [schema[name] for name in ("const",) if name in schema]
+    return {_TYPES.get(type(value), "any") for value in values} or {"any"}
 
 
 def _cell(value: Any, kind: ColumnKind) -> Any:

@@ -6,7 +6,9 @@ have nothing to be checked by.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
+from itertools import count
 from typing import Final
 
 import msgspec
@@ -17,19 +19,21 @@ from models.jobs import Job, JobResult, Usage, failed
 from models.names import request_name
 from models.states import Outcome, Source
 from pipeline.attempt import Attempt
-from pipeline.budgets import BudgetExceeded, BudgetWaits, tokens_of
+from pipeline.budgets import WAIT_S, BudgetExceeded, BudgetWaits, tokens_of
 from pipeline.context import FeedContext
 from pipeline.forms import SHOWN_CHARACTERS, form_of
+from pipeline.steps import Stopped
 
 CODE: Final = "invalid_answer"
 CHAT: Final = "/v1/chat/completions"
+LOOKS_AT_BUDGET: Final = 30  # a second apart: others give up what they have reserved with each of their writes
 _REPAIR: Final = "That answer is not valid: {fault}\nAnswer again, with valid JSON only."
 
 
 async def validated(context: FeedContext, attempt: Attempt, job: Job, result: JobResult) -> JobResult:
     """The result, if its answer is valid; else that of one more request, which says what was wrong; else a failure.
 
-    All of them count the tokens of both. Raises what Endpoint.post raises.
+    All of them count the tokens of both. Raises Stopped if nothing more may be asked, and what Endpoint.post raises.
     """
     path = attempt.claim.endpoint
     try:
@@ -49,7 +53,7 @@ async def _repaired(
 ) -> JobResult:
     try:
         again = await _asked_again(context, attempt, job, answer, fault, taken=tokens_of(result.usage))
-    except (BudgetExceeded, BudgetWaits) as error:
+    except (BudgetExceeded, BudgetWaits, ValueError) as error:  # the last one: what cannot be read as JSON here
         return _ended(result, message=f"{fault}; not repaired: {error}. {_shown(answer)}")
     both = replace(again, usage=_sum(result.usage, again.usage), duration_ms=result.duration_ms + again.duration_ms)
     if again.outcome is Outcome.FAILED:
@@ -80,10 +84,20 @@ async def _asked_again(
     ]
     body = msgspec.json.encode({**fields, "messages": messages})
     name = f"{request_name(attempt.claim.batch_id, job.seq)}_repair"
-    async with attempt.covering(job.seq, body, taken=taken) as cover:
-        result = result_of(job.seq, path, await context.endpoint(path).post(path, body, request_id=name))
-        cover.tokens = tokens_of(result.usage)
-    return result
+    for look in count(1):
+        if attempt.is_stopped:
+            raise Stopped
+        try:
+            async with attempt.covering(job.seq, body, taken=taken) as cover:
+                result = result_of(job.seq, path, await context.endpoint(path).post(path, body, request_id=name))
+                cover.tokens = tokens_of(result.usage)
+            return result
+        except BudgetWaits:
+            if look == LOOKS_AT_BUDGET:
+                raise
+        await asyncio.sleep(WAIT_S)
+        taken = 0  # it was told
+    raise AssertionError("it counts on")
 
 
 def _ended(result: JobResult, *, message: str, code: str = CODE) -> JobResult:

@@ -18,6 +18,7 @@ from runtime.settings import Settings
 from scripts.local import connected
 from scripts.lookup import TENANT, named_batch, opened_database, progress_of
 from scripts.result_files import check_writable, replacing, write_manifest
+from scripts.source import expect_tables
 from scripts.terminal import (
     emit_json,
     emit_table,
@@ -89,6 +90,8 @@ def results(
     Of a batch that was made of a table, -o writes that table with its results; those of a retry stand among the ones
     of the batch that it repeats.
     """
+    if moved is not None and output is None:
+        raise click.UsageError("--table goes with -o: without it BATCH's lines are written, which need no table")
     if output is not None:
         check_writable(output)
     with opened_database(connected(settings)) as database, ExitStack() as stack:
@@ -144,6 +147,7 @@ def resume(settings: Settings, batch: str) -> None:
 
 
 def _write_table(database: Database, progress: BatchProgress, output: Path, moved: Path | None) -> None:
+    expect_tables()
     from scripts.table_source import write_kept  # noqa: PLC0415  # pyarrow is an extra, and takes a while
 
     rows = write_kept(database, progress, output, moved=moved)

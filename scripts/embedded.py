@@ -164,19 +164,19 @@ def free_port(host: str) -> int:
     return port
 
 
-def is_home_in_use(home: Path) -> bool:
-    """Whether a run has this home at this moment."""
+def home_owner(home: Path) -> str | None:
+    """The process that has this home at this moment; None if none has."""
     try:
         lock = os.open(home / "lock", os.O_RDWR)
     except FileNotFoundError:
-        return False
+        return None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
+        return os.pread(lock, 20, 0).decode().strip() or "unknown"
     finally:
         os.close(lock)
-    return False
+    return None
 
 
 def clear_leftovers(home: Path) -> list[str]:

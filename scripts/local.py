@@ -82,17 +82,26 @@ def local_services(settings: Settings, *, with_chroma: bool = False) -> Iterator
             announcement.unlink(missing_ok=True)
 
 
-def announce_gateway(settings: Settings, place: GatewayPlace) -> None:
-    """Let other programs on this machine find the gateway, if the services here are this process's own."""
+def announce_gateway(settings: Settings, place: GatewayPlace | None) -> None:
+    """Let other programs on this machine find the gateway, if the services here are this process's own.
+
+    None: one is to come.
+    """
     found = _announced(settings)
     if found is not None and found["pid"] == os.getpid():
-        _announce(settings, found | {"gateway": asdict(place)})
+        _announce(settings, found | {"gateway": None if place is None else asdict(place)})
 
 
 def running_gateway(settings: Settings) -> GatewayPlace | None:
-    """The gateway of a `stoker up` that has this home, if one runs."""
+    """The gateway of a `stoker up` that has this home; None if it has none, or none yet."""
     found = _announced(settings)
-    return GatewayPlace(**found["gateway"]) if found is not None and "gateway" in found else None
+    return None if found is None or found.get("gateway") is None else GatewayPlace(**found["gateway"])
+
+
+def gateway_is_coming(settings: Settings) -> bool:
+    """Whether who has this home is starting a gateway."""
+    found = _announced(settings)
+    return found is not None and "gateway" in found
 
 
 def has_semantic_parts(settings: Settings) -> bool:

@@ -14,12 +14,12 @@ from store.batches import BatchProgress
 from store.database import Database
 
 
-def check_writable(output: Path, *, beside: Path | None = None) -> None:
+def check_writable(output: Path, *, beside: Path | None = None, of_table: bool = False) -> None:
     """Raises BadInput if the folder of an -o does not exist, or a file of its would replace the input `beside`."""
     if not output.parent.is_dir():
         raise BadInput(f"-o {output}: the folder {output.parent} does not exist")
     if beside is not None:
-        for written in (output, errors_beside(output), _manifest_of(output)):
+        for written in (output, errors_beside(output, of_table=of_table), _manifest_of(output)):
             check_other_file(written, beside, option="-o")
 
 
@@ -58,9 +58,9 @@ def write_manifest(database: Database, progress: BatchProgress, output: Path) ->
     return path
 
 
-def errors_beside(output: Path, *, suffix: str | None = None) -> Path:
-    """Where the error lines of a result file go."""
-    return output.with_suffix(".errors" + (suffix or output.suffix))
+def errors_beside(output: Path, *, of_table: bool = False) -> Path:
+    """Where the error lines go; these are lines also where the results are a table."""
+    return output.with_suffix(".errors" + (".jsonl" if of_table else output.suffix))
 
 
 def _manifest_of(output: Path) -> Path:

@@ -18,13 +18,14 @@ from pipeline.keys import ensure_first_key
 from runtime.errors import BadInput
 from runtime.logs import configure_logs
 from runtime.settings import Settings, environment_of
-from scripts.embedded import free_port, is_answering, is_home_in_use
+from scripts.embedded import HomeInUse, free_port, home_owner, is_answering
 from scripts.local import (
     GatewayPlace,
     LocalProcess,
     announce_gateway,
     connected,
     gateway_environment,
+    gateway_is_coming,
     has_gateway_parts,
     has_reading_parts,
     has_semantic_parts,
@@ -41,6 +42,8 @@ from worker.dispatcher import run_dispatcher
 from worker.doctor import examine
 
 EXIT_UNREACHABLE = 3
+LOOK_S = 0.2
+WITHOUT_GATEWAY_S = 30.0  # an `up` says that its gateway is coming once its services run, within some seconds
 REPOSITORY, CHECKPOINTS = Path(__file__).resolve().parents[1], ".checkpoints"
 
 
@@ -78,21 +81,34 @@ def up(settings: Settings, as_json: bool, until_eof: bool) -> None:
     Chroma too, if the semantic cache can work here. Other commands in other terminals find them by themselves. With
     --json, one that runs already is told of, and no other is started: this command then ends with that one.
     """
+    if as_json and not has_gateway_parts():
+        raise BadInput("the gateway's libraries are missing: pip install 'stoker[gateway]'")
     stop = threading.Event()
     if until_eof:
         threading.Thread(target=_set_at_eof, args=[stop], daemon=True).start()
-    if as_json and (running := _running_elsewhere(settings, stop)) is not None:
-        _emit_place(running)
-        while until_eof and running_gateway(settings) == running and not stop.wait(1.0):
-            pass
-        return
-    if stop.is_set():
-        return
     settings = _at_checkpoints(settings)
+    while not stop.is_set():
+        if as_json and (running := _running_elsewhere(settings, stop)) is not None:
+            _emit_place(running)
+            while until_eof and running_gateway(settings) == running and not stop.wait(1.0):
+                pass
+            return
+        try:
+            _run_everything(settings, stop, as_json=as_json)
+        except HomeInUse:  # somebody was quicker
+            if not as_json:
+                raise
+        else:
+            return
+
+
+def _run_everything(settings: Settings, stop: threading.Event, *, as_json: bool) -> None:
     with_chroma = settings.is_embedded and has_semantic_parts(settings)
     if settings.is_embedded and not with_chroma:
         say(f"without Chroma: the semantic cache needs its libraries and an embedder in {settings.cache.embedder}")
     with local_services(settings, with_chroma=with_chroma) as served:
+        if has_gateway_parts():
+            announce_gateway(served, None)
         prepare_schema(served)
         with ExitStack() as stack:
             with bar("starting the engine", total=None) as show:
@@ -122,11 +138,21 @@ def _at_checkpoints(settings: Settings) -> Settings:
 
 
 def _running_elsewhere(settings: Settings, stop: threading.Event) -> GatewayPlace | None:
-    """The gateway of another `stoker up` that has this home, also of one that is just starting; None if none is."""
-    while settings.is_embedded and is_home_in_use(home_of(settings)) and not stop.is_set():
+    """The gateway of another `stoker up` that has this home, also of one that is just starting; None if none is.
+
+    Raises BadInput if somebody has it for long who starts no gateway, such as a `stoker run`.
+    """
+    looks = 0
+    while settings.is_embedded and (owner := home_owner(home_of(settings))) is not None and not stop.is_set():
         if (running := running_gateway(settings)) is not None:
             return running
-        stop.wait(0.2)
+        looks = 0 if gateway_is_coming(settings) else looks + 1
+        if looks * LOOK_S > WITHOUT_GATEWAY_S:
+            raise BadInput(
+                f"{home_of(settings)} is in use by process {owner}, which has no gateway: wait for its end, or choose "
+                "another folder with STOKER_HOME"
+            )
+        stop.wait(LOOK_S)
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from uuid import UUID
 import click
 
 from models.states import CacheMode
+from runtime.errors import BadInput
 from runtime.settings import Settings
 from scripts.result_files import check_writable, write_files
 from scripts.submit_options import How
@@ -87,3 +89,9 @@ class Source(ABC):
     def ask_to_go_on(self, database: Database, preview: UUID, *, of: Lines, slots: int, yes: bool) -> bool:
         """Show the batch of a preview, of these lines, and ask whether the rest is wanted."""
         raise NotImplementedError
+
+
+def expect_tables() -> None:
+    """Raises BadInput if tables cannot be read here."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise BadInput("tables need pyarrow: pip install 'stoker[tables]'")

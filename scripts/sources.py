@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import shutil
 import sys
@@ -23,7 +22,7 @@ from runtime.settings import Settings
 from scripts.documents_commands import CollectionName
 from scripts.recipe_source import recipe_source
 from scripts.result_files import check_writable
-from scripts.source import Lines, Source
+from scripts.source import Lines, Source, expect_tables
 from scripts.submit_options import How
 from store.database import Database
 
@@ -162,8 +161,7 @@ _TABLES = frozenset({".parquet", ".pq", ".csv", ".tsv", ".arrow", ".feather", ".
 def _table(stated: _Stated, file: Path, template: str) -> Source:
     if str(file) == "-":
         raise click.UsageError("standard input is for lines; a table is a file or a folder")
-    if importlib.util.find_spec("pyarrow") is None:
-        raise BadInput("tables need pyarrow: pip install 'stoker[tables]'")
+    expect_tables()
     from scripts.table_source import table_source  # noqa: PLC0415  # pyarrow is an extra, and takes a while
 
     return table_source(

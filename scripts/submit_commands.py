@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from uuid import UUID
 
 import click
 
@@ -35,8 +34,11 @@ from scripts.terminal import (
     summary,
     watch_batch,
 )
+from store.batches import BatchProgress
 from store.database import Database
 from store.presence import PresenceBoard, WorkerPresence
+
+EXIT_DECLINED = 1  # after a preview: not all rows have an answer
 
 
 @click.command()
@@ -81,8 +83,10 @@ def run(
         with begin.lines(sample=preview or 0, folder=output.parent) as lines:
             previewed = begin.preview(lines, check=check, yes=yes) if lines.sample else None
             if lines.sample and previewed is None:
-                return 0
-            submitted = begin.batch(lines, how.wishes(results_of=previewed))
+                return EXIT_DECLINED
+            spent = 0 if previewed is None else previewed.prompt_tokens + previewed.completion_tokens
+            results_of = None if previewed is None else previewed.id
+            submitted = begin.batch(lines, how.wishes(results_of=results_of, spent_tokens=spent))
         say(f"{batch_name(submitted.batch_id)}: {submitted.total:,} jobs stored{_following(submitted)}")
         _say_all(submitted.notices)
         progress = watch_batch(begin.database, submitted.batch_id, tenant=TENANT, check=check)
@@ -243,14 +247,14 @@ class _Begin:
                 on_progress=lambda done_bytes, _: show(done_bytes),
             )
 
-    def preview(self, lines: Lines, *, check: Callable[[], None] | None, yes: bool) -> UUID | None:
-        """Run the sample of a table and show it: its batch, or None if the rest is not wanted."""
+    def preview(self, lines: Lines, *, check: Callable[[], None] | None, yes: bool) -> BatchProgress | None:
+        """Run the sample of a table and show it: its batch at its end, or None if the rest is not wanted."""
         with lines.sampled() as sample:
             submitted = self.batch(sample, self._how.wishes())
-        watch_batch(self.database, submitted.batch_id, tenant=TENANT, check=check)
+        ended = watch_batch(self.database, submitted.batch_id, tenant=TENANT, check=check)
         slots = sum(worker.children * worker.in_flight for worker in self._workers) or 1
         goes_on = self._source.ask_to_go_on(self.database, submitted.batch_id, of=lines, slots=slots, yes=yes)
-        return submitted.batch_id if goes_on else None
+        return ended if goes_on else None
 
 
 def _say_stored(submitted: Submitted, more: str) -> None:

@@ -135,10 +135,11 @@ class How:
         """Which earlier answers may serve it."""
         return CacheMode(self.cache or settings.cache.mode)
 
-    def wishes(self, *, results_of: UUID | None = None) -> Wishes:
-        """How it runs among others."""
+    def wishes(self, *, results_of: UUID | None = None, spent_tokens: int = 0) -> Wishes:
+        """How it runs among others; of its budget so much was taken before."""
         priority = Priority(self.priority or Priority.NORMAL)
-        return Wishes(priority, self.weight or 1.0, results_of, JobOrder(self.order), self.budget_tokens)
+        budget = None if self.budget_tokens is None else max(1, self.budget_tokens - spent_tokens)
+        return Wishes(priority, self.weight or 1.0, results_of, JobOrder(self.order), budget)
 
 
 def with_how(command: Callable[..., Any]) -> Callable[..., Any]:

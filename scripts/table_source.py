@@ -23,7 +23,7 @@ from runtime.errors import BadInput
 from runtime.settings import Settings
 from scripts.lookup import TENANT
 from scripts.preview import Preview, ask_to_go_on
-from scripts.result_files import errors_beside, replacing, write_manifest
+from scripts.result_files import check_writable, errors_beside, replacing, write_manifest
 from scripts.source import Lines, Source
 from scripts.submit_options import How
 from scripts.terminal import bar
@@ -74,6 +74,7 @@ class TableSource(Source):
         """A line for each row. Raises BadInput for nulls that are not to be skipped."""
         del database
         model = how.model or only_served(served)
+        asked = replace(self.asked, sha256=self.table.digest())
         with tempfile.TemporaryFile(dir=folder) as file:  # without a name: nothing is left of it, however we end
             with bar("reading the table", total=self.table.rows) as show:
                 try:
@@ -93,23 +94,28 @@ class TableSource(Source):
                         f"{place}: the rows' lines cannot be written there ({error.strerror}); they take about what "
                         "the prompts do: make room, or set TMPDIR"
                     ) from error
-            about = replace(self.asked, sha256=self.table.digest()).stored()
-            yield Lines(Path(f"/proc/self/fd/{file.fileno()}"), about, count=written.lines, sample=written.sample)
+            self.table.check_unchanged()
+            lines = Path(f"/proc/self/fd/{file.fileno()}")
+            yield Lines(lines, asked.stored(), count=written.lines, sample=written.sample)
 
     def check_output(self, output: Path, *, previews: bool) -> None:
-        """That the table can be written there with the result columns."""
+        """That the table can be written there with the result columns, and that no file of it would be written over."""
         del previews
         self.asked.check(output, self.table)
+        for file in self.table.files:
+            check_writable(output, beside=file, of_table=True)
 
     def write_files(self, database: Database, progress: BatchProgress, output: Path) -> list[tuple[str, str]]:
         """The table with its results, error lines if there are any, and the manifest."""
         write_kept(database, progress, output)
         places = [("results", str(output))]
+        errors = errors_beside(output, of_table=True)
         if progress.failed:
-            errors = errors_beside(output, suffix=".jsonl")
             with replacing(errors) as bad:
                 write_lines(database, progress.id, output=None, errors=bad)
             places.append(("errors", str(errors)))
+        else:
+            errors.unlink(missing_ok=True)  # of an earlier run
         return [*places, ("manifest", str(write_manifest(database, progress, output)))]
 
     def ask_to_go_on(self, database: Database, preview: UUID, *, of: Lines, slots: int, yes: bool) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 # memory at the most), with 64 KB to 1 MB it stays at 98-104 MB, of which 85 MB are pyarrow itself; no slower.
 BUFFER_BYTES: Final = 1 << 18
 ARROW_MAGIC: Final = b"ARROW1"
+PROBED_ROWS: Final = 64
 
 
 def parquet_schema(file: Path) -> tuple[pa.Schema, int]:
@@ -23,13 +25,20 @@ def parquet_schema(file: Path) -> tuple[pa.Schema, int]:
 
 
 def parquet_batches(file: Path, names: Sequence[str], *, batch_rows: int, batch_bytes: int) -> Iterator[pa.RecordBatch]:
-    """Batches of the columns `names`: `batch_rows` rows, or fewer where the footer says that rows are wide."""
+    """Batches of the columns `names`: `batch_rows` rows, or fewer where rows are wide.
+
+    How wide is seen at the first PROBED rows of each row group: the footer's sizes are of encoded values, and a
+    dictionary of long texts is small there.
+    """
     with _parquet(file) as opened:
-        groups = (opened.metadata.row_group(number) for number in range(opened.metadata.num_row_groups))
-        row_bytes = max((group.total_byte_size // group.num_rows for group in groups if group.num_rows), default=0)
-        rows = max(1, min(batch_rows, batch_bytes // max(1, row_bytes)))
-        # A name is taken as the beginning of a path too: `a` brings `a.b` along, which the caller drops.
-        yield from opened.iter_batches(rows, columns=list(names), use_threads=False)
+        for number in range(opened.metadata.num_row_groups):
+            # A name is taken as the beginning of a path too: `a` brings `a.b` along, which the caller drops.
+            batches = partial(opened.iter_batches, row_groups=[number], columns=list(names), use_threads=False)
+            probed = next(batches(PROBED_ROWS), None)
+            if probed is None or not probed.num_rows:
+                continue
+            rows = max(1, min(batch_rows, batch_bytes * probed.num_rows // max(1, probed.nbytes)))
+            yield from batches(rows)
 
 
 @contextmanager

@@ -51,7 +51,18 @@ class Table:
     files: tuple[Path, ...]
     schema: pa.Schema
     rows: int
-    size_bytes: int
+    stamps: tuple[tuple[int, int, int], ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all its files."""
+        return sum(size for size, _, _ in self.stamps)
+
+    def check_unchanged(self) -> None:
+        """Raises BadInput if a file was written to, or replaced, since the table was opened."""
+        for file, stamp in zip(self.files, self.stamps, strict=True):
+            if _stamp(file) != stamp:
+                raise BadInput(f"{file}: changed while it was read; run this again when it is complete")
 
     @property
     def column_names(self) -> list[str]:
@@ -92,6 +103,7 @@ def open_table(path: Path) -> Table:
     Raises BadInput that names the file, line or row, and the remedy.
     """
     kind, files = files_of(path)
+    stamps = tuple(_stamp(file) for file in files)
     schemas = []
     rows = 0
     for file in files:
@@ -103,7 +115,16 @@ def open_table(path: Path) -> Table:
     schema = _unified(files, schemas)
     if not rows:
         raise BadInput(f"{path}: has no rows")
-    return Table(path, kind, files, schema, rows, sum(file.stat().st_size for file in files))
+    return Table(path, kind, files, schema, rows, stamps)
+
+
+def _stamp(file: Path) -> tuple[int, int, int]:
+    """Changes when the file does: size, time of its last change, inode."""
+    try:
+        found = file.stat()
+    except OSError as error:
+        raise BadInput(f"{file}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def _inspect(file: Path, kind: Kind) -> tuple[pa.Schema, int]:

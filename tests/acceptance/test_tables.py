@@ -72,7 +72,7 @@ def test_what_a_preview_ran_is_kept_and_not_run_again(
 ) -> None:
     plain: list[str | Path] = [table, "--prompt", "Say {id}", "--preview", "6", "-o", tmp_path / "out.jsonl"]
     shown = stoker("run", *plain, env=env)
-    assert shown.returncode == 0 and endpoint.calls().count == 6
+    assert shown.returncode == 1 and endpoint.calls().count == 6
     assert "preview: 6 of 40 rows, drawn at random" in shown.stderr and "echo: Say " in shown.stderr
     assert "all 40 rows, estimated from these, with 95% ranges:" in shown.stderr
     assert "nothing more is run, as nobody can be asked here: --yes goes on; these answers are kept" in shown.stderr

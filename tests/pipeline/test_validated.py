@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from models.lines import SubmitOptions
 from pipeline.cached import ExactCache
+from pipeline.forms import answer_schema
 from pipeline.submit import dry_run
 from runtime.errors import InvalidFile
 from runtime.settings import CacheSettings, Settings
@@ -69,7 +71,9 @@ def test_a_valid_answer_stands_as_it_is(database: Database, tmp_path: Path, said
 def test_a_wrong_answer_is_repaired_once_and_counts_the_tokens_of_both(database: Database, tmp_path: Path) -> None:
     with ShownEndpoint(saying(MAYBE, YES)) as endpoint:
         shown = ended(database, tmp_path, held("is it?"), endpoint)
-    assert answer_of(shown) == YES and shown["stoker"] == {"outcome": "succeeded", "source": "engine", "repaired": True}
+    assert answer_of(shown) == YES
+    took = {"prompt_tokens": 20, "completion_tokens": 4}
+    assert shown["stoker"] == {"outcome": "succeeded", "source": "engine", "usage": took, "repaired": True}
     first, repair = endpoint.bodies
     assert repair["messages"][:2] == [*first["messages"], {"role": "assistant", "content": MAYBE}]
     assert "'maybe' is not one of ['yes', 'no']" in repair["messages"][2]["content"]
@@ -135,16 +139,28 @@ def test_an_answer_that_nobody_checked_serves_no_batch_that_validates(
     assert answer_of(lines_of(database, again)[0]) == YES and len(endpoint.bodies) == 3
 
 
+NESTED: dict[str, Any] = {}
+for _ in range(12):
+    NESTED = {"allOf": [NESTED], "unevaluatedProperties": False}
+
+
 @pytest.mark.parametrize(
     ("schema", "fault"),
     [
+        (
+            {"properties": {"a": {"$schema": "https://json-schema.org/draft/2020-12/schema"}}},
+            "schema: $schema may take",
+        ),
+        (NESTED, "schema: unevaluatedProperties may take ages to check"),
+        ({"$defs": {"a": {"$id": "x"}}}, "schema: $id may take ages to check"),
+        ({"$ref": "#/%24defs/a", "$defs": {"a": {}}}, "schema: refers to #/%24defs/a, which is not fetched"),
         ({"type": "objct"}, "schema: 'objct' is not valid under any of the given schemas; write a JSON schema"),
         (
             {"pattern": r"(a)\1"},
             "schema: the pattern '(a)\\\\1' is refused (invalid escape sequence: \\1); write it as RE2",
         ),
     ],
-    ids=["type", "pattern"],
+    ids=["nested $schema", "unevaluated", "$id", "escaped", "type", "pattern"],
 )
 def test_a_wrong_schema_is_refused_at_submit_by_line(tmp_path: Path, schema: dict[str, Any], fault: str) -> None:
     file = tmp_path / "in.jsonl"
@@ -157,3 +173,73 @@ def test_a_wrong_schema_is_refused_at_submit_by_line(tmp_path: Path, schema: dic
         dry_run(file, options=options, settings=Settings.model_construct(), served_models=None)
     [problem] = caught.value.problems
     assert str(problem).startswith(f"line 2: body.response_format: {fault}")
+
+
+@pytest.mark.parametrize("pattern", [r"^\p{L}+$", "^(?:(?i)yes|no)$", r"a\z", "^(a+)+$"])
+def test_patterns_are_those_of_re2(pattern: str) -> None:
+    schema = answer_schema(json.dumps({"properties": {"a": {"pattern": pattern}}}).encode())
+    assert schema.fault(json.dumps({"a": "a" * 50_000 + "!"})) is not None
+
+
+@pytest.mark.parametrize("name", ["unevaluatedProperties", "$id", "patternProperties", "$schema", "uniqueItems"])
+def test_a_property_may_be_called_as_a_keyword_is(name: str) -> None:
+    schema = answer_schema(json.dumps({"properties": {name: {"type": "string"}}}).encode())
+    assert schema.fault(json.dumps({name: "x"})) is None and schema.fault(json.dumps({name: 1})) is not None
+
+
+def test_checking_an_answer_ends_after_so_many_steps() -> None:
+    wide = {"items": {"anyOf": [{"const": n} for n in range(1_000)]}}
+    schema = answer_schema(json.dumps(wide).encode())
+    assert schema.fault(json.dumps([999] * 10)) is None
+    assert "takes more than 30,000 steps to check" in (schema.fault(json.dumps([999] * 500)) or "")
+    unique = answer_schema(b'{"uniqueItems": true}')
+    assert unique.fault(json.dumps([{"a": n} for n in range(5_000)])) is None
+    assert unique.fault('[{"a": 1, "b": 2}, {"b": 2, "a": 1}]') is not None
+
+
+def test_a_file_may_have_so_many_schemas(tmp_path: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    many = [{"custom_id": str(n), "method": "POST", "url": CHAT, **held("q", {"title": str(n)})} for n in range(65)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in many))
+    options = SubmitOptions(max_output_tokens=64, validate_answers=True)
+    with pytest.raises(InvalidFile) as caught:
+        dry_run(file, options=options, settings=Settings.model_construct(), served_models=None)
+    [problem] = caught.value.problems
+    assert str(problem).startswith("line 65: body.response_format: schema: the lines before have 64 others")
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        (held("q", n=2), "n: several answers to one request are not validated; ask for one"),
+        (held("q") | {"stoker": {"turns": ["a", "b"]}}, "answers of a conversation or a recipe are not validated"),
+    ],
+    ids=["n", "turns"],
+)
+def test_what_cannot_be_validated_is_said_at_submit(tmp_path: Path, line: dict[str, Any], fault: str) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps({"custom_id": "1", "method": "POST", "url": CHAT, **line}) + "\n")
+    options = SubmitOptions(max_output_tokens=64, validate_answers=True)
+    with pytest.raises(InvalidFile) as caught:
+        dry_run(tmp_path / "in.jsonl", options=options, settings=Settings.model_construct(), served_models=None)
+    assert fault in str(caught.value.problems[0])
+
+
+def test_a_repair_waits_for_tokens_that_others_have_reserved(database: Database, tmp_path: Path) -> None:
+    """Two jobs whose first requests reserve nearly all: one gives up its reservation with its result."""
+    slow = threading.Event()
+
+    def reply(number: int, body: dict[str, Any]) -> dict[str, Any]:
+        if body["messages"][0]["content"] == "good":
+            slow.wait(10)
+            return answer(YES)
+        if len(body["messages"]) == 1:
+            threading.Timer(1.5, slow.set).start()
+            return answer(MAYBE)
+        return answer(YES)
+
+    with ShownEndpoint(reply) as endpoint:
+        lines = [held("bad"), held("good")]
+        batch_id = store_lines(database, tmp_path, lines, validate_answers=True, budget_tokens=2 * 933 + 40)
+        Child(database, endpoint.url).feed()
+    assert [line["stoker"]["outcome"] for line in lines_of(database, batch_id)] == ["succeeded", "succeeded"]
+    assert rows(database, "SELECT spent, reserved FROM budgets") == [(36, 0)]
