@@ -120,6 +120,14 @@ def test_the_prompt_is_the_template_of_the_semantic_cache(
     assert found.lines == len(values)
 
 
+def test_what_has_no_text_is_refused_and_nan_is_a_null(tmp_path: Path) -> None:
+    table = table_of(tmp_path, x=[1.5, float("nan")], y=[b"a", b"b"])
+    [only], _ = lines_of(table, Prompt("{x}"), skips_nulls=True)
+    assert only["custom_id"] == "row-1"
+    with pytest.raises(BadInput, match=r"^y of row 1 is of the type bytes, which has no text; make it a string"):
+        lines_of(table, Prompt("{y}"))
+
+
 def test_nulls_are_counted_and_named_or_skipped(tmp_path: Path) -> None:
     table = table_of(tmp_path, a=["x", None, "y", None], b=[1, 2, None, None], c=[None] * 4)
     with pytest.raises(
@@ -137,6 +145,7 @@ def test_nulls_are_counted_and_named_or_skipped(tmp_path: Path) -> None:
     [
         ("no slot", "--prompt: has no slot; write {column} where a row's value stands: the table has text, id"),
         ("{text} {Text} {no}", "--prompt: no column Text, no; the table has text, id"),
+        ("{text} \udcff", "--prompt: is no valid UTF-8; write it as text"),
     ],
 )
 def test_a_prompt_that_the_table_does_not_fit_is_refused(template: str, fault: str) -> None:

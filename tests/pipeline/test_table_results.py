@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pyarrow as pa
@@ -36,6 +37,7 @@ SCHEMA = {
         "good": {"type": "boolean"},
         "why": {"enum": ["a", "b"]},
         "tags": {"type": "array"},
+        "due": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
     },
 }
 SETTINGS = Settings.model_construct(shard=ShardSettings(max_jobs=2), limits=LimitSettings(window_s=86_400.0))
@@ -120,16 +122,17 @@ def test_rows_keep_their_order_and_types_and_get_their_own_answers(database: Dat
 def test_fields_of_a_schema_are_columns_of_their_types(database: Database, tmp_path: Path) -> None:
     batch_id = submitted(database, tmp_path, pa.table({"text": ["a", "b"]}), prompted(schema_form(SCHEMA)))
     whole = '{"stars": 5, "score": 0.5, "good": true, "why": "a", "tags": ["x", 1]}'
-    end(database, {"row-1": said(whole), "row-2": said('{"stars": 1e30, "score": null}')})
+    end(database, {"row-1": said(whole), "row-2": said('{"stars": 1e30, "score": null, "due": 3}')})
     out = written(database, batch_id, tmp_path / "out.parquet")
     fields = {name: out.column(name) for name in SCHEMA["properties"]}
-    assert [str(column.type) for column in fields.values()] == ["int64", "double", "bool", "string", "string"]
+    assert [str(column.type) for column in fields.values()] == ["int64", "double", "bool", "string", "string", "int64"]
     assert [column.to_pylist() for column in fields.values()] == [
         [5, None],
         [0.5, None],
         [True, None],
         ["a", None],
         ['["x",1]', None],
+        [None, 3],
     ]
     assert out.column("answer").to_pylist()[0] == whole
 
@@ -170,3 +173,50 @@ def test_a_field_with_the_name_of_a_result_column_is_refused(tmp_path: Path) -> 
     form = schema_form({"type": "object", "properties": {"error": {"type": "string"}}})
     with pytest.raises(BadInput, match="--schema: its field error has the name of a result column"):
         TableAsked("in", "", "{text}", form=form).check(tmp_path / "out.csv", open_table(tmp_path / "in.parquet"))
+
+
+def test_answers_of_a_batch_that_is_kept_no_longer_are_said_to_be_lost(database: Database, tmp_path: Path) -> None:
+    batch_id = submitted(database, tmp_path, pa.table({"text": ["a", "b"]}), prompted())
+    end(database, {"row-1": said("A"), "row-2": failed(0, code="bad", message="x")})
+    execute(database, "UPDATE batches SET state = 'completed', ending = 'completed'")
+    again = retry_batch(database, batch_id, settings=SETTINGS, reuse=False).batch_id
+    end(database, {"row-2": said("B")})
+    execute(database, "UPDATE batches SET deleted_at = clock_timestamp() WHERE id = :id", id=batch_id)
+    out = written(database, again, tmp_path / "out.parquet")
+    assert out.column("answer").to_pylist() == [None, "B"]
+    assert str(out.column("error").to_pylist()[0]).startswith("lost: the batch that this one repeats is kept no longer")
+
+
+def test_the_same_prompts_of_another_table_are_another_batch(database: Database, tmp_path: Path) -> None:
+    def made(**about: Any) -> UUID:
+        return submit_file(
+            database,
+            tmp_path / "in.jsonl",
+            options=SubmitOptions(max_output_tokens=64),
+            settings=SETTINGS,
+            served_models=None,
+            reuse=True,
+            about={"table": about},
+        ).batch_id
+
+    submitted(database, tmp_path, pa.table({"text": ["a"]}), prompted())
+    one = made(path="a", prefix="")
+    assert made(path="a", prefix="") == one
+    assert len({one, made(path="b", prefix=""), made(path="a", prefix="x_")}) == 3
+
+
+def test_a_table_that_changes_while_it_is_written_leaves_no_output(database: Database, tmp_path: Path) -> None:
+    batch_id = submitted(database, tmp_path, pa.table({"text": ["a"]}), prompted())
+    end(database, {"row-1": said("A")})
+    with database.transaction() as session:
+        progress = batch_progress(session, batch_id, tenant="local")
+    asked = asked_of(progress)
+    table = open_asked(asked)
+
+    def replaced(_: int) -> None:
+        pq.write_table(pa.table({"text": ["other"]}), tmp_path / "new.parquet")
+        (tmp_path / "new.parquet").replace(tmp_path / "in.parquet")
+
+    with pytest.raises(BadInput, match=r"in\.parquet: changed while it was read"):
+        write_table(database, progress, table, tmp_path / "out.csv", asked=asked, tenant="local", on_progress=replaced)
+    assert not (tmp_path / "out.csv").exists() and not list(tmp_path.glob("*.part"))

@@ -19,6 +19,12 @@ def name(source: Source) -> None:
     click.echo(f"{type(source).__name__} {source.title}")
 
 
+@click.command()
+@with_source
+def check(source: Source) -> None:
+    source.check_output(Path("out.parquet"), previews=False)
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where commands run: with a table, lines, and files for options."""
@@ -65,3 +71,9 @@ def test_a_source_is_what_its_options_say_or_refused_with_the_remedy(arguments: 
     said = CliRunner().invoke(name, arguments.split())
     text = str(said.exception) if isinstance(said.exception, BadInput) else " ".join(said.output.split())
     assert shown in text.replace("Error: ", "")
+
+
+def test_no_file_beside_the_results_takes_the_place_of_the_table(folder: Path) -> None:
+    (folder / "out.errors.jsonl").write_text('{"text": "a"}\n')
+    said = CliRunner().invoke(check, ["out.errors.jsonl", "--prompt", "{text}"])
+    assert isinstance(said.exception, BadInput) and "out.errors.jsonl: is the input itself" in str(said.exception)

@@ -244,3 +244,13 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path)
     table = open_table(written(tmp_path / "t.csv", "a,b\n1,2\n"))
     with pytest.raises(BadInput, match=r"has no column 'c'; it has a, b"):
         next(table.batches(["c"]))
+
+
+def test_rows_of_a_few_long_texts_are_read_a_few_at_a_time(tmp_path: Path) -> None:
+    """Parquet keeps each text once: the file is small, and says so."""
+    texts = ["a" * 100_000, "b" * 100_000]
+    pq.write_table(pa.table({"x": [texts[n % 2] for n in range(1_000)]}), tmp_path / "t.parquet")
+    assert (tmp_path / "t.parquet").stat().st_size < 100_000
+    table = open_table(tmp_path / "t.parquet")
+    sizes = [batch.record.nbytes for batch in table.batches()]
+    assert max(sizes) <= 2 * BATCH_BYTES
