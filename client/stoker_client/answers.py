@@ -10,10 +10,6 @@ from stoker_client.forms import Form
 from stoker_client.lines import ROW
 
 TRUNCATED: Final = "truncated: the answer was cut by its limit of tokens; raise max_output_tokens"
-NOTHING_TAKEN: Final = {
-    "prompt_tokens": 0,
-    "completion_tokens": 0,
-}  # the usage in the body is of who was answered first
 EMPTY: Final = "empty: the engine said nothing; reword the prompt"
 
 
@@ -22,9 +18,9 @@ class Answer:
     """What one row ended with: an answer, an error, or both where an answer was cut.
 
     `row` counts from 1. `text` is what was said, `value` the label, the string that holds to the regex, the object
-    that holds to the schema, or else the text. `error` is "code: message", None if all is well. Tokens are as the
-    engine counted them, 0 for an earlier answer, None where nothing was run. `source`: engine, exact, semantic,
-    duplicate, reused or none.
+    that holds to the schema, or else the text. `error` is "code: message", None if all is well. Tokens are what the
+    row took, asking again included: 0 for an earlier answer, None where there was no request. `source`: engine, exact,
+    semantic, duplicate, reused or none.
     """
 
     row: int
@@ -51,15 +47,13 @@ def answer_of(line: Mapping[str, Any], form: Form) -> Answer:
     if line["stoker"]["outcome"] == "failed":
         inner = body.get("error", body) if isinstance(body, dict) else {}
         return _failed(line, {"code": f"status {response['status_code']}"} | _said_error(inner), source)
-    usage = (body.get("usage") or {}) if source == "engine" else NOTHING_TAKEN
     text, value, error = _read(_text(body), line["stoker"]["outcome"], form)
     return Answer(
         row=row_of(line),
         text=text,
         value=value,
         error=error,
-        prompt_tokens=usage.get("prompt_tokens"),
-        completion_tokens=usage.get("completion_tokens"),
+        **_tokens(line),
         source=source,
         custom_id=line["custom_id"],
     )
@@ -72,7 +66,29 @@ def not_run(row: int, error: str) -> Answer:
 
 def _failed(line: Mapping[str, Any], error: Mapping[str, Any], source: str) -> Answer:
     told = f"{error.get('code') or 'error'}: {error.get('message') or 'no reason was given'}"
-    return Answer(row_of(line), None, None, told, None, None, source, line["custom_id"])
+    return Answer(
+        row=row_of(line),
+        text=None,
+        value=None,
+        error=told,
+        **_tokens(line),
+        source=source,
+        custom_id=line["custom_id"],
+    )
+
+
+def _tokens(line: Mapping[str, Any]) -> dict[str, int]:
+    """What a row took: as the line states it, else as the engine said in its answer, and zeros where neither counts.
+
+    The usage in the body of an earlier answer is of who was answered first.
+    """
+    usage = line["stoker"].get("usage")
+    if usage is None and line["stoker"]["source"] == "engine" and line["response"] is not None:
+        body = line["response"]["body"]
+        usage = body.get("usage") if isinstance(body, dict) else None
+    stated = usage if isinstance(usage, dict) else {}
+    counts = {name: stated.get(name) for name in ("prompt_tokens", "completion_tokens")}
+    return {name: count if isinstance(count, int) and count > 0 else 0 for name, count in counts.items()}
 
 
 def _said_error(inner: Any) -> dict[str, Any]:

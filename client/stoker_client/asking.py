@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
@@ -14,7 +14,7 @@ from stoker_client.forms import Form, form_of
 from stoker_client.gateway import Place
 from stoker_client.lines import LineForm
 from stoker_client.prompts import Template
-from stoker_client.tables import Table, check_columns, is_frame
+from stoker_client.tables import Table, check_columns, is_frame, kept
 
 WINDOW: Final = re.compile(r"[1-9][0-9]{0,7}s|[1-9][0-9]{0,5}m|[1-9][0-9]{0,3}h|[1-9][0-9]{0,2}d")
 _ANSWERED: Final = ("answer",)
@@ -28,7 +28,7 @@ _CHOICES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """The arguments of run(), which documents them."""
+    """The arguments of run(), which documents them. `rows` are kept as they were when it was made."""
 
     rows: Any
     _: KW_ONLY
@@ -49,8 +49,11 @@ class Asked:
     errors: Literal["column", "raise"] = "column"
     resume: bool = True
     base_url: str | None = None
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", kept(self.rows))
 
 
 def check_options(asked: Asked) -> None:
@@ -65,7 +68,7 @@ def check_options(asked: Asked) -> None:
         value = getattr(asked, name)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise BadInput(f"{name}: is {value!r}; it must be a whole number of at least 1")
-    for name in ("prompt", "system", "model"):
+    for name in ("prompt", "system", "model", "regex"):
         value = getattr(asked, name)
         if value is not None and (not isinstance(value, str) or not value):
             raise BadInput(f"{name}: is {value!r}; it must be a text that is not empty")

@@ -22,6 +22,7 @@ from stoker_client.tables import Column, Frame, Kind, Table, is_frame
 FIRST_LOOK_S, LONGEST_LOOK_S = 0.25, 2.0
 LOOKS_GROW: Final = 1.25
 SHOWN: Final = 5
+_ARGUMENTS: Final = {"body.model": "model", "body.temperature": "temperature", "body.max_tokens": "max_output_tokens"}
 _GIVEN_UP: Final = frozenset({"failed", "cancelled", "cancelling", "expired"})
 
 
@@ -59,8 +60,9 @@ class Batch:
         """
         try:
             with self._gateway() as gateway:
-                ended = _followed(gateway, self.id, lines=self._lines, stop=self._stop, progress=self._progress)
-                answers = _answers(gateway, ended, table=self._table, form=self._form, lines=self._lines)
+                form, lines = self._form, self._lines
+                ended = _followed(gateway, self.id, form=form, lines=lines, stop=self._stop, progress=self._progress)
+                answers = _answers(gateway, ended, table=self._table, form=form, lines=lines)
         except KeyboardInterrupt:
             self._progress.say(
                 f"{self.id} goes on at the gateway; the same call again follows it, submit(…) of the same with "
@@ -87,7 +89,7 @@ class Batch:
         skipped = {row for row, _ in self._lines.skipped}
         failed = [one for one in answers if one.error is not None and one.row not in skipped]
         if self._asked.errors == "raise" and failed:
-            raise _jobs_failed(failed, results, total=self._lines.count)
+            raise _jobs_failed(failed, results, total=self._lines.count, cache=self._asked.cache)
         return results
 
 
@@ -124,7 +126,9 @@ def _created(gateway: Gateway, body: Mapping[str, Any], lines: Lines, *, key: st
         return str(found["id"])
 
 
-def _followed(gateway: Gateway, batch_id: str, *, lines: Lines, stop: Stop, progress: Progress) -> dict[str, Any]:
+def _followed(
+    gateway: Gateway, batch_id: str, *, form: Form, lines: Lines, stop: Stop, progress: Progress
+) -> dict[str, Any]:
     """The batch once it has completed. Raises BatchFailed for every other end, and for a pause."""
     look_s = FIRST_LOOK_S
     while True:
@@ -133,7 +137,7 @@ def _followed(gateway: Gateway, batch_id: str, *, lines: Lines, stop: Stop, prog
         if batch["status"] == "completed":
             return batch
         if batch["status"] in ("failed", "cancelled", "expired"):
-            raise _failed(batch, lines)
+            raise _failed(batch, lines, form)
         if batch["stoker"]["paused_reason"] is not None:
             raise BatchFailed(
                 f"{batch_id} is paused: {batch['stoker']['paused_reason']}. Let it go on with `stoker resume "
@@ -144,7 +148,7 @@ def _followed(gateway: Gateway, batch_id: str, *, lines: Lines, stop: Stop, prog
         look_s = min(LONGEST_LOOK_S, look_s * LOOKS_GROW)
 
 
-def _failed(batch: Mapping[str, Any], lines: Lines) -> BatchFailed:
+def _failed(batch: Mapping[str, Any], lines: Lines, form: Form) -> BatchFailed:
     batch_id, status, counts = batch["id"], batch["status"], batch["request_counts"]
     if status != "failed":
         why = "was cancelled" if status == "cancelled" else "has expired: its window was over"
@@ -154,10 +158,7 @@ def _failed(batch: Mapping[str, Any], lines: Lines) -> BatchFailed:
             f"{batch_id[:18]}`). The same call again{remedy} is a new batch, whose first answers come from the cache",
             batch_id=batch_id,
         )
-    problems = [
-        Problem(lines.row_of(one["line"]) if one["line"] else None, one["code"], one["message"])
-        for one in (batch["errors"] or {"data": []})["data"]
-    ]
+    problems = _problems((batch["errors"] or {"data": []})["data"], lines, form)
     shown = "\n".join(f"  {_where(one)}: {one.message} [{one.code}]" for one in problems[:SHOWN])
     more = f"\n  and {len(problems) - SHOWN:,} more in .problems" if problems[SHOWN:] else ""
     return BatchFailed(
@@ -165,6 +166,24 @@ def _failed(batch: Mapping[str, Any], lines: Lines) -> BatchFailed:
         batch_id=batch_id,
         problems=problems,
     )
+
+
+def _problems(found: Sequence[Mapping[str, Any]], lines: Lines, form: Form) -> list[Problem]:
+    """What validation found, by row. What it holds against what all lines share is one problem, of that argument.
+
+    Then what it says of further problems is left out: every row has that one.
+    """
+    arguments = {**_ARGUMENTS, "body.response_format": form.argument}
+    shared: dict[Problem, None] = {}
+    others = []
+    for one in found:
+        field, message = one["param"], one["message"]
+        if field in arguments:
+            shared[Problem(None, one["code"], f"{arguments[field]}: {message.removeprefix('schema: ')}")] = None
+        else:
+            row = lines.row_of(one["line"]) if one["line"] else None
+            others.append(Problem(row, one["code"], f"{field}: {message}" if field else message))
+    return [*shared, *(one for one in others if one.row is not None or not shared)]
 
 
 def _where(problem: Problem) -> str:
@@ -208,12 +227,17 @@ def _parts(answer: Answer, form: Form) -> list[Any]:
     return form.parts(answer.text)
 
 
-def _jobs_failed(failed: Sequence[Answer], results: Any, *, total: int) -> JobsFailed:
+def _jobs_failed(failed: Sequence[Answer], results: Any, *, total: int, cache: str | None) -> JobsFailed:
     shown = "\n".join(f"  row {one.row:,}: {one.error}" for one in failed[:SHOWN])
     more = f"\n  and {len(failed) - SHOWN:,} more" if failed[SHOWN:] else ""
+    again = (
+        'all rows again, since cache is "off": pass just the failed rows to ask no others'
+        if cache == "off"
+        else "them again, and takes the other rows' answers from the cache where it has them"
+    )
     return JobsFailed(
-        f"{len(failed):,} of {total:,} rows have no good answer; .results has all rows, and resume=False runs them "
-        f"again, what was answered from the cache:\n{shown}{more}",
+        f"{len(failed):,} of {total:,} rows have no good answer; .results has all rows. The same call gives the same "
+        f"again; with resume=False it asks {again}:\n{shown}{more}",
         failed=len(failed),
         results=results,
     )

@@ -2,6 +2,7 @@
 
 It runs in a session of its own, so that Ctrl-C does not reach it, and reads a pipe whose other end only this process
 holds: however this process dies, the pipe closes and Stoker ends. Its batches are kept and go on at the next start.
+A child that is forked from this process lets go of the pipe, and starts its own Stoker if it needs one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Final
 
@@ -25,6 +26,7 @@ from stoker_client.stopping import Stop
 
 LOOK_S: Final = 0.1
 END_S: Final = 60.0  # a graceful end gives back what runs; then it is told to by a signal
+TERMINATE_S: Final = 20.0  # that the signal is obeyed in; then it is killed
 SHOWN_LINES: Final = 12
 _REMEDY: Final = (
     "name a gateway with base_url and api_key (or STOKER_URL and STOKER_API_KEY), or install Stoker beside this "
@@ -38,48 +40,69 @@ class _Running:
 
     process: subprocess.Popen[bytes]
     place: Place
-    owner: int
 
 
-_lock = threading.Lock()
-_running: list[_Running] = []  # at most one
+@dataclass(slots=True)
+class _Ours:
+    """What this process started, one at most. `forking` is held by who forks, and while a pipe is made and noted."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    forking: threading.Lock = field(default_factory=threading.Lock)
+    running: _Running | None = None
+    process: subprocess.Popen[bytes] | None = None  # also while it starts
+    is_noted: bool = False  # by what ends it, at the end of this process and in a forked one
+
+
+_ours: Final = _Ours()
 
 
 def place(*, stop: Stop, progress: Progress) -> Place:
     """Where the embedded gateway is; started if it does not run. Raises NoGateway with what it said."""
-    with _lock:
-        if _running and _running[0].owner == os.getpid() and _running[0].process.poll() is None:
-            return _running[0].place
-        if not _running:
+    with _ours.lock:
+        if _ours.running is not None and _ours.running.process.poll() is None:
+            return _ours.running.place
+        if not _ours.is_noted:
+            _ours.is_noted = True
             atexit.register(end)
-        _end_running()
-        _running.append(_started(stop, progress))
-        return _running[0].place
+            os.register_at_fork(
+                before=_ours.forking.acquire, after_in_parent=_ours.forking.release, after_in_child=_let_go
+            )
+        _end(END_S, TERMINATE_S)
+        _ours.running = _started(stop, progress)
+        return _ours.running.place
 
 
-def end() -> None:
-    """Let the embedded Stoker end, and wait for it; nothing if none was started here. It may be started again."""
-    with _lock:
-        _end_running()
+def end(*, wait_s: float = END_S, terminate_s: float = TERMINATE_S) -> None:
+    """Let the embedded Stoker end, and wait for it; nothing if none was started here. It may be started again.
+
+    After `wait_s` it is told to by a signal, and killed if it has not obeyed after `terminate_s`.
+    """
+    with _ours.lock:
+        _end(wait_s, terminate_s)
 
 
-def _end_running() -> None:
-    """Of a process that was forked from ours it is the parent's affair."""
-    for one in _running:
-        if one.owner == os.getpid():
-            _end(one.process)
-    _running.clear()
+def _let_go() -> None:
+    """In a forked child: Stoker is its parent's, and so is the thread that may hold the lock."""
+    process, _ours.process, _ours.running = _ours.process, None, None
+    _ours.lock = threading.Lock()
+    _ours.forking.release()
+    if process is not None and process.stdin is not None:
+        process.stdin.close()
+        process.returncode = 0  # there is no child to wait for
 
 
 def _started(stop: Stop, progress: Progress) -> _Running:
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as notes:
-        process = subprocess.Popen(
-            [_program(), "up", "--json", "--until-eof"],
-            stdin=subprocess.PIPE,
-            stdout=said,
-            stderr=notes,
-            start_new_session=True,
-        )
+        command = [_program(), "up", "--json", "--until-eof"]
+        with _ours.forking:
+            process = _ours.process = subprocess.Popen(
+                command,
+                bufsize=0,  # a buffer has a lock, which a forked child could wait for
+                stdin=subprocess.PIPE,
+                stdout=said,
+                stderr=notes,
+                start_new_session=True,
+            )
         progress.begin("starting Stoker")
         try:
             while b"\n" not in (told := _content(said)):
@@ -90,9 +113,9 @@ def _started(stop: Stop, progress: Progress) -> _Running:
                     )
                 stop.wait(LOOK_S)
                 progress.tick()
-            return _Running(process, _place(told), os.getpid())
+            return _Running(process, _place(told))
         except BaseException:
-            _end(process)
+            _end(END_S, TERMINATE_S)
             raise
         finally:
             progress.close()
@@ -124,14 +147,18 @@ def _place(told: bytes) -> Place:
         ) from error
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(wait_s: float, terminate_s: float) -> None:
+    process, _ours.process, _ours.running = _ours.process, None, None
+    if process is None:
+        return
     if process.stdin is not None:
         process.stdin.close()
-    try:
-        process.wait(END_S)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        process.wait()
+    for seconds, harder in ((wait_s, process.terminate), (terminate_s, process.kill)):
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            harder()
+    process.wait()
 
 
 def _content(file: IO[bytes]) -> bytes:

@@ -41,7 +41,7 @@ class Refused(StokerClientError):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why validation refused a batch. `row` counts from 1; None: it is about the batch as a whole."""
+    """Why validation refused a batch. `row` counts from 1; None: it is about all of them."""
 
     row: int | None
     code: str
@@ -51,7 +51,7 @@ class Problem:
 class BatchFailed(StokerClientError):
     """The batch was refused by validation, was cancelled, has expired, or is paused.
 
-    `problems` says what validation found, the first ones, by row.
+    `problems` says what validation found, the first ones, by row; of an argument that all rows share it is one problem.
     """
 
     def __init__(self, message: str, *, batch_id: str, problems: Sequence[Problem] = ()) -> None:
@@ -61,7 +61,10 @@ class BatchFailed(StokerClientError):
 
 
 class JobsFailed(StokerClientError):
-    """Rows without a good answer. `results` is what run() would have returned; `failed` says how many they are."""
+    """Rows without a good answer. `results` is what run() would have returned; `failed` says how many they are.
+
+    The same call gives the same again; with resume=False it is a new batch, which asks them again.
+    """
 
     def __init__(self, message: str, *, failed: int, results: Any) -> None:
         super().__init__(message)

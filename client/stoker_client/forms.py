@@ -7,7 +7,6 @@ model is told, is as `stoker run TABLE --labels` has it, so that both make the s
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from stoker_client.prompts import compact
 from stoker_client.tables import Kind
 
 INT64: Final = 2**63
+MOST_LABELS: Final = 500  # as the command has it
 MOST_REFERENCES: Final = 20  # one after the other; more are a circle
 _KINDS: Final = {
     frozenset({"integer"}): Kind.INTEGER,
@@ -31,16 +31,17 @@ _TYPES: Final = {str: "string", int: "integer", float: "number", bool: "boolean"
 class Form:
     """The form of all answers of one run.
 
-    `schema`: what requests state; None: any text is an answer. `instruction`: what the system message says of it.
-    `fields`: columns for the parts of an answer. `member`: the one member whose value is the answer. `model`: makes
-    an object of what was parsed.
+    `argument`: which one states it. `schema`: what requests state; None: any text is an answer. `instruction`: what the
+    system message says of it. `fields`: columns for the parts of an answer. `member`: the one member whose value is the
+    answer. `model`: makes an object of an answer's JSON.
     """
 
+    argument: str = "schema"
     schema: dict[str, Any] | None = None
     instruction: str | None = None
     fields: tuple[tuple[str, Kind], ...] = ()
     member: str | None = None
-    model: Callable[[Any], Any] | None = None
+    model: Callable[[str], Any] | None = None
 
     @property
     def response_format(self) -> dict[str, Any] | None:
@@ -58,7 +59,7 @@ class Form:
             if not isinstance(parsed, dict) or not isinstance(parsed.get(self.member), str):
                 raise ValueError(f"has no {self.member}")
             return parsed[self.member], parsed[self.member]
-        return text, parsed if self.model is None else self.model(parsed)
+        return text, parsed if self.model is None else self.model(text)
 
     def parts(self, text: str) -> list[Any]:
         """The value for each of `fields`, of an answer that was read."""
@@ -68,7 +69,10 @@ class Form:
 
 
 def form_of(*, labels: Sequence[str] | None, schema: Any, regex: str | None) -> Form:
-    """The form that was asked for. Raises BadInput for one that cannot be, or several."""
+    """The form that was asked for. Raises BadInput for one that cannot be, or several.
+
+    What a pattern or a schema may hold is the gateway's to say, which has RE2: Python's `re` is another language.
+    """
     stated = [name for name, value in (("labels", labels), ("schema", schema), ("regex", regex)) if value is not None]
     if len(stated) > 1:
         raise BadInput(f"{' and '.join(stated)}: an answer can be held to one of them; leave the others out")
@@ -82,30 +86,27 @@ def form_of(*, labels: Sequence[str] | None, schema: Any, regex: str | None) -> 
 def _labelled(labels: Sequence[str]) -> Form:
     if isinstance(labels, str) or not all(isinstance(label, str) and label for label in labels):
         raise BadInput('labels: must be a list of strings that are not empty, such as ["bug", "praise"]')
-    if len(labels) < 2:
-        raise BadInput("labels: there must be at least two to choose from")
+    if not 2 <= len(labels) <= MOST_LABELS:
+        raise BadInput(f'labels: has {len(labels)}; give 2 to {MOST_LABELS}, such as ["bug", "praise"]')
     if twice := [label for at, label in enumerate(labels) if label in labels[:at]]:
         raise BadInput(f"labels: {twice[0]!r} is there twice; leave one out")
     told = f'Answer with JSON, {{"label": L}}, where L is one of: {", ".join(labels)}.'
-    return Form(_with_member("label", {"type": "string", "enum": list(labels)}), told, member="label")
+    return Form("labels", _with_member("label", {"type": "string", "enum": list(labels)}), told, member="label")
 
 
 def _patterned(regex: str) -> Form:
-    try:
-        re.compile(regex)
-    except re.error as error:
-        raise BadInput(f"regex: {regex!r} is not valid ({error}); mend it") from error
     told = f'Answer with JSON, {{"answer": A}}, where A is a text that matches this regular expression: {regex}'
-    return Form(_with_member("answer", {"type": "string", "pattern": f"^(?:{regex})$"}), told, member="answer")
+    return Form("regex", _with_member("answer", {"type": "string", "pattern": f"^(?:{regex})$"}), told, member="answer")
 
 
 def _structured(schema: Any) -> Form:
     model = None
-    if hasattr(schema, "model_json_schema") and hasattr(schema, "model_validate"):
-        schema, model = schema.model_json_schema(), schema.model_validate
-    if not isinstance(schema, dict) or schema.get("type", "object") != "object":
+    if hasattr(schema, "model_json_schema") and hasattr(schema, "model_validate_json"):
+        schema, model = schema.model_json_schema(), schema.model_validate_json
+    if not isinstance(schema, dict) or schema.get("type") != "object":
         raise BadInput(
-            'schema: must be a JSON schema of an object, {"type": "object", "properties": {…}}, or a pydantic model'
+            'schema: must be a JSON schema of an object, of "type": "object", with the fields as its properties, or a '
+            "pydantic model that has fields"
         )
     try:
         told = f"Answer with JSON of this schema: {compact(schema)}"
@@ -113,7 +114,7 @@ def _structured(schema: Any) -> Form:
         raise BadInput(f"schema: is no JSON ({error}); write it with strings, numbers, lists and dicts") from error
     properties = schema.get("properties") or {}
     fields = tuple((name, _kind_of(part, schema)) for name, part in properties.items())
-    return Form(schema, told, fields=fields, model=model)
+    return Form("schema", schema, told, fields=fields, model=model)
 
 
 def _with_member(name: str, form: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +122,11 @@ def _with_member(name: str, form: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kind_of(part: Any, schema: Mapping[str, Any]) -> Kind:
-    """The kind of a property's column. Text also stands for lists, objects, and what may be of several types."""
+    """The kind of a property's column: that of the one JSON type that its schema allows, be null allowed or not.
+
+    Through `type`, `enum`, `const`, `$ref` and `anyOf`, `oneOf`, `allOf`. Integers or floats are floats. All else is
+    text: strings as they are; lists, objects and what may be of several types as JSON.
+    """
     found = _types_of(part, schema, 0) - {"null"}
     return next((kind for types, kind in _KINDS.items() if found and found <= types), Kind.TEXT)
 

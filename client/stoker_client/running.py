@@ -58,8 +58,8 @@ def run(asked: Asked) -> Any:
     prompt: the text for each row, with columns as slots: "Classify: {text}". Whatever else is in braces is text. Of
         a list of strings the only slot is filled. Numbers, dates, lists become text as Python and JSON write them.
     system: the system message, the same for all rows; it has no slots. A form's instruction is added to it.
-    labels, schema, regex: one of them holds answers to a form: to one of these strings; to a JSON schema of an
-        object (or a pydantic model); to a regular expression (without look-around). The model is told, answers are
+    labels, schema, regex: one of them holds answers to a form: to one of these 2 to 500 strings; to a JSON schema of
+        an object (or a pydantic model); to a regular expression, as RE2 has it. The model is told, answers are
         checked, a bad one is asked for once more and then is an error.
     model: as GET /v1/models names it; may be left out where there is just one.
     max_output_tokens: the most of one answer. temperature: 0 gives the likeliest words; None leaves it to the engine.
@@ -71,15 +71,16 @@ def run(asked: Asked) -> Any:
     result_prefix: goes before the name of every result column.
     errors: "column": a row's error is in its column. "raise": raise JobsFailed if there is any; it has the results.
     resume: True: rows, prompt and options that were submitted before are that batch, running or completed: nothing runs
-        twice. False: a new batch.
+        twice, and rows that failed in it come back as they were. False: a new batch, which asks them again, and the
+        others too unless the cache has their answers; with cache="off" pass just the rows that failed.
     base_url, api_key: the gateway, http://host:port/v1; else STOKER_URL and STOKER_API_KEY; else one is started on
         this machine, which ends with this process.
     progress: show a bar and notes.
 
     Result columns: `answer` (text: what was said, the label, or the schema's JSON), with a schema one for each of its
     properties (64 bit integers and floats, booleans, text; lists and objects as JSON text), `error` ("code: message",
-    null if all is well; an answer that was cut has both), `prompt_tokens`, `completion_tokens`, and `source` (engine,
-    exact, semantic, duplicate, …).
+    null if all is well; an answer that was cut has both), `prompt_tokens`, `completion_tokens` (what the
+    row took: 0 for an earlier answer, null where nothing was asked), and `source` (engine, exact, semantic, …).
 
     Raises BadInput before anything is sent, NoGateway, Refused, BatchFailed, JobsFailed. Ctrl-C only ends the waiting.
     """

@@ -68,6 +68,17 @@ def table_of(rows: Any) -> Table:
     return made
 
 
+def kept(rows: Any) -> Any:
+    """The rows as they are now, whatever the caller does to theirs later; no value is copied where that can be helped.
+
+    Dicts in a list stay the caller's: once the lines are written, nothing of them is needed.
+    """
+    if isinstance(rows, list):
+        return rows.copy()
+    frame = _frame_of(rows)
+    return rows if frame is None else frame.kept(rows)
+
+
 def is_frame(rows: Any) -> bool:
     """Whether results come back as a table, not as a list of answers."""
     return not isinstance(rows, list | tuple)
@@ -94,6 +105,11 @@ class _Pandas:
         self.names: list[str] | None = [name for name in frame.columns if isinstance(name, str)]
         self.count = len(frame)
 
+    @staticmethod
+    def kept(frame: Any) -> Any:
+        copies_on_write = int(sys.modules["pandas"].__version__.partition(".")[0]) >= 3
+        return frame.copy(deep=not copies_on_write)
+
     def values(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
         return zip(*(self._frame[column] for column in columns), strict=True)
 
@@ -109,6 +125,10 @@ class _Polars:
         self._frame = frame.collect() if hasattr(frame, "collect") else frame
         self.names: list[str] | None = self._frame.columns
         self.count: int = self._frame.height
+
+    @staticmethod
+    def kept(frame: Any) -> Any:
+        return frame.clone()  # of the handle; columns are never written to while two hold them
 
     def values(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
         rows: Iterator[tuple[Any, ...]] = self._frame.select(columns).iter_rows()
@@ -129,6 +149,10 @@ class _Arrow:
         self._table = table
         self.names: list[str] | None = table.column_names
         self.count: int = table.num_rows
+
+    @staticmethod
+    def kept(table: Any) -> Any:
+        return table  # it cannot change
 
     def values(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
         for batch in self._table.select(list(columns)).to_batches(max_chunksize=BATCH_ROWS):
@@ -174,11 +198,14 @@ _FRAMES: Final[dict[tuple[str, str], type[_Pandas | _Polars | _Arrow]]] = {
 def _made(rows: Any) -> Table | None:
     if isinstance(rows, list | tuple):
         return _listed(rows)
-    for base in type(rows).__mro__:  # also of a class that extends one of these
-        frame = _FRAMES.get((base.__module__.partition(".")[0], base.__name__))
-        if frame is not None:
-            return frame(rows)
-    return None
+    frame = _frame_of(rows)
+    return None if frame is None else frame(rows)
+
+
+def _frame_of(rows: Any) -> type[_Pandas | _Polars | _Arrow] | None:
+    """What takes the rows, if they are a table of a library, or of a class that extends it."""
+    names = ((base.__module__.partition(".")[0], base.__name__) for base in type(rows).__mro__)
+    return next((_FRAMES[name] for name in names if name in _FRAMES), None)
 
 
 def _listed(rows: Sequence[Any]) -> Table:

@@ -8,10 +8,11 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 import zipfile
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy
 import pandas
@@ -22,14 +23,17 @@ import pytest
 import stoker_client
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from stoker_client import BadInput
-from stoker_client.asking import Asked, checked_form, line_form, template_for
-from stoker_client.forms import form_of
+from stoker_client.answers import answer_of
+from stoker_client.asking import Asked, checked_form, line_form, stated_place, template_for
+from stoker_client.forms import Form, form_of
+from stoker_client.gateway import Gateway
 from stoker_client.lines import check_rows, write_lines
+from stoker_client.progress import Progress
 from stoker_client.prompts import SLOT, Template, is_null, text_of
 from stoker_client.stopping import Stop
-from stoker_client.tables import table_of
+from stoker_client.tables import Column, Frame, Kind, table_of
 
 from cache.payload import SLOT as SERVERS_SLOT
 from cache.payload import declared
@@ -40,6 +44,12 @@ from tests.support.processes import REPOSITORY
 
 CLIENT: Final = REPOSITORY / "client"
 FRAME: Final = pandas.DataFrame({"text": ["a"], "n": [1], "answer": ["b"]})
+
+
+def object_of(properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties}
+
+
 PARTS: Final = st.sampled_from(["{a}", "{b_1}", "{ä}", "{1}", "{", "}", "{{", "{ a}", "{a.b}", "\\1", "\n", "text"])
 
 
@@ -94,11 +104,18 @@ def test_values_become_text_as_the_command_line_has_it() -> None:
         (["a"], {"labels": ["a", "b"], "regex": "a"}, "labels and regex: an answer can be held to one of them"),
         (["a"], {"labels": ["a", "b", "a"]}, "labels: 'a' is there twice"),
         (["a"], {"labels": "abc"}, "labels: must be a list of strings"),
-        (["a"], {"labels": ["a"]}, "labels: there must be at least two"),
-        (["a"], {"regex": "(a"}, "regex: .* is not valid"),
+        (["a"], {"labels": ["a"]}, "labels: has 1; give 2 to 500"),
+        (["a"], {"labels": [str(number) for number in range(501)]}, "labels: has 501; give 2 to 500"),
+        (["a"], {"regex": ""}, "regex: is ''; it must be a text that is not empty"),
+        (["a"], {"regex": re.compile("a")}, r"regex: is re.compile\('a'\); it must be a text"),
         (["a"], {"schema": {"type": "array"}}, "schema: must be a JSON schema of an object"),
-        (["a"], {"schema": {"properties": {"a": {1, 2}}}}, "schema: is no JSON"),
-        (polars.DataFrame({"a": [1]}), {"prompt": "{a}", "schema": {"properties": {"source": {}}}}, "property source"),
+        (
+            ["a"],
+            {"schema": {"properties": {"a": {}}}},
+            'schema: must be a .* of "type": "object", with the fields as its',
+        ),
+        (["a"], {"schema": {"type": "object", "properties": {"a": {1, 2}}}}, "schema: is no JSON"),
+        (FRAME[["n"]], {"prompt": "{n}", "schema": object_of({"source": {}})}, "property source"),
         (["a"], {"cache": "on"}, "cache: is 'on'; it must be one of None, off, exact, semantic"),
         (["a"], {"errors": "ignore"}, "errors: is 'ignore'; it must be one of column, raise"),
         (["a"], {"window": "1 day"}, "window: is '1 day'; write 90m, 24h or 7d"),
@@ -173,7 +190,8 @@ def test_columns_of_a_schema_have_its_types() -> None:
     assert form.parts(said % 7) == ["é", 7, 2.0, True, '{"size":1}', "[]"]
     assert form.parts(said % 2**63)[1] is None, "it does not fit; the whole answer has it"
     odd = {"a": {"$ref": "#/$defs/x"}, "b": {"enum": [1, 2]}, "c": {}, "d": {"const": "x"}, "e": True}
-    fields = form_of(labels=None, regex=None, schema={"properties": odd, "$defs": {"x": {"type": "integer"}}}).fields
+    schema = object_of(odd) | {"$defs": {"x": {"type": "integer"}}}
+    fields = form_of(labels=None, regex=None, schema=schema).fields
     assert [kind.name for _, kind in fields] == ["INTEGER", "INTEGER", "TEXT", "TEXT", "TEXT"]
 
 
@@ -209,6 +227,85 @@ def test_the_wheel_has_just_the_package_and_runs_without_any_library_of_tables(t
     command = [sys.executable, "-W", "error", "-c", BLOCKED, str(tmp_path / "unpacked"), absent]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0 and "there is no column b; there are: a" in done.stdout, done.stderr
+
+
+def test_a_strict_model_reads_what_json_can_say() -> None:
+    class Strict(BaseModel):
+        model_config = ConfigDict(strict=True)
+
+        day: dt.date
+        cost: Decimal
+
+    form = form_of(labels=None, schema=Strict, regex=None)
+    said = '{"day":"2026-01-02","cost":"1.10"}'
+    assert form.read(said) == (said, Strict(day=dt.date(2026, 1, 2), cost=Decimal("1.10")))
+    with pytest.raises(ValueError, match="day"):
+        form.read('{"day":"never","cost":"1.10"}')
+
+
+@pytest.mark.parametrize(
+    ("stoker", "usage", "expected"),
+    [
+        ({"outcome": "succeeded", "source": "engine"}, {"prompt_tokens": 5, "completion_tokens": 2}, (5, 2)),
+        ({"outcome": "succeeded", "source": "engine"}, {"prompt_tokens": None, "completion_tokens": "many"}, (0, 0)),
+        ({"outcome": "succeeded", "source": "engine"}, None, (0, 0)),
+        ({"outcome": "succeeded", "source": "exact"}, {"prompt_tokens": 5, "completion_tokens": 2}, (0, 0)),
+        (
+            {"outcome": "succeeded", "source": "engine", "usage": {"prompt_tokens": 9, "completion_tokens": 4}},
+            {"prompt_tokens": 5, "completion_tokens": 2},
+            (9, 4),
+        ),
+        (
+            {"outcome": "failed", "source": "engine", "usage": {"prompt_tokens": 9, "completion_tokens": 4}},
+            "no response",
+            (9, 4),
+        ),
+        ({"outcome": "failed", "source": "engine"}, "no response", (0, 0)),
+        ({"outcome": "failed", "source": "none"}, "no response", (0, 0)),
+        ({"outcome": "failed", "source": "engine"}, None, (0, 0)),
+    ],
+)
+def test_tokens_are_what_the_row_took(stoker: dict[str, Any], usage: Any, expected: tuple[int, int]) -> None:
+    body = {"choices": [{"message": {"content": "said"}}], "usage": usage}
+    response = None if usage == "no response" else {"status_code": 200, "body": body}
+    error = {"code": "invalid_answer", "message": "is no JSON"}
+    found = answer_of({"custom_id": "row-1", "response": response, "error": error, "stoker": stoker}, Form())
+    assert (found.prompt_tokens, found.completion_tokens) == expected
+
+
+def test_rows_are_those_of_the_call_whatever_becomes_of_the_callers_frame() -> None:
+    columns: dict[str, list[Any]] = {"text": ["b", "a", "c"], "n": [2, 1, 3]}
+    frame, other, texts = pandas.DataFrame(columns), polars.DataFrame(columns), ["b", "a", "c"]
+    asked = [Asked(rows) for rows in (frame, other, texts)]
+    with warnings.catch_warnings(action="ignore"):  # pandas 3.1 discourages what callers do
+        frame.sort_values("text", inplace=True)
+        frame.drop(index=2, inplace=True)
+    frame.loc[0, "text"] = "changed"
+    frame["n"] = 0
+    del frame["n"]
+    frame.columns = pandas.Index(["renamed"])
+    other.extend(polars.DataFrame(columns))
+    other[0, "text"] = "changed"
+    other.replace_column(1, polars.Series("n", [0] * 6))
+    texts.sort()
+    texts.append("d")
+    assert (len(frame), list(frame.columns), other.height, texts) == (2, ["renamed"], 6, ["a", "b", "c", "d"])
+    kept = [table_of(one.rows) for one in asked]
+    assert [list(table.values(["text"])) for table in kept] == [[("b",), ("a",), ("c",)]] * 3
+    assert [list(table.values(["n"])) for table in kept[:2]] == [[(2,), (1,), (3,)]] * 2
+    answers = [Column("answer", Kind.TEXT, ["B", "A", "C"])]
+    mine, theirs = (cast("Frame", table).appended(answers) for table in kept[:2])
+    pandas.testing.assert_frame_equal(mine[list(columns)], pandas.DataFrame(columns))
+    assert theirs.to_dict(as_series=False) == {**columns, "answer": ["B", "A", "C"]}
+
+
+def test_no_representation_shows_the_key() -> None:
+    asked = Asked(["a"], base_url="http://127.0.0.1:9", api_key="sk-secret")
+    place = stated_place(asked)
+    assert place is not None and place.api_key == "sk-secret"
+    gateway = Gateway(lambda: place, stop=Stop(), progress=Progress(shown=False))
+    with gateway:
+        assert "sk-secret" not in repr((asked, place, gateway))
 
 
 def test_an_arrow_table_is_read_in_pieces_with_its_dictionaries_decoded() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import nbclient
 import nbformat
@@ -21,7 +22,9 @@ import stoker_client
 from pydantic import BaseModel
 from stoker_client import Answer, BadInput, BatchFailed, JobsFailed, Refused
 
+from models.names import batch_hex
 from tests.client.conftest import FILE_BYTES, Served
+from tests.support.batches import execute
 from tests.support.batches import rows as rows_of
 from tests.support.processes import REPOSITORY
 from tests.support.waiting import wait_until
@@ -68,7 +71,7 @@ def test_a_pandas_frame_comes_back_as_it_was_with_typed_results(named: Served) -
     assert list(found["answer"][:2]) == ["echo: 1: one 2026-01-02T00:00:00", "echo: 2: two 2026-01-02T00:00:00"]
     assert found["error"].isna().tolist() == [True, True, False]
     assert found["error"].iloc[2] == "ScriptedError: as the script says"
-    assert found["completion_tokens"].tolist()[:2] == [4, 4] and found["prompt_tokens"].isna().tolist()[2]
+    assert found["completion_tokens"].tolist() == [4, 4, 0] and found["prompt_tokens"].iloc[2] == 0
     assert found["source"].tolist() == ["engine"] * 3
 
 
@@ -98,8 +101,9 @@ def test_labels_regexes_and_schemas_are_columns_and_values(named: Served) -> Non
     labelled, wrong = stoker_client.run(rows, labels=["bug", "praise"], progress=False)
     assert (labelled.text, labelled.value, labelled.error) == ("bug", "bug", None)
     assert wrong.text is None and wrong.error is not None and wrong.error.startswith("invalid_answer: ")
-    [matched] = stoker_client.run(['[[answer {"answer":"A-17"}]]'], regex=r"[A-Z]-\d+", progress=False)
-    assert matched.value == "A-17"
+    assert wrong.prompt_tokens > 2 * labelled.prompt_tokens > 0, "it was asked twice"
+    [matched] = stoker_client.run(['[[answer {"answer":"É-17"}]]'], regex=r"\p{Lu}-\d+", progress=False)
+    assert matched.value == "É-17", "in the language of the gateway's expressions, which Python's has not"
     frame = polars.DataFrame({"text": [f"[[answer {SAID}]]", "none"]})
     found = stoker_client.run(frame, prompt="{text}", schema=PERSON, result_prefix="llm_", progress=False)
     parts = {"llm_name": "Ada", "llm_age": 36, "llm_size": 1.5, "llm_is_new": True, "llm_tags": '{"a":1}'}
@@ -119,6 +123,7 @@ def test_nulls_are_refused_or_skipped_before_anything_is_sent(named: Served) -> 
     found = stoker_client.run(frame, prompt="{text} {n}", skip_nulls=True, errors="raise", progress=False)
     assert found["answer"].isna().tolist() == [False, True, True, True]
     assert found["error"].iloc[2] == "null: the column n has no value in this row"
+    assert found["prompt_tokens"].isna().tolist() == [False, True, True, True]
     assert named.endpoint.calls().count == calls + 1
 
 
@@ -131,12 +136,36 @@ def test_errors_can_be_raised_with_the_results_in_hand(named: Served) -> None:
     assert raised.value.results[3].error.startswith("truncated: ")
 
 
-def test_what_validation_finds_is_told_by_row(named: Served) -> None:
-    rows = [None, *(f"question {number}" for number in range(7))]
-    with pytest.raises(BatchFailed, match=r"row 2: .*look-around") as raised:
+@pytest.mark.parametrize(
+    ("cache", "remedy", "asked_in_all"),
+    [(None, "resume=False it asks them again", (2, 1)), ("off", 'all rows again, since cache is "off"', (2, 2))],
+)
+def test_failed_rows_are_asked_again_by_a_new_batch_only(
+    named: Served, cache: Any, remedy: str, asked_in_all: tuple[int, int]
+) -> None:
+    rows = [f"ill until noon, cache {cache}", f"well all day, cache {cache}"]
+    named.endpoint.script("[[status 400]]", match=rows[0])
+    for _ in range(2):
+        with pytest.raises(JobsFailed, match=f"The same call gives the same again; with .*{remedy}"):
+            stoker_client.run(rows, cache=cache, errors="raise", progress=False)
+        named.endpoint.script("", match=rows[0])
+    found = stoker_client.run(rows, cache=cache, errors="raise", resume=False, progress=False)
+    assert [one.text for one in found] == [f"echo: {row}" for row in rows]
+    prompts = named.endpoint.calls().prompts
+    assert tuple(prompts[row] for row in rows) == asked_in_all
+
+
+def test_what_validation_finds_is_told_by_row_or_of_the_argument(named: Served) -> None:
+    rows = [None, *(f"question {number}" for number in range(30))]
+    with pytest.raises(BatchFailed, match=r"run again:\n  all rows: regex: the pattern .*look-around") as raised:
         stoker_client.run(rows, regex="(?=x)x", skip_nulls=True, progress=False)
-    assert [problem.row for problem in raised.value.problems][:2] == [2, 3]
-    with pytest.raises(BatchFailed, match="model_not_found"):
+    assert [problem.row for problem in raised.value.problems] == [None] and "more" not in str(raised.value)
+    with pytest.raises(BatchFailed, match=r"all rows: schema: .*'thing' is not valid") as wrong:
+        stoker_client.run(rows[1:], schema={"type": "object", "properties": {"a": {"type": "thing"}}}, progress=False)
+    assert len(wrong.value.problems) == 1
+    with pytest.raises(BatchFailed, match=r"again:\n  all rows: temperature: is 9.0; .*\]$"):
+        stoker_client.run(rows[1:], temperature=9.0, progress=False)
+    with pytest.raises(BatchFailed, match=r"all rows: model: .*model_not_found"):
         stoker_client.run(["a"], model="another", progress=False)
 
 
@@ -153,10 +182,20 @@ def test_what_the_gateway_refuses_is_raised_with_its_words_and_without_the_key(n
 
 def test_semantic_runs_state_template_and_variables(named: Served) -> None:
     long = "Say it again, please. " * 30 + "{text} {text} {n}"
+    rows = [{"text": "some words", "n": 1}, {"text": "other words", "n": 2}]
     for prompt in ("Repeat: {text} of {n}", long):
-        rows = [{"text": "some words", "n": 1}, {"text": "other words", "n": 2}]
-        found = stoker_client.run(rows, prompt=prompt, cache="semantic", progress=False)
+        batch = stoker_client.submit(rows, prompt=prompt, cache="semantic", progress=False)
+        found = batch.results()
         assert all(one.error is None for one in found), found
+        of_it = {"id": UUID(batch_hex(batch.id))}
+        [(mode,)] = rows_of(named.database, "SELECT options ->> 'cache' FROM batches WHERE id = :id", **of_it)
+        stated = rows_of(named.database, "SELECT stoker FROM jobs WHERE batch_id = :id ORDER BY seq", **of_it)
+        settings = [json.loads(one) for (one,) in stated]
+        assert mode == "semantic" and {one["template"] for one in settings} == {prompt}
+        assert [one["variables"] for one in settings] == [
+            {"text": "some words", "n": "1"},
+            {"text": "other words", "n": "2"},
+        ]
 
 
 def test_the_same_rows_are_the_same_batch_until_it_is_cancelled(
@@ -181,10 +220,8 @@ def test_the_same_rows_are_the_same_batch_until_it_is_cancelled(
 
 def test_a_paused_batch_is_told_of_with_its_reason(named: Served) -> None:
     batch = stoker_client.submit([f"{uuid4()} [[latency 5]]"], progress=False)
-    with named.database.transaction() as session:
-        session.connection().exec_driver_sql(
-            "UPDATE batches SET paused_reason = 'all failed' WHERE state <> 'completed'"
-        )
+    pause = "UPDATE batches SET paused_reason = 'all failed' WHERE id = :id"
+    execute(named.database, pause, id=UUID(batch_hex(batch.id)))
     with pytest.raises(BatchFailed, match=r"is paused: all failed.*stoker resume"):
         batch.results()
 
@@ -251,11 +288,16 @@ def test_an_event_loop_is_not_blocked_and_cancelling_only_stops_waiting(named: S
 
 def test_the_script_of_the_examples_runs(named: Served, tmp_path: Path) -> None:
     script = REPOSITORY / "examples" / "table.py"
+    labels = {"crashes when I log in": "bug", "Love the new colours": "praise", "Can I pay by invoice": "question"}
+    for said, label in labels.items():
+        named.endpoint.script(f'[[answer {{"label":"{label}"}}]]', match=said)
     done = subprocess.run(
         [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "answer" in done.stdout
+    header, *shown = done.stdout.splitlines()
+    assert header.split() == ["text", "answer", "error"]
+    assert [line.split()[-2:] for line in shown] == [[label, "<NA>"] for label in labels.values()]
 
 
 def test_the_notebook_of_the_examples_runs_from_top_to_bottom(named: Served) -> None:

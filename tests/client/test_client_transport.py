@@ -176,6 +176,29 @@ def test_of_two_that_submit_the_same_at_once_both_have_one_batch(failing: Failin
     assert (first[0], first[2], second[2]) == (second[0], "1", "2"), "after one that was given up comes the next number"
 
 
+def test_what_validation_holds_against_a_row_is_told_of_that_row(failing: FailingGateway) -> None:
+    counts = {"total": 3, "completed": 0, "failed": 0}
+    found = [
+        {"code": "invalid_request", "message": "is too long", "param": "body.messages", "line": 2},
+        {"code": "invalid_request", "message": "12 more problems; mend these", "param": None, "line": None},
+    ]
+    shared = {"code": "invalid_request", "message": "must be less", "param": "body.max_tokens"}
+    batch = {"id": "batch_1", "status": "failed", "request_counts": counts, "usage": {"output_tokens": 0}}
+    place = {"base_url": failing.place.url, "api_key": KEY}
+    for problems, expected in (
+        (found, [(3, "body.messages: is too long"), (None, "12 more problems; mend these")]),
+        (
+            [*found, *({**shared, "line": line} for line in (1, 3))],
+            [(None, "max_output_tokens: must be less"), (3, "body.messages: is too long")],
+        ),
+    ):
+        running = batch | {"status": "validating"}
+        failing.acts = [answer(200, {"data": [running]}), answer(200, batch | {"errors": {"data": problems}})]
+        with pytest.raises(stoker_client.BatchFailed) as raised:
+            stoker_client.run(["a", None, "b"], model="m", skip_nulls=True, progress=False, **place)  # type: ignore[arg-type]
+        assert [(one.row, one.message) for one in raised.value.problems] == expected
+
+
 def test_where_nothing_answers_the_remedy_is_named_and_no_key(failing: FailingGateway) -> None:
     nowhere = Place(url=f"http://127.0.0.1:{free_port()}/v1", api_key=KEY)
     assert KEY not in repr(nowhere)
@@ -209,13 +232,22 @@ echo '{{"url": "{url}", "key_file": "{folder}/key"}}'
 cat > "{folder}/eof"
 echo "$$" >> "{folder}/ends"
 """
+DEAF: Final = """#!/bin/sh
+trap '' TERM
+echo $$ > "{folder}/pid"
+echo '{{"url": "http://127.0.0.1:9/v1", "key_file": "{folder}/key"}}'
+exec sleep 600
+"""
 STARTER: Final = """
-import sys, time
+import os, sys, time
 from stoker_client import embedded
 from stoker_client.progress import Progress
 from stoker_client.stopping import Stop
 sys.executable = sys.argv[1]
 print(embedded.place(stop=Stop(), progress=Progress(shown=False)).url, flush=True)
+child = os.fork()
+if child:
+    print(child, flush=True)
 time.sleep(60)
 """
 
@@ -266,9 +298,23 @@ def test_stoker_ends_with_the_process_that_started_it_however_that_dies(
     program(STAND_IN.format(folder=tmp_path, url="http://127.0.0.1:9/v1"))
     with subprocess.Popen([PYTHON, "-c", STARTER, tmp_path / "python"], stdout=subprocess.PIPE) as starter:
         assert starter.stdout is not None and starter.stdout.readline() == b"http://127.0.0.1:9/v1\n"
+        child = int(starter.stdout.readline())
         assert not (tmp_path / "ends").exists()
         starter.kill()
-    wait_until((tmp_path / "ends").exists, 10, "it has ended")
+    try:
+        wait_until((tmp_path / "ends").exists, 10, "it has ended, though a child that was forked lives on")
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_stoker_that_does_not_end_is_made_to(program: Callable[[str], None], tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(KEY)
+    program(DEAF.format(folder=tmp_path))
+    assert embedded.place(stop=Stop(), progress=Progress(shown=False)).api_key == KEY
+    pid = int((tmp_path / "pid").read_text())
+    embedded.end(wait_s=0.2, terminate_s=0.2)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 def test_a_stoker_that_does_not_start_is_told_with_what_it_said(program: Callable[[str], None]) -> None:
