@@ -19,10 +19,10 @@ from typing import Any
 
 from inference.checkpoints import alias_of, digest_of, is_packed, quantization_of, quantized_sibling
 from runtime.errors import BadInput
-from runtime.settings import EngineSettings
+from runtime.settings import EngineSettings, made
 
 CHECKPOINTS = Path(".checkpoints")
-DEFAULT_FOLDER = CHECKPOINTS / "smollm2-135m-w8a8"
+DEFAULT_FOLDER = "smollm2-135m-w8a8"
 _OUR_VARIABLES = ("STOKER_", "POSTGRES_", "RABBITMQ_", "REDIS_")
 _SECRET_FLAG = re.compile(r"(--\S*(?:key|token|password)(?!s)\S*?)(=|\s+)\S+")
 DEFAULT_GGUF = "smollm2-135m-gguf/*.gguf"
@@ -68,9 +68,10 @@ def plan_engine(settings: EngineSettings, *, socket: Path) -> EnginePlan | None:
 
 
 def _default_checkpoint(settings: EngineSettings) -> Path:
-    if settings.kind != "llamacpp" and settings.vllm_python.exists() and DEFAULT_FOLDER.exists():
-        return DEFAULT_FOLDER
-    return next(iter(sorted(CHECKPOINTS.glob(DEFAULT_GGUF))), CHECKPOINTS / DEFAULT_GGUF)
+    folder = made(CHECKPOINTS)
+    if settings.kind != "llamacpp" and settings.vllm_python.exists() and (folder / DEFAULT_FOLDER).exists():
+        return folder / DEFAULT_FOLDER
+    return next(iter(sorted(folder.glob(DEFAULT_GGUF))), folder / DEFAULT_GGUF)
 
 
 def _kind(settings: EngineSettings, checkpoint: Path) -> str:

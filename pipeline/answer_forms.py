@@ -83,14 +83,14 @@ def regex_form(pattern: str) -> AnswerForm:
     return _checked(FormKind.REGEX, {"type": "string", "pattern": f"^(?:{pattern})$"}, told)
 
 
-def schema_form(schema: Any) -> AnswerForm:
-    """An object of this JSON schema. Raises BadInput for one that is wrong or too large."""
+def schema_form(schema: Any, *, named: str = "--schema") -> AnswerForm:
+    """An object of this JSON schema. Raises BadInput, which says what it is `named`, for one that is wrong."""
     if not isinstance(schema, dict) or schema.get("type") != "object":
-        raise BadInput('--schema: must be of "type": "object", with the fields as its properties')
+        raise BadInput(f'{named}: must be of "type": "object", with the fields as its properties')
     try:
         answer_schema(msgspec.json.encode(schema))
     except ValueError as error:
-        raise BadInput(f"--{error}") from error
+        raise BadInput(f"{named}: {str(error).removeprefix('schema: ')}") from error
     told = f"Answer with JSON of this schema: {json.dumps(schema, ensure_ascii=False, separators=(',', ':'))}"
     return AnswerForm(FormKind.SCHEMA, schema, told)
 

@@ -191,7 +191,7 @@ def _compiled(pattern: str) -> Any:
         [fault] = error.args
         raise ValueError(
             f"schema: the pattern {pattern[:SHOWN_CHARACTERS]!r} is refused ({fault.decode(errors='replace')}); "
-            "write it as RE2 has it: without look-around and back-references"
+            "write it as RE2 takes it, which has no look-around and no back-references"
         ) from error
 
 

@@ -51,7 +51,9 @@ class Prompt:
             if text.encode(errors="ignore").decode() != text:
                 raise BadInput(f"{name}: is no valid UTF-8; write it as text")
         known = f"the table has {', '.join(columns)}"
-        if unusual := [name for name in columns if not SLOT.fullmatch(f"{{{name}}}")]:
+        if len(columns) == 1 and (mark := next((one for one in ";|\t" if one in columns[0]), None)):
+            known += f" (it seems to be separated by {mark!r}: write it with commas, or as .tsv with tabs)"
+        elif unusual := [name for name in columns if not SLOT.fullmatch(f"{{{name}}}")]:
             known += f" (rename {', '.join(unusual)} to use it: a slot is letters, digits and _)"
         if not self.slots:
             raise BadInput(f"--prompt: has no slot; write {{column}} where a row's value stands: {known}")

@@ -76,15 +76,16 @@ class TableAsked:
         check_output(output, table, self.columns)
 
     def stored(self) -> dict[str, Any]:
-        """As it stands in a batch's options."""
-        return {"table": asdict(self)}
+        """As it stands in a batch's options; the form as text, for jsonb keeps no order of fields."""
+        form = None if self.form is None else msgspec.json.encode(self.form).decode()
+        return {"table": asdict(self) | {"form": form}}
 
 
 def asked_of(progress: BatchProgress) -> TableAsked:
     """The table that a batch was made of, if its options have one."""
     stored = progress.options["table"]
     form = stored["form"]
-    return TableAsked(**{**stored, "form": None if form is None else AnswerForm(**form)})
+    return TableAsked(**{**stored, "form": None if form is None else msgspec.json.decode(form, type=AnswerForm)})
 
 
 def open_asked(asked: TableAsked, path: Path | None = None) -> Table:
@@ -169,7 +170,7 @@ def _cells(row: ResultRow | None, asked: TableAsked, *, missing: str) -> dict[st
         return {asked.prefix + "error": missing}
     found: dict[str, Any] = {"source": row.source}
     if row.outcome is Outcome.FAILED:
-        found["error"] = f"{row.error_code}: {row.error_message}"
+        found["error"] = " ".join(f"{row.error_code}: {row.error_message}".split())  # a CSV's row is a line
     else:
         found["error"] = _SAID.get(row.outcome)
         text = said(CHAT, row.response or "").text

@@ -43,8 +43,8 @@ async def validated(context: FeedContext, attempt: Attempt, job: Job, result: Jo
     if fault is None:
         return result
     if result.outcome is Outcome.TRUNCATED or path != CHAT:
-        cut = ": it was cut by its limit of tokens; raise that" if result.outcome is Outcome.TRUNCATED else ""
-        return _ended(result, message=f"{fault}{cut}. {_shown(answer)}")
+        cut = "the answer was cut by its limit of tokens; raise that (its JSON takes some 10 beside what it says)"
+        return _ended(result, message=f"{cut if result.outcome is Outcome.TRUNCATED else fault}. {_shown(answer)}")
     return await _repaired(context, attempt, job, result, answer, fault)
 
 

@@ -20,6 +20,7 @@ from runtime.errors import BadInput
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=0.5)]
+REPOSITORY = Path(__file__).resolve().parents[1]
 LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1000.0  # beyond it shares are none, and the arithmetic of credits overflows
 Weight = Annotated[float, Field(ge=LEAST_WEIGHT, le=MOST_WEIGHT)]
 
@@ -264,7 +265,15 @@ def load_settings() -> Settings:
         )
     if settings.worker.heartbeat_s * 2 > settings.worker.lease_s:
         raise BadInput("settings: STOKER_WORKER__HEARTBEAT_S must be at most half of STOKER_WORKER__LEASE_S")
-    return settings
+    engine = settings.engine.model_copy(update={"vllm_python": made(settings.engine.vllm_python)})
+    cache = settings.cache.model_copy(update={"embedder": made(settings.cache.embedder)})
+    return settings.model_copy(update={"engine": engine, "cache": cache})
+
+
+def made(path: Path) -> Path:
+    """A path that `make` fills, here or, where there is none here, in the repository: commands run in any folder."""
+    elsewhere = REPOSITORY / path
+    return elsewhere if not path.exists() and elsewhere.exists() else path
 
 
 def environment_of(settings: Settings) -> dict[str, str]:

@@ -25,6 +25,7 @@ from scripts.terminal import (
     exit_code,
     print_summary,
     say,
+    say_failures,
     say_paused,
     seconds_of,
     summary,
@@ -152,7 +153,7 @@ def _write_table(database: Database, progress: BatchProgress, output: Path, move
 
     rows = write_kept(database, progress, output, moved=moved)
     write_manifest(database, progress, output)
-    say(f"{rows:,} rows; {progress.done:,} of {progress.total:,} jobs done, {progress.failed:,} failed")
+    say(f"{output}: {rows:,} rows; {progress.done:,} of {progress.total:,} jobs done, {progress.failed:,} failed")
 
 
 def _follow(database: Database, batch_id: UUID, sink: BinaryIO, *, errors: bool) -> int:
@@ -175,6 +176,7 @@ def _show_batch(database: Database, name: str, *, most_tries: int, as_json: bool
         emit_json(summary(progress) | figures | {"budgets": [_budget_figures(budget) for budget in budgets]})
         return
     print_summary(progress)
+    say_failures(database, progress, tenant=TENANT)
     for budget in budgets:
         name = "budget" if budget.period is BudgetPeriod.BATCH else f"{budget.period} budget of key {budget.key_id}"
         more = f", {budget.reserved:,} reserved" if budget.reserved else ""

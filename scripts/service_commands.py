@@ -10,7 +10,6 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
@@ -44,7 +43,6 @@ from worker.doctor import examine
 EXIT_UNREACHABLE = 3
 LOOK_S = 0.2
 WITHOUT_GATEWAY_S = 30.0  # an `up` says that its gateway is coming once its services run, within some seconds
-REPOSITORY, CHECKPOINTS = Path(__file__).resolve().parents[1], ".checkpoints"
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -86,7 +84,6 @@ def up(settings: Settings, as_json: bool, until_eof: bool) -> None:
     stop = threading.Event()
     if until_eof:
         threading.Thread(target=_set_at_eof, args=[stop], daemon=True).start()
-    settings = _at_checkpoints(settings)
     while not stop.is_set():
         if as_json and (running := _running_elsewhere(settings, stop)) is not None:
             _emit_place(running)
@@ -122,19 +119,6 @@ def _run_everything(settings: Settings, stop: threading.Event, *, as_json: bool)
                 "submit from another terminal: stoker submit FILE.jsonl; stop with Ctrl-C"
             )
             _wait_while_alive(started, stop)
-
-
-def _at_checkpoints(settings: Settings) -> Settings:
-    """Go to the repository, where `make` puts checkpoints and engines, if none is named or here.
-
-    A notebook starts us from any folder.
-    """
-    named = settings.engine.checkpoint is not None or settings.engine.url is not None
-    if named or Path(CHECKPOINTS).is_dir() or not (REPOSITORY / CHECKPOINTS).is_dir():
-        return settings
-    at = settings.model_copy(update={"home": home_of(settings).absolute()})
-    os.chdir(REPOSITORY)
-    return at
 
 
 def _running_elsewhere(settings: Settings, stop: threading.Event) -> GatewayPlace | None:

@@ -141,12 +141,13 @@ def _source(stated: _Stated) -> Source:
     assert stated.file is not None  # noqa: S101  # else there is a recipe
     if stated.prompt is not None:
         return _table(stated, stated.file, stated.prompt)
+    file = _lines_file(stated.file)
     if stated.labels or stated.schema:
         raise click.UsageError(
             "--labels and --schema are for a table, with --prompt, and for --recipe; lines of a FILE state their "
             "response_format, and --validate-answers holds answers to it"
         )
-    return FileSource(_lines_file(stated.file))
+    return FileSource(file)
 
 
 def _lines_file(file: Path) -> Path:
@@ -177,7 +178,7 @@ def _form(stated: _Stated) -> AnswerForm | None:
     if stated.labels is not None:
         return labels_form(_labels(stated.labels))
     if stated.schema is not None:
-        return schema_form(_json(stated.schema))
+        return schema_form(_json(stated.schema), named=f"--schema {stated.schema}")
     return None if stated.regex is None else regex_form(stated.regex)
 
 
@@ -196,7 +197,10 @@ def _recipe(stated: _Stated) -> Source:
 
 def _labels(stated: str) -> list[str]:
     if not stated.startswith("@"):
-        return [label.strip() for label in stated.split(",") if label.strip()]
+        labels = [label.strip() for label in stated.split(",")]
+        if "" in labels:
+            raise BadInput(f"--labels {stated}: one of them is empty; leave the comma out")
+        return labels
     try:
         lines = Path(stated[1:]).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -86,8 +86,8 @@ def main() -> None:
         sys.exit(EXIT_USAGE)
     except (click.Abort, KeyboardInterrupt):
         say(
-            "interrupted; what was submitted is kept, and goes on whenever a worker runs: `stoker status`, "
-            "`stoker documents list`"
+            "interrupted; what was submitted is kept, and goes on whenever a worker runs: `stoker up`, and in another "
+            "terminal `stoker status`, then `stoker results BATCH -o OUT` or `stoker cancel BATCH`"
         )
         sys.exit(EXIT_INTERRUPTED)
     except InvalidFile as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from uuid import UUID
 
 import click
 
@@ -30,14 +31,16 @@ from scripts.terminal import (
     exit_code,
     print_summary,
     say,
+    say_failures,
     say_paused,
     summary,
     watch_batch,
 )
-from store.batches import BatchProgress
+from store.batches import BatchProgress, latest_batches
 from store.database import Database
 from store.presence import PresenceBoard, WorkerPresence
 
+NEWEST = 20  # batches that are looked through for unfinished ones
 EXIT_DECLINED = 1  # after a preview: not all rows have an answer
 
 
@@ -88,12 +91,14 @@ def run(
             results_of = None if previewed is None else previewed.id
             submitted = begin.batch(lines, how.wishes(results_of=results_of, spent_tokens=spent))
         say(f"{batch_name(submitted.batch_id)}: {submitted.total:,} jobs stored{_following(submitted)}")
+        _say_others(begin.database, submitted.batch_id)
         _say_all(submitted.notices)
         progress = watch_batch(begin.database, submitted.batch_id, tenant=TENANT, check=check)
         places = source.write_files(begin.database, progress, output)
         if as_json:
             emit_json(summary(progress) | {"files": {name: place for name, place in places}})
         print_summary(progress, places=places)
+        say_failures(begin.database, progress, tenant=TENANT)
         say_paused(progress)
         return exit_code(progress)
 
@@ -131,7 +136,9 @@ def submit(
     batch, while it is live or completed.
     """
     if not isinstance(source, FileSource) and (dry_run or skip_bad or skipped):
-        raise click.UsageError("--dry-run and --skip-bad are for a FILE of lines")
+        raise click.UsageError(
+            "--dry-run and --skip-bad are for a FILE of lines; `stoker run --preview N` tries a table"
+        )
     with ExitStack() as stack:
         report = None
         if isinstance(source, FileSource) and (skip_bad or skipped is not None):
@@ -261,6 +268,20 @@ def _say_stored(submitted: Submitted, more: str) -> None:
     name = batch_name(submitted.batch_id)[:18]
     say(f"{submitted.total:,} jobs stored{more}{_following(submitted)}; follow them with `stoker watch {name}`")
     _say_all(submitted.notices)
+
+
+def _say_others(database: Database, batch_id: UUID) -> None:
+    """What else the workers have to do: batches of before, which an interrupted run may have left."""
+    with database.transaction() as session:
+        newest = latest_batches(session, tenant=TENANT, limit=NEWEST)
+    others = [one for one in newest if not one.is_ended and one.id != batch_id]
+    if others:
+        left = sum(one.total - one.done for one in others)
+        names = ", ".join(batch_name(one.id)[:18] for one in others[:3])
+        say(
+            f"note: {len(others)} unfinished batches of before run too, {left:,} jobs: {names}; "
+            "`stoker cancel` ends one"
+        )
 
 
 def _following(submitted: Submitted) -> str:

@@ -26,7 +26,7 @@ from scripts.preview import Preview, ask_to_go_on
 from scripts.result_files import check_writable, errors_beside, replacing, write_manifest
 from scripts.source import Lines, Source
 from scripts.submit_options import How
-from scripts.terminal import bar
+from scripts.terminal import bar, say
 from store.batches import BatchProgress
 from store.database import Database
 from tables.reading import Table, open_table
@@ -95,6 +95,9 @@ class TableSource(Source):
                         "the prompts do: make room, or set TMPDIR"
                     ) from error
             self.table.check_unchanged()
+            if written.nulls:
+                nulls = ", ".join(f"{name} in {count:,}" for name, count in written.nulls.items())
+                say(f"{written.rows:,} rows: {written.lines:,} are run; the others have nulls: {nulls}")
             lines = Path(f"/proc/self/fd/{file.fileno()}")
             yield Lines(lines, asked.stored(), count=written.lines, sample=written.sample)
 
@@ -128,6 +131,8 @@ def table_source(
 ) -> TableSource:
     """The table at this path. Raises BadInput if it cannot be read, or lacks what the prompt names."""
     table = open_table(path)
+    if {"custom_id", "method", "url", "body"} <= set(table.column_names):
+        raise BadInput(f"{path}: is a batch file of requests, not a table; leave --prompt out")
     prompt = Prompt(template, system, form)
     prompt.check(table.column_names)
     return TableSource(table, prompt, prefix, skips_nulls)

@@ -21,6 +21,7 @@ from models.states import Priority
 from runtime.clock import utc_now
 from store.batches import BatchProgress, batch_progress
 from store.database import Database
+from store.inspection import failures_of
 
 POLL_S = 0.25
 PLAIN_LINE_EVERY_S = 5.0
@@ -28,6 +29,7 @@ PLAIN_LINE_EVERY_S = 5.0
 stderr = Console(stderr=True, highlight=False, emoji=False)
 stdout = Console(highlight=False, emoji=False)
 WIDE = 1000
+FAILURE_KINDS, FAILURE_CHARACTERS = 3, 300
 
 
 def say(message: str) -> None:
@@ -218,6 +220,17 @@ def print_summary(progress: BatchProgress, *, places: Sequence[tuple[str, str]] 
     stderr.print(table)
     if progress.truncated:
         say(f"{progress.truncated} answers were cut by their token limit; raise max_tokens or --max-output-tokens.")
+
+
+def say_failures(database: Database, progress: BatchProgress, *, tenant: str) -> None:
+    """If jobs failed: the most frequent kinds, each with what the first one said."""
+    if not progress.failed:
+        return
+    with database.transaction() as session:
+        found = failures_of(session, progress.id, tenant=tenant)
+    for kind in found.kinds[:FAILURE_KINDS]:
+        said = " ".join((kind.message or kind.response or "").split())
+        say(f"failed: {kind.count:,} {kind.code}, such as: {said[:FAILURE_CHARACTERS]}")
 
 
 def say_paused(progress: BatchProgress) -> None:

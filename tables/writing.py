@@ -19,7 +19,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from runtime.errors import BadInput
-from tables.files import Kind, kind_of
+from tables.files import SUFFIXES, Kind, kind_of, known_suffixes
 from tables.reading import Batch, Table, delimiter_of
 from tables.values import cell_text, json_line_encoder, python_values
 
@@ -73,6 +73,8 @@ class Writer:
 
 def check_output(path: Path, table: Table, added: Sequence[AddedColumn]) -> None:
     """Raises BadInput if `table` with the columns `added` cannot be written at `path`; ask before anything is run."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise BadInput(f"{path}: results are written as {known_suffixes()}; name it so")
     kind = kind_of(path)
     if not path.parent.is_dir():
         raise BadInput(f"{path}: the folder {path.parent} does not exist")

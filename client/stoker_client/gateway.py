@@ -207,8 +207,8 @@ class Gateway:
     def _silent(self, error: httpx.TransportError) -> NoGateway:
         return NoGateway(
             f"no gateway answers at {self._place().url} ({type(error).__name__}: {error}); start one there "
-            "(`stoker up`, `stoker gateway`), or correct base_url or STOKER_URL. What was submitted goes on: "
-            "the same call follows it"
+            "(`stoker up`, `stoker gateway`), or correct base_url or STOKER_URL. If it was submitted, the same call "
+            "follows it"
         )
 
 

@@ -39,7 +39,12 @@ def _with_arguments_of(
     def given(function: Callable[[Asked], Got]) -> Callable[Arguments, Got]:
         @wraps(function)
         def called(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Got:
-            return function(arguments(*args, **kwargs))
+            try:
+                asked = arguments(*args, **kwargs)
+            except TypeError as error:
+                told = str(error).replace(f"{arguments.__name__}.__init__()", f"{function.__name__}()")
+                raise TypeError(told) from None
+            return function(asked)
 
         returned = inspect.signature(function, eval_str=True).return_annotation
         called.__signature__ = inspect.signature(arguments, eval_str=True).replace(return_annotation=returned)  # type: ignore[attr-defined]

@@ -86,7 +86,12 @@ def test_a_wrong_answer_is_repaired_once_and_counts_the_tokens_of_both(database:
     ("said", "finish", "asked", "message"),
     [
         ((MAYBE, "neither"), "stop", 2, "also after one repair. The answer: neither"),
-        (('{"label": "ye',), "length", 1, "it was cut by its limit of tokens; raise that. The answer: {"),
+        (
+            ('{"label": "ye',),
+            "length",
+            1,
+            "the answer was cut by its limit of tokens; raise that (its JSON takes some 10 beside what it says). The",
+        ),
         (("",), "stop", 2, "also after one repair"),
     ],
     ids=["twice wrong", "cut", "empty"],

@@ -30,7 +30,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where commands run: with a table, lines, and files for options."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.csv").write_text("text,n\na,1\n")
-    (tmp_path / "lines.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "lines.jsonl").write_text('{"custom_id": "1", "method": "POST", "url": "/", "body": {}}\n')
+    (tmp_path / "semicolons.csv").write_text("a;b\n1;2\n")
     (tmp_path / "labels.txt").write_text("yes, really\n\nno\n")
     (tmp_path / "schema.json").write_text("{")
     return tmp_path
@@ -41,12 +42,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("lines.jsonl", "FileSource lines.jsonl"),
         ("-", "FileSource -"),
-        ("lines.jsonl --prompt {x}", "--prompt: no column x; the table has a"),
         ("t.csv --prompt {text}{n} --labels @labels.txt", "TableSource t.csv"),
         ("t.csv --prompt {text} --regex [ab]", "TableSource t.csv"),
         ("- --prompt {text}", "standard input is for lines; a table is a file or a folder"),
         ("t.csv", "t.csv: is a table; say what is asked of each row with --prompt"),
         (".", ".: is a table; say what is asked of each row with --prompt"),
+        ("t.csv --labels a,b", "t.csv: is a table; say what is asked of each row with --prompt"),
+        ("t.csv --prompt {text} --labels a,,b", "--labels a,,b: one of them is empty; leave the comma out"),
+        ("lines.jsonl --prompt {a}", "lines.jsonl: is a batch file of requests, not a table; leave --prompt out"),
+        ("semicolons.csv --prompt {a}", "the table has a;b (it seems to be separated by ';'"),
         ("t.csv --prompt {txt}", "--prompt: no column txt; the table has text, n"),
         ("t.csv --prompt {text} --labels a,b --regex x", "--labels and --regex: an answer has one form; give one"),
         ("t.csv --prompt {text} --labels @no.txt", "--labels @no.txt: cannot be read"),

@@ -197,7 +197,7 @@ def test_an_output_that_cannot_be_is_refused_before_anything_is_run(tmp_path: Pa
             check_output(path, table, added)
         return str(raised.value)
 
-    assert "out.xlsx: .xlsx is no known kind of table" in refused(tmp_path / "out.xlsx")
+    assert "out.xlsx: results are written as .parquet, .pq, .csv, .tsv, " in refused(tmp_path / "out.xlsx")
     assert f"the folder {tmp_path / 'no'} does not exist" in refused(tmp_path / "no" / "out.csv")
     assert "is the input itself; name another file" in refused(folder / "in.arrow")
     assert "is in the input's folder" in refused(folder / "out.arrow", table=open_table(folder))
