@@ -108,7 +108,7 @@ SUBMIT = ("submit", "--documents", ".", "--model", "m")
     [
         ((*SUBMIT, "--recipe", "sum"), "no recipe sum; there are ask, classify, extract, index, summarize"),
         ((*SUBMIT, "--recipe", "classify"), "required field `labels` (recipe classify; its options: labels)"),
-        ((*SUBMIT, "--recipe", "classify", "--labels", "a, ,a"), "labels: each may be there once"),
+        ((*SUBMIT, "--recipe", "classify", "--labels", "a, a"), "labels: each may be there once"),
         ((*SUBMIT, "--recipe", "extract", "--schema", __file__), "test_recipes.py: is no JSON: "),
         ((*SUBMIT, "--recipe", "ask", "-c", "c"), "recipe ask needs --instruction: what is asked of each document"),
         ((*SUBMIT, "--recipe", "ask", "--instruction", "x"), "name a collection for them with --collection"),
