@@ -53,6 +53,11 @@ def prompt_of(fields: Mapping[str, Any]) -> tuple[str, str] | None:
     return msgspec.json.encode([*before, messages[-1]["role"]]).decode() + BETWEEN, texts[-1]
 
 
+def slots_of(template: str) -> tuple[str, ...]:
+    """The slots of a template, each once, in the order of their first use."""
+    return tuple(dict.fromkeys(SLOT.findall(template)))
+
+
 def declared(prompt: str, *, template: str, variables: Mapping[str, str]) -> Split:
     """The split that a line states. Raises BadInput unless template and variables give just the prompt."""
     slots = SLOT.findall(template)
@@ -70,9 +75,8 @@ def declared(prompt: str, *, template: str, variables: Mapping[str, str]) -> Spl
 
 def split_declared(template: str, variables: Mapping[str, str]) -> Split:
     """The template with each slot blanked, and the slots' values in the order of their first use."""
-    ordered = dict.fromkeys(SLOT.findall(template))
     blanked = SLOT.sub(lambda slot: BLANK + slot.group(1) + BLANK, template)
-    values = [variables[slot] for slot in ordered]
+    values = [variables[slot] for slot in slots_of(template)]
     return Split(blanked, values[0] if len(values) == 1 else msgspec.json.encode(values).decode())
 
 

@@ -60,6 +60,16 @@ def usage_of(raw: msgspec.Raw) -> Usage:
     )
 
 
+def usage_sum(usages: Sequence[Usage]) -> Usage:
+    """What several answers took together, as far as a column can count."""
+    return Usage(
+        *(
+            min(sum(getattr(usage, count) for usage in usages), LARGEST_COUNT)
+            for count in ("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens")
+        )
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Said:
     """What the first choice of an answer says: without lone surrogates, so it may go into another request.

@@ -8,7 +8,7 @@ an attempt that lost its fence unawares and the one after it go on from the same
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Final, Self
@@ -16,7 +16,7 @@ from typing import Any, Final, Self
 import msgspec
 
 from inference import endpoint
-from inference.replies import LARGEST_COUNT, result_of, said
+from inference.replies import LARGEST_COUNT, result_of, said, usage_sum
 from models.jobs import Job, JobResult, Usage, failed
 from models.line_settings import LineSettings
 from models.names import request_name
@@ -168,17 +168,11 @@ class Steps:
 
     @property
     def _usage(self) -> Usage:
-        usages = [reply.usage for reply in self._replies.values()]
-        return Usage(
-            prompt_tokens=_sum(usage.prompt_tokens for usage in usages),
-            completion_tokens=_sum(usage.completion_tokens for usage in usages),
-            cached_tokens=_sum(usage.cached_tokens for usage in usages),
-            reasoning_tokens=_sum(usage.reasoning_tokens for usage in usages),
-        )
+        return usage_sum([reply.usage for reply in self._replies.values()])
 
     @property
     def _duration_ms(self) -> int:
-        return _sum(reply.duration_ms for reply in self._replies.values())
+        return min(sum(reply.duration_ms for reply in self._replies.values()), LARGEST_COUNT)
 
 
 Recipes = Callable[[Steps, Job, LineSettings, Claim], Awaitable[JobResult | Retry]]
@@ -211,7 +205,3 @@ def _read(kept: str, seq: int, path: str) -> Reply:
 def kept_tokens(reply: str, path: str) -> int:
     """How many tokens a finished step took, from what was kept of it."""
     return tokens_of(_read(reply, 0, path).usage)
-
-
-def _sum(counts: Iterable[int]) -> int:
-    return min(sum(counts), LARGEST_COUNT)

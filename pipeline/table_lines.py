@@ -17,7 +17,7 @@ from uuid import UUID
 
 import msgspec
 
-from cache.payload import SLOT
+from cache.payload import SLOT, slots_of
 from pipeline.answer_forms import AnswerForm
 from runtime.errors import BadInput
 from tables.reading import Batch, Table
@@ -37,7 +37,7 @@ class Prompt:
     @property
     def slots(self) -> tuple[str, ...]:
         """The columns that it needs, each once, in their order."""
-        return tuple(dict.fromkeys(SLOT.findall(self.template)))
+        return slots_of(self.template)
 
     @property
     def messages(self) -> list[dict[str, str]]:

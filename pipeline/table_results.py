@@ -14,7 +14,7 @@ from uuid import UUID
 
 import msgspec
 
-from cache.payload import SLOT
+from cache.payload import slots_of
 from inference.replies import said
 from models.states import Outcome
 from pipeline.answer_forms import AnswerForm
@@ -56,11 +56,16 @@ class TableAsked:
     form: AnswerForm | None = None
 
     @property
+    def kinds(self) -> dict[str, ColumnKind]:
+        """Of the columns that the form's own fields have."""
+        return {} if self.form is None else {name: _kind(schema) for name, schema in self.form.fields.items()}
+
+    @property
     def columns(self) -> list[AddedColumn]:
         """The result columns in their order."""
         own = {
             "answer": ColumnKind.TEXT,
-            **{name: _kind(schema) for name, schema in (self.form.fields if self.form else {}).items()},
+            **self.kinds,
             "error": ColumnKind.TEXT,
             "prompt_tokens": ColumnKind.INTEGER,
             "completion_tokens": ColumnKind.INTEGER,
@@ -113,17 +118,17 @@ def write_table(
     repeated = list(_repeated(database, progress, tenant=tenant))
     layers = [_Answers(database, batch_id) for batch_id in repeated if batch_id is not None]
     missing = UNFINISHED if None not in repeated else LOST
-    slots, rows = tuple(dict.fromkeys(SLOT.findall(asked.template))), 0
-    with writer_for(output, table, asked.columns) as writer:
+    slots, columns, kinds, rows = slots_of(asked.template), asked.columns, asked.kinds, 0
+    with writer_for(output, table, columns) as writer:
         for batch in table.batches():
             first, rows = rows + 1, rows + batch.num_rows
             found: dict[int, ResultRow] = {}
             for layer in reversed(layers):
                 found |= layer.upto(rows)
-            cells = [_cells(found.get(row), asked, missing=missing) for row in range(first, rows + 1)]
+            cells = [_cells(found.get(row), asked, kinds, missing=missing) for row in range(first, rows + 1)]
             for row, slot in _without_line(batch, slots, first=first, found=found):
                 cells[row - first][asked.prefix + "error"] = f"null: the column {slot} has no value in this row"
-            writer.write(batch, {one.name: [cell.get(one.name) for cell in cells] for one in asked.columns})
+            writer.write(batch, {one.name: [cell.get(one.name) for cell in cells] for one in columns})
             if on_progress is not None:
                 on_progress(rows)
         table.check_unchanged()  # before the output takes its place
@@ -164,7 +169,9 @@ def _repeated(database: Database, progress: BatchProgress, *, tenant: str) -> It
         earlier = found.retry_of
 
 
-def _cells(row: ResultRow | None, asked: TableAsked, *, missing: str) -> dict[str, Any]:
+def _cells(
+    row: ResultRow | None, asked: TableAsked, kinds: Mapping[str, ColumnKind], *, missing: str
+) -> dict[str, Any]:
     """The result columns of one row by their names; those that have no value are left out."""
     if row is None:
         return {asked.prefix + "error": missing}
@@ -175,7 +182,6 @@ def _cells(row: ResultRow | None, asked: TableAsked, *, missing: str) -> dict[st
         found["error"] = _SAID.get(row.outcome)
         text = said(CHAT, row.response or "").text
         answer, fields = (text, {}) if asked.form is None else asked.form.read(text)
-        kinds = {name: _kind(schema) for name, schema in (asked.form.fields if asked.form else {}).items()}
         found |= {"answer": answer} | {name: _cell(fields.get(name), kind) for name, kind in kinds.items()}
     found |= {"prompt_tokens": row.prompt_tokens, "completion_tokens": row.completion_tokens}
     return {asked.prefix + name: value for name, value in found.items()}

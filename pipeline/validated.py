@@ -14,8 +14,8 @@ from typing import Final
 import msgspec
 
 from cache.keys import read_body
-from inference.replies import Said, result_of, said
-from models.jobs import Job, JobResult, Usage, failed
+from inference.replies import Said, result_of, said, usage_sum
+from models.jobs import Job, JobResult, failed
 from models.names import request_name
 from models.states import Outcome, Source
 from pipeline.attempt import Attempt
@@ -55,7 +55,9 @@ async def _repaired(
         again = await _asked_again(context, attempt, job, answer, fault, taken=tokens_of(result.usage))
     except (BudgetExceeded, BudgetWaits, ValueError) as error:  # the last one: what cannot be read as JSON here
         return _ended(result, message=f"{fault}; not repaired: {error}. {_shown(answer)}")
-    both = replace(again, usage=_sum(result.usage, again.usage), duration_ms=result.duration_ms + again.duration_ms)
+    both = replace(
+        again, usage=usage_sum([result.usage, again.usage]), duration_ms=result.duration_ms + again.duration_ms
+    )
     if again.outcome is Outcome.FAILED:
         return _ended(both, message=f"{fault}; its repair failed: {again.error_message}. {_shown(answer)}")
     left, answer = _fault(attempt.claim.endpoint, job, again)
@@ -108,12 +110,3 @@ def _ended(result: JobResult, *, message: str, code: str = CODE) -> JobResult:
 
 def _shown(answer: Said) -> str:
     return f"The answer: {answer.text[:SHOWN_CHARACTERS]}"
-
-
-def _sum(one: Usage, other: Usage) -> Usage:
-    return Usage(
-        one.prompt_tokens + other.prompt_tokens,
-        one.completion_tokens + other.completion_tokens,
-        one.cached_tokens + other.cached_tokens,
-        one.reasoning_tokens + other.reasoning_tokens,
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from uuid import UUID
 
 import click
 import msgspec
@@ -16,9 +15,8 @@ from models.states import Outcome
 from pipeline.preview import Range, forecast
 from pipeline.table_lines import row_of
 from pipeline.table_results import CHAT, asked_of
-from scripts.lookup import TENANT
 from scripts.terminal import say, seconds_of, stderr
-from store.batches import batch_progress
+from store.batches import BatchProgress
 from store.database import Database
 from store.results import ResultRow, job_pages, result_pages
 
@@ -28,12 +26,11 @@ INPUT_CHARACTERS, ANSWER_CHARACTERS = 400, 300
 class Preview:
     """The batch of a preview that has ended, of a table with `of` rows to run."""
 
-    def __init__(self, database: Database, batch_id: UUID, *, of: int, slots: int) -> None:
-        self.batch_id = batch_id
-        with database.transaction() as session:
-            self._progress = batch_progress(session, batch_id, tenant=TENANT)
-        self._rows = [row for page in result_pages(database, batch_id) for row in page]
-        prompts = [_prompt(body) for page in job_pages(database, batch_id) for _, body, _ in page]
+    def __init__(self, database: Database, progress: BatchProgress, *, of: int, slots: int) -> None:
+        self.batch_id = progress.id
+        self._progress = progress
+        self._rows = [row for page in result_pages(database, progress.id) for row in page]
+        prompts = [_prompt(body) for page in job_pages(database, progress.id) for _, body, _ in page]
         self._prompts = {row.seq: prompts[row.seq] for row in self._rows}
         self._of, self._slots = of, slots
 

@@ -20,14 +20,11 @@ from pipeline.recipes import named_recipe, read_options
 from pipeline.recipes import recipes as known_recipes
 from pipeline.serving import only_served
 from runtime.errors import BadInput
-from runtime.settings import Settings
 from scripts.documents_commands import await_documents, say_gathered
 from scripts.local import ensure_node
 from scripts.lookup import TENANT
-from scripts.source import Lines, Source
-from scripts.submit_options import How
+from scripts.source import Lines, Source, Terms
 from scripts.terminal import bar, say
-from store.database import Database
 from store.documents import DocumentRow, list_documents, made_collection
 
 
@@ -49,23 +46,14 @@ class RecipeSource(Source):
         return f"{self.recipe.name} {' '.join(self.documents)}"
 
     @contextmanager
-    def lines(
-        self,
-        settings: Settings,
-        database: Database,
-        how: How,
-        *,
-        served: frozenset[str] | None,
-        sample: int,
-        folder: Path | None,
-    ) -> Iterator[Lines]:
+    def lines(self, terms: Terms) -> Iterator[Lines]:
         """One line for each document, in their order, once all are read or have failed.
 
         A worker of the documents node is started for it unless one is live. Raises BadInput where there is no document,
         or no model that is sure to be served.
         """
-        del sample, folder
-        named = how.model or only_served(served)
+        database = terms.database
+        named = terms.how.model or only_served(terms.served)
         found = gather(self.documents)
         say_gathered(found)
         if found.missing or not found.sources:
@@ -79,10 +67,10 @@ class RecipeSource(Source):
                     found.sources,
                     tenant=TENANT,
                     collection_id=collection_id,
-                    limits=settings.documents,
+                    limits=terms.settings.documents,
                     on_progress=show,
                 )
-            await_documents(database, added.ids, ensure_node(settings, stack, "documents"))
+            await_documents(database, added.ids, ensure_node(terms.settings, stack, "documents"))
         with database.transaction() as session:
             rows = {row.id: row for row in list_documents(session, tenant=TENANT, ids=added.ids)}
         with tempfile.NamedTemporaryFile("w", prefix="stoker-", suffix=".jsonl") as file:

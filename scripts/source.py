@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import click
 
@@ -44,6 +43,21 @@ class Lines:
             yield Lines(Path(file.name), self.about, len(self.sample))
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What lines are made with; `served` are the models that are sure to be answered, None where nothing is known.
+
+    Of a table so many rows are `sample`d, and the file lies in `folder`, as it may be large.
+    """
+
+    settings: Settings
+    database: Database
+    how: How
+    served: frozenset[str] | None
+    sample: int = 0
+    folder: Path | None = None
+
+
 class Source(ABC):
     """One of FileSource, RecipeSource, TableSource."""
 
@@ -56,20 +70,8 @@ class Source(ABC):
         """What its batch is called."""
 
     @abstractmethod
-    def lines(
-        self,
-        settings: Settings,
-        database: Database,
-        how: How,
-        *,
-        served: frozenset[str] | None,
-        sample: int,
-        folder: Path | None,
-    ) -> AbstractContextManager[Lines]:
-        """Its lines; of a table so many are sampled, and the file lies in `folder`, as it may be large.
-
-        Raises BadInput for what is wrong with it.
-        """
+    def lines(self, terms: Terms) -> AbstractContextManager[Lines]:
+        """Its lines. Raises BadInput for what is wrong with it."""
 
     def common(self, mode: CacheMode) -> Mapping[str, Any]:
         """Settings of all its lines, where they state none themselves."""
@@ -86,7 +88,7 @@ class Source(ABC):
         """Write the results, and what goes beside them: (what, path) of each file."""
         return write_files(database, progress, output)
 
-    def ask_to_go_on(self, database: Database, preview: UUID, *, of: Lines, slots: int, yes: bool) -> bool:
+    def ask_to_go_on(self, database: Database, preview: BatchProgress, *, of: Lines, slots: int, yes: bool) -> bool:
         """Show the batch of a preview, of these lines, and ask whether the rest is wanted."""
         raise NotImplementedError
 

@@ -18,13 +18,10 @@ import click
 from models.lines import parse_sets
 from pipeline.answer_forms import AnswerForm, labels_form, regex_form, schema_form
 from runtime.errors import BadInput
-from runtime.settings import Settings
 from scripts.documents_commands import CollectionName
 from scripts.recipe_source import recipe_source
 from scripts.result_files import check_writable
-from scripts.source import Lines, Source, expect_tables
-from scripts.submit_options import How
-from store.database import Database
+from scripts.source import Lines, Source, Terms, expect_tables
 
 
 @dataclass(frozen=True)
@@ -39,18 +36,9 @@ class FileSource(Source):
         return str(self.file)
 
     @contextmanager
-    def lines(
-        self,
-        settings: Settings,
-        database: Database,
-        how: How,
-        *,
-        served: frozenset[str] | None,
-        sample: int,
-        folder: Path | None,
-    ) -> Iterator[Lines]:
+    def lines(self, terms: Terms) -> Iterator[Lines]:
         """The file itself."""
-        del settings, database, how, served, sample, folder
+        del terms
         with seekable(self.file) as path:
             yield Lines(path)
 

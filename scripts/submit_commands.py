@@ -20,7 +20,7 @@ from runtime.settings import Settings
 from scripts.local import connected, ensure_node, local_services, prepare_schema
 from scripts.lookup import TENANT, named_batch, opened_database
 from scripts.skipped_lines import SkippedLines, skipped_file, skipped_lines
-from scripts.source import Lines, Source
+from scripts.source import Lines, Source, Terms
 from scripts.sources import FileSource, seekable, with_source
 from scripts.submit_options import PRIORITY_OPTION, WEIGHT_OPTION, WINDOW_OPTION, How, with_how, with_window
 from scripts.terminal import (
@@ -225,14 +225,8 @@ class _Begin:
 
     def lines(self, *, sample: int = 0, folder: Path | None = None) -> AbstractContextManager[Lines]:
         """The source's lines, for a while."""
-        return self._source.lines(
-            self._settings,
-            self.database,
-            self._how,
-            served=self._served,
-            sample=sample,
-            folder=folder,
-        )
+        terms = Terms(self._settings, self.database, self._how, self._served, sample, folder)
+        return self._source.lines(terms)
 
     def batch(
         self, lines: Lines, wishes: Wishes, *, reuse: bool = False, report: SkippedLines | None = None
@@ -260,7 +254,7 @@ class _Begin:
             submitted = self.batch(sample, self._how.wishes())
         ended = watch_batch(self.database, submitted.batch_id, tenant=TENANT, check=check)
         slots = sum(worker.children * worker.in_flight for worker in self._workers) or 1
-        goes_on = self._source.ask_to_go_on(self.database, submitted.batch_id, of=lines, slots=slots, yes=yes)
+        goes_on = self._source.ask_to_go_on(self.database, ended, of=lines, slots=slots, yes=yes)
         return ended if goes_on else None
 
 

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 from models.states import CacheMode
 from pipeline.answer_forms import AnswerForm
@@ -20,12 +19,10 @@ from pipeline.serving import only_served
 from pipeline.table_lines import Prompt, write_rows
 from pipeline.table_results import TableAsked, asked_of, open_asked, write_table
 from runtime.errors import BadInput
-from runtime.settings import Settings
 from scripts.lookup import TENANT
 from scripts.preview import Preview, ask_to_go_on
 from scripts.result_files import check_writable, errors_beside, replacing, write_manifest
-from scripts.source import Lines, Source
-from scripts.submit_options import How
+from scripts.source import Lines, Source, Terms
 from scripts.terminal import bar, say
 from store.batches import BatchProgress
 from store.database import Database
@@ -61,21 +58,11 @@ class TableSource(Source):
         return TableAsked(str(self.table.path.absolute()), "", self.prompt.template, self.prefix, self.prompt.form)
 
     @contextmanager
-    def lines(
-        self,
-        settings: Settings,
-        database: Database,
-        how: How,
-        *,
-        served: frozenset[str] | None,
-        sample: int,
-        folder: Path | None,
-    ) -> Iterator[Lines]:
+    def lines(self, terms: Terms) -> Iterator[Lines]:
         """A line for each row. Raises BadInput for nulls that are not to be skipped."""
-        del database
-        model = how.model or only_served(served)
+        model = terms.how.model or only_served(terms.served)
         asked = replace(self.asked, sha256=self.table.digest())
-        with tempfile.TemporaryFile(dir=folder) as file:  # without a name: nothing is left of it, however we end
+        with tempfile.TemporaryFile(dir=terms.folder) as file:  # without a name: nothing is left of it, however we end
             with bar("reading the table", total=self.table.rows) as show:
                 try:
                     written = write_rows(
@@ -83,13 +70,13 @@ class TableSource(Source):
                         self.prompt,
                         file,
                         model=model,
-                        states_variables=how.cache_mode(settings) is CacheMode.SEMANTIC,
+                        states_variables=terms.how.cache_mode(terms.settings) is CacheMode.SEMANTIC,
                         skips_nulls=self.skips_nulls,
-                        sample=sample,
+                        sample=terms.sample,
                         on_progress=show,
                     )
                 except OSError as error:
-                    place = folder or tempfile.gettempdir()
+                    place = terms.folder or tempfile.gettempdir()
                     raise BadInput(
                         f"{place}: the rows' lines cannot be written there ({error.strerror}); they take about what "
                         "the prompts do: make room, or set TMPDIR"
@@ -121,7 +108,7 @@ class TableSource(Source):
             errors.unlink(missing_ok=True)  # of an earlier run
         return [*places, ("manifest", str(write_manifest(database, progress, output)))]
 
-    def ask_to_go_on(self, database: Database, preview: UUID, *, of: Lines, slots: int, yes: bool) -> bool:
+    def ask_to_go_on(self, database: Database, preview: BatchProgress, *, of: Lines, slots: int, yes: bool) -> bool:
         """Show each answer beside its input, and what all rows would take."""
         return ask_to_go_on(Preview(database, preview, of=of.count, slots=slots), yes=yes)
 
