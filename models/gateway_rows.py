@@ -32,6 +32,8 @@ class ApiKey(Base):
     requests_per_minute: Mapped[int | None]  # null: the setting's
     day_tokens: Mapped[int | None] = mapped_column(BIGINT)  # null: without a budget
     month_tokens: Mapped[int | None] = mapped_column(BIGINT)
+    day_money: Mapped[int | None] = mapped_column(BIGINT)  # nanos for priced endpoints; null: without such a budget
+    month_money: Mapped[int | None] = mapped_column(BIGINT)
     created_at: Mapped[datetime] = mapped_column(server_default=text("clock_timestamp()"))
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]

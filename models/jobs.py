@@ -53,6 +53,10 @@ class JobResult:
     similarity: float | None = None
     stoker: str | None = None
     """A JSON object: members of the result line's `stoker`."""
+    engine_id: int | None = None
+    """The row of what answered it, where that is not its worker's own engine."""
+    cost: int | None = None
+    """What a priced endpoint asks for it, in nanos of the currency's unit."""
 
     @property
     def was_generated(self) -> bool:

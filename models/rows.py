@@ -89,6 +89,7 @@ class Batch(Base):
     cursor: Mapped[int] = mapped_column(BIGINT, server_default="0")  # last shard that dispatch took
     screened: Mapped[bool] = mapped_column(server_default=text("false"))  # its first 200 jobs were looked at
     paused_reason: Mapped[str | None]
+    spill: Mapped[int] = mapped_column(server_default="0")  # jobs that may yet begin on priced endpoints
     fence: Mapped[int] = mapped_column(BIGINT, server_default="0")  # of the batch's own long steps
     lease_until: Mapped[datetime | None]
     created_at: Mapped[datetime] = mapped_column(server_default=text("clock_timestamp()"))
@@ -167,6 +168,7 @@ class Result(Base):
     namespace_id: Mapped[int | None] = mapped_column(BIGINT)  # of a semantic one
     similarity: Mapped[float | None] = mapped_column(REAL)
     stoker: Mapped[str | None]  # JSON, members of the result line's `stoker`: passages, conversation, document
+    cost: Mapped[int | None] = mapped_column(BIGINT)  # nanos, where its endpoint bills tokens; else null
     created_at: Mapped[datetime] = mapped_column(server_default=text("clock_timestamp()"))
 
     __table_args__ = ({"postgresql_partition_by": "RANGE (batch_id)"},)

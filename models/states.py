@@ -114,6 +114,16 @@ class Scope(StrEnum):
     ADMIN = "admin"
 
 
+class Trust(StrEnum):
+    """Who runs an endpoint, and where a batch's prompts may go.
+
+    own: machines of ours; external: also somebody else's, such as a managed provider.
+    """
+
+    OWN = "own"
+    EXTERNAL = "external"
+
+
 class Purpose(StrEnum):
     """What a file is for; only results have `batch_output`."""
 
