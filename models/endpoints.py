@@ -6,6 +6,7 @@ A secret is never part of it: `key_env` and `key_file` say where a worker finds 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -14,14 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from models.jobs import Usage
 from models.states import Trust
+from runtime.settings import Price
 
 NANOS: Final = 1_000_000_000  # money is counted in billionths of the currency's unit: a BIGINT holds nine billion units
 _TOKENS_PRICED: Final = 1_000_000  # prices are for so many tokens
-MOST_PRICE: Final = Decimal(1_000_000)
 
 EndpointName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f]+$")]
-Price = Annotated[Decimal, Field(ge=0, le=MOST_PRICE, max_digits=18, decimal_places=9)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
@@ -103,6 +103,21 @@ class EndpointSpec(BaseModel):
         """What decides its answers for an alias, as far as can be known: where it runs, and what it calls the model."""
         named = f"{self.url}\n{self.models[alias]}"
         return f"endpoint:{hashlib.sha256(named.encode()).hexdigest()[:32]}"
+
+
+@dataclass(frozen=True, slots=True)
+class RatesSeen:
+    """What an answer's headers say of its endpoint's limits; None where they do not.
+
+    Of a minute: how many requests and tokens there are, how many are left, and in how many seconds all are there again.
+    """
+
+    limit_requests: int | None = None
+    remaining_requests: int | None = None
+    reset_requests_s: float | None = None
+    limit_tokens: int | None = None
+    remaining_tokens: int | None = None
+    reset_tokens_s: float | None = None
 
 
 def _nanos(millionths: Decimal) -> int:

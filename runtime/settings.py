@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,6 +21,8 @@ from runtime.errors import BadInput
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=0.5)]
+# Money for a million tokens, or for an hour, in STOKER_COST__CURRENCY.
+Price = Annotated[Decimal, Field(ge=0, le=1_000_000, max_digits=18, decimal_places=9)]
 REPOSITORY = Path(__file__).resolve().parents[1]
 LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1000.0  # beyond it shares are none, and the arithmetic of credits overflows
 Weight = Annotated[float, Field(ge=LEAST_WEIGHT, le=MOST_WEIGHT)]
@@ -67,8 +70,37 @@ class EngineSettings(_Group):
         1, description="front ends of vLLM on a GPU, which share one engine; on a CPU always one"
     )
     context_tokens: Count = Field(2048, description="prompt plus output tokens of one sequence")
+    adapters: dict[str, Path] = Field(
+        {}, description='JSON such as {"sql": "/adapters/sql"}: LoRA adapters that jobs may name as `model` (vLLM)'
+    )
+    hour_price: Price | None = Field(
+        None, description="what the engine's machine costs an hour, in STOKER_COST__CURRENCY; unset: it is not known"
+    )
     start_timeout_s: Seconds = Field(900, description="how long a start may take until /health answers")
     stall_s: Seconds = Field(120, description="no token for this long with work at hand: restart the engine")
+
+
+class EndpointsSettings(_Group):
+    """Endpoints beside the workers' own engines: see docs/endpoints.md."""
+
+    file: Path | None = Field(
+        None, description="a TOML file of endpoints, beside those of `stoker endpoints add`; read by every worker"
+    )
+    first_byte_s: Seconds = Field(120, description="an external endpoint's first byte; then the request is given up")
+    idle_s: Seconds = Field(60, description="silence between two pieces of an external endpoint's answer")
+
+
+class CostSettings(_Group):
+    """What `stoker cost` counts with."""
+
+    currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = Field("USD", description="of every price, three letters")
+    managed_input_price: Price | None = Field(
+        None, description="what a managed API asks for a million prompt tokens, to compare with; unset: no comparison"
+    )
+    managed_output_price: Price | None = Field(None, description="and for a million output tokens")
+    managed_cached_price: Price | None = Field(
+        None, description="and for a million prompt tokens that it had cached; unset: as any other"
+    )
 
 
 class EmbeddingsSettings(_Group):
@@ -83,8 +115,10 @@ class EmbeddingsSettings(_Group):
 class WorkerSettings(_Group):
     """A Celery worker process and its children."""
 
-    node: Literal["generation", "documents"] = Field(
-        "generation", description="generation: runs batches on an engine; documents: reads documents, without one"
+    node: Literal["generation", "documents", "express"] = Field(
+        "generation",
+        description="generation: runs batches on an engine; documents: reads documents, without one; express: answers "
+        "single requests, beside a generation worker that starts it",
     )
     children: Count | None = Field(
         None,
@@ -92,6 +126,9 @@ class WorkerSettings(_Group):
         "node, one a core",
     )
     in_flight: Count | None = Field(None, description="jobs a child keeps in flight; unset: from max_num_seqs")
+    express_slots: Annotated[int, Field(ge=0, le=4096)] = Field(
+        0, description="sequences of the engine that are kept for single requests while some come; 0: none are served"
+    )
     lease_s: Seconds = Field(30, description="how long a silent attempt keeps its shard")
     heartbeat_s: Seconds = Field(10, description="how often a lease is extended; well below lease_s")
     grace_s: Seconds = Field(30, description="on SIGTERM: how long in-flight jobs may go on")
@@ -171,6 +208,8 @@ class GatewaySettings(_Group):
     wrong_keys_per_minute: Count = Field(30, description="requests without a right key of an address; then it waits")
     batch_lines: Count | None = Field(None, description="lines of one batch; more: too_many_tasks; unset: any number")
     batch_tokens: Count | None = Field(None, description="estimated tokens of one batch; more: token_limit_exceeded")
+    express_s: Seconds = Field(300, description="how long a single request is held open; then it is answered 504")
+    express_requests: Count = Field(256, description="single requests held open at once, of all tenants; more: 429")
     validators: Count = Field(1, description="processes that turn uploaded files into jobs, and deliver webhooks")
     webhook_private: bool = Field(False, description="webhooks may go to private addresses, and over plain http")
     webhook_tries: Count = Field(8, description="tries of a delivery: over about three hours")
@@ -211,6 +250,7 @@ class Settings(BaseSettings):
     broker: BrokerSettings = BrokerSettings()
     redis: RedisSettings = RedisSettings()
     engine: EngineSettings = EngineSettings()
+    endpoints: EndpointsSettings = EndpointsSettings()
     embeddings: EmbeddingsSettings = EmbeddingsSettings()
     worker: WorkerSettings = WorkerSettings()
     dispatch: DispatchSettings = DispatchSettings()
@@ -219,6 +259,7 @@ class Settings(BaseSettings):
     documents: DocumentSettings = DocumentSettings()
     gateway: GatewaySettings = GatewaySettings()
     limits: LimitSettings = LimitSettings()
+    cost: CostSettings = CostSettings()
     log: LogSettings = LogSettings()
 
     @property
@@ -330,5 +371,5 @@ def _as_text(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, dict):
-        return json.dumps(value)
+        return json.dumps(value, default=str)
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)

@@ -84,16 +84,4 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    op.drop_column('results', 'cost')
-    op.drop_column('batches', 'spill')
-    op.drop_column('api_keys', 'month_money')
-    op.drop_column('api_keys', 'day_money')
-    op.drop_index(op.f('ix_money_reservations_budget_id'), table_name='money_reservations')
-    op.drop_table('money_reservations')
-    op.drop_index(op.f('ix_money_budgets_batch_id'), table_name='money_budgets')
-    op.drop_table('money_budgets')
-    op.drop_index(op.f('ix_usage_engine_id_day'), table_name='usage')
-    op.drop_index(op.f('ix_usage_batch_id'), table_name='usage')
-    op.drop_table('usage')
-    op.drop_table('engine_days')
-    op.drop_table('endpoints')
+    raise NotImplementedError('restore a backup instead: what is new cannot be told in the old schema')
