@@ -120,6 +120,17 @@ class RatesSeen:
     reset_tokens_s: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Leave to send a request now, where `wait_s` is 0.0; else ask again after so long.
+
+    `lease`: its place among the requests at once, to be given up.
+    """
+
+    wait_s: float
+    lease: str = ""
+
+
 def _nanos(millionths: Decimal) -> int:
     """A price of a million tokens times tokens, as nanos."""
     return int((millionths * (NANOS // _TOKENS_PRICED)).to_integral_value(rounding=ROUND_CEILING))

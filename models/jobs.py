@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from models.states import Outcome, Source
@@ -82,6 +83,12 @@ class Affixes:
 
     prefix: str = ""
     suffix: str = ""
+
+
+def cost_sum(costs: Iterable[int | None]) -> int | None:
+    """What several requests cost together, in nanos; None if none of them was billed."""
+    known = [cost for cost in costs if cost is not None]
+    return sum(known) if known else None
 
 
 def failed(seq: int, *, code: str, message: str, source: Source = Source.NONE) -> JobResult:

@@ -17,10 +17,10 @@ from pipeline.cached import says_the_same
 from pipeline.context import FeedContext
 from pipeline.converse import converse
 from pipeline.retry import waiting
-from pipeline.steps import StepFailed, Steps, Stopped
+from pipeline.steps import StepFailed, Steps
 from pipeline.validated import validated
 from runtime.clock import utc_now
-from runtime.errors import StokerError
+from runtime.errors import StokerError, Stopped
 from store.shards import Claim, Retry
 
 
@@ -37,8 +37,9 @@ async def ask(context: FeedContext, attempt: Attempt, unit: Unit) -> list[JobRes
             return [await _awaited(context, attempt, unit) or await _ask_one(context, attempt, unit)]
         except Stopped:
             return []
-    reply = await context.endpoint(path).post(
-        path, unit.body, request_id=request_name(attempt.claim.batch_id, unit.jobs[0].seq)
+    first = unit.jobs[0].seq
+    reply = await context.router.post(
+        path, unit.body, request_id=request_name(attempt.claim.batch_id, first), terms=attempt.terms(first)
     )
     if 400 <= reply.status_code < 500 and len(unit.jobs) > 1:
         attempt.ask_again(unit.singles())
@@ -51,7 +52,7 @@ async def _ask_in_steps(context: FeedContext, attempt: Attempt, job: Job) -> lis
     steps = Steps(
         attempt,
         job,
-        server=context.endpoint(attempt.claim.endpoint),
+        router=context.router,
         states=context.steps,
         served=context.pace.served,
     )
@@ -86,7 +87,7 @@ async def _done_in(steps: Steps, context: FeedContext, claim: Claim, job: Job) -
 
 async def _ask_one(context: FeedContext, attempt: Attempt, job: Job) -> JobResult:
     path, name = attempt.claim.endpoint, request_name(attempt.claim.batch_id, job.seq)
-    reply = await context.endpoint(path).post(path, job.body.encode(), request_id=name)
+    reply = await context.router.post(path, job.body.encode(), request_id=name, terms=attempt.terms(job.seq))
     first = result = result_of(job.seq, path, reply)
     if attempt.claim.validates:
         result = await validated(context, attempt, job, first)
@@ -94,7 +95,8 @@ async def _ask_one(context: FeedContext, attempt: Attempt, job: Job) -> JobResul
         taken = tokens_of(first.usage) if result is first else 0  # a repair has told of both
         with suppress(StokerError):  # the answer is there; a second one that fails, or is too dear, only says nothing
             async with attempt.covering(job.seq, job.body, taken=taken) as cover:
-                reply = await context.endpoint(path).post(path, job.body.encode(), request_id=name)
+                terms = attempt.terms(job.seq)
+                reply = await context.router.post(path, job.body.encode(), request_id=name, terms=terms)
                 again = result_of(job.seq, path, reply)
                 cover.tokens = tokens_of(again.usage)
             attempt.repeated[job.seq] = says_the_same(result, again)

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from inference.embeddings import Pack
+from inference.router import Terms
 from models.jobs import Job, JobResult
 from pipeline.budgets import Cover, Funding, Funds
 from pipeline.cached import Looked
+from pipeline.purse import Purse
 from store.shards import Claim, LoadedJobs, Retry
 from store.steps import FinishedStep
 
@@ -54,7 +56,8 @@ class Attempt:
         self.held_bytes = 0  # of bodies and finished steps: the requests to keep hold theirs until the shard is over
         self.repeated: dict[int, bool] = {}  # of jobs that were asked twice: whether the answers were the same
         self.waiting: deque[Unit] = deque()
-        self.funds: Funds | None = None  # of a batch with budgets
+        self.funds: Funds | None = None  # of a batch with budgets of tokens
+        self.purse: Purse | None = None  # of one with budgets of money
         self.unfunded: list[Job] = []  # jobs that wait until a budget has room for them
         self.in_flight: set[asyncio.Task[None]] = set()
         self.is_lost = False
@@ -172,6 +175,11 @@ class Attempt:
             return
         async with self.funds.covering(seq, body, taken=taken) as cover:
             yield cover
+
+    def terms(self, seq: int) -> Terms:
+        """How one more request of a job may be answered."""
+        payer = None if self.purse is None else self.purse.payer(seq)
+        return Terms(self.claim.trust, self.claim.runs_alone, lambda: self.is_stopped, payer)
 
     def ask_again(self, units: Iterable[Unit]) -> None:
         """Put units in front of those that wait, unless nothing more is to start."""

@@ -32,7 +32,7 @@ from store.answers import (
     template_scope,
 )
 from store.database import Session
-from store.engines import checkpoint_of
+from store.engines import adapters_of, checkpoint_of
 from store.followers import settings_of_followers
 from store.namespaces import OpenNamespace, Verdict, judge_lookups
 from store.recent import RecentAnswers
@@ -45,7 +45,8 @@ _NO_SETTINGS = LineSettings()
 class Request:
     """A job's request as the caches read it; `split` is its payload in its template, if it may be served semantically.
 
-    `sources` are the documents that its line says its prompt was made from.
+    `sources` are the documents that its line says its prompt was made from. `by_engine`: its worker's own engine serves
+    its model, so what another endpoint answers is not kept.
     """
 
     fields: Mapping[str, Any]
@@ -53,6 +54,7 @@ class Request:
     key: bytes
     split: Split | None
     sources: tuple[str, ...]
+    by_engine: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,8 @@ class Semantic(Protocol):
 class ExactCache:
     """Redis is asked first and may be gone; Postgres is the truth. It finds nothing before the engine is known.
 
-    `embeddings_url`: embeddings come from there, not from the engine.
+    `embeddings_url`: embeddings come from there, not from the engine. `registered`: what decides the answers for a
+    model that registered endpoints alone serve; None for the others.
     """
 
     def __init__(
@@ -147,12 +150,15 @@ class ExactCache:
         *,
         engine_id: Callable[[], int | None],
         embeddings_url: str | None = None,
+        registered: Callable[[str], str | None] = lambda _: None,
     ) -> None:
+        self._registered = registered
         self._recent = recent
         self._settings = settings
         self._engine_id = engine_id
         self._embeddings_url = None if embeddings_url is None else without_secrets(embeddings_url)
         self._checkpoints: dict[int, str] = {}
+        self._adapters: dict[int, dict[str, str]] = {}
 
     def look_up(
         self, session: Session, claim: Claim, jobs: Sequence[Job], retrieved: Mapping[int, WithPassages]
@@ -204,7 +210,7 @@ class ExactCache:
         if not ended:
             return Kept({}, [], [])
         compared = {
-            result.seq: comparison(result.response) if _is_whole(result) and result.response else None
+            result.seq: comparison(result.response or "") if _is_whole(result) and _of_engine(result) else None
             for result in results
             if result.seq in looked.requests and looked.requests[result.seq].split is not None
         }
@@ -218,6 +224,8 @@ class ExactCache:
             for result in results:
                 if result.seq in looked.requests and _may_be_kept(result, endpoint=claim.endpoint):
                     request, place = looked.requests[result.seq], looked.places.get(result.seq)
+                    if request.by_engine is not _of_engine(result):
+                        continue
                     new[request.key] = self._new(result, request, place, compared.get(result.seq))
         kept = keep_answers(session, claim.tenant, claim.batch_id, list(new.values())) if new else {}
         entries = [
@@ -282,44 +290,48 @@ class ExactCache:
     def _requests(
         self, session: Session, claim: Claim, jobs: Sequence[Job], passages: Mapping[int, Sequence[str]]
     ) -> dict[int, Request]:
-        engine_id = self._engine_id()
-        if engine_id is None or not claim.runnable:
+        if not claim.runnable:
             return {}
-        checkpoint = self._checkpoint(session, engine_id, claim.endpoint)
-        read = [one for job in jobs if (one := self._read(claim, job)) is not None]
+        read = [one for job in jobs if (one := self._read(session, claim, job)) is not None]
         templates = sorted({template_scope(one.split.template) for one in read if one.split is not None})
-        scopes = [TENANT_SCOPE, checkpoint_scope(checkpoint), *templates]
+        checkpoints = sorted({checkpoint_scope(one.checkpoint) for one in read})
+        scopes = [TENANT_SCOPE, *checkpoints, *templates]
         epochs = dict(zip(scopes, epochs_of(session, claim.tenant, scopes), strict=True)) if read else {}
         named = settings_of_followers(session, claim.batch_id, [one.seq for one in read]) if claim.followers else {}
         made = {}
         for one in read:
-            raised = tuple(epochs[scope] for scope in scopes[:2])
+            raised: tuple[int, ...] = (epochs[TENANT_SCOPE], epochs[checkpoint_scope(one.checkpoint)])
             if one.split is not None and (epoch := epochs[template_scope(one.split.template)]):
                 raised = (*raised, epoch)
-            scope = Scope(claim.tenant, claim.endpoint, checkpoint, raised, validated=claim.validates)
+            scope = Scope(claim.tenant, claim.endpoint, one.checkpoint, raised, validated=claim.validates)
             sources = (
                 *one.sources,
                 *(name for line in named.get(one.seq, ()) for name in read_settings(line).sources or ()),
             )
             with suppress(RecursionError):  # a body nested so deep has no key, and is not cached
                 key = exact_key(one.fields, scope, passages=passages.get(one.seq, ()))
-                made[one.seq] = Request(one.fields, scope, key, one.split, sources)
+                made[one.seq] = Request(one.fields, scope, key, one.split, sources, one.by_engine)
         return made
 
-    def _checkpoint(self, session: Session, engine_id: int, endpoint: str) -> str:
-        """What answers: the engine's checkpoint, or the server that embeddings come from."""
+    def _checkpoint(self, session: Session, endpoint: str, model: str) -> str | None:
+        """What of the engine answers: its checkpoint, with an adapter's, or the server that embeddings come from."""
+        engine_id = self._engine_id()
+        if engine_id is None:
+            return None
         if engine_id not in self._checkpoints:
             self._checkpoints[engine_id] = checkpoint_of(session, engine_id)
+            self._adapters[engine_id] = adapters_of(session, engine_id)
         if endpoint == EMBEDDINGS and self._embeddings_url is not None:
             return self._embeddings_url
-        return self._checkpoints[engine_id]
+        adapter = self._adapters[engine_id].get(model)
+        return self._checkpoints[engine_id] + ("" if adapter is None else f"+{adapter}")
 
     def _answered_by(self, looked: Looked) -> str | None:
         """The checkpoint that answered these jobs; None if the engine has changed meanwhile."""
         engine_id = self._engine_id()
         return None if engine_id is None or engine_id != looked.engine_id else self._checkpoints.get(engine_id)
 
-    def _read(self, claim: Claim, job: Job) -> _Read | None:
+    def _read(self, session: Session, claim: Claim, job: Job) -> _Read | None:
         line = read_settings(job.stoker) if job.stoker else _NO_SETTINGS
         mode = cache_mode_of(line, claim.cache)
         if mode is CacheMode.OFF or line.has_steps:
@@ -331,9 +343,14 @@ class ExactCache:
         fits = is_deterministic(fields, endpoint=claim.endpoint) or self._settings.sampled
         if not (fits and asks_for_one(fields)):
             return None
-        is_similar = mode is CacheMode.SEMANTIC and not line.stands_alone
+        model = str(fields.get("model"))
+        registered = self._registered(model)
+        checkpoint = registered or self._checkpoint(session, claim.endpoint, model)
+        if checkpoint is None:
+            return None
+        is_similar = mode is CacheMode.SEMANTIC and not line.stands_alone and registered is None
         place = _split(fields, line, claim.affixes) if is_similar else None
-        return _Read(job.seq, fields, place, tuple(line.sources or ()))
+        return _Read(job.seq, fields, place, tuple(line.sources or ()), checkpoint, by_engine=registered is None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,6 +359,8 @@ class _Read:
     fields: Mapping[str, Any]
     split: Split | None
     sources: tuple[str, ...]
+    checkpoint: str
+    by_engine: bool
 
 
 def served(
@@ -393,6 +412,11 @@ def _verdict(result: JobResult, compared: Mapping[int, str | None], repeated: Ma
     """What the engine said of a job, now or, where an equal request served it, before."""
     tokens, twice = result.usage.prompt_tokens + result.usage.completion_tokens, result.seq in repeated
     return Verdict(result.seq, compared[result.seq], repeated.get(result.seq), tokens * (2 if twice else 1))
+
+
+def _of_engine(result: JobResult) -> bool:
+    """Whether it came from the worker's own engine, not from an endpoint beside it."""
+    return result.engine_id is None
 
 
 def _is_whole(result: JobResult) -> bool:

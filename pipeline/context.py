@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from inference.embeddings import PATH as EMBEDDINGS
-from inference.endpoint import Endpoint
+from inference.router import Router
 from pipeline.cached import ExactCache, Retrieval, Semantic
 from pipeline.heartbeat import Heartbeat
 from pipeline.pace import Pace
@@ -22,8 +21,7 @@ class FeedContext:
 
     database: Database
     heartbeat: Heartbeat
-    generation: Endpoint
-    embeddings: Endpoint
+    router: Router
     settings: Settings
     holder: str
     engine: str
@@ -31,17 +29,16 @@ class FeedContext:
     worker: str
     """What its worker is called in Postgres: the processes that die together."""
     in_flight: int
+    """Requests that this child keeps in flight on its worker's engine."""
     draining: Callable[[], bool]
     engine_id: Callable[[], int | None]
-    refused: set[Endpoint] = field(default_factory=set)
-    """Endpoints that refused a connection and have not been seen healthy since."""
     cache: ExactCache | None = None
     semantic: Semantic | None = None
     steps: StepStates | None = None
     retrieval: Retrieval | None = None
     recipes: Recipes | None = None
     pace: Pace = field(default_factory=Pace)
-
-    def endpoint(self, path: str) -> Endpoint:
-        """Where requests of this path go."""
-        return self.embeddings if path == EMBEDDINGS else self.generation
+    held_back: Callable[[], int] = lambda: 0
+    """Of `in_flight`: how many are to stay empty now, for single requests."""
+    refresh: Callable[[], Awaitable[None]] | None = None
+    """Learns which endpoints are registered now."""

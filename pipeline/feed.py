@@ -18,7 +18,7 @@ from inference.embeddings import PATH as EMBEDDINGS
 from inference.embeddings import Pack, pack
 from inference.endpoint import EndpointDown, ServerFault
 from models.jobs import Job, JobResult, failed
-from models.states import Source
+from models.states import Source, Trust
 from pipeline.asking import ask
 from pipeline.attempt import Attempt, Unit, Unwritten
 from pipeline.budgets import WAIT_S as BUDGET_WAIT_S
@@ -26,10 +26,11 @@ from pipeline.budgets import Funds
 from pipeline.cached import Looked
 from pipeline.context import FeedContext as FeedContext
 from pipeline.lookups import Lookups
+from pipeline.purse import Purse
 from pipeline.quarantine import DEATHS_TO_QUARANTINE, isolate
 from pipeline.retry import after_engine_death, after_failure
 from runtime.clock import utc_now
-from runtime.errors import LostFence, Permanent, ServiceUnreachable, Transient, Unstorable
+from runtime.errors import LostFence, Permanent, ServiceUnreachable, Stopped, Transient, Unstorable
 from runtime.logs import get_logger
 from store.database import Session
 from store.shards import (
@@ -108,18 +109,14 @@ class _Feeder:
 
         False after DOWN_PATIENCE_S: the shard stays dispatched and its hint is sent again.
         """
+        if self._context.refresh is not None:
+            await self._context.refresh()
         until = time.monotonic() + DOWN_PATIENCE_S
-        while await self._all_refuse() or await self._is_reserved():
+        while await self._context.router.is_down() or await self._is_reserved():
             if self._context.draining() or time.monotonic() >= until:
                 return False
             await asyncio.sleep(TICK_S)
         return True
-
-    async def _all_refuse(self) -> bool:
-        for endpoint in list(self._context.refused):
-            if await endpoint.is_healthy():
-                self._context.refused.discard(endpoint)
-        return {self._context.generation, self._context.embeddings} <= self._context.refused
 
     async def _is_reserved(self) -> bool:
         return bool(
@@ -188,10 +185,16 @@ class _Feeder:
         if sum(attempt.held_bytes for attempt in attempts) >= HELD_BYTES:
             return False
         waiting = sum(len(attempt.waiting) for attempt in attempts)
-        return waiting - self._free() < self._context.pace.reserve(self._context.in_flight)
+        return waiting - self._free() < self._context.pace.reserve(self._places())
 
     def _free(self) -> int:
-        return self._context.in_flight - sum(len(attempt.in_flight) for attempt in self._attempts.values())
+        return self._places() - sum(len(attempt.in_flight) for attempt in self._attempts.values())
+
+    def _places(self) -> int:
+        """How many jobs may be under way, where one of those that are here may go."""
+        leaves = any(attempt.claim.trust is Trust.EXTERNAL for attempt in self._attempts.values())
+        places = self._context.router.places(Trust.EXTERNAL if leaves else Trust.OWN)
+        return places - self._context.held_back()
 
     def _start_units(self) -> None:
         free = self._free()
@@ -219,7 +222,6 @@ class _Feeder:
         error = await self._outcome(attempt, unit)
         if error is None:
             return
-        self._context.refused.add(self._context.endpoint(attempt.claim.endpoint))
         attempt.endpoint_is_down = True
         attempt.stop()
         if isinstance(error, EndpointDown) and not error.was_sent:
@@ -243,11 +245,13 @@ class _Feeder:
                     self._context.pace.served(result.duration_ms / 1000)
         except (EndpointDown, ServerFault) as error:
             is_absent = isinstance(error, EndpointDown) and not error.was_sent
-            if is_absent or not await self._context.endpoint(attempt.claim.endpoint).is_healthy():
+            if is_absent or not await self._is_healthy(attempt):
                 return error
             self._retry(attempt, jobs, error)
         except Transient as error:
             self._retry(attempt, jobs, error)
+        except Stopped:  # it was not sent
+            return None
         except Permanent as error:
             for job in jobs:
                 attempt.record(failed(job.seq, code=error.code, message=str(error)))
@@ -257,15 +261,20 @@ class _Feeder:
                 attempt.record(failed(job.seq, code="internal_error", message=f"{type(error).__name__}: {error}"))
         return None
 
+    async def _is_healthy(self, attempt: Attempt) -> bool:
+        """Whether the engine lives, after an error that it may have died of; where there is none it did not."""
+        engine = self._context.router.engine_for(attempt.claim.endpoint)
+        if engine is None:
+            return True
+        engine.is_down = not await engine.endpoint.is_healthy()
+        return not engine.is_down
+
     async def _run_alone(self, attempt: Attempt, suspects: list[Job]) -> None:
         """Run suspects once no other shard is on their engine, or in their worker."""
-        endpoint = self._context.endpoint(attempt.claim.endpoint)
-
         async def engine_is_up() -> bool:
             while not attempt.is_stopped:
                 alone = await self._read(lambda s: is_alone(s, attempt.claim))
-                if alone and await endpoint.is_healthy():
-                    self._context.refused.discard(endpoint)
+                if alone and await self._is_healthy(attempt):
                     return True
                 await asyncio.sleep(TICK_S)
             return False
@@ -303,6 +312,8 @@ class _Feeder:
             return False
         claimed, loaded = taken
         attempt = Attempt(claimed, loaded)
+        if claimed.paid:
+            attempt.purse = Purse(self._context.database, claimed)
 
         def on_beat(runnable: bool | None) -> None:
             self._loop.call_soon_threadsafe(self._on_beat, attempt, runnable)
@@ -435,6 +446,8 @@ class _Feeder:
                 kept = cache.keep(session, attempt.claim, attempt.looked, unwritten.results, attempt.repeated)
             if attempt.funds is not None:
                 attempt.funds.settle(session, charged, unwritten.unfunded)
+            if attempt.purse is not None:
+                attempt.purse.settle(session)
             # Last: both lock the batch's row, for which other shards wait.
             if unwritten.suspects and not quarantine(session, attempt.claim, unwritten.suspects):
                 raise LostFence

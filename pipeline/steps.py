@@ -17,22 +17,19 @@ import msgspec
 
 from inference import endpoint
 from inference.replies import LARGEST_COUNT, result_of, said, usage_sum
-from models.jobs import Job, JobResult, Usage, failed
+from inference.router import Router
+from models.jobs import Job, JobResult, Usage, cost_sum, failed
 from models.line_settings import LineSettings
 from models.names import request_name
 from models.states import Outcome
 from pipeline.attempt import Attempt
 from pipeline.budgets import tokens_of
-from runtime.errors import Permanent, StokerError, Transient
+from runtime.errors import Permanent, StokerError, Stopped, Transient
 from store.shards import Claim, Retry
 from store.step_states import StepStates
 from store.steps import FinishedStep
 
 STEPS_AT_ONCE: Final = 4  # of one job; chosen: a long document's parts side by side, beside the jobs of others
-
-
-class Stopped(StokerError):
-    """Its attempt starts nothing more: the job stays unfinished, with what it has finished of its steps."""
 
 
 class StepFailed(StokerError):
@@ -58,6 +55,8 @@ class Reply:
     outcome: Outcome
     duration_ms: int
     calls_tools: bool
+    engine_id: int | None
+    cost: int | None
 
 
 class Steps:
@@ -68,14 +67,14 @@ class Steps:
         attempt: Attempt,
         job: Job,
         *,
-        server: endpoint.Endpoint,
+        router: Router,
         states: StepStates | None,
         served: Callable[[float], None] = lambda _: None,
     ) -> None:
         """`served` hears how many seconds each request took; `seq` is the job's."""
         self._attempt = attempt
         self.seq = job.seq
-        self._server = server
+        self._router = router
         self._states = states
         self._served = served
         self._finished = attempt.looked.steps[job.seq]
@@ -127,6 +126,8 @@ class Steps:
             usage=self._usage,
             duration_ms=self._duration_ms,
             stoker=stoker,
+            engine_id=reply.engine_id,
+            cost=cost_sum(one.cost for one in self._replies.values()),
         )
 
     def failed(self, *, code: str, message: str) -> JobResult:
@@ -140,7 +141,8 @@ class Steps:
         body, request_id = msgspec.json.encode(fields), f"{request_name(batch_id, self.seq)}_{name}"
         try:
             async with self._attempt.covering(self.seq, body) as cover:
-                answer = await self._server.post(path, body, request_id=request_id)
+                terms = self._attempt.terms(self.seq)
+                answer = await self._router.post(path, body, request_id=request_id, terms=terms)
                 cover.tokens = await self._keep(name, answer)
         except Permanent as error:
             raise StepFailed(self.failed(code=error.code, message=str(error))) from error
@@ -152,7 +154,7 @@ class Steps:
         if result.outcome is Outcome.FAILED:
             raise StepFailed(self._billed(result))
         self._served(answer.duration_ms / 1000)
-        kept = _Kept(answer.status_code, answer.duration_ms, result.response or "")
+        kept = _Kept(answer.status_code, answer.duration_ms, result.response or "", result.engine_id, result.cost)
         reply = msgspec.json.encode(kept).decode()
         tokens = tokens_of(result.usage)
         if self._states is not None:
@@ -164,7 +166,8 @@ class Steps:
         return tokens
 
     def _billed(self, result: JobResult) -> JobResult:
-        return replace(result, usage=self._usage, duration_ms=self._duration_ms + result.duration_ms)
+        cost = cost_sum([result.cost, *(one.cost for one in self._replies.values())])
+        return replace(result, usage=self._usage, duration_ms=self._duration_ms + result.duration_ms, cost=cost)
 
     @property
     def _usage(self) -> Usage:
@@ -183,6 +186,8 @@ class _Kept(msgspec.Struct):
     status_code: int
     duration_ms: int
     response: str
+    engine_id: int | None = None
+    cost: int | None = None
 
 
 def _read(kept: str, seq: int, path: str) -> Reply:
@@ -199,6 +204,8 @@ def _read(kept: str, seq: int, path: str) -> Reply:
         outcome=result.outcome,
         duration_ms=stored.duration_ms,
         calls_tools=first.calls_tools,
+        engine_id=stored.engine_id,
+        cost=stored.cost,
     )
 
 

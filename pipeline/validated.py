@@ -15,14 +15,14 @@ import msgspec
 
 from cache.keys import read_body
 from inference.replies import Said, result_of, said, usage_sum
-from models.jobs import Job, JobResult, failed
+from models.jobs import Job, JobResult, cost_sum, failed
 from models.names import request_name
 from models.states import Outcome, Source
 from pipeline.attempt import Attempt
 from pipeline.budgets import WAIT_S, BudgetExceeded, BudgetWaits, tokens_of
 from pipeline.context import FeedContext
 from pipeline.forms import SHOWN_CHARACTERS, form_of
-from pipeline.steps import Stopped
+from runtime.errors import Stopped
 
 CODE: Final = "invalid_answer"
 CHAT: Final = "/v1/chat/completions"
@@ -56,7 +56,10 @@ async def _repaired(
     except (BudgetExceeded, BudgetWaits, ValueError) as error:  # the last one: what cannot be read as JSON here
         return _ended(result, message=f"{fault}; not repaired: {error}. {_shown(answer)}")
     both = replace(
-        again, usage=usage_sum([result.usage, again.usage]), duration_ms=result.duration_ms + again.duration_ms
+        again,
+        usage=usage_sum([result.usage, again.usage]),
+        duration_ms=result.duration_ms + again.duration_ms,
+        cost=cost_sum([result.cost, again.cost]),
     )
     if again.outcome is Outcome.FAILED:
         return _ended(both, message=f"{fault}; its repair failed: {again.error_message}. {_shown(answer)}")
@@ -91,7 +94,8 @@ async def _asked_again(
             raise Stopped
         try:
             async with attempt.covering(job.seq, body, taken=taken) as cover:
-                result = result_of(job.seq, path, await context.endpoint(path).post(path, body, request_id=name))
+                terms = attempt.terms(job.seq)
+                result = result_of(job.seq, path, await context.router.post(path, body, request_id=name, terms=terms))
                 cover.tokens = tokens_of(result.usage)
             return result
         except BudgetWaits:
@@ -105,7 +109,13 @@ async def _asked_again(
 def _ended(result: JobResult, *, message: str, code: str = CODE) -> JobResult:
     """The failure that stands instead of this answer, with what it took."""
     ended = failed(result.seq, code=code, message=message, source=Source.ENGINE)
-    return replace(ended, usage=result.usage, duration_ms=result.duration_ms)
+    return replace(
+        ended,
+        usage=result.usage,
+        duration_ms=result.duration_ms,
+        engine_id=result.engine_id,
+        cost=result.cost,
+    )
 
 
 def _shown(answer: Said) -> str:

@@ -10,6 +10,7 @@
     ├── Transient            try the job again later: the row of its tries says when
     ├── Permanent            the job ends with this error as its result
     ├── Unstorable           Postgres refuses a value: that job ends with an error instead
+    ├── Stopped              nothing more is to begin: the job stays unfinished, with what it has finished of its steps
     ├── LostFence            another attempt owns the shard: write nothing more
     └── Fatal                this process cannot go on: give back what it holds and exit
 
@@ -95,6 +96,10 @@ class Permanent(StokerError):
 
 class Unstorable(StokerError):
     """Postgres refuses a value, for good."""
+
+
+class Stopped(StokerError):
+    """Its attempt starts nothing more: the job stays unfinished."""
 
 
 class LostFence(StokerError):

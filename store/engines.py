@@ -37,6 +37,14 @@ def checkpoint_of(session: Session, engine_id: int) -> str:
     return found
 
 
+def adapters_of(session: Session, engine_id: int) -> dict[str, str]:
+    """The LoRA adapters that an engine serves: name → what decides its answers."""
+    found = session.execute(
+        text("SELECT description -> 'adapters' FROM engines WHERE id = :id"), {"id": engine_id}
+    ).scalar_one()
+    return dict(found or {})
+
+
 def checkpoints(session: Session) -> set[str]:
     """What decided answers, of every engine that there ever was: `checkpoint_of` each."""
     return set(session.scalars(text(f"SELECT {_CHECKPOINT} FROM engines")))

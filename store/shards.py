@@ -1,7 +1,7 @@
 """The shard protocol's statements: claim, load, heartbeat, write, close, give back, recover, halve.
 
 Every write of an attempt is guarded by its fence, so a process that wakes after its lease is over changes
-nothing. Lock order: shard, budget, batch. Each function is one step; the caller's transaction commits it.
+nothing. Lock order: shard, usage, budget, batch. Each function is one step; the caller's transaction commits it.
 
 LATERAL (… OFFSET 0), here and in the caches' statements: each row is looked up by its whole key. As plain joins they
 are planned by what the statistics say of a batch, and those know nothing of the newest: a shard would read all of it.
@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -21,10 +20,11 @@ from sqlalchemy.orm import Session
 
 from models.jobs import Affixes, Job, JobResult
 from models.states import CacheMode
-from store.arrays import Float4s, Int2s, Int4s, Int8s, Texts
+from store.arrays import Int4s, Int8s
 from store.budgets import BUDGETED, release
-from store.followers import FOLLOWERS_OF_WRITTEN
 from store.notifications import wake_dispatch
+from store.usage import slot_of
+from store.written import columns_of, write_of
 
 CRASHES_TO_HALVE = 3  # in a row without a committed result; simulated: halving at the first blamed the innocent
 CRASHES_TO_POISON = 6  # of a shard with one unfinished job
@@ -60,6 +60,7 @@ class Claim:
     quarantined: bool
     crashes: int
     tenant: str
+    key_id: str
     cache: CacheMode
     affixes: Affixes
     followers: bool
@@ -108,7 +109,8 @@ def _claim_where(condition: str) -> TextClause:
             lease_until = clock_timestamp() + make_interval(secs => :lease_s)
         FROM batches b WHERE b.id = s.batch_id AND {condition}
         RETURNING s.id AS shard_id, s.fence, s.batch_id, s.seqs, b.endpoint, ({_RUNNABLE}) AS runnable, s.quarantined,
-            s.crashes, b.tenant, coalesce(b.options ->> 'cache', 'off') AS cache, b.options -> 'affixes' AS affixes,
+            s.crashes, b.tenant, coalesce(b.key_id, '') AS key_id,
+            coalesce(b.options ->> 'cache', 'off') AS cache, b.options -> 'affixes' AS affixes,
             b.followers > 0 AS followers, {BUDGETED} AS budgeted,
             coalesce(CAST(b.options ->> 'validate_answers' AS bool), false) AS validates""")
 
@@ -216,60 +218,6 @@ def extend_leases(session: Session, fences: Mapping[int, int], *, lease_s: float
     return {shard_id: runnable for shard_id, runnable in rows}
 
 
-def _write_of(returned: str, *, followers: str = "", total: str = "c", told: str = "s.done") -> TextClause:
-    """The write: what it says of the inserted rows, `i`, what is done for their followers, and where all is counted.
-
-    `told` is what the caller learns.
-    """
-    return text(f"""
-WITH f AS (
-    SELECT id, batch_id FROM shards WHERE id = :shard_id AND fence = :fence AND state = 'running'
-    FOR NO KEY UPDATE
-), i AS (
-    INSERT INTO results (batch_id, seq, outcome, source, status_code, response, error_code, error_message,
-        prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, duration_ms, cache_entry_id,
-        namespace_id, similarity, stoker, engine_id)
-    SELECT f.batch_id, u.*, CAST(:engine_id AS int4) FROM f, unnest(
-        CAST(:seqs AS int4[]), CAST(:outcomes AS text[]), CAST(:sources AS text[]), CAST(:status_codes AS int2[]),
-        CAST(:responses AS text[]), CAST(:error_codes AS text[]), CAST(:error_messages AS text[]),
-        CAST(:prompt_tokens AS int4[]), CAST(:completion_tokens AS int4[]), CAST(:cached_tokens AS int4[]),
-        CAST(:reasoning_tokens AS int4[]), CAST(:durations AS int4[]), CAST(:entries AS int8[]),
-        CAST(:namespaces AS int8[]), CAST(:similarities AS float4[]), CAST(:stokers AS text[])) AS u
-    ON CONFLICT (batch_id, seq) DO NOTHING
-    RETURNING {returned}
-), c AS (
-    SELECT count(*) AS done, count(*) FILTER (WHERE outcome = 'failed') AS failed,
-        count(*) FILTER (WHERE outcome = 'truncated') AS truncated,
-        count(*) FILTER (WHERE outcome = 'empty') AS empty,
-        coalesce(sum(prompt_tokens), 0) AS prompt_tokens, coalesce(sum(completion_tokens), 0) AS completion_tokens,
-        coalesce(sum(cached_tokens), 0) AS cached_tokens, coalesce(sum(reasoning_tokens), 0) AS reasoning_tokens,
-        0 AS followers, count(cache_entry_id) AS served,
-        count(cache_entry_id) - count(namespace_id) AS exact, count(namespace_id) AS semantic, coalesce((
-            SELECT sum(e.tokens) FROM i CROSS JOIN LATERAL (
-                SELECT prompt_tokens + completion_tokens AS tokens
-                FROM cache_entries WHERE id = i.cache_entry_id OFFSET 0) AS e), 0) AS saved_tokens
-    FROM i
-){followers}
-UPDATE shards s SET done = s.done + t.done, failed = s.failed + t.failed, truncated = s.truncated + t.truncated,
-    empty = s.empty + t.empty, prompt_tokens = s.prompt_tokens + t.prompt_tokens,
-    completion_tokens = s.completion_tokens + t.completion_tokens,
-    cached_tokens = s.cached_tokens + t.cached_tokens, reasoning_tokens = s.reasoning_tokens + t.reasoning_tokens,
-    followers = s.followers + t.followers, served = s.served + t.served, exact = s.exact + t.exact,
-    semantic = s.semantic + t.semantic, saved_tokens = s.saved_tokens + t.saved_tokens,
-    lease_until = clock_timestamp() + make_interval(secs => :lease_s)
-FROM f, {total} t WHERE s.id = f.id RETURNING {told}""")
-
-
-_COUNTED = "outcome, prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, cache_entry_id, namespace_id"
-_COPIED = "batch_id, seq, status_code, response, error_code, error_message, similarity, stoker, engine_id"
-_INSERTED = "ARRAY(SELECT seq FROM i)"
-WRITE = _write_of(_COUNTED)
-WRITE_AND_TELL = _write_of(f"{_COUNTED}, seq", told=_INSERTED)
-_of_leaders = partial(_write_of, f"{_COUNTED}, {_COPIED}", followers=FOLLOWERS_OF_WRITTEN, total="with_followers")
-WRITE_WITH_FOLLOWERS = _of_leaders()
-WRITE_WITH_FOLLOWERS_AND_TELL = _of_leaders(told=_INSERTED)
-
-
 def write_results(
     session: Session, claim: Claim, results: Sequence[JobResult], *, engine_id: int | None, lease_s: float
 ) -> int | None:
@@ -278,42 +226,35 @@ def write_results(
     The results of their followers come with them, in the same statement, so whoever dies leaves both or neither.
     Repeating the call, after an ambiguous COMMIT say, inserts and counts nothing twice.
     """
-    statement = WRITE_WITH_FOLLOWERS if claim.followers else WRITE
-    return session.execute(statement, _values(claim, results, engine_id, lease_s)).scalar_one_or_none()
+    written: int | None = _write(session, claim, results, engine_id=engine_id, lease_s=lease_s, told="done")
+    return written
 
 
 def write_and_tell(
     session: Session, claim: Claim, results: Sequence[JobResult], *, engine_id: int | None, lease_s: float
 ) -> list[int] | None:
     """Write as `write_results` does: the seqs of those of the results that this very call inserted."""
-    statement = WRITE_WITH_FOLLOWERS_AND_TELL if claim.followers else WRITE_AND_TELL
-    return session.execute(statement, _values(claim, results, engine_id, lease_s)).scalar_one_or_none()
+    written: list[int] | None = _write(session, claim, results, engine_id=engine_id, lease_s=lease_s, told="inserted")
+    return written
 
 
-def _values(claim: Claim, results: Sequence[JobResult], engine_id: int | None, lease_s: float) -> dict[str, Any]:
-    return {
-        **({"batch_id": claim.batch_id} if claim.followers else {}),
-        "shard_id": claim.shard_id,
-        "fence": claim.fence,
-        "engine_id": engine_id,
-        "lease_s": lease_s,
-        "seqs": Int4s(r.seq for r in results),
-        "outcomes": Texts(r.outcome.value for r in results),
-        "sources": Texts(r.source.value for r in results),
-        "status_codes": Int2s(r.status_code for r in results),
-        "responses": Texts(r.response for r in results),
-        "error_codes": Texts(r.error_code for r in results),
-        "error_messages": Texts(r.error_message for r in results),
-        "prompt_tokens": Int4s(r.usage.prompt_tokens for r in results),
-        "completion_tokens": Int4s(r.usage.completion_tokens for r in results),
-        "cached_tokens": Int4s(r.usage.cached_tokens for r in results),
-        "reasoning_tokens": Int4s(r.usage.reasoning_tokens for r in results),
-        "durations": Int4s(r.duration_ms for r in results),
-        "entries": Int8s(r.entry for r in results),
-        "namespaces": Int8s(r.namespace for r in results),
-        "similarities": Float4s(r.similarity for r in results),
-        "stokers": Texts(r.stoker for r in results),
-    }
+def _write(
+    session: Session, claim: Claim, results: Sequence[JobResult], *, engine_id: int | None, lease_s: float, told: str
+) -> Any:
+    served = any(result.entry is not None for result in results)
+    return session.execute(
+        write_of(told=told, followed=claim.followers, served=served),
+        {
+            "batch_id": claim.batch_id,
+            "shard_id": claim.shard_id,
+            "fence": claim.fence,
+            "tenant": claim.tenant,
+            "key_id": claim.key_id,
+            "slot": slot_of(claim.shard_id),
+            "lease_s": lease_s,
+            **columns_of(results, engine_id=engine_id),
+        },
+    ).scalar_one_or_none()
 
 
 def hold_shard(session: Session, claim: Claim) -> bool:

@@ -12,14 +12,18 @@ import uvloop
 from billiard.process import current_process
 
 from inference.endpoint import Endpoint
+from inference.router import Router
+from inference.routes import Route
 from pipeline.cached import ExactCache
 from pipeline.feed import FeedContext
 from pipeline.heartbeat import Heartbeat
 from pipeline.pace import Pace
 from runtime.children import die_with_parent
 from store.database import Database
+from store.endpoint_limits import EndpointLimits
 from store.recent import RecentAnswers
 from store.step_states import StepStates
+from worker.registered import RegisteredEndpoints
 from worker.library import recipes_of, retrieval_of
 from worker.semantic import semantic_cache, vector_parts
 from worker.steps import WorkerParts
@@ -41,18 +45,28 @@ class Child:
         tell_service_s = partial(parts.shared.set_service_s, child=place)
         tell_service_s(0.0)
         connected = partial(Endpoint, timeout_s=settings.limits.request_timeout_s, connections=in_flight)
-        generation = connected(parts.engine_url, api_key=settings.engine.api_key)
-        embeddings = (
-            generation
-            if settings.embeddings.url is None
-            else connected(settings.embeddings.url, api_key=settings.embeddings.api_key)
+        self._endpoints: set[Endpoint] = set()
+
+        def engine(url: str | None, api_key: str | None) -> Route | None:
+            if not url:
+                return None
+            endpoint = connected(url, api_key=api_key)
+            self._endpoints.add(endpoint)
+            return Route(endpoint, places=in_flight)
+
+        self._limits = EndpointLimits(settings.require_redis())
+        router = Router(
+            engine=engine(parts.engine_url, settings.engine.api_key),
+            embedder=engine(settings.embeddings.url, settings.embeddings.api_key),
+            limits=self._limits,
         )
-        self._endpoints = {generation, embeddings}
+        self._registered = RegisteredEndpoints(self._database, settings, router)
         self._cache = ExactCache(
             RecentAnswers(settings.require_redis()),
             settings.cache,
             engine_id=parts.shared.engine_id,
             embeddings_url=settings.embeddings.url,
+            registered=router.registered,
         )
         self._steps = StepStates(settings.require_redis())
         vectors = vector_parts(settings.cache)
@@ -66,8 +80,7 @@ class Child:
         self.context = FeedContext(
             database=self._database,
             heartbeat=self._heartbeat,
-            generation=generation,
-            embeddings=embeddings,
+            router=router,
             settings=settings,
             holder=f"{socket.gethostname()}:{os.getpid()}",
             engine=_engine_name(parts.engine_url),
@@ -81,6 +94,7 @@ class Child:
             retrieval=retrieval,
             recipes=recipes_of(self._database, settings, vectors),
             pace=Pace(on_service=tell_service_s),
+            refresh=self._registered.refresh,
         )
 
     async def _open(self) -> None:
@@ -90,6 +104,8 @@ class Child:
     async def _close_endpoints(self) -> None:
         for endpoint in self._endpoints:
             await endpoint.__aexit__(None, None, None)
+        await self._registered.close()
+        await self._limits.close()
 
     def close(self) -> None:
         """End the heartbeat and close every connection."""

@@ -15,6 +15,8 @@ import pytest
 from sqlalchemy import text
 
 from inference.endpoint import Endpoint
+from inference.router import Router
+from inference.routes import Route
 from pipeline.cached import ExactCache
 from pipeline.export import line
 from pipeline.feed import FeedContext, FeedReport, feed
@@ -63,8 +65,7 @@ def fed(
                     FeedContext(
                         database=database,
                         heartbeat=heartbeat,
-                        generation=server,
-                        embeddings=server,
+                        router=Router(engine=Route(server, places=8)),
                         settings=Settings.model_construct(cache=settings),
                         holder="test",
                         engine="engine",

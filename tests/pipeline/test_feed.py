@@ -18,6 +18,8 @@ from sqlalchemy import text
 
 import pipeline.feed as feeding
 from inference.endpoint import Endpoint
+from inference.router import Router
+from inference.routes import Route
 from pipeline.feed import FeedContext, FeedReport, feed
 from pipeline.heartbeat import Heartbeat
 from pipeline.pace import Pace
@@ -78,8 +80,7 @@ def fed(
                 FeedContext(
                     database=database,
                     heartbeat=heartbeat,
-                    generation=server,
-                    embeddings=server,
+                    router=Router(engine=Route(server, places=in_flight)),
                     settings=settings,
                     holder="test",
                     engine="engine",

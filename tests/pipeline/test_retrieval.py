@@ -21,6 +21,8 @@ from documents.kinds import Kind
 from documents.passages import Splitter
 from documents.prompt import FRAME_TOKENS
 from inference.endpoint import Endpoint
+from inference.router import Router
+from inference.routes import Route
 from models.lines import SubmitOptions
 from pipeline.cached import ExactCache
 from pipeline.embedders import LocalEmbedder
@@ -145,8 +147,7 @@ class Worker:
                     context = FeedContext(
                         database=self.database,
                         heartbeat=heartbeat,
-                        generation=server,
-                        embeddings=server,
+                        router=Router(engine=Route(server, places=8)),
                         settings=Settings.model_construct(),
                         holder="test",
                         engine="engine",

@@ -18,6 +18,8 @@ import redis
 from sqlalchemy import text
 
 from inference.endpoint import Endpoint
+from inference.router import Router
+from inference.routes import Route
 from models.lines import SubmitOptions
 from pipeline.cached import ExactCache
 from pipeline.feed import FeedContext, FeedReport, feed
@@ -105,8 +107,7 @@ class Child:
                     FeedContext(
                         database=self.database,
                         heartbeat=heartbeat,
-                        generation=server,
-                        embeddings=server,
+                        router=Router(engine=Route(server, places=in_flight)),
                         settings=settings,
                         holder="test",
                         engine="engine",

@@ -14,6 +14,8 @@ from sqlalchemy import text
 from cache.index import Index
 from cache.policy import Policy
 from inference.endpoint import Endpoint
+from inference.router import Router
+from inference.routes import Route
 from models.lines import SubmitOptions
 from models.states import CacheMode
 from pipeline.cached import ExactCache
@@ -124,8 +126,7 @@ class Child:
                     context = FeedContext(
                         database=self.database,
                         heartbeat=heartbeat,
-                        generation=server,
-                        embeddings=server,
+                        router=Router(engine=Route(server, places=64)),
                         settings=Settings.model_construct(cache=self.settings),
                         holder="test",
                         engine="engine",

@@ -1,0 +1,132 @@
+"""An endpoint as the router of one process sees it: what it may be sent, what is under way on it, how it fares."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass, field
+from typing import Final
+
+from inference.breaker import Breaker
+from inference.concurrency import Window
+from inference.endpoint import Endpoint
+from models.endpoints import EndpointSpec
+from models.states import Trust
+
+MOST_AT_ONCE: Final = 256  # of one child on an endpoint that states no concurrency
+PAUSE_BASE_S, PAUSE_CAP_S = 0.5, 60.0  # of an endpoint that says it has had too many requests, doubled each time
+PROBE_EVERY_S: Final = 1.0  # of an engine that is down: its worker starts it anew
+CLOSED_S: Final = 300.0  # chosen: how long an endpoint rests whose quota is spent, or that refuses our key
+
+
+@dataclass(slots=True, eq=False)
+class Route:
+    """`spec` is None for the worker's own engine, which has `places` and takes every model that it serves."""
+
+    endpoint: Endpoint
+    spec: EndpointSpec | None = None
+    engine_id: int | None = None
+    places: int = 0
+    serves: str = "generation"
+    is_down: bool = False
+    """The engine refused a connection, or broke one, and has not been seen healthy since."""
+    models: frozenset[str] = frozenset()
+    """What the engine serves, as far as it was asked; until then it is to be asked again."""
+    models_until: float = 0.0
+    running: int = 0
+    outstanding_tokens: int = 0
+    not_before: float = 0.0
+    closed_for: str = ""
+    breaker: Breaker = field(default_factory=Breaker)
+    window: Window = field(default_factory=Window)
+    door: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _pauses: int = 0
+
+    @classmethod
+    def of(cls, spec: EndpointSpec, endpoint: Endpoint, *, engine_id: int) -> Route:
+        """The route of a registered endpoint; its window finds out how many requests at once it bears."""
+        most = min(spec.concurrency or MOST_AT_ONCE, MOST_AT_ONCE)
+        return cls(endpoint, spec, engine_id, serves=spec.serves, window=Window(most=most))
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return "engine" if self.spec is None else self.spec.name
+
+    @property
+    def weight(self) -> float:
+        """Its share among those that are alike."""
+        return 1.0 if self.spec is None else self.spec.weight
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it runs on machines of ours."""
+        return self.spec is None or self.spec.trust is Trust.OWN
+
+    @property
+    def is_priced(self) -> bool:
+        """Whether its answers are billed by the token."""
+        return self.spec is not None and self.spec.is_priced
+
+    @property
+    def size(self) -> int:
+        """Requests at once that it is given now."""
+        return self.places if self.spec is None else self.window.size
+
+    def is_ready(self, now: float) -> bool:
+        """Whether one more request may go to it now."""
+        if now < self.not_before or self.running >= self.size:
+            return False
+        return not self.is_broken(now) or (not self.running and (self.is_down or self.breaker.may_probe(now)))
+
+    def is_broken(self, now: float) -> bool:
+        """Whether it has failed so often that it must show first that it is healthy."""
+        return self.is_down or self.breaker.is_open(now)
+
+    def ready_at(self, now: float) -> float | None:
+        """When it may be ready by the clock alone; None: when something of it ends."""
+        moments = [moment for moment in (self.not_before, self.breaker.retry_at) if moment > now]
+        return max(moments, default=None)
+
+    def load(self, tokens: int) -> float:
+        """Tokens outstanding on it, with so many more, by its weight."""
+        return (self.outstanding_tokens + tokens) / self.weight
+
+    def begin(self, tokens: int) -> None:
+        """One more request is on its way."""
+        self.running += 1
+        self.outstanding_tokens += tokens
+
+    def end(self, tokens: int) -> None:
+        """It is no longer."""
+        self.running -= 1
+        self.outstanding_tokens -= tokens
+
+    def throttled(self, now: float, retry_after_s: float | None) -> float:
+        """It has had too many: how long it rests, by exponential backoff with full jitter, at least as it wishes."""
+        self.window.overloaded()
+        if now < self.not_before:  # one of many that were under way
+            return self.not_before - now
+        self._pauses += 1
+        wait_s = random.uniform(0, min(PAUSE_CAP_S, PAUSE_BASE_S * 2**self._pauses))  # noqa: S311  # jitter
+        wait_s = max(wait_s, retry_after_s or 0.0)
+        self.not_before = now + wait_s
+        return wait_s
+
+    def failed(self, now: float, retry_after_s: float | None) -> None:
+        """It has failed a request, or does not say that it is healthy."""
+        if self.spec is None:
+            self.not_before = now + PROBE_EVERY_S
+        else:
+            self.breaker.failed(now, retry_after_s)
+
+    def close(self, now: float, reason: str, retry_after_s: float | None) -> None:
+        """It takes nothing of ours, whatever we send: its quota is spent, or it refuses our key."""
+        self.closed_for = reason
+        self.not_before = now + max(CLOSED_S, retry_after_s or 0.0)
+
+    def answered(self) -> None:
+        """It has answered: what was against it is over."""
+        self.closed_for = ""
+        self._pauses = 0
+        self.breaker.succeeded()
