@@ -23,6 +23,7 @@ NEXT_ADDRESS_S = 0.25  # until a host's next address is tried too (RFC 8305, sec
 # a connection that is being closed, and look like a dead server.
 KEEPALIVE_S = 4.0
 HEAD_LIMIT_BYTES = 64 * 1024
+STREAM_END = b"\ndata: [DONE]"  # no JSON has a bare line feed inside a text
 ONE_WRITE_BYTES = 64 * 1024  # a larger body is not copied behind its head
 
 
@@ -32,6 +33,10 @@ class ConnectFailed(OSError):
 
 class ConnectionBroken(OSError):
     """The connection ended before the answer did."""
+
+
+class Silent(OSError):
+    """Nothing came for longer than there was patience."""
 
 
 class NotHttp(ValueError):
@@ -51,6 +56,14 @@ class Address:
     prefix: str = ""
     tls: bool = False
     socket: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """With an answer that comes in pieces: how long there may be silence before its body's first byte, and after it."""
+
+    first_byte_s: float
+    idle_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +97,20 @@ class Connections:
         self._tls = ssl.create_default_context() if address.tls else None
 
     async def request(
-        self, method: str, path: str, body: bytes = b"", *, timeout_s: float, request_id: str = ""
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        *,
+        timeout_s: float,
+        request_id: str = "",
+        patience: Patience | None = None,
     ) -> Answer:
         """Send and wait for the whole answer.
 
-        Raises ConnectFailed, ConnectionBroken, NotHttp, TooLarge, or TimeoutError when the whole answer is not
-        there so long after a connection was.
+        Raises ConnectFailed, ConnectionBroken, NotHttp, TooLarge, TimeoutError when the whole answer is not there so
+        long after a connection was, or Silent where there is `patience`. With it the answer is taken for a stream: that
+        it says `[DONE]` is its end too.
         """
         connection = self._kept() or await self._connected()
         extra = f"X-Request-Id: {request_id}\r\n" if request_id else ""
@@ -98,6 +119,8 @@ class Connections:
         )
         answer = connection.ask(start.encode("latin-1"), body)
         timer = connection.loop.call_later(timeout_s, connection.fail, TimeoutError())
+        if patience is not None:
+            connection.watch(patience)
         try:
             whole = await answer
         except BaseException:
@@ -105,6 +128,8 @@ class Connections:
             raise
         finally:
             timer.cancel()
+            if patience is not None:
+                connection.unwatch()
         self._keep(connection)
         return whole
 
@@ -179,6 +204,9 @@ class _Connection(asyncio.Protocol):
         self._body_limit_bytes = body_limit_bytes
         self._parser = HttpResponseParser(self)
         self._idle_since = 0.0
+        self._patience: Patience | None = None
+        self._watch: asyncio.TimerHandle | None = None
+        self._heard_at = 0.0
         self._begin()
 
     def _begin(self, answer: asyncio.Future[Answer] | None = None) -> None:
@@ -209,6 +237,42 @@ class _Connection(asyncio.Protocol):
             self._transport.write(head)
             self._transport.write(body)
         return answer
+
+    def watch(self, patience: Patience) -> None:
+        """From now on, until `unwatch`, silence ends the exchange."""
+        self._patience = patience
+        self._heard_at = self.loop.time()
+        self._watch = self.loop.call_later(patience.first_byte_s, self._look)
+
+    def unwatch(self) -> None:
+        """Silence means nothing any more."""
+        self._patience = None
+        if self._watch is not None:
+            self._watch.cancel()
+
+    def _look(self) -> None:
+        """End an exchange that has been silent for too long, or look again when it could be."""
+        if self._patience is None or self._answer is None or self._answer.done():
+            return
+        patience_s = self._patience.idle_s if self._parts else self._patience.first_byte_s
+        left_s = self._heard_at + patience_s - self.loop.time()
+        if self._watch is not None:
+            self._watch.cancel()
+        if left_s > 0:
+            self._watch = self.loop.call_later(left_s, self._look)
+            return
+        if not self._ended_by_its_own_words():
+            what = "no more of the answer" if self._parts else "no first byte of an answer"
+            self._end(Silent(f"{what} within {patience_s:g} s"))
+        self.abort()
+
+    def _ended_by_its_own_words(self) -> bool:
+        """Take a stream for whole that has said so, though its connection goes on or breaks."""
+        if self._patience is None or STREAM_END not in b"".join(self._parts[-4:]):
+            return False
+        self.is_reusable = False
+        self.on_message_complete()
+        return True
 
     def rest(self) -> None:
         """It is idle from now on, and keeps nothing of the last answer."""
@@ -248,6 +312,7 @@ class _Connection(asyncio.Protocol):
         self.is_reusable = False
         if exc is None and self._has_head and self._ends_with_the_connection:
             self.on_message_complete()
+        self._ended_by_its_own_words()
         self._end(ConnectionBroken(str(exc) if exc else "the server closed the connection"))
 
     # What the parser finds.
@@ -277,6 +342,10 @@ class _Connection(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         self._parts.append(body)
         self._size_bytes += len(body)
+        if self._patience is not None:
+            self._heard_at = self.loop.time()
+            if len(self._parts) == 1:  # from now on the other patience counts, which may be the shorter one
+                self._look()
         if self._size_bytes > self._body_limit_bytes:
             self.fail(TooLarge())
 

@@ -45,8 +45,8 @@ class Pack:
     def split(self, reply: Reply) -> list[JobResult]:
         """One result a job, in the order of `jobs`, each with the pack's duration.
 
-        The reply's usage is divided in proportion to the token estimates, what is left over by rounding
-        to the largest fractions: the sum over the jobs is exactly what the endpoint counted. A rejection
+        The reply's usage, and its cost, are divided in proportion to the token estimates, what is left over by
+        rounding to the largest fractions: the sum over the jobs is exactly what the endpoint counted. A rejection
         or an unusable reply becomes the result of every job; ask the `singles` to find the guilty one.
         """
         if len(self.jobs) == 1 or not 200 <= reply.status_code < 300:
@@ -63,7 +63,11 @@ class Pack:
     def _divided(self, reply: Reply) -> Iterator[JobResult]:
         answer = _REPLY_DECODER.decode(reply.body)
         vectors = iter(_in_order(answer.data, expected=sum(self.input_counts)))
-        tokens = _apportion(usage_of(answer.usage).prompt_tokens, self.token_estimates)
+        usage = usage_of(answer.usage)
+        tokens = _apportion(usage.prompt_tokens, self.token_estimates)
+        costs: list[int] | None = None
+        if reply.prices is not None:
+            costs = _apportion(reply.prices.cost_nanos(usage), self.token_estimates)
         for position, job in enumerate(self.jobs):
             asked = self.formats[position]
             response = _Response(
@@ -81,6 +85,8 @@ class Pack:
                 response=_ENCODER.encode(response).decode(),
                 usage=Usage(prompt_tokens=tokens[position]),
                 duration_ms=reply.duration_ms,
+                engine_id=reply.engine_id,
+                cost=None if costs is None else costs[position],
             )
 
     def _unusable(self, job: Job, reply: Reply, error: Exception) -> JobResult:
@@ -91,6 +97,7 @@ class Pack:
             error_code="invalid_response",
             error_message=f"the reply to {len(self.jobs)} embedding jobs in one request is unusable: {error}",
             duration_ms=reply.duration_ms,
+            engine_id=reply.engine_id,
         )
 
 

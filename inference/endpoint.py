@@ -6,19 +6,21 @@ It must not retry (the pipeline decides), look into bodies, or let a key into a 
 from __future__ import annotations
 
 import asyncio
-import math
+import re
 import time
 from dataclasses import dataclass
-from datetime import UTC
-from email.utils import parsedate_to_datetime
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import Final, Literal, NoReturn, Self
 from urllib.parse import SplitResult, quote, urlsplit
 
 import msgspec
 
-from inference.connections import Address, Answer, ConnectFailed, Connections, NotHttp, TooLarge
-from runtime.clock import utc_now
+from inference.bodies import addressed
+from inference.connections import Address, Answer, ConnectFailed, Connections, NotHttp, Patience, Silent, TooLarge
+from inference.rate_headers import rates_seen, retry_after_s
+from inference.refusals import is_about_quota, is_about_the_key
+from inference.streams import BrokenStream, is_stream, whole
+from models.endpoints import Prices, RatesSeen
 from runtime.errors import BadInput, Permanent, Transient
 
 RESPONSE_LIMIT_BYTES = 256 * 1024 * 1024
@@ -29,6 +31,9 @@ EXCERPT_CHARACTERS = 200
 SECRET_CHARACTERS = 8
 # 520 to 524 and 529 are what proxies in front of managed providers say for 502, 503 and 504.
 TRANSIENT_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
+STREAMED_PATHS: Final = frozenset({"/v1/chat/completions", "/v1/completions"})
+Auth = Literal["bearer", "api-key", "x-api-key"]
+_VERSION: Final = re.compile(r"/v\d[^/]*(/|$)")
 
 
 class EndpointDown(Transient):
@@ -42,37 +47,89 @@ class EndpointDown(Transient):
         self.was_sent = was_sent
 
 
+class Stalled(EndpointDown):
+    """Nothing came for too long: no first byte, or no more of a stream. It may still be at work on it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, was_sent=True)
+
+
 class ServerFault(Transient):
     """The server answered with a status of 500 or above: it may be dying."""
 
 
+class Throttled(Transient):
+    """The server has had too many requests or tokens of ours (429); nothing ran. `seen`: what it says of its limits."""
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None, seen: RatesSeen | None = None) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.seen = seen
+
+
+class QuotaExhausted(Transient):
+    """What our account may spend there is spent: nothing runs until somebody pays or a month ends."""
+
+
+class Refused(Transient):
+    """The server refuses our key, whatever is asked: another endpoint may do the job."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What the server answered for good: a success or a rejection, its body as it came."""
+    """What the server answered for good: a success or a rejection, its body as it came.
+
+    `seen`: what its headers say of limits. `engine_id`, `prices`: whose answer it is where that is not the worker's
+    own engine, and what that asks for tokens.
+    """
 
     status_code: int
     body: bytes
     duration_ms: int
+    seen: RatesSeen | None = None
+    engine_id: int | None = None
+    prices: Prices | None = None
 
 
 class Endpoint:
     """An open connection pool to one server, for the running loop: `async with Endpoint(url, …) as endpoint`.
 
-    `url` is `http(s)://host:port[/prefix][/v1]` or `unix:///path/to.sock`. At most `connections` posts are
-    under way at once; waiting for a free one does not count towards `timeout_s`, and probes never wait.
-    Proxies and .netrc of the environment are not used.
+    `url` is `http(s)://host:port[/prefix][/v1]` or `unix:///path/to.sock`; a path with another version in it, as
+    /v1beta/openai, is taken as it is. At most `connections` posts are under way at once; waiting for a free one does
+    not count towards `timeout_s`, and probes never wait. Proxies and .netrc of the environment are not used.
     """
 
-    def __init__(self, url: str, *, api_key: str | None, timeout_s: float, connections: int) -> None:
-        """Raise BadInput, without naming the URL's secrets, if `url` has another form."""
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None,
+        timeout_s: float,
+        connections: int,
+        auth: Auth = "bearer",
+        streams: bool = False,
+        first_byte_s: float | None = None,
+        idle_s: float | None = None,
+        is_shared: bool = False,
+    ) -> None:
+        """`auth` names the header of the key. Raise BadInput, without naming the URL's secrets, for another form of it.
+
+        `streams`: answers come in pieces, so that silence shows: before the first byte `first_byte_s` at most, then
+        `idle_s`; `timeout_s` is the end in any case. `is_shared`: it serves others too, and answers for its limits and
+        our account: what it says of them is read, and a key that it refuses is not the job's fault.
+        """
         self.url = url
         self._api_key = api_key
         self._timeout_s = timeout_s
+        self._patience = Patience(first_byte_s=first_byte_s or timeout_s, idle_s=idle_s or timeout_s)
+        self._streams = streams
+        self._is_shared = is_shared
         self._free = asyncio.Semaphore(connections)
         self._address = _address_of(url)
+        self._is_versioned = bool(_VERSION.search(self._address.prefix))
         self._headers = {"User-Agent": "stoker", "Accept-Encoding": "identity", "Content-Type": "application/json"}
         if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+            name, value = ("Authorization", f"Bearer {api_key}") if auth == "bearer" else (auth, api_key)
+            self._headers[name] = value
             if not (api_key.isascii() and api_key.isprintable()):
                 raise BadInput("the endpoint's api_key has characters that no header may have")
         self._open: Connections | None = None
@@ -87,26 +144,34 @@ class Endpoint:
         await self._connections.close()
         self._open = None
 
-    async def post(self, path: str, body: bytes, *, request_id: str) -> Reply:
+    async def post(self, path: str, body: bytes, *, request_id: str, model: str | None = None) -> Reply:
         """Send one job's body to `path` (`/v1/…`); return a success or a rejection (any other 3xx, 4xx, 5xx).
 
-        Raises Transient for a status that may pass, with the server's Retry-After; EndpointDown if the
-        connection failed; Permanent `timeout` or `response_too_large`. Cancelling it closes the
-        connection, which makes the server abort the request.
+        `model` goes out instead of the body's own. A streamed answer comes back as one that is not.
+
+        Raises Transient for a status that may pass, with the server's Retry-After (Throttled, QuotaExhausted,
+        ServerFault; a shared endpoint's Refused); EndpointDown if the connection failed, Stalled if it fell silent;
+        Permanent `timeout` or `response_too_large`. Cancelling it closes the connection, which makes the server abort
+        the request.
         """
+        streams = self._streams and path in STREAMED_PATHS
+        if streams or model is not None:
+            body = addressed(body, model=model, streams=streams)
+        patience = self._patience if streams else None
         async with self._free:
             started = time.monotonic()
-            answer = await self._ask("POST", path, body, timeout_s=self._timeout_s, request_id=request_id)
-        content = answer.body
-        if answer.status in TRANSIENT_STATUSES:
-            kind = ServerFault if answer.status >= 500 else Transient
-            raise kind(
-                f"{self.url} answered {answer.status}: {self._excerpt(content)}",
-                retry_after_s=_retry_after_s(answer),
+            answer = await self._ask(
+                "POST", path, body, timeout_s=self._timeout_s, request_id=request_id, patience=patience
             )
+        if streams and is_stream(answer):
+            answer = self._whole(answer)
+        content = answer.body
+        seen = rates_seen(answer) if self._is_shared else None
+        if answer.status >= 400:
+            self._raise_for_status(answer, seen)
         if answer.status >= 300:
             content = self._without_key(content)
-        return Reply(answer.status, content, round((time.monotonic() - started) * 1000))
+        return Reply(answer.status, content, round((time.monotonic() - started) * 1000), seen)
 
     async def is_healthy(self) -> bool:
         """Whether GET /health says 200, or /v1/models where there is no /health; False if nothing answers."""
@@ -166,10 +231,23 @@ class Endpoint:
         answer = await self._ask("GET", path, b"", timeout_s=PROBE_TIMEOUT_S, request_id="")
         return answer.status, answer.body
 
-    async def _ask(self, method: str, path: str, body: bytes, *, timeout_s: float, request_id: str) -> Answer:
+    async def _ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes,
+        *,
+        timeout_s: float,
+        request_id: str,
+        patience: Patience | None = None,
+    ) -> Answer:
         connections = self._connections
+        if self._is_versioned:
+            path = path.removeprefix("/v1")
         try:
-            return await connections.request(method, path, body, timeout_s=timeout_s, request_id=request_id)
+            return await connections.request(
+                method, path, body, timeout_s=timeout_s, request_id=request_id, patience=patience
+            )
         except TooLarge as error:
             raise Permanent(
                 f"{self.url} answered with more than {RESPONSE_LIMIT_BYTES // 1024**2} MB", code="response_too_large"
@@ -183,7 +261,30 @@ class Endpoint:
         reason = self._excerpt(str(error).encode()) or type(error).__name__
         if isinstance(error, NotHttp):
             raise Transient(f"{self.url} does not speak HTTP: {reason}") from error
+        if isinstance(error, Silent):
+            raise Stalled(f"{self.url}: {reason}") from error
         raise EndpointDown(f"{self.url}: {reason}", was_sent=not isinstance(error, ConnectFailed)) from error
+
+    def _whole(self, answer: Answer) -> Answer:
+        """The answer that a stream amounts to; raises EndpointDown if it is none."""
+        try:
+            return whole(answer)
+        except BrokenStream as error:
+            raise EndpointDown(f"{self.url}: {self._excerpt(str(error).encode())}", was_sent=True) from error
+
+    def _raise_for_status(self, answer: Answer, seen: RatesSeen | None) -> None:
+        """Raise what a status says of the server or of our account there; return if it speaks of the request."""
+        status = answer.status
+        message = f"{self.url} answered {status}: {self._excerpt(answer.body)}"
+        wish_s = retry_after_s(answer)
+        if (self._is_shared or status == 429) and is_about_quota(status, answer.body):
+            raise QuotaExhausted(message, retry_after_s=wish_s)
+        if self._is_shared and is_about_the_key(status, answer.body):
+            raise Refused(f"{message}; look at its api key", retry_after_s=wish_s)
+        if status == 429:
+            raise Throttled(message, retry_after_s=wish_s, seen=seen)
+        if status in TRANSIENT_STATUSES:
+            raise (ServerFault if status >= 500 else Transient)(message, retry_after_s=wish_s)
 
     def _excerpt(self, answer: bytes) -> str:
         text = self._without_key(answer)[: 4 * EXCERPT_CHARACTERS].decode(errors="replace")
@@ -241,29 +342,3 @@ def _fault_of(parts: SplitResult) -> str | None:
     if not host.isprintable() or " " in host or parts.port == 0:  # a port that is no number raises ValueError
         return "names no host or port that there can be"
     return None
-
-
-def _retry_after_s(answer: Answer) -> float | None:
-    """The wish in `retry-after-ms` (OpenAI, Azure) or `Retry-After` (RFC 9110: seconds or a date)."""
-    milliseconds = _seconds(answer.header("retry-after-ms"))
-    if milliseconds is not None:
-        return milliseconds / 1000
-    wish = answer.header("Retry-After")
-    seconds = _seconds(wish)
-    if seconds is not None or wish is None:
-        return seconds
-    try:
-        moment = parsedate_to_datetime(wish)
-        if moment.tzinfo is None:
-            moment = moment.replace(tzinfo=UTC)
-        return max(0.0, (moment - utc_now()).total_seconds())
-    except (ValueError, OverflowError):
-        return None
-
-
-def _seconds(text: str | None) -> float | None:
-    try:
-        number = float(text or "")
-    except ValueError:
-        return None
-    return max(0.0, number) if math.isfinite(number) else None

@@ -25,6 +25,7 @@ REASONING_PARTS = frozenset({"thinking", "reasoning"})
 def result_of(seq: int, path: str, reply: Reply) -> JobResult:
     """The result of the job `seq` that was sent to `path`; failed `invalid_response` for a 2xx of no use.
 
+    A priced endpoint's answer has its cost; a refusal costs nothing, and what one of no use costs is not known.
     `response` is always JSON that Postgres takes as text: invalid UTF-8 is replaced, escapes stay escapes.
     """
     text = reply.body.decode(errors="replace")
@@ -34,13 +35,16 @@ def result_of(seq: int, path: str, reply: Reply) -> JobResult:
         text, answer = _decode(text, _DECODERS.get(path, _ANY_DECODER))
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         return _invalid(seq, reply, f"{type(error).__name__}: {error}; it began with: {text[:200]}")
+    usage = usage_of(answer.usage)
     return JobResult(
         seq=seq,
         outcome=answer.outcome(),
         status_code=reply.status_code,
         response=text,
-        usage=usage_of(answer.usage),
+        usage=usage,
         duration_ms=reply.duration_ms,
+        engine_id=reply.engine_id,
+        cost=None if reply.prices is None else reply.prices.cost_nanos(usage),
     )
 
 
@@ -244,6 +248,7 @@ def _invalid(seq: int, reply: Reply, reason: str) -> JobResult:
         error_code="invalid_response",
         error_message=_short(f"{reply.status_code} without the expected JSON: {reason}"),
         duration_ms=reply.duration_ms,
+        engine_id=reply.engine_id,
     )
 
 
@@ -263,6 +268,8 @@ def _rejection(seq: int, reply: Reply, text: str) -> JobResult:
         error_code=code or f"http_{reply.status_code}",
         error_message=_short(message) or f"HTTP {reply.status_code}",
         duration_ms=reply.duration_ms,
+        engine_id=reply.engine_id,
+        cost=None if reply.prices is None else 0,
     )
 
 

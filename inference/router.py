@@ -18,7 +18,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from inference.bodies import BYTES_PER_TOKEN, estimated_tokens, model_of
+from inference.bodies import estimated_prompt_tokens, estimated_tokens, model_of
 from inference.endpoint import (
     EndpointDown,
     QuotaExhausted,
@@ -376,8 +376,8 @@ class Router:
         if route.spec is None:
             route.is_down = route.is_down or isinstance(error, EndpointDown)
         elif isinstance(error, Throttled):
-            wait_s = route.throttled(now, error.retry_after_s)
-            log.info("endpoint_throttled", endpoint=route.name, wait_s=round(wait_s, 2))
+            if wait_s := route.throttled(now, error.retry_after_s):
+                log.info("endpoint_throttled", endpoint=route.name, wait_s=round(wait_s, 2))
         elif isinstance(error, QuotaExhausted | Refused):
             if not route.closed_for:
                 log.error("endpoint_closed", endpoint=route.name, reason=str(error))
@@ -452,7 +452,7 @@ def _trusts(trust: Trust, route: Route) -> bool:
 def _price(route: Route, wish: _Wish) -> int:
     """What this request would cost there, for comparison: its tokens are estimated."""
     assert route.spec is not None  # noqa: S101  # priced ones are registered
-    prompt_tokens = len(wish.body) // BYTES_PER_TOKEN
+    prompt_tokens = estimated_prompt_tokens(wish.body)
     return route.spec.prices.most_nanos(prompt_tokens=prompt_tokens, output_tokens=wish.tokens - prompt_tokens)
 
 
@@ -487,4 +487,6 @@ def _unserved(wish: _Wish, *, is_external: bool) -> Permanent:
             "--trust external --budget-money N",
             code="trust_refused",
         )
-    return Permanent(f"no endpoint serves {wish.model}; `stoker endpoints list` has those that are known", code="model_not_found")
+    return Permanent(
+        f"no endpoint serves {wish.model}; `stoker endpoints list` has those that are known", code="model_not_found"
+    )

@@ -103,10 +103,13 @@ class Route:
         self.outstanding_tokens -= tokens
 
     def throttled(self, now: float, retry_after_s: float | None) -> float:
-        """It has had too many: how long it rests, by exponential backoff with full jitter, at least as it wishes."""
+        """It has had too many: how long it rests, by exponential backoff with full jitter, at least as it wishes.
+
+        0.0 where it rests already: many were under way.
+        """
         self.window.overloaded()
-        if now < self.not_before:  # one of many that were under way
-            return self.not_before - now
+        if now < self.not_before:
+            return 0.0
         self._pauses += 1
         wait_s = random.uniform(0, min(PAUSE_CAP_S, PAUSE_BASE_S * 2**self._pauses))  # noqa: S311  # jitter
         wait_s = max(wait_s, retry_after_s or 0.0)

@@ -56,7 +56,10 @@ class Usage(Base):
 
 
 class EngineDay(Base):
-    """How long an own engine stood ready on one day of UTC, how much of that it worked, and what it cost."""
+    """How long an own engine was held on one day of UTC, how much of that it worked, and what it cost.
+
+    Loading and restarts are part of it: its machine costs then too.
+    """
 
     __tablename__ = "engine_days"
 
@@ -69,6 +72,7 @@ class EngineDay(Base):
     gpu_s: Mapped[float] = mapped_column(DOUBLE_PRECISION, server_default="0")  # the GPUs' use, times seconds
     gpu_read_s: Mapped[float] = mapped_column(DOUBLE_PRECISION, server_default="0")  # with a reading of the GPUs
     cost: Mapped[int] = mapped_column(BIGINT, server_default="0")  # up_s at the price of an hour
+    counted_until: Mapped[datetime | None]  # of one that several workers share, so that its hours count once
 
 
 class MoneyBudget(Base):

@@ -26,3 +26,12 @@ class Ingest(BaseModel):
 
     wire_name: ClassVar[str] = "stoker.ingest"
     queue: ClassVar[str] = "documents"
+
+
+class AnswerSingle(BaseModel):
+    """A hint that single requests wait to be answered; losing or repeating it harms nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    wire_name: ClassVar[str] = "stoker.answer_single"
+    queue: ClassVar[str] = "express"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from runtime.children import spawn, stop
 from runtime.logs import get_logger
@@ -18,11 +18,13 @@ POLL_S = 1.0  # also the least time between two starts
 
 
 class KeptProcess(threading.Thread):
-    """Keeps one `python -m module` running. It dies with this thread, which must not be that of a request."""
+    """Keeps one `python -m module`, with its arguments, running. It dies with this thread, which must not be that of a request."""
 
-    def __init__(self, module: str, *, name: str, env: Mapping[str, str], grace_s: float) -> None:
+    def __init__(
+        self, module: str, *, name: str, env: Mapping[str, str], grace_s: float, arguments: Sequence[str] = ()
+    ) -> None:
         super().__init__(name=f"{name}-watch", daemon=True)
-        self._command = [sys.executable, "-m", module]
+        self._command = [sys.executable, "-m", module, *arguments]
         self._what = name
         self._env = dict(env)
         self._grace_s = grace_s

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 from celery import Celery, signals
 from celery.worker.consumer.consumer import Consumer as CeleryConsumer
 
-from models.messages import Ingest, RunShard
+from models.messages import AnswerSingle, Ingest, RunShard
 from runtime.logs import configure_logs
 from runtime.settings import Settings
+from tasks.express import answer_singles
 from tasks.generation import run_shard
 from worker.child import Child
+from worker.express import ExpressChild
 from worker.queues import node_queue
 from worker.shared import SharedState
-from worker.steps import DispatchStep, EngineStep, WorkerParts
+from worker.steps import DispatchStep, EngineStep, ExpressStep, WorkerParts
 
 if TYPE_CHECKING:
     from worker.reader import Reader
@@ -35,11 +37,14 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # celery has no types
         default_steps = tuple(step for step in CeleryConsumer.Blueprint.default_steps if "delayed_delivery" not in step)
 
 
-def make_app(settings: Settings) -> Celery:
-    """The app for workers and publishers. Raises BadInput if no broker is named."""
+def make_app(settings: Settings, *, shared: SharedState | None = None) -> Celery:
+    """The app for workers and publishers; `shared` is the page of the worker beside which a node is.
+
+    Raises BadInput if no broker is named.
+    """
     broker_url = settings.require_broker()
-    parts = WorkerParts(settings=settings, shared=SharedState())
-    queue = RunShard.queue if parts.has_engine else Ingest.queue
+    parts = WorkerParts(settings=settings, shared=SharedState() if shared is None else shared)
+    queue = settings.worker.node  # each node has one, of its name
     app = Celery("stoker", broker=broker_url, set_as_current=True)
     app.conf.update(
         task_serializer="json",
@@ -68,6 +73,7 @@ def make_app(settings: Settings) -> Celery:
 def _wire(app: Celery, parts: WorkerParts) -> None:
     """Attach the task, the process signals and the bootsteps."""
     child: list[Child] = []
+    express: list[ExpressChild] = []
     reader: list[Reader] = []
 
     @app.task(name=RunShard.wire_name, shared=False)  # type: ignore[untyped-decorator]
@@ -80,16 +86,22 @@ def _wire(app: Celery, parts: WorkerParts) -> None:
 
         read_documents(reader[0].context, reader[0].runner, Ingest.model_validate(message))
 
+    @app.task(name=AnswerSingle.wire_name, shared=False)  # type: ignore[untyped-decorator]
+    def _answer_singles(**message: Any) -> None:
+        answer_singles(express[0].answering, express[0].loop, AnswerSingle.model_validate(message))
+
     def start_child(**_: Any) -> None:
         if parts.has_engine:
             child.append(Child(parts))
+        elif parts.settings.worker.node == "express":
+            express.append(ExpressChild(parts))
         else:
             from worker.reader import Reader  # noqa: PLC0415
 
             reader.append(Reader(parts))
 
     def end_child(**_: Any) -> None:
-        for held in (child, reader):
+        for held in (child, express, reader):
             while held:
                 held.pop().close()
 
@@ -103,5 +115,5 @@ def _wire(app: Celery, parts: WorkerParts) -> None:
     signals.worker_process_shutdown.connect(end_child, weak=False)
     signals.worker_shutting_down.connect(lambda **_: parts.shared.start_draining(), weak=False)
     signals.worker_shutdown.connect(lambda **_: parts.end(), weak=False)
-    app.steps["worker"].update({EngineStep, DispatchStep})
+    app.steps["worker"].update({EngineStep, DispatchStep, ExpressStep})
     app.stoker_parts = parts

@@ -23,8 +23,8 @@ from store.database import Database
 from store.endpoint_limits import EndpointLimits
 from store.recent import RecentAnswers
 from store.step_states import StepStates
-from worker.registered import RegisteredEndpoints
 from worker.library import recipes_of, retrieval_of
+from worker.registered import RegisteredEndpoints
 from worker.semantic import semantic_cache, vector_parts
 from worker.steps import WorkerParts
 

@@ -14,7 +14,7 @@ from kombu import Connection, Producer, Queue
 from kombu.exceptions import OperationalError
 from kombu.transport import pyamqp
 
-from models.messages import Ingest, RunShard
+from models.messages import AnswerSingle, Ingest, RunShard
 from runtime.errors import ServiceUnreachable
 from runtime.settings import without_secrets
 
@@ -83,7 +83,7 @@ class HintPublisher:
     def __init__(self, app: Celery, *, delivery_limit: int) -> None:
         self._app = app
         self._queues = {
-            name: node_queue(name, delivery_limit=delivery_limit) for name in (RunShard.queue, Ingest.queue)
+            name: node_queue(name, delivery_limit=delivery_limit) for name in (RunShard.queue, Ingest.queue, AnswerSingle.queue)
         } | {DEAD_QUEUE: dead_queue()}
         self._address = without_secrets(app.conf.broker_url)
         self._connection: Connection | None = None
@@ -102,6 +102,13 @@ class HintPublisher:
         with self._channel() as connection, connection.Producer(serializer="json") as producer:
             for _ in range(missing):
                 self._send(producer, Ingest(), name="ingest")
+
+    def call_express(self) -> None:
+        """Let a hint wait for who answers single requests, if there is none: what was put before it is seen."""
+        if self.ready_count(AnswerSingle.queue):
+            return
+        with self._channel() as connection, connection.Producer(serializer="json") as producer:
+            self._send(producer, AnswerSingle(), name="single")
 
     def ready_count(self, queue: str = RunShard.queue) -> int:
         """Hints in a queue that are delivered to no worker."""
@@ -143,7 +150,7 @@ class HintPublisher:
                 self._rests_until = time.monotonic() + BACKOFF_S
             raise ServiceUnreachable(self._failure) from error
 
-    def _send(self, producer: Producer, hint: RunShard | Ingest, *, name: str) -> None:
+    def _send(self, producer: Producer, hint: RunShard | Ingest | AnswerSingle, *, name: str) -> None:
         message = self._app.amqp.create_task_message(
             f"{name}-{secrets.token_hex(4)}", hint.wire_name, kwargs=hint.model_dump(), ignore_result=True
         )

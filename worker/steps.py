@@ -12,6 +12,7 @@ import math
 import os
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from runtime.kept_process import KeptProcess
 from runtime.logs import get_logger
 from runtime.settings import Settings, environment_of
 from store.presence import ANNOUNCE_S, PresenceBoard, WorkerPresence
+from worker.engine_hours import EngineHours
 from worker.shared import SharedState
 
 log = get_logger(__name__)
@@ -48,6 +50,7 @@ class WorkerParts:
         self.engine: EngineSupervisor | None = None
         self.dispatcher: KeptProcess | None = None
         self.presence: PresenceThread | None = None
+        self.hours: EngineHours | None = None
         self._owner = 0
 
     @property
@@ -97,6 +100,10 @@ class WorkerParts:
         """Requests that one child keeps in flight: together twice what the engine computes at once."""
         return self.settings.worker.in_flight or math.ceil(2 * self.engine_slots / self.children)
 
+    def readings(self) -> EngineReadings:
+        """What its own engine said last; of one that it did not start nothing is known."""
+        return self.engine.readings if self.engine is not None else EngineReadings(None, None, None)
+
     @property
     def log_file(self) -> Path:
         """Where the engine's output goes."""
@@ -112,6 +119,8 @@ class WorkerParts:
             return
         if self.presence is not None:
             self.presence.stop()
+        if self.hours is not None:
+            self.hours.stop()
         if self.dispatcher is not None:
             self.dispatcher.stop()
         if self.engine is not None:
@@ -142,7 +151,7 @@ class EngineStep(StartStopStep):  # type: ignore[misc]  # celery has no types
         parts.presence.start()
 
     def _started(self, parts: WorkerParts) -> EngineIdentity:
-        plan = parts.plan()
+        plan, began_at = parts.plan(), time.monotonic()
         if plan is not None:
             if plan.warning:
                 log.warning("checkpoint_16_bit", advice=plan.warning)
@@ -157,7 +166,18 @@ class EngineStep(StartStopStep):  # type: ignore[misc]  # celery has no types
             )
             parts.engine.start()
         identity = identify_endpoint(parts.engine_url, plan=plan, settings=parts.settings)
-        parts.shared.set_engine_id(register(parts.settings, identity))
+        engine_id = register(parts.settings, identity)
+        parts.shared.set_engine_id(engine_id)
+        parts.hours = EngineHours(
+            parts.settings.require_postgres(),
+            engine_id=engine_id,
+            slots=parts.engine_slots,
+            hour_price=parts.settings.engine.hour_price,
+            is_shared=plan is None,
+            read=parts.readings,
+            began_at=began_at,
+        )
+        parts.hours.start()
         return identity
 
     def terminate(self, worker: Any) -> None:
@@ -210,8 +230,7 @@ class PresenceThread(threading.Thread):
         self.join()
 
     def _presence(self) -> WorkerPresence:
-        engine = self._parts.engine
-        readings = engine.readings if engine else EngineReadings(None, None, None)
+        engine, readings = self._parts.engine, self._parts.readings()
         return WorkerPresence(
             name=self._name_in_redis,
             node=self._parts.settings.worker.node,

@@ -32,6 +32,7 @@ def upgrade() -> None:
     sa.Column('gpu_s', sa.DOUBLE_PRECISION(), server_default='0', nullable=False),
     sa.Column('gpu_read_s', sa.DOUBLE_PRECISION(), server_default='0', nullable=False),
     sa.Column('cost', sa.BIGINT(), server_default='0', nullable=False),
+    sa.Column('counted_until', sa.DateTime(timezone=True), nullable=True),
     sa.PrimaryKeyConstraint('engine_id', 'day', name=op.f('pk_engine_days'))
     )
     op.create_table('usage',

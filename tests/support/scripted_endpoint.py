@@ -14,6 +14,12 @@ double brackets anywhere in a prompt change the answer to it:
     [[hang]] [[drop connection]] [[drop mid-body]]   no answer, or half of one
     [[huge]] [[die]]              a body said to be 1 TB; the end of the server
     [[plain floats]] [[swap]]     embeddings: base64 ignored; vectors in reverse order, with their indices
+    [[quota]]                     429 insufficient_quota, as OpenAI says that an account is spent
+    [[stall 5]] [[cut stream]] [[error-event 503]]   in the middle of a stream (`"stream": true`): seconds of silence,
+                                  its end without [DONE], an error
+
+Over --requests-per-minute or --tokens-per-minute (true tokens; a second's worth may come at once) it answers 429 with
+Retry-After, retry-after-ms and OpenAI's x-ratelimit headers; --fail-share 0.2 of requests get 500 by a seeded chance.
 """
 
 from __future__ import annotations
@@ -26,6 +32,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -34,7 +41,7 @@ import msgspec
 import uvloop
 from aiohttp import web
 
-from tests.support.scripted_server import Script
+from tests.support.scripted_server import Script, add_options
 
 START_TIMEOUT_S = 20.0
 
@@ -53,7 +60,13 @@ class ScriptedEndpoint:
         latency_sigma: float = 0.0,
         slots: int | None = None,
         api_key: str | None = None,
+        auth_header: str = "Authorization",
         without_health: bool = False,
+        models: Sequence[str] = (),
+        requests_per_minute: float = 0,
+        tokens_per_minute: float = 0,
+        fail_share: float = 0.0,
+        seed: int = 0,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="scripted-")
         self._port_file = Path(self._folder.name) / "port"
@@ -62,6 +75,9 @@ class ScriptedEndpoint:
         self._flags += ["--latency-s", str(latency_s), "--latency-sigma", str(latency_sigma)]
         self._flags += ["--slots", str(slots or 0), "--exit-with", str(os.getpid())]
         self._flags += ["--api-key", api_key] if api_key else []
+        self._flags += ["--auth-header", auth_header, "--models", ",".join(models), "--seed", str(seed)]
+        self._flags += ["--requests-per-minute", str(requests_per_minute)]
+        self._flags += ["--tokens-per-minute", str(tokens_per_minute), "--fail-share", str(fail_share)]
         self._flags += ["--without-health"] if without_health else []
         self.port = 0
 
@@ -115,6 +131,10 @@ class ScriptedEndpoint:
         """From now on treat prompts that contain `match` as if they held these orders; "" ends it."""
         self._ask("/_script", {"match": match, "orders": orders})
 
+    def set(self, **options: float) -> None:
+        """From now on: latency_s, latency_sigma, fail_share, requests_per_minute, tokens_per_minute."""
+        self._ask("/_options", options)
+
     def set_health(self, ok: bool) -> None:
         """What /health says from now on."""
         self._ask("/_health", {"ok": ok})
@@ -129,6 +149,8 @@ class ScriptedEndpoint:
 class Calls(msgspec.Struct, frozen=True):
     """`count` requests came; `prompts` says how often each text did, `paths` how often each path.
 
+    Those that a limit or a wrong key kept out are in `statuses` only, which has how many got which ("499": the client
+    went away). `repeats`: answers to a prompt that had been answered before. `tokens`: all that were generated.
     From the first arrival to the last, moments of time.monotonic(), slots were taken for `slot_seconds` in all.
     """
 
@@ -140,6 +162,9 @@ class Calls(msgspec.Struct, frozen=True):
     first_at: float = 0.0
     last_at: float = 0.0
     slot_seconds: float = 0.0
+    statuses: dict[str, int] = {}
+    repeats: int = 0
+    tokens: int = 0
 
 
 async def _serve_forever(options: argparse.Namespace) -> None:
@@ -163,11 +188,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--port-file", type=Path, help="the port is written here once it listens")
     parser.add_argument("--socket", help="a unix socket to listen on as well")
-    parser.add_argument("--latency-s", type=float, default=0.0, help="service time; the median with a sigma")
-    parser.add_argument("--latency-sigma", type=float, default=0.0, help="lognormal, drawn from the prompt")
-    parser.add_argument("--slots", type=int, default=0, help="requests served at once; 0: all")
-    parser.add_argument("--api-key")
-    parser.add_argument("--without-health", action="store_true", help="as servers that have no /health")
+    add_options(parser)
     parser.add_argument("--exit-with", type=int, metavar="PID", help="end when this parent has ended")
     uvloop.run(_serve_forever(parser.parse_args()))
 

@@ -19,7 +19,7 @@ from typing import Any
 import uvloop
 from aiohttp import web
 
-from tests.support.scripted_server import Script
+from tests.support.scripted_server import Script, add_options
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -73,8 +73,7 @@ def main() -> None:
     parser.add_argument("-m", dest="module")
     parser.add_argument("--uds", required=True)
     parser.add_argument("--journal", type=Path, required=True)
-    parser.add_argument("--latency-s", type=float, default=0.0)
-    parser.set_defaults(latency_sigma=0.0, slots=0, api_key=None, without_health=False)
+    add_options(parser)
     uvloop.run(_serve_forever(parser.parse_known_args()[0]))
 
 

@@ -1,0 +1,122 @@
+"""The express node: `python -m worker.express NAME PAGE`, which a generation worker keeps beside itself.
+
+A Celery node of its own queue, for single requests, on its worker's engine. PAGE is the file of what the two share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+
+import msgspec
+import uvloop
+
+from inference.endpoint import Endpoint, Reply
+from inference.router import Router
+from inference.routes import Route
+from pipeline.express import Answering, ExpressContext
+from runtime.children import die_with_parent
+from runtime.settings import load_settings
+from store.database import Database
+from store.endpoint_limits import EndpointLimits
+from store.express import ExpressQueue
+from worker.registered import RegisteredEndpoints
+from worker.shared import SharedState
+from worker.steps import WorkerParts
+
+PRIORITY = -1  # vLLM computes the lowest first; a batch's jobs have 0
+
+
+class ExpressChild:
+    """What the node's one child owns: a loop in a thread of its own, which answers while tasks come and go."""
+
+    def __init__(self, parts: WorkerParts) -> None:
+        die_with_parent()
+        settings, shared = parts.settings, parts.shared
+        self._grace_s = settings.worker.grace_s
+        self.loop = uvloop.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="express", daemon=True)
+        self._thread.start()
+        self._database = Database(settings.require_postgres(), pool_size=1, by_key=True)
+        self._queue = ExpressQueue(settings.require_redis())
+        self._limits = EndpointLimits(settings.require_redis())
+        kind = Prioritised if shared.is_prioritised() else Endpoint
+        self._endpoints: list[Endpoint] = []
+
+        def engine(url: str | None, api_key: str | None, kind: type[Endpoint]) -> Route | None:
+            if not url:
+                return None
+            slots, timeout_s = parts.engine_slots, settings.limits.request_timeout_s
+            endpoint = kind(url, api_key=api_key, timeout_s=timeout_s, connections=slots)
+            self._endpoints.append(endpoint)
+            return Route(endpoint, places=slots)
+
+        router = Router(
+            engine=engine(parts.engine_url, settings.engine.api_key, kind),
+            embedder=engine(settings.embeddings.url, settings.embeddings.api_key, Endpoint),
+            limits=self._limits,
+        )
+        self._registered = RegisteredEndpoints(self._database, settings, router)
+        self.answering = Answering(
+            ExpressContext(
+                queue=self._queue,
+                router=router,
+                seen=shared.saw_single,
+                engine_id=shared.engine_id,
+                refresh=self._registered.refresh,
+            )
+        )
+        asyncio.run_coroutine_threadsafe(self._open(), self.loop).result()
+
+    async def _open(self) -> None:
+        for endpoint in self._endpoints:
+            await endpoint.__aenter__()
+        await self.answering.begin()
+
+    async def _close(self) -> None:
+        await self.answering.end(grace_s=self._grace_s)
+        for endpoint in self._endpoints:
+            await endpoint.__aexit__(None, None, None)
+        await self._registered.close()
+        await self._limits.close()
+        await self._queue.close()
+
+    def close(self) -> None:
+        """Answer what runs, within the grace, give the rest back, and close every connection."""
+        asyncio.run_coroutine_threadsafe(self._close(), self.loop).result()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+        self._database.close()
+
+
+class Prioritised(Endpoint):
+    """An engine that computes first what says so, and these requests do."""
+
+    async def post(self, path: str, body: bytes, *, request_id: str, model: str | None = None) -> Reply:
+        """Send it with its priority, unless it states one."""
+        return await super().post(path, prioritised(body), request_id=request_id, model=model)
+
+
+def prioritised(body: bytes) -> bytes:
+    """A body before those of batches."""
+    fields = _FIELDS.decode(body)
+    fields.setdefault("priority", _PRIORITY)
+    return msgspec.json.encode(fields)
+
+
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_PRIORITY = msgspec.Raw(str(PRIORITY).encode())
+
+
+def main() -> None:
+    """Run the node until SIGTERM."""
+    from worker.celery_app import make_app  # noqa: PLC0415  # it knows this module
+
+    name, page = sys.argv[1:]
+    make_app(load_settings(), shared=SharedState.at(page)).worker_main(["worker", "-n", name])
+
+
+if __name__ == "__main__":
+    main()
