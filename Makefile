@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 include engines.mk
 
 .PHONY: help demo up cache documents test test-engine chaos check format env-example compose-env \
-	bench bench-submit bench-gateway bench-tables bench-pipeline bench-growth bench-dispatch bench-order bench-refill bench-end-to-end bench-front-end bench-cache nginx rabbitmq chromium
+	bench bench-submit bench-gateway bench-tables bench-pipeline bench-growth bench-dispatch bench-order bench-break-even bench-refill bench-end-to-end bench-front-end bench-cache nginx rabbitmq chromium
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -91,6 +91,9 @@ bench-dispatch: .venv/.dev ## the dispatch leader at 10,000 to 1,000,000 shards,
 
 bench-order: .venv/.dev rabbitmq engine-vllm checkpoint ## the order of jobs on vLLM: prefix reuse, long and short outputs first
 	@python -m benchmarks.order
+
+bench-break-even: .venv/.dev rabbitmq engine-vllm checkpoint ## a batch on a real engine beside what a managed API asks: `stoker cost`
+	@python -m benchmarks.break_even
 
 bench-refill: .venv/.dev rabbitmq ## starvation and tail of scripted engines, one of them with 2,048 slots
 	@python -m benchmarks.refill

@@ -16,7 +16,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api import batches, files, inspection, models, page
+from api import batches, express, files, inspection, models, page
 from api.errors import ApiError, not_found
 from api.gateway import Gateway
 from runtime.errors import NotFound, ServiceUnreachable
@@ -46,10 +46,13 @@ def create_app(gateway: Gateway) -> FastAPI:
     """The application with its parts. No documentation page: those load scripts from elsewhere."""
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         # A thread more than there are connections would only wait for one.
         current_default_thread_limiter().total_tokens = gateway.settings.gateway.pool_size
-        yield
+        counter = express.counter_of(gateway)
+        yield {"counter": counter}
+        if counter is not None:
+            await counter.desk.close()
 
     app = FastAPI(
         lifespan=lifespan,
@@ -62,7 +65,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.gateway = gateway
-    for router in (files.router, batches.router, models.router, inspection.router, page.page_router()):
+    for router in (files.router, batches.router, express.router, models.router, inspection.router, page.page_router()):
         app.include_router(router, max_body_size=gateway.settings.gateway.request_bytes)
     app.get("/healthz", include_in_schema=False)(_healthz)
     app.add_exception_handler(ApiError, _answer)

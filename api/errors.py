@@ -48,7 +48,9 @@ _MEANINGS: Final = {
     422: "The Idempotency-Key was used for another request.",
     429: "Too many requests of this key; `Retry-After` says when to come again.",
     500: "A defect of ours.",
+    502: "The engine's answer was of no use.",
     503: "A service is away; the request may be sent again.",
+    504: "There was no answer in time.",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -28,6 +28,8 @@ class Gateway:
     limits: RateLimits
     board: PresenceBoard
     upload_slots: UploadSlots
+    invite: Callable[[], None] | None = None
+    """Lets the express node know that single requests wait, without waiting itself; None where no broker is named."""
     estimates: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager

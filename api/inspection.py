@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Final
 from uuid import UUID
 
 from fastapi import APIRouter, Path, Query, Request
 
 from api.auth import Admin, KeyedRoute, Reader
+from api.cost_objects import CostReportObject
 from api.errors import refusals
 from api.gateway import gateway_of
 from api.inspected import (
@@ -31,10 +33,15 @@ from api.inspected import (
     job_list,
     worker_object,
 )
-from api.objects import BatchId
+from api.objects import BATCH_ID, BatchId
 from api.remembered import Remembered
 from models.names import batch_hex
+from models.states import Scope
+from pipeline.cost_figures import figures_of as cost_figures
+from pipeline.costs import Group, cost_report
+from pipeline.ledger import ledger_of_batch, ledger_since
 from pipeline.namespace_figures import bounds_of, certificates, figures_of
+from runtime.clock import utc_now
 from store.batches import batch_progress
 from store.budgets import budgets_of, budgets_of_batch
 from store.cache_reports import namespace_reports
@@ -48,6 +55,7 @@ if TYPE_CHECKING:
 router = APIRouter(prefix="/v1/stoker", tags=["stoker"], route_class=KeyedRoute)
 
 MOST_LISTED: Final = 200
+MOST_DAYS: Final = 3_650
 MOST_LINES: Final = 2_147_483_647
 _LOOKED_THROUGH: Final = Remembered[LookedThrough](most=256)
 
@@ -144,6 +152,26 @@ def list_budgets(request: Request, principal: Reader) -> All[BudgetObject]:
     """The budgets of the tenant's keys in their running periods, and of its batches that have not ended."""
     with gateway_of(request).database.transaction() as session:
         return All(data=[budget_object(one) for one in budgets_of(session, principal.tenant)])
+
+
+@router.get("/costs", responses=refusals(400, 404))
+def report_costs(
+    request: Request,
+    principal: Reader,
+    by: Annotated[Group, Query(description="what the lines are of")] = Group.BATCH,
+    days: Annotated[int, Query(ge=1, le=MOST_DAYS, description="of UTC, today counted in")] = 30,
+    batch_id: Annotated[str | None, Query(pattern=BATCH_ID, description="of this batch, whenever it ran")] = None,
+) -> CostReportObject:
+    """What the tenant's work took and cost, and which is the cheaper way at this load."""
+    gateway = gateway_of(request)
+    with gateway.database.transaction() as session:
+        if batch_id is not None:
+            ledger = ledger_of_batch(session, batch_progress(session, _read(batch_id), tenant=principal.tenant).id)
+        else:
+            since = (utc_now() - timedelta(days=days - 1)).date()
+            ledger = ledger_since(session, since, tenant=principal.tenant)
+    report = cost_report(ledger, by=by, cost=gateway.settings.cost, shows_use=Scope.ADMIN in principal.scopes)
+    return CostReportObject(**cost_figures(report))
 
 
 @router.get("/deliveries", responses=refusals())

@@ -10,9 +10,16 @@ from pydantic import BaseModel
 from api.auth import KeyedRoute, Reader
 from api.errors import refusals
 from api.gateway import gateway_of
+from models.states import Trust
 from pipeline.serving import live_workers, served_models
 
 router = APIRouter(prefix="/v1/models", tags=["models"], route_class=KeyedRoute)
+
+
+class ModelExtras(BaseModel):
+    """`trust`: what a batch that names the model must have; external where only external endpoints serve it."""
+
+    trust: Trust
 
 
 class ModelObject(BaseModel):
@@ -22,6 +29,7 @@ class ModelObject(BaseModel):
     object: Literal["model"] = "model"
     created: int = 0
     owned_by: Literal["stoker"] = "stoker"
+    stoker: ModelExtras
 
 
 class ModelList(BaseModel):
@@ -34,5 +42,8 @@ class ModelList(BaseModel):
 @router.get("", responses=refusals(400))
 def list_models(request: Request, principal: Reader) -> ModelList:
     """The models that every live worker serves; none while no worker is live."""
-    served = served_models(live_workers(gateway_of(request).board)) or frozenset()
-    return ModelList(data=[ModelObject(id=name) for name in sorted(served)])
+    served = served_models(live_workers(gateway_of(request).board))
+    trusts = {} if served is None else served.trusts()
+    return ModelList(
+        data=[ModelObject(id=name, stoker=ModelExtras(trust=trust)) for name, trust in sorted(trusts.items())]
+    )

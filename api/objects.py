@@ -8,9 +8,11 @@ from typing import Annotated, Any, Final, Generic, Literal, TypeVar
 from fastapi import Path
 from pydantic import BaseModel, Field
 
+from api.cost_objects import Money
 from models.file_names import made_filename, made_name
 from models.names import batch_name
 from models.states import BatchState, CacheMode, Ending, JobOrder, Part, Priority, Purpose
+from pipeline.cost_figures import money
 from pipeline.made_files import MadeFile
 from store.batches import BatchProgress
 from store.files import FileEntry
@@ -136,6 +138,7 @@ class BatchExtras(BaseModel):
     jobs: Jobs
     tokens: Tokens
     budget_tokens: int | None
+    cost: Money | None = Field(description="what priced endpoints asked so far; null where none was asked")
     webhook: str | None
 
 
@@ -307,5 +310,6 @@ def _extras(progress: BatchProgress, asked: dict[str, Any]) -> BatchExtras:
             saved=progress.saved_tokens,
         ),
         budget_tokens=asked.get("budget_tokens"),
+        cost=None if not progress.cost else Money(amount=money(progress.cost), currency=progress.currency or ""),
         webhook=(asked.get("webhook") or {}).get("url"),
     )

@@ -21,6 +21,7 @@ from store.blobs import Blobs
 from store.database import Database
 from store.presence import PresenceBoard
 from store.rate_limits import RateLimits
+from worker.inviting import Inviter
 
 log = get_logger(__name__)
 
@@ -37,6 +38,11 @@ def open_gateway(settings: Settings, stack: ExitStack) -> Gateway:
     limits = RateLimits(settings.require_redis(), wrong_keys_per_minute=settings.gateway.wrong_keys_per_minute)
     stack.callback(board.close)
     stack.callback(limits.close)
+    inviter = None
+    if settings.broker.url is not None:
+        inviter = Inviter(settings)
+        inviter.start()
+        stack.callback(inviter.stop)
     return Gateway(
         settings=settings,
         database=database,
@@ -44,6 +50,7 @@ def open_gateway(settings: Settings, stack: ExitStack) -> Gateway:
         limits=limits,
         board=board,
         upload_slots=UploadSlots(settings.gateway),
+        invite=None if inviter is None else inviter.invite,
     )
 
 

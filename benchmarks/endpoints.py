@@ -142,7 +142,6 @@ def with_endpoints(settings: Settings, file: Path, servers: dict[str, ScriptedEn
     return settings.model_copy(
         update={
             "engine": settings.engine.model_copy(update={"kind": "none", "url": None}),
-            "worker": settings.worker.model_copy(update={"children": 2}),
             "endpoints": settings.endpoints.model_copy(update={"file": file}),
         }
     )
@@ -152,12 +151,11 @@ def _run(settings: Settings, file: Path, servers: dict[str, ScriptedEndpoint]) -
     database = Database(settings.require_postgres())
     try:
         with dying(servers["dying"]) as deaths:
-            began = time.monotonic()
             batch_id = stored(database, file, as_submitted(settings, is_fresh=True))
             time.sleep(LEARNED_AFTER_S)
             early = servers["limited"].calls()
             progress = ended(database, batch_id, poll_s=POLL_S)
-            seconds = time.monotonic() - began
+            ended_at = time.monotonic()
         late = servers["limited"].calls()
         with database.transaction() as session:
             answered = session.execute(
@@ -169,11 +167,11 @@ def _run(settings: Settings, file: Path, servers: dict[str, ScriptedEndpoint]) -
     finally:
         database.close()
     return {
-        "seconds": round(seconds, 1),
+        "seconds": round(ended_at - early.first_at, 1),
         "failed": progress.failed,
         "shares": {name: round(count / progress.total, 4) for name, count in answered},
-        "throttled": round(_throttled(late) / late.count, 4),
-        "throttled_after_learning": round((_throttled(late) - _throttled(early)) / (late.count - early.count), 4),
+        "throttled": round(_throttled(late) / max(1, late.count), 4),
+        "throttled_after_learning": round((_throttled(late) - _throttled(early)) / max(1, late.count - early.count), 4),
         "deaths": len(deaths),
     }
 

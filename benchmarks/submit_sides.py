@@ -28,11 +28,12 @@ def submit(database: str, file: Path, *, order: str = "prefix") -> float:
     """Seconds of one `submit_file`."""
     from models.lines import SubmitOptions  # noqa: PLC0415  # the bare children must not load it
     from models.states import JobOrder  # noqa: PLC0415
+    from pipeline.serving import ServedModels  # noqa: PLC0415
     from pipeline.submit import Wishes, submit_file  # noqa: PLC0415
     from runtime.settings import Settings  # noqa: PLC0415
     from store.database import Database  # noqa: PLC0415
 
-    options, served = SubmitOptions(max_output_tokens=256), frozenset({"smollm2-135m"})
+    options, served = SubmitOptions(max_output_tokens=256), ServedModels(frozenset({"smollm2-135m"}))
     connections, settings, wishes = Database(database), Settings(), Wishes(order=JobOrder(order))
     start = time.perf_counter()
     submit_file(connections, file, options=options, settings=settings, served_models=served, reuse=True, wishes=wishes)

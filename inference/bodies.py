@@ -82,9 +82,9 @@ class _Bounds(msgspec.Struct):
     max_output_tokens: int | None = None
     n: int | None = None
     best_of: int | None = None
-    prompt: msgspec.Raw | None = None
-    input: msgspec.Raw | None = None
-    messages: msgspec.Raw | None = None
+    prompt: msgspec.Raw = msgspec.Raw()
+    input: msgspec.Raw = msgspec.Raw()
+    messages: msgspec.Raw = msgspec.Raw()
 
 
 _MODEL: Final = msgspec.json.Decoder(_Named)
@@ -99,16 +99,16 @@ def _output_tokens(body: bytes) -> int:
         bounds = _BOUNDS.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return OUTPUT_TOKENS
-    if bounds.input is not None and bounds.messages is None and bounds.max_output_tokens is None:
+    if len(bounds.input) and not len(bounds.messages) and bounds.max_output_tokens is None:
         return 0
     most = bounds.max_completion_tokens or bounds.max_tokens or bounds.max_output_tokens or OUTPUT_TOKENS
     answers = max(bounds.n or 1, bounds.best_of or 1, 1)
     return max(most, 0) * answers * _prompts_in(bounds.prompt)
 
 
-def _prompts_in(prompt: msgspec.Raw | None) -> int:
+def _prompts_in(prompt: msgspec.Raw) -> int:
     """How many texts a completion is asked for at once."""
-    if prompt is None or not bytes(memoryview(prompt)[:1]).startswith(b"["):
+    if bytes(memoryview(prompt)[:1]) != b"[":
         return 1
     try:
         return max(len(_PROMPTS.decode(prompt)), 1)

@@ -34,16 +34,17 @@ MOST: Final = 256
 THRESHOLD: Final = 0.25  # see above
 FOLLOWS: Final = 0.5  # while doubling: the throughput follows
 RUNS_AWAY: Final = 0.75  # of a settled size, twice in a row: so far below the knee that doubling begins again
-STANDS: Final = 0.1  # between a size and its half: the knee may be far below, and the half of the half is tried
+STANDS: Final = 0.15  # between a size and its half: the knee may be far below, and the half of the half is tried
 LEAST_COUNT, MOST_COUNT = 16, 1024  # completions of an epoch that does not ask for more for its size
-EPOCH_SIZES: Final = 2  # an epoch is at least so many completions for each that may be under way
+EPOCH_SIZES: Final = 1  # an epoch is at least so many completions for each that may be under way
 # A throughput of n completions is known to sqrt(spread / n), by the theorem of renewals with rewards. While doubling,
 # 0 and 1 are to be told apart (an error of 0.25 in e); then e is to be known to 0.12 in one look.
-COUNT_DOUBLING, COUNT_SETTLED = 64, 160  # completions for a spread of 1
+COUNT_DOUBLING, COUNT_SETTLED = 64, 200  # completions for a spread of 1
 FULL: Final = 0.75  # the share of its size that must have been under way for an epoch to say anything
 CUT: Final = 0.7  # on overload; the multiplicative decrease of CUBIC (RFC 9438)
-HOLD_LEAST, HOLD_MOST = 2, 16  # epochs between two looks at the base; more of them while nothing changes
+HOLD_LEAST, HOLD_MOST = 2, 32  # epochs between two looks at the base; more of them while nothing changes
 STEP_SHARE: Final = 8  # the additive increase is an eighth of the size, at small ones 1
+IMPOSSIBLE: Final = 1.25  # times as much as in proportion to the size: a throughput does not grow so
 FAR: Final = math.log(1.4)  # a wish so far from the smoothed one is of another world, and taken as it is
 NEWEST_SHARE: Final = 1 / 3  # of a new wish in the smoothed one
 MOVED: Final = math.log(1.25)  # a change of the throughput that is worth a look at the base before its time
@@ -72,7 +73,7 @@ class _Epoch:
     product: float = 0.0
 
     def spread(self) -> float:
-        """The variance of (tokens ÷ their mean − seconds ÷ their mean): what makes a throughput uncertain.
+        """The variance of (tokens ÷ their mean - seconds ÷ their mean): what makes a throughput uncertain.
 
         Where long answers take long, and nothing else does, it is 0, however different they are.
         """
@@ -113,7 +114,8 @@ class Window:
         self._judged_rate = 0.0
         self._ran_away = False
         self._wish: float | None = None  # the logarithm of the size that it should be, smoothed
-        self._spread = 0.0
+        self.spread = 0.0
+        """How uncertain the throughput of one completion is, as the square of a share."""
         self._to_forgive = 0
         self._epoch = self._new_epoch(skip=0)
 
@@ -140,7 +142,7 @@ class Window:
             self._to_forgive -= 1
             return
         before = self._to_forgive = self.size
-        self._settle(self.settled * CUT)
+        self._settle(self.size * CUT)
         self._hold = HOLD_LEAST
         self._elasticity = None
         self._epoch = self._new_epoch(skip=before)
@@ -149,7 +151,9 @@ class Window:
         elapsed_s = self._clock() - epoch.opened_at
         before = self.size
         if elapsed_s > 0 and epoch.tokens > 0:  # a clock may stand still
-            self._spread = max(epoch.spread(), 0.8 * self._spread)
+            if self.phase is not Phase.HOLDING:  # there the wait, in which nothing varies, would hide it
+                spread = epoch.spread()
+                self.spread = max(spread, (3 * self.spread + spread) / 4)
             is_full = epoch.seconds / elapsed_s >= FULL * self.size  # by Little's law the mean number under way
             if is_full:
                 self._judge(_Measured(self.size, epoch.tokens, elapsed_s))
@@ -168,7 +172,8 @@ class Window:
     def _doubled(self, now: _Measured) -> None:
         elasticity = 1.0 if self._before is None else _elasticity(self._before, now)
         if elasticity < FOLLOWS:
-            self._settle(self.size * 2 ** (elasticity - THRESHOLD))
+            # Where nothing is gained the knee is below the half, which was fine: the middle of what is possible.
+            self._settle(self.size * 2 ** (elasticity - THRESHOLD if elasticity >= STANDS else -0.5))
         elif self.size >= self.most:
             self._settle(self.size)
         else:
@@ -184,6 +189,8 @@ class Window:
         has_moved = self._judged_rate > 0 and _differ(self._judged_rate, now.rate) > MOVED
         if self._epochs < (HOLD_LEAST if has_moved else self._hold):
             return
+        if has_moved:
+            self._forget()
         if self.settled == 1:
             self._double(now)
             return
@@ -194,6 +201,10 @@ class Window:
         high = self._before
         assert high is not None  # noqa: S101  # `_probe` sets it
         elasticity = _elasticity(low, high)
+        if high.rate / low.rate > IMPOSSIBLE * high.size / low.size:  # it has changed meanwhile
+            self._forget()
+            self._settle(self.settled)
+            return
         if elasticity < STANDS and low.size > 1:  # the knee may be far below
             self._probe(low)
             return
@@ -212,7 +223,7 @@ class Window:
         """See what half of a size gives, which gives this much."""
         self.phase = Phase.PROBING
         self._before = high
-        self.size = max(1, round(high.size / 2))
+        self.size = max(1, high.size // 2)
 
     def _double(self, now: _Measured) -> None:
         """Double a size, which gives this much."""
@@ -236,7 +247,7 @@ class Window:
 
         A whole number of rounds, so that requests which take equally long, and end together, are counted rightly.
         """
-        wished = self._spread * (COUNT_DOUBLING if self.phase is Phase.DOUBLING else COUNT_SETTLED)
+        wished = self.spread * (COUNT_DOUBLING if self.phase is Phase.DOUBLING else COUNT_SETTLED)
         least = max(EPOCH_SIZES * self.size, min(MOST_COUNT, max(LEAST_COUNT, wished)))
         return _Epoch(skip, need=self.size * math.ceil(least / self.size), opened_at=self._clock())
 

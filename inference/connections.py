@@ -22,6 +22,8 @@ NEXT_ADDRESS_S = 0.25  # until a host's next address is tried too (RFC 8305, sec
 # Below the 5 s after which uvicorn, vLLM's server, closes an idle connection: else a request may go out on
 # a connection that is being closed, and look like a dead server.
 KEEPALIVE_S = 4.0
+# llama.cpp closes the connection after an answer in pieces, though it says keep-alive (measured: within milliseconds).
+SETTLED_S = 0.2
 HEAD_LIMIT_BYTES = 64 * 1024
 STREAM_END = b"\ndata: [DONE]"  # no JSON has a bare line feed inside a text
 ONE_WRITE_BYTES = 64 * 1024  # a larger body is not copied behind its head
@@ -94,6 +96,7 @@ class Connections:
         host = host if address.port in (0, 443 if address.tls else 80) else f"{host}:{address.port}"
         self._head = _head_of({"Host": host, **headers})
         self._idle: deque[_Connection] = deque()
+        self._keeps_after_streams = False
         self._tls = ssl.create_default_context() if address.tls else None
 
     async def request(
@@ -150,8 +153,17 @@ class Connections:
             self._idle.popleft().abort()
 
     def _kept(self) -> _Connection | None:
-        """The one that was used last, so that those beyond the need grow old."""
+        """The one that was used last, so that those beyond the need grow old.
+
+        After an answer in pieces none is used again before one has been seen to stay open.
+        """
+        while self._idle and not self._idle[0].is_open:
+            self._idle.popleft().abort()
+        if self._idle and self._idle[0].has_outlived_a_stream:
+            self._keeps_after_streams = True
         while self._idle:
+            if self._idle[-1].is_fresh and self._idle[-1].has_streamed and not self._keeps_after_streams:
+                return None
             connection = self._idle.pop()
             if connection.is_fresh:
                 return connection
@@ -201,6 +213,7 @@ class _Connection(asyncio.Protocol):
     def __init__(self, loop: asyncio.AbstractEventLoop, body_limit_bytes: int) -> None:
         self.loop = loop
         self.is_reusable = True
+        self.has_streamed = False
         self._body_limit_bytes = body_limit_bytes
         self._parser = HttpResponseParser(self)
         self._idle_since = 0.0
@@ -227,10 +240,16 @@ class _Connection(asyncio.Protocol):
         """Whether another request may go out on it now, after it rested."""
         return self.is_open and self.loop.time() - self._idle_since < KEEPALIVE_S
 
+    @property
+    def has_outlived_a_stream(self) -> bool:
+        """Whether it is open a while after an answer in pieces."""
+        return self.has_streamed and self.is_open and self.loop.time() - self._idle_since >= SETTLED_S
+
     def ask(self, head: bytes, body: bytes) -> asyncio.Future[Answer]:
         """Send a request; the future has its whole answer, or why there is none."""
         answer: asyncio.Future[Answer] = self.loop.create_future()
         self._begin(answer)
+        self.has_streamed = False
         if len(body) < ONE_WRITE_BYTES:
             self._transport.write(head + body)
         else:
@@ -241,6 +260,7 @@ class _Connection(asyncio.Protocol):
     def watch(self, patience: Patience) -> None:
         """From now on, until `unwatch`, silence ends the exchange."""
         self._patience = patience
+        self.has_streamed = True
         self._heard_at = self.loop.time()
         self._watch = self.loop.call_later(patience.first_byte_s, self._look)
 

@@ -15,8 +15,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from inference.adapters import adapter_digests, adapter_flags
 from inference.checkpoints import alias_of, digest_of, is_packed, quantization_of, quantized_sibling
 from runtime.errors import BadInput
 from runtime.settings import EngineSettings, made
@@ -24,6 +25,7 @@ from runtime.settings import EngineSettings, made
 CHECKPOINTS = Path(".checkpoints")
 DEFAULT_FOLDER = "smollm2-135m-w8a8"
 _OUR_VARIABLES = ("STOKER_", "POSTGRES_", "RABBITMQ_", "REDIS_")
+_KEY_VARIABLES = ("_API_KEY", "_API_TOKEN")
 _SECRET_FLAG = re.compile(r"(--\S*(?:key|token|password)(?!s)\S*?)(=|\s+)\S+")
 DEFAULT_GGUF = "smollm2-135m-gguf/*.gguf"
 VLLM_SERVER = "vllm.entrypoints.launchers.api_server.entry"  # has one front end, whatever --api-server-count says
@@ -32,6 +34,7 @@ VLLM_COMMAND = "vllm.entrypoints.cli.main"
 # Compiling costs 90 s more at each start for about a tenth of the speed; the default KV block of 128 tokens
 # on a CPU would never reuse a shorter prefix.
 CPU_FLAGS = ["--enforce-eager", "--block-size", "32"]
+Policy = Literal["fcfs", "priority"]
 LLAMACPP_SLOTS = 4  # on two cores 4 to 32 are alike in tokens/s, and each slot computes a shared prefix for itself
 
 
@@ -48,10 +51,14 @@ class EnginePlan:
     slots: int
     """Sequences it computes at once."""
     warning: str | None = None
+    policy: Policy = "fcfs"
+    """Which request it computes next: the one that came first, or the one whose `priority` is the least."""
 
 
-def plan_engine(settings: EngineSettings, *, socket: Path) -> EnginePlan | None:
+def plan_engine(settings: EngineSettings, *, socket: Path, policy: Policy = "fcfs") -> EnginePlan | None:
     """The engine that these settings ask for, to listen on `socket`; None if one is named that already runs.
+
+    llama.cpp has no `policy` but to take what came first.
 
     Raises BadInput when the checkpoint or the engine's environment is missing, with the command that makes it.
     """
@@ -64,7 +71,7 @@ def plan_engine(settings: EngineSettings, *, socket: Path) -> EnginePlan | None:
     alias = settings.alias or alias_of(checkpoint)
     if kind == "llamacpp":
         return _llamacpp(settings, checkpoint, alias=alias, socket=socket)
-    return _vllm(settings, checkpoint, alias=alias, socket=socket)
+    return _vllm(settings, checkpoint, alias=alias, socket=socket, policy=policy)
 
 
 def _default_checkpoint(settings: EngineSettings) -> Path:
@@ -85,6 +92,10 @@ def _kind(settings: EngineSettings, checkpoint: Path) -> str:
 
 
 def _llamacpp(settings: EngineSettings, checkpoint: Path, *, alias: str, socket: Path) -> EnginePlan:
+    if settings.adapters:
+        raise BadInput(
+            f"STOKER_ENGINE__ADAPTERS: llama.cpp takes none here; name a Hugging Face folder, not {checkpoint}"
+        )
     slots = min(settings.max_num_seqs, LLAMACPP_SLOTS)
     flags = [
         "--alias",
@@ -110,7 +121,7 @@ def _llamacpp(settings: EngineSettings, checkpoint: Path, *, alias: str, socket:
     return EnginePlan("llamacpp", command, _environment(), f"unix://{socket}", alias, description, slots)
 
 
-def _vllm(settings: EngineSettings, checkpoint: Path, *, alias: str, socket: Path) -> EnginePlan:
+def _vllm(settings: EngineSettings, checkpoint: Path, *, alias: str, socket: Path, policy: Policy) -> EnginePlan:
     if not settings.vllm_python.exists():
         raise BadInput(
             f"vLLM's environment is missing: no {settings.vllm_python}; run `make engine-vllm`, "
@@ -133,7 +144,9 @@ def _vllm(settings: EngineSettings, checkpoint: Path, *, alias: str, socket: Pat
         "--enable-prefix-caching",
         "--enable-prompt-tokens-details",
         "--disable-uvicorn-access-log",
+        *(["--scheduling-policy", policy] if policy != "fcfs" else []),
         *(["--api-server-count", str(settings.api_servers)] if is_gpu else CPU_FLAGS),
+        *adapter_flags(settings.adapters, alias=alias),
         *shlex.split(settings.args),
     ]
     server = (VLLM_COMMAND, "serve", str(checkpoint)) if is_gpu else (VLLM_SERVER, "--model", str(checkpoint))
@@ -145,6 +158,8 @@ def _vllm(settings: EngineSettings, checkpoint: Path, *, alias: str, socket: Pat
         # `auto` leaves one of two cores idle: 340 instead of 430 to 590 tokens/s
         env.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
     description = _description("vllm", flags, checkpoint, alias=alias, quantization=quantization)
+    if settings.adapters:
+        description["adapters"] = adapter_digests(settings.adapters)
     return EnginePlan(
         "vllm",
         command,
@@ -154,12 +169,17 @@ def _vllm(settings: EngineSettings, checkpoint: Path, *, alias: str, socket: Pat
         description,
         settings.max_num_seqs,
         warning=_sixteen_bit_warning(checkpoint, takes_packed=takes_packed) if quantization is None else None,
+        policy=policy,
     )
 
 
 def _environment() -> dict[str, str]:
-    """Ours without what only we need: an engine may run code that came with a checkpoint."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(_OUR_VARIABLES)}
+    """Ours without what only we need, keys of providers too: an engine may run code that came with a checkpoint."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(_OUR_VARIABLES) and not name.endswith(_KEY_VARIABLES)
+    }
 
 
 def _packed_fault(checkpoint: Path) -> str:

@@ -25,6 +25,7 @@ from inference.endpoint import (
     Refused,
     Reply,
     ServerFault,
+    Stalled,
     Throttled,
 )
 from inference.replies import usage_of
@@ -117,6 +118,7 @@ class Router:
         self._limits = limits
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_at = 0.0
 
     @property
     def routes(self) -> Sequence[Route]:
@@ -384,7 +386,8 @@ class Router:
             route.close(now, str(error), error.retry_after_s)
         elif isinstance(error, Transient):
             route.failed(now, error.retry_after_s)
-            route.window.overloaded()
+            if isinstance(error, Stalled) or error.retry_after_s is not None:  # a plain 500 is no sign of load
+                route.window.overloaded()
             log.info("endpoint_failed", endpoint=route.name, reason=str(error))
 
     async def _learn(self, route: Route, seen: RatesSeen | None, *, throttled: bool) -> None:
@@ -419,12 +422,13 @@ class Router:
         moments = [moment for route in routes if (moment := route.ready_at(now)) is not None]
         if not moments:
             return
-        loop = asyncio.get_running_loop()
-        at = loop.time() + min(moments) - now
-        if self._alarm is None or self._alarm.cancelled() or not loop.time() < self._alarm.when() <= at:
-            if self._alarm is not None:
-                self._alarm.cancel()
-            self._alarm = loop.call_at(at, self._wake)
+        at = min(moments)
+        if self._alarm is not None and now < self._alarm_at <= at:
+            return
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm_at = at
+        self._alarm = asyncio.get_running_loop().call_later(at - now, self._wake)
 
 
 class _WithUsage(msgspec.Struct):

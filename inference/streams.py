@@ -50,9 +50,12 @@ def whole(answer: Answer) -> Answer:
     some of the answer, and is not of the request, is one too.
     """
     try:
-        stream = _read(answer.body)
-    except (AttributeError, TypeError) as error:  # a list where an object belongs, and the like
+        return _whole(answer, _read(answer.body))
+    except (AttributeError, TypeError, RecursionError) as error:  # a list where an object belongs, and the like
         raise BrokenStream(f"the stream's pieces have no form that is known: {error}") from error
+
+
+def _whole(answer: Answer, stream: _Stream) -> Answer:
     if stream.error:
         return _failed(answer, stream)
     if not stream.choices:
@@ -173,9 +176,10 @@ class _Choice:
         for name in _LISTS_BY_INDEX:
             if isinstance(message.get(name), dict):
                 message[name] = [call for _, call in sorted(message[name].items())]
+        role, parts = message.pop("role", "assistant"), message.pop("content", None)
         is_null = not text and (not self._texts or message.get("tool_calls"))  # pieces begin with "" where it is null
-        own = {"role": message.pop("role", "assistant"), "content": None if is_null else text}
-        return {"index": index, "message": {**own, **message}, **rest}
+        content = parts or (None if is_null else text)  # some servers send lists of parts instead of text
+        return {"index": index, "message": {"role": role, "content": content, **message}, **rest}
 
 
 @dataclass(slots=True)

@@ -24,7 +24,7 @@ from models.line_problems import (
     settings_problem,
 )
 from models.line_settings import LineSettings
-from models.states import CacheMode
+from models.states import CacheMode, Trust
 from runtime.errors import BadInput, Problem
 
 BYTES_PER_TOKEN = 4  # English text in byte-pair vocabularies; JSON's own characters make it a high estimate
@@ -41,6 +41,7 @@ class SubmitOptions(BaseModel):
     `sets` replaces fields of the body whether present or not, `model` the model; `max_output_tokens` is the
     most that one completion may generate: a larger wish, or none, becomes this. `settings` are fields of a line's own
     `stoker` for the lines that do not state them. `validate_answers`: each is held to the JSON schema of its request.
+    `trust`: where their prompts may go.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +52,7 @@ class SubmitOptions(BaseModel):
     cache: CacheMode = CacheMode.EXACT
     settings: dict[str, Any] = Field(default_factory=dict)
     validate_answers: bool = False
+    trust: Trust = Trust.OWN
 
 
 @dataclass(frozen=True)

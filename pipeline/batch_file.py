@@ -21,6 +21,7 @@ from pipeline.duplicates import LOW_BITS, SETTLE_LINES, DigestBuckets, duplicate
 from pipeline.forms import check_form
 from pipeline.recipes import recipe_problem
 from pipeline.semantic_lines import template_problem
+from pipeline.serving import EXTERNAL_REMEDY, ServedModels
 from runtime.errors import BadInput, InvalidFile, Problem
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -48,7 +49,7 @@ class BatchFile:
         file: BufferedReader,
         *,
         rules: LineRules,
-        served_models: frozenset[str] | None,
+        served_models: ServedModels | None,
         on_progress: Progress | None,
         endpoint: str | None = None,
     ) -> None:
@@ -57,7 +58,8 @@ class BatchFile:
         self._has_line = False
         self._file = file
         self._rules = rules
-        self._served_models = served_models
+        self._models = served_models
+        self._allowed = None if served_models is None else served_models.allowed(rules.options.trust)
         self._on_progress = on_progress
         self._stat = os.fstat(file.fileno())
         self._problems: list[Problem] = []
@@ -77,7 +79,7 @@ class BatchFile:
 
     def __iter__(self) -> Iterator[ParsedLine]:
         with DigestBuckets() as digests:
-            [keep], rules, served = digests.appends, self._rules, self._served_models
+            [keep], rules, served = digests.appends, self._rules, self._allowed
             for number, raw in self._raw_lines():
                 line = parse_line(raw, number, rules=rules, endpoint=self.endpoint)
                 if isinstance(line, Problem):
@@ -181,16 +183,17 @@ class BatchFile:
             yield self._not_served(model, first, lines=lines)
 
     def _not_served(self, model: str, number: int, *, lines: int) -> Problem:
-        served = ", ".join(sorted(self._served_models or ())) or "none"
-        return Problem(
-            number,
-            "model_not_found",
-            "body.model",
-            (
-                f'is "{model[:SHOWN_CHARACTERS]}", not served ({lines:,} line{"s" if lines > 1 else ""}); '
-                f"served: {served}; name one of these in the lines, or submit with --model NAME"
-            ),
-        )
+        count = f"{lines:,} line{'s' if lines > 1 else ''}"
+        called = f'is "{model[:SHOWN_CHARACTERS]}"'
+        if self._models is not None and model in self._models.external:
+            told = f"{called}, served by external endpoints only ({count}); {EXTERNAL_REMEDY}"
+        else:
+            served = ", ".join(sorted(self._allowed or ())) or "none"
+            told = (
+                f"{called}, not served ({count}); served: {served}; name one of these in the lines, "
+                "or submit with --model NAME"
+            )
+        return Problem(number, "model_not_found", "body.model", told)
 
 
 class SkippingBatchFile(BatchFile):
@@ -205,7 +208,7 @@ class SkippingBatchFile(BatchFile):
         file: BufferedReader,
         *,
         rules: LineRules,
-        served_models: frozenset[str] | None,
+        served_models: ServedModels | None,
         on_progress: Progress | None,
         on_skipped: Callable[[Problem], None],
     ) -> None:
@@ -248,7 +251,7 @@ class SkippingBatchFile(BatchFile):
 
     def _parsed_lines(self, lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, ParsedLine | Problem]]:
         """Every line with its number, good or bad by itself; the first good one states the endpoint."""
-        served = self._served_models
+        served = self._allowed
         for number, raw in lines:
             line = parse_line(raw, number, rules=self._rules, endpoint=self.endpoint)
             if isinstance(line, ParsedLine):

@@ -6,6 +6,7 @@ A key is read where it is needed and goes nowhere else: it is in no row, message
 from __future__ import annotations
 
 import os
+import re
 import stat
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -28,6 +29,13 @@ log = get_logger(__name__)
 
 KIND: Final = "endpoint"  # of their rows among the engines
 LONGEST_KEY_BYTES: Final = 16 * 1024
+KEY_REMEDY: Final = (
+    "put it into an environment variable or a file of the worker, and name that one: --key-env NAME or --key-file PATH "
+    "(key_env, key_file)"
+)
+_KEYS_THEMSELVES: Final = frozenset({"key", "api_key", "token", "secret", "password"})
+# How the keys of well-known providers begin, as far as a variable's name could look so: gsk_, hf_, sk_, xai_, AIza…
+_LIKE_A_KEY: Final = re.compile(r"(gsk|hf|sk|xai|pplx|nvapi|r8|fw)_[A-Za-z0-9_]{16,}$|AIza[A-Za-z0-9_]{16,}$")
 # What of a specification says who answered and what that costs; limits and weights may change without a new row.
 _LASTING: Final = frozenset({"name", "url", "models", "serves", "trust", "prices", "hour_price"})
 
@@ -89,6 +97,8 @@ def endpoints_in(file: Path | None) -> list[KnownEndpoint]:
 
 def read_endpoint(fields: Mapping[str, Any], *, place: str) -> EndpointSpec:
     """The endpoint that these fields state. Raises BadInput naming `place`, field and remedy, never a value."""
+    if stated := sorted(_KEYS_THEMSELVES & set(fields)):
+        raise BadInput(f"{place}: {stated[0]}: a key is never stated itself; {KEY_REMEDY}")
     try:
         spec = EndpointSpec.model_validate(fields)
     except ValidationError as error:
@@ -97,6 +107,8 @@ def read_endpoint(fields: Mapping[str, Any], *, place: str) -> EndpointSpec:
         Endpoint(spec.url, api_key=None, timeout_s=1.0, connections=1)
     except BadInput as error:
         raise BadInput(f"{place}: url: {error}") from error
+    if spec.key_env is not None and _LIKE_A_KEY.match(spec.key_env):
+        raise BadInput(f"{place}: key_env: this looks like a key itself, not like a variable's name; {KEY_REMEDY}")
     return spec
 
 

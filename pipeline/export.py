@@ -14,8 +14,11 @@ from uuid import UUID
 
 import msgspec
 
+from models.money import plain
 from models.names import batch_name, request_name
 from models.states import Outcome
+from pipeline.cost_figures import endpoint_figures
+from pipeline.ledger import ledger_of_batch
 from store.batches import BatchProgress, batch_progress
 from store.database import Database
 from store.results import ResultRow, engines_of, result_pages
@@ -74,14 +77,18 @@ def line(batch_id: UUID, row: ResultRow) -> bytes:
         error = _json({"code": row.error_code, "message": row.error_message})
     return (
         f'{{"id":"{name}","custom_id":{_json(row.custom_id)},"response":{response},"error":{error},'
-        f'"stoker":{{"outcome":"{row.outcome.value}","source":"{row.source}"{_origin(row)}{_usage(row)}{_members(row)}}}}}\n'
+        f'"stoker":{{"outcome":"{row.outcome.value}","source":"{row.source}"{_origin(row)}{_usage(row)}{_cost(row)}{_members(row)}}}}}\n'
     ).encode()
 
 
 def manifest(database: Database, progress: BatchProgress) -> dict[str, Any]:
-    """What made these results: input, settings, every engine with version, flags and checkpoint digest, counts."""
+    """What made these results: input, settings, every engine with version, flags and checkpoint digest, counts.
+
+    `endpoints`: what each engine and endpoint did, and what those ask that bill tokens.
+    """
     with database.transaction() as session:
         engines = engines_of(session, progress.id)
+        costs = endpoint_figures(ledger_of_batch(session, progress.id))
     return {
         "batch": batch_name(progress.id),
         "state": progress.state.value,
@@ -104,6 +111,7 @@ def manifest(database: Database, progress: BatchProgress) -> dict[str, Any]:
             "cached": progress.cached_tokens,
             "reasoning": progress.reasoning_tokens,
         },
+        "endpoints": costs,
         "times": {
             name: moment.isoformat() if moment else None
             for name, moment in (
@@ -141,6 +149,14 @@ def _usage(row: ResultRow) -> str:
     if told or not row.prompt_tokens + row.completion_tokens:
         return ""
     return f',"usage":{{"prompt_tokens":{row.prompt_tokens},"completion_tokens":{row.completion_tokens}}}'
+
+
+def _cost(row: ResultRow) -> str:
+    """Which registered endpoint did the job, and what that asks for it."""
+    endpoint = "" if row.endpoint is None else f',"endpoint":{_json(row.endpoint)}'
+    if row.cost is None or row.endpoint is None:
+        return endpoint
+    return f'{endpoint},"cost":{{"amount":{plain(row.cost)},"currency":{_json(row.currency)}}}'
 
 
 def _members(row: ResultRow) -> str:

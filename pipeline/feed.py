@@ -271,6 +271,7 @@ class _Feeder:
 
     async def _run_alone(self, attempt: Attempt, suspects: list[Job]) -> None:
         """Run suspects once no other shard is on their engine, or in their worker."""
+
         async def engine_is_up() -> bool:
             while not attempt.is_stopped:
                 alone = await self._read(lambda s: is_alone(s, attempt.claim))

@@ -23,15 +23,22 @@ class EngineIdentity:
     models: list[str]
     description: Mapping[str, Any]
 
+    @property
+    def is_engine(self) -> bool:
+        """Whether there is one at all."""
+        return bool(self.description)
+
 
 def identify_endpoint(url: str, *, plan: EnginePlan | None, settings: Settings) -> EngineIdentity:
-    """Ask the engine for its version and models; raises ServiceUnreachable naming its URL if it does not answer."""
-    try:
-        version, models = asyncio.run(_ask(url, settings.engine.api_key))
-        if settings.embeddings.url is not None:
-            models += asyncio.run(_ask(settings.embeddings.url, settings.embeddings.api_key))[1]
-    except StokerError as error:
-        raise ServiceUnreachable(f"the engine at {url} does not answer: {error}; check STOKER_ENGINE__URL") from error
+    """Ask the engine for its version and models; raises ServiceUnreachable naming its URL if it does not answer.
+
+    An empty `url` is that of a worker without an engine.
+    """
+    version, models = _asked(url, settings.engine.api_key, "STOKER_ENGINE__URL") if url else (None, [])
+    if settings.embeddings.url is not None:
+        models += _asked(settings.embeddings.url, settings.embeddings.api_key, "STOKER_EMBEDDINGS__URL")[1]
+    if not url:
+        return EngineIdentity("no engine", models, {})
     described = dict(plan.description) if plan else {"kind": "external", "url": url}
     version = described.get("version") or version
     label = f"{described['kind']} {version or 'of unknown version'}"
@@ -46,6 +53,13 @@ def register(settings: Settings, identity: EngineIdentity) -> int:
             return register_engine(session, dict(identity.description))
     finally:
         database.close()
+
+
+def _asked(url: str, api_key: str | None, setting: str) -> tuple[str | None, list[str]]:
+    try:
+        return asyncio.run(_ask(url, api_key))
+    except StokerError as error:
+        raise ServiceUnreachable(f"the engine at {url} does not answer: {error}; check {setting}") from error
 
 
 async def _ask(url: str, api_key: str | None) -> tuple[str | None, list[str]]:

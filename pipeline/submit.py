@@ -32,6 +32,7 @@ from pipeline.cutting import ShardCutter, cut_ordered
 from pipeline.duplicates import LOW_BITS, DigestBuckets
 from pipeline.prefixes import WINDOW_JOBS, PrefixTree
 from pipeline.semantic_lines import SemanticLines
+from pipeline.serving import ServedModels
 from runtime.clock import uuid7
 from runtime.errors import InvalidFile, Problem
 from runtime.settings import Settings, ShardSettings
@@ -77,7 +78,7 @@ def submit_file(
     *,
     options: SubmitOptions,
     settings: Settings,
-    served_models: frozenset[str] | None,
+    served_models: ServedModels | None,
     reuse: bool,
     on_progress: Progress | None = None,
     on_skipped: Callable[[Problem], None] | None = None,
@@ -140,7 +141,7 @@ def fill_held(
     *,
     options: SubmitOptions,
     settings: Settings,
-    served_models: frozenset[str] | None,
+    served_models: ServedModels | None,
     order: JobOrder,
     go_on: Callable[[], None],
 ) -> Filled:
@@ -183,7 +184,7 @@ def dry_run(
     *,
     options: SubmitOptions,
     settings: Settings,
-    served_models: frozenset[str] | None,
+    served_models: ServedModels | None,
     on_progress: Progress | None = None,
     on_skipped: Callable[[Problem], None] | None = None,
 ) -> FileEstimate:
@@ -214,7 +215,7 @@ def _source(
     file: BufferedReader,
     options: SubmitOptions,
     settings: Settings,
-    served_models: frozenset[str] | None,
+    served_models: ServedModels | None,
     on_progress: Progress | None,
     on_skipped: Callable[[Problem], None] | None,
     *,

@@ -225,7 +225,8 @@ class _Begin:
 
     def lines(self, *, sample: int = 0, folder: Path | None = None) -> AbstractContextManager[Lines]:
         """The source's lines, for a while."""
-        terms = Terms(self._settings, self.database, self._how, self._served, sample, folder)
+        served = None if self._served is None else self._served.allowed(self._options.trust)
+        terms = Terms(self._settings, self.database, self._how, served, sample, folder)
         return self._source.lines(terms)
 
     def batch(

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from models.money import plain, shown
 from models.names import batch_name
 from models.states import Priority
 from runtime.clock import utc_now
@@ -68,6 +69,15 @@ _NUMBERS = frozenset(
         "empty",
         "tokens in",
         "tokens out",
+        "cached",
+        "billed",
+        "own engines",
+        "a managed API",
+        "cost",
+        "hours",
+        "with a request",
+        "slots used",
+        "GPU used",
         "shards",
         "ready",
         "waiting",
@@ -190,6 +200,8 @@ def summary(progress: BatchProgress) -> dict[str, Any]:
         "from_cache": progress.served,
         "tokens_saved": progress.saved_tokens,
         "lookups_lost": progress.unlooked,
+        "cost": float(plain(progress.cost)),
+        "currency": progress.currency if progress.cost else None,
         "seconds": round(seconds, 2),
         "tokens_per_s": round(progress.completion_tokens / seconds, 1) if seconds else 0.0,
         "input": progress.input_name,
@@ -213,6 +225,8 @@ def print_summary(progress: BatchProgress, *, places: Sequence[tuple[str, str]] 
         table.add_row("from the cache", f"{progress.served:,} answers, {progress.saved_tokens:,} tokens saved")
     if progress.unlooked:
         table.add_row("lookups lost", f"{progress.unlooked:,}, as the semantic cache was away: see `stoker doctor`")
+    if progress.cost:
+        table.add_row("cost", f"{shown(progress.cost, progress.currency or '')}, asked by priced endpoints")
     table.add_row("tokens/s", f"{figures['tokens_per_s']:,}")
     table.add_row("seconds", str(figures["seconds"]))
     for name, place in places:

@@ -67,6 +67,9 @@ class BatchProgress:
     skipped: int
     retry_of: UUID | None
     followers: int
+    cost: int
+    """What priced endpoints asked so far, in nanos."""
+    currency: str | None
 
     @property
     def succeeded(self) -> int:
@@ -100,7 +103,9 @@ SELECT b.id, b.state, b.ending, b.priority, b.paused_reason, b.endpoint, b.input
     b.created_at, b.in_progress_at, b.expires_at, b.cancelling_at, b.finalizing_at, b.ended_at, b.input_file_id,
     b.request, b.problems, b.total,
     {", ".join(f"coalesce(CAST(b.sums ->> '{name}' AS int8), CAST(sum({sum_}) AS int8), 0)" for name, sum_ in _SUMS)},
-    count(*) FILTER (WHERE s.state = 'running'), b.weight, b.skipped, b.retry_of, b.followers
+    count(*) FILTER (WHERE s.state = 'running'), b.weight, b.skipped, b.retry_of, b.followers, (
+        SELECT json_build_array(sum(u.cost), coalesce(max(e.description ->> 'currency'), 'USD'))
+        FROM usage u JOIN engines e ON e.id = u.engine_id WHERE u.batch_id = b.id AND u.cost > 0)
 FROM batches b LEFT JOIN shards s ON s.batch_id = b.id AND b.sums IS NULL
 WHERE b.tenant = :tenant AND b.deleted_at IS NULL AND {{condition}}
 GROUP BY b.id ORDER BY b.id DESC LIMIT :limit
@@ -371,5 +376,6 @@ def _requeue_missing(session: Session, batch_id: UUID) -> int:
 
 
 def _progress(row: Row[Any]) -> BatchProgress:
-    identifier, state, ending, priority, *rest = tuple(row)
+    identifier, state, ending, priority, *rest, (cost, currency) = tuple(row)
+    rest += [int(cost or 0), currency]
     return BatchProgress(identifier, BatchState(state), Ending(ending) if ending else None, Priority(priority), *rest)

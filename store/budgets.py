@@ -139,6 +139,63 @@ def lock_again(session: Session, claim: Claim, budget_ids: Sequence[int]) -> lis
     return [HeldBudget(id_, key_id, BudgetPeriod(period), *rest) for id_, key_id, period, *rest in rows]
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """The budgets that tokens were taken of; or, if one was `short`, that one, and nothing was taken."""
+
+    budget_ids: tuple[int, ...] = ()
+    short: HeldBudget | None = None
+
+
+def take_of_key(session: Session, key_id: str, tokens: int) -> Taken:
+    """Spend so much of all budgets that a key has now, for a request that is in no batch; its new periods are begun.
+
+    Not repeatable: after an ambiguous COMMIT it may be spent twice.
+    """
+    caps = session.execute(
+        text("""
+        SELECT 1 FROM api_keys WHERE id = :key AND coalesce(day_tokens, month_tokens) IS NOT NULL FOR SHARE"""),
+        {"key": key_id},
+    ).one_or_none()
+    if caps is None:
+        return Taken()
+    session.execute(
+        text(f"""
+        INSERT INTO budgets (key_id, period, began_at, cap)
+        SELECT k.id, p.period, p.began_at, p.cap FROM api_keys k {_PERIODS}
+        WHERE k.id = :key AND p.cap IS NOT NULL AND NOT EXISTS (SELECT FROM budgets u WHERE {_ROW_OF_PERIOD})
+        ORDER BY p.period ON CONFLICT DO NOTHING"""),
+        {"key": key_id},
+    )
+    rows = session.execute(
+        text(f"""
+        SELECT u.id, u.key_id, u.period, u.cap, u.spent, u.reserved FROM api_keys k {_PERIODS}
+        JOIN budgets u ON {_ROW_OF_PERIOD}
+        WHERE k.id = :key AND p.cap IS NOT NULL ORDER BY u.id FOR NO KEY UPDATE OF u"""),
+        {"key": key_id},
+    ).all()
+    budgets = [HeldBudget(id_, key, BudgetPeriod(period), *rest, own=0) for id_, key, period, *rest in rows]
+    least = min(budgets, key=lambda budget: budget.free)
+    if least.free < tokens:
+        return Taken(short=least)
+    ids = tuple(budget.id for budget in budgets)
+    give_back(session, ids, -tokens)
+    return Taken(ids)
+
+
+def give_back(session: Session, budget_ids: Sequence[int], tokens: int) -> None:
+    """So much less is spent than was taken of these; below zero, more."""
+    session.execute(
+        text("""
+        WITH held AS (
+            SELECT id FROM budgets WHERE id = ANY(CAST(:ids AS int8[])) ORDER BY id FOR NO KEY UPDATE)
+        UPDATE budgets u SET spent = greatest(0, u.spent - :tokens),
+            waits_until = CASE WHEN :tokens <= 0 THEN u.waits_until END
+        FROM held WHERE u.id = held.id"""),
+        {"ids": list(budget_ids), "tokens": tokens},
+    )
+
+
 def settle(session: Session, claim: Claim, budget_ids: Sequence[int], *, reserved: int, spent: int) -> None:
     """Reserve so much in each of these budgets from now on, all in all, for this attempt, and charge what was spent.
 

@@ -2,7 +2,7 @@
 
 Requests a minute and tokens a minute are token buckets that hold half a second's worth, so that a provider which counts
 strictly sees no burst; requests at once are leases. They are learned downwards, from 429s and from what answers'
-headers say. Without Redis all may go, with a warning once a minute: the endpoint itself says no, which the router hears.
+headers say. Without Redis all may go, with a warning once a minute: the endpoint still says no, and the router hears.
 """
 
 from __future__ import annotations

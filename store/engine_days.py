@@ -8,8 +8,9 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 # Of an engine that several workers share: the part of a stretch that none of them has counted. Else all of it.
-_NEW = """coalesce(least(1, greatest(0,
-        extract(epoch FROM excluded.counted_until - d.counted_until) / nullif(excluded.up_s, 0))), 1)"""
+_NEW = """(CASE WHEN excluded.counted_until > d.counted_until AND excluded.up_s > 0
+        THEN least(1, extract(epoch FROM excluded.counted_until - d.counted_until) / excluded.up_s)
+        WHEN excluded.counted_until <= d.counted_until THEN 0 ELSE 1 END)"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,11 @@ class WorkerPresence(BaseModel):
     node: str = "generation"
     children: int
     models: list[str]
+    """What its own engine and endpoints serve."""
+    external_models: list[str] = []
+    """What external endpoints serve through it."""
+    endpoints: list[str] = []
+    """The registered endpoints that it can use, by name."""
     engine: str
     healthy: bool
     running: int | None = None

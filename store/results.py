@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -22,7 +22,8 @@ GAP_ROWS = 20_000
 class ResultRow:
     """One finished job as the result file shows it; `response` is JSON text, `leader` the custom_id that it follows.
 
-    `stoker` is a JSON object whose members belong into the line's.
+    `stoker` is a JSON object whose members belong into the line's. `cost` is in nanos of `currency`, where `endpoint`,
+    the name of the one that answered, bills tokens; a worker's own engine has no name.
     """
 
     seq: int
@@ -40,7 +41,11 @@ class ResultRow:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     duration_ms: int = 0
+    cost: int | None = None
+    engine_id: int | None = None
     leader: str | None = None
+    endpoint: str | None = None
+    currency: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +194,7 @@ def _page(session: Session, batch_id: UUID, *, first: int) -> list[ResultRow]:
         text("""
         SELECT r.seq, j.custom_id, r.outcome, r.source, r.status_code, r.response, r.error_code, r.error_message,
             r.cache_entry_id, r.similarity, r.namespace_id, r.stoker, r.prompt_tokens, r.completion_tokens,
-            r.duration_ms
+            r.duration_ms, r.cost, r.engine_id
         FROM results r CROSS JOIN LATERAL (
             SELECT custom_id FROM jobs WHERE batch_id = :id AND seq = r.seq OFFSET 0) AS j
         WHERE r.batch_id = :id AND r.seq >= :first AND r.seq < :end ORDER BY r.seq"""),
@@ -199,7 +204,28 @@ def _page(session: Session, batch_id: UUID, *, first: int) -> list[ResultRow]:
     if followers := [row.seq for row in page if row.source == Source.DUPLICATE]:
         leaders = _leaders(session, batch_id, followers)
         page = [replace(row, leader=leaders.get(row.seq)) for row in page]
+    engines = {row.engine_id for row in page if row.engine_id is not None}
+    if names := _endpoints(session, engines) if engines else {}:
+        page = [_named(row, names) for row in page]
     return page
+
+
+def _endpoints(session: Session, engines: Collection[int]) -> dict[int | None, tuple[str, str]]:
+    """(name, currency) of those of the engines that are registered endpoints."""
+    rows = session.execute(
+        text("""
+        SELECT id, description ->> 'name', coalesce(description ->> 'currency', 'USD') FROM engines
+        WHERE id = ANY(CAST(:ids AS int4[])) AND description ->> 'kind' = 'endpoint'"""),
+        {"ids": sorted(engines)},
+    )
+    return {identifier: (name, currency) for identifier, name, currency in rows}
+
+
+def _named(row: ResultRow, names: Mapping[int | None, tuple[str, str]]) -> ResultRow:
+    if row.source != Source.ENGINE or row.engine_id not in names:
+        return row
+    name, currency = names[row.engine_id]
+    return replace(row, endpoint=name, currency=currency)
 
 
 def _leaders(session: Session, batch_id: UUID, seqs: list[int]) -> dict[int, str]:

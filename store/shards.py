@@ -19,9 +19,10 @@ from sqlalchemy import Row, TextClause, text
 from sqlalchemy.orm import Session
 
 from models.jobs import Affixes, Job, JobResult
-from models.states import CacheMode
+from models.states import CacheMode, Trust
 from store.arrays import Int4s, Int8s
 from store.budgets import BUDGETED, release
+from store.money import PAID
 from store.notifications import wake_dispatch
 from store.usage import slot_of
 from store.written import columns_of, write_of
@@ -48,7 +49,7 @@ class Claim:
     A `quarantined` one holds suspects, which run with nothing else on their engine. `crashes` are its attempts in a
     row that died with their worker. `followers`: jobs of its batch take the results of others, which a write must know.
     `budgeted`: what its jobs take is counted, and must be reserved before it is asked for. `validates`: answers are
-    held to the schema that their request states.
+    held to the schema that their request states. `trust`: where their prompts may go. `paid`: there is money for them.
     """
 
     shard_id: int
@@ -66,6 +67,8 @@ class Claim:
     followers: bool
     budgeted: bool
     validates: bool
+    trust: Trust
+    paid: bool
 
     @property
     def runs_alone(self) -> bool:
@@ -112,7 +115,8 @@ def _claim_where(condition: str) -> TextClause:
             s.crashes, b.tenant, coalesce(b.key_id, '') AS key_id,
             coalesce(b.options ->> 'cache', 'off') AS cache, b.options -> 'affixes' AS affixes,
             b.followers > 0 AS followers, {BUDGETED} AS budgeted,
-            coalesce(CAST(b.options ->> 'validate_answers' AS bool), false) AS validates""")
+            coalesce(CAST(b.options ->> 'validate_answers' AS bool), false) AS validates,
+            coalesce(b.options ->> 'trust', 'own') AS trust, {PAID} AS paid""")
 
 
 _CLAIM = _claim_where("s.id = :shard_id AND s.state = ANY(:states)")
@@ -432,4 +436,12 @@ def _claimed(session: Session, row: Row[Any] | None) -> Claim | None:
     wake_dispatch(session)
     fields = row._asdict()
     affixes = Affixes(**(fields.pop("affixes") or {}))
-    return Claim(**{**fields, "seqs": tuple(fields["seqs"]), "cache": CacheMode(fields["cache"]), "affixes": affixes})
+    return Claim(
+        **{
+            **fields,
+            "seqs": tuple(fields["seqs"]),
+            "cache": CacheMode(fields["cache"]),
+            "trust": Trust(fields["trust"]),
+            "affixes": affixes,
+        }
+    )

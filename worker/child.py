@@ -94,6 +94,7 @@ class Child:
             retrieval=retrieval,
             recipes=recipes_of(self._database, settings, vectors),
             pace=Pace(on_service=tell_service_s),
+            held_back=parts.held_back,
             refresh=self._registered.refresh,
         )
 

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inference.engines import plan_engine
+from pipeline.endpoints import known_endpoints
 from pipeline.identity import identify_endpoint
+from pipeline.probing import EndpointLook, reach
 from runtime.errors import BadInput, ServiceUnreachable, StokerError
 from runtime.settings import Settings
 from store.database import Database
 from store.documents import tally_of
 from store.health import has_dispatch_leader, postgres_version, probe_write
-from store.presence import PresenceBoard
+from store.presence import PresenceBoard, WorkerPresence
 from store.schema import schema_revisions
 from store.validating import waiting_s
 from worker.celery_app import make_app
@@ -47,6 +49,7 @@ def examine(settings: Settings) -> list[Finding]:
         ("broker", _broker),
         ("redis and workers", _workers),
         ("engine", _engine),
+        ("endpoints", _endpoints),
         ("semantic cache", _semantic_cache),
         ("documents", _documents),
         ("gateway", _gateway),
@@ -121,13 +124,17 @@ def _workers(settings: Settings) -> list[Finding]:
         *(
             Finding(
                 f"worker {worker.name}",
-                f"{worker.children} children, {worker.engine}"
-                + (f", serves {', '.join(worker.models)}" if worker.models else ""),
+                f"{worker.children} children, {worker.engine}{_serves(worker)}",
                 "" if worker.healthy else "its engine does not answer: see the worker's log; it restarts by itself",
             )
             for worker in workers
         ),
     ]
+
+
+def _serves(worker: WorkerPresence) -> str:
+    own = f", serves {', '.join(worker.models)}" if worker.models else ""
+    return own + (f", through external endpoints {', '.join(worker.external_models)}" if worker.external_models else "")
 
 
 def _engine(settings: Settings) -> list[Finding]:
@@ -143,6 +150,27 @@ def _engine(settings: Settings) -> list[Finding]:
         return [Finding("engine on this machine", "none is wanted")]
     checkpoint = f"{plan.kind} with {plan.description['checkpoint']} ({plan.description['quantization']})"
     return [Finding("engine on this machine", checkpoint, plan.warning or "")]
+
+
+def _endpoints(settings: Settings) -> list[Finding]:
+    """Whether each registered endpoint can be reached from here; none is asked to generate."""
+    database = Database(settings.require_postgres(), pool_size=1)
+    try:
+        specs = known_endpoints(database, settings)
+    finally:
+        database.close()
+    return [_endpoint(look) for look in reach(specs)] or [Finding("endpoints", "none beside the workers' engines")]
+
+
+def _endpoint(look: EndpointLook) -> Finding:
+    what, told = (
+        f"endpoint {look.spec.name}",
+        f"{look.spec.trust} at {look.spec.url}, for {', '.join(look.spec.models)}",
+    )
+    if look.is_well:
+        return Finding(what, told if look.listed is not None else f"{told}; it lists no models to us")
+    remedy = f"{look.fault}; `stoker endpoints check {look.spec.name}` asks it again"
+    return Finding(what, told, remedy, unreachable=look.is_unreachable)
 
 
 def _documents(settings: Settings) -> list[Finding]:

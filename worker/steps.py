@@ -19,7 +19,7 @@ from typing import Any
 from celery.bootsteps import StartStopStep
 from celery.worker.components import Pool
 
-from inference.engines import EnginePlan, plan_engine
+from inference.engines import EnginePlan, Policy, plan_engine
 from inference.supervisor import EngineReadings, EngineSupervisor
 from pipeline.identity import EngineIdentity, identify_endpoint, register
 from runtime.errors import ServiceUnreachable
@@ -27,15 +27,18 @@ from runtime.kept_process import KeptProcess
 from runtime.logs import get_logger
 from runtime.settings import Settings, environment_of
 from store.presence import ANNOUNCE_S, PresenceBoard, WorkerPresence
+from worker.announced import NOTHING_ANNOUNCED, Announcement, require_endpoints
 from worker.engine_hours import EngineHours
 from worker.shared import SharedState
 
 log = get_logger(__name__)
 
 LEAST_CHILDREN, MOST_CHILDREN = 2, 4  # one is writing or claiming while another sends
+REGISTERED_CHILDREN = 1  # without an engine; two would look for the knee of one endpoint against each other
 LLAMACPP_CHILDREN = 1  # two would send two groups of prompts by turns to slots that keep a cache each
 SLOTS_A_CHILD = 512
 DISPATCH_GRACE_S = 5.0
+EXPRESS_GRACE_S = 10.0  # beyond that of its requests: the end of its pool
 
 
 class WorkerParts:
@@ -49,6 +52,7 @@ class WorkerParts:
         self._planned = False
         self.engine: EngineSupervisor | None = None
         self.dispatcher: KeptProcess | None = None
+        self.express: KeptProcess | None = None
         self.presence: PresenceThread | None = None
         self.hours: EngineHours | None = None
         self._owner = 0
@@ -62,8 +66,11 @@ class WorkerParts:
         """The engine to start, planned once in the parent before it forks: the children need its address."""
         if not self._planned:
             self._owner = os.getpid()
-            self._plan = plan_engine(self.settings.engine, socket=self._own_folder() / "engine.sock")
+            policy: Policy = "priority" if self.settings.worker.express_slots else "fcfs"
+            self._plan = plan_engine(self.settings.engine, socket=self._own_folder() / "engine.sock", policy=policy)
             self._planned = True
+            if self._plan is not None and self._plan.policy == "priority":
+                self.shared.prioritise()
         return self._plan
 
     def _own_folder(self) -> Path:
@@ -87,10 +94,14 @@ class WorkerParts:
     @property
     def children(self) -> int:
         """Prefork children, known before they are forked: one asyncio loop keeps some hundred slots full."""
+        if self.settings.worker.node == "express":
+            return 1
         if self.settings.worker.children:
             return self.settings.worker.children
         if not self.has_engine:
             return os.cpu_count() or 1
+        if not self.engine_url:
+            return REGISTERED_CHILDREN
         plan, wanted = self.plan(), math.ceil(self.engine_slots / SLOTS_A_CHILD)
         least = LLAMACPP_CHILDREN if plan is not None and plan.kind == "llamacpp" else LEAST_CHILDREN
         return max(least, min(MOST_CHILDREN, wanted))
@@ -99,6 +110,13 @@ class WorkerParts:
     def in_flight(self) -> int:
         """Requests that one child keeps in flight: together twice what the engine computes at once."""
         return self.settings.worker.in_flight or math.ceil(2 * self.engine_slots / self.children)
+
+    def held_back(self) -> int:
+        """Of these: how many stay empty now, as single requests come, for whom some of the slots are kept free."""
+        if not (self.settings.worker.express_slots and self.shared.has_singles()):
+            return 0
+        kept = (self.engine_slots - self.settings.worker.express_slots) // self.children
+        return self.in_flight - min(self.in_flight, max(1, kept))
 
     def readings(self) -> EngineReadings:
         """What its own engine said last; of one that it did not start nothing is known."""
@@ -117,6 +135,8 @@ class WorkerParts:
         """End everything that was started; called when the pool has drained, and once more is harmless."""
         if self._owner not in (0, os.getpid()):
             return
+        if self.express is not None:
+            self.express.stop()
         if self.presence is not None:
             self.presence.stop()
         if self.hours is not None:
@@ -145,9 +165,13 @@ class EngineStep(StartStopStep):  # type: ignore[misc]  # celery has no types
         parts = self._parts
         if parts.has_engine:
             identity = self._started(parts)
-            parts.presence = PresenceThread(parts, worker.hostname, models=identity.models, engine=identity.label)
+            announcement, label = Announcement(parts.settings, own_models=identity.models), identity.label
+        elif parts.settings.worker.node == "express":
+            models = identify_endpoint(parts.engine_url, plan=None, settings=parts.settings).models
+            announcement, label = Announcement(parts.settings, own_models=models), "answers single requests"
         else:
-            parts.presence = PresenceThread(parts, worker.hostname, models=[], engine="reads documents")
+            announcement, label = None, "reads documents"
+        parts.presence = PresenceThread(parts, worker.hostname, announcement=announcement, engine=label)
         parts.presence.start()
 
     def _started(self, parts: WorkerParts) -> EngineIdentity:
@@ -166,6 +190,9 @@ class EngineStep(StartStopStep):  # type: ignore[misc]  # celery has no types
             )
             parts.engine.start()
         identity = identify_endpoint(parts.engine_url, plan=plan, settings=parts.settings)
+        if not identity.is_engine:
+            require_endpoints(parts.settings)
+            return identity
         engine_id = register(parts.settings, identity)
         parts.shared.set_engine_id(engine_id)
         parts.hours = EngineHours(
@@ -193,19 +220,44 @@ class DispatchStep(StartStopStep):  # type: ignore[misc]
     def start(self, worker: Any) -> None:
         """Start the standby leader; it dies with this process."""
         parts: WorkerParts = worker.app.stoker_parts
+        if parts.settings.worker.node == "express":  # the worker beside it has one
+            return
         env = {**os.environ, **environment_of(parts.settings)}
         parts.dispatcher = KeptProcess("worker.dispatcher", name="dispatcher", env=env, grace_s=DISPATCH_GRACE_S)
         parts.dispatcher.start()
 
 
+class ExpressStep(StartStopStep):  # type: ignore[misc]
+    """Runs the node that answers single requests beside a generation worker, where slots are kept for them."""
+
+    requires = {Pool, EngineStep}  # noqa: RUF012
+
+    def start(self, worker: Any) -> None:
+        """Start it on this worker's engine; it dies with this process."""
+        parts: WorkerParts = worker.app.stoker_parts
+        if not (parts.has_engine and parts.settings.worker.express_slots):
+            return
+        env = {
+            **os.environ,
+            **environment_of(parts.settings),
+            "STOKER_WORKER__NODE": "express",
+            "STOKER_ENGINE__URL": parts.engine_url,
+            "STOKER_ENGINE__MAX_NUM_SEQS": str(parts.engine_slots),
+        }
+        arguments = [f"express-{worker.hostname}", parts.shared.path]
+        grace_s = parts.settings.worker.grace_s + EXPRESS_GRACE_S
+        parts.express = KeptProcess("worker.express", name="express", env=env, grace_s=grace_s, arguments=arguments)
+        parts.express.start()
+
+
 class PresenceThread(threading.Thread):
     """Announces this worker in Redis every 5 s; what Redis does not hear costs nothing durable."""
 
-    def __init__(self, parts: WorkerParts, name: str, *, models: list[str], engine: str) -> None:
+    def __init__(self, parts: WorkerParts, name: str, *, announcement: Announcement | None, engine: str) -> None:
         super().__init__(name="presence", daemon=True)
         self._parts = parts
         self._name_in_redis = name
-        self._models = models
+        self._announcement = announcement
         self._engine_label = engine
         self._stop_wanted = threading.Event()
 
@@ -231,13 +283,16 @@ class PresenceThread(threading.Thread):
 
     def _presence(self) -> WorkerPresence:
         engine, readings = self._parts.engine, self._parts.readings()
+        serves = NOTHING_ANNOUNCED if self._announcement is None else self._announcement.current()
         return WorkerPresence(
             name=self._name_in_redis,
             node=self._parts.settings.worker.node,
             children=self._parts.children,
             in_flight=self._parts.in_flight if self._parts.has_engine else 0,
             service_s=self._parts.shared.service_s(),
-            models=self._models,
+            models=serves.models,
+            external_models=serves.external_models,
+            endpoints=serves.endpoints,
             engine=self._engine_label,
             healthy=engine.is_healthy if engine else True,
             running=readings.running,

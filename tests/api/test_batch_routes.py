@@ -192,7 +192,15 @@ def test_models_are_those_that_every_live_worker_serves(client: TestClient, gate
     for name, models in (("one", ["small", "large"]), ("other", ["small"])):
         gateway.board.announce(WorkerPresence(name=name, children=1, models=models, engine="", healthy=True))
     served = client.get("/v1/models").json()["data"]
-    assert served == [{"id": "small", "object": "model", "created": 0, "owned_by": "stoker"}]
+    known = {"object": "model", "created": 0, "owned_by": "stoker"}
+    assert served == [{"id": "small", **known, "stoker": {"trust": "own"}}]
+
+
+def test_models_of_external_endpoints_say_what_a_batch_must_allow(client: TestClient, gateway: Gateway) -> None:
+    models: dict[str, Any] = {"models": ["small"], "external_models": ["small", "theirs"]}
+    gateway.board.announce(WorkerPresence(name="one", children=1, engine="", healthy=True, **models))
+    served = client.get("/v1/models").json()["data"]
+    assert [(one["id"], one["stoker"]["trust"]) for one in served] == [("small", "own"), ("theirs", "external")]
 
 
 def test_a_batch_may_be_cancelled_while_it_is_validated(

@@ -8,16 +8,20 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from sqlalchemy import text
 from starlette.testclient import TestClient
 
 from api.gateway import Gateway
 from api.remembered import CHEAP_S, Remembered
 from api.shortened import CHARACTERS, DEPTH, ITEMS, TEXT_CHARACTERS, VALUES, WHOLE_CHARACTERS, Shortener
 from cache.policy import Limits, Policy
+from models.endpoints import NANOS
 from models.jobs import JobResult, failed
 from models.names import batch_name
 from models.states import Outcome, Scope
 from store.budgets import open_batch_budget
+from store.engine_days import EngineTime, add_engine_time
+from store.engines import register_engine
 from store.namespaces import NewNamespace, open_namespaces
 from store.presence import WorkerPresence
 from store.shards import write_results
@@ -217,3 +221,32 @@ def test_a_dear_answer_is_made_anew_no_oftener_than_it_may_cost() -> None:
     for other in ("b", "c"):
         remembered.of(other, 0, lambda: make(0.0))
     assert remembered.of("a", 4, lambda: make(0.0)) == 7, "the oldest of three is forgotten"
+
+
+def test_costs_are_those_of_the_keys_tenant(client_of: ClientOf, gateway: Gateway, tmp_path: Path) -> None:
+    reader, admin = client_of(scopes=(Scope.READ,)), client_of(scopes=(Scope.ADMIN,))
+    batch_id = run_batch(gateway, tmp_path)
+    with gateway.database.transaction() as session:
+        cloud = register_engine(session, {"kind": "endpoint", "name": "cloud", "currency": "EUR"})
+        own = register_engine(session, {"kind": "vllm"})
+        for engine_id, cost in ((cloud, 1_500_000), (own, 0)):
+            session.execute(
+                text("""
+                INSERT INTO usage (tenant, key_id, batch_id, engine_id, day, slot, jobs, prompt_tokens,
+                    completion_tokens, cached_tokens, cost)
+                VALUES ('local', '', :batch, :engine, CAST(now() AT TIME ZONE 'UTC' AS date), 0, 1, 3, 2, 0, :cost)"""),
+                {"batch": batch_id, "engine": engine_id, "cost": cost},
+            )
+        add_engine_time(session, own, EngineTime(up_s=60), cost=NANOS, is_shared=False)
+    found = get(reader, "costs", by="endpoint", batch_id=batch_name(batch_id))
+    assert {line["name"]: (line["billed"], line["own"]) for line in found["lines"]} == {
+        "cloud": (0.0015, 0.0),
+        "vllm": (0.0, 1.0),
+    }
+    assert (found["engines"], len(get(admin, "costs")["engines"])) == ([], 1)
+    assert get(reader, f"batches/{batch_name(batch_id)}")["batch"]["stoker"]["cost"] == {
+        "amount": 0.0015,
+        "currency": "EUR",
+    }
+    assert get(client_of(tenant="acme", scopes=(Scope.READ,)), "costs")["lines"] == []
+    get(client_of(tenant="acme", scopes=(Scope.READ,)), "costs", 404, batch_id=batch_name(batch_id))

@@ -7,6 +7,7 @@ import io
 import json
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -173,3 +174,34 @@ def test_the_manifest_says_what_made_the_results(database: Database, tmp_path: P
     assert said["input"]["file_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert said["input"]["file_bytes"] == file.stat().st_size
     assert (said["max_output_tokens"], all(said["times"].values())) == (64, True)
+
+
+def test_a_line_says_which_endpoint_did_it_and_what_that_asks(database: Database, tmp_path: Path) -> None:
+    batch_id, taken = one_claim(database, tmp_path, 3)
+    with database.transaction() as session:
+        own = register_engine(session, {"kind": "vllm", "checkpoint": "qwen"})
+        cloud = register_engine(session, {"kind": "endpoint", "name": "cloud", "currency": "EUR", "trust": "external"})
+        free = register_engine(session, {"kind": "endpoint", "name": "next-door", "trust": "own"})
+    mine, billed, not_billed = answers(range(3))
+    results = [mine, replace(billed, engine_id=cloud, cost=123_000), replace(not_billed, engine_id=free)]
+    write(database, taken, results, engine_id=own)
+    end(database, taken)
+    good, _ = lines_of(database, batch_id)
+    assert [line["stoker"] for line in good] == [
+        {"outcome": "succeeded", "source": "engine"},
+        {
+            "outcome": "succeeded",
+            "source": "engine",
+            "endpoint": "cloud",
+            "cost": {"amount": 0.000123, "currency": "EUR"},
+        },
+        {"outcome": "succeeded", "source": "engine", "endpoint": "next-door"},
+    ]
+    with database.transaction() as session:
+        progress = batch_progress(session, batch_id, tenant="local")
+    took = {"jobs": 1, "tokens_in": 3, "tokens_out": 2, "tokens_in_cached": 0}
+    assert manifest(database, progress)["endpoints"] == [
+        {"name": "vllm qwen", **took, "cost": None},
+        {"name": "cloud", **took, "cost": {"amount": 0.000123, "currency": "EUR"}},
+        {"name": "next-door", **took, "cost": None},
+    ]

@@ -14,6 +14,7 @@ from sqlalchemy import text
 from models.lines import SubmitOptions
 from models.states import Priority
 from pipeline.batch_file import SKIPPED_SUSPECTS
+from pipeline.serving import ServedModels
 from pipeline.submit import Submitted, Wishes, dry_run, submit_file
 from runtime.errors import BadInput, InvalidFile, Problem
 from runtime.settings import Settings
@@ -36,7 +37,7 @@ def write(folder: Path, lines: Sequence[str]) -> Path:
 
 
 def submit(
-    database: Database, file: Path, skipped: list[Problem], *, served: frozenset[str] | None = None, **more: Any
+    database: Database, file: Path, skipped: list[Problem], *, served: ServedModels | None = None, **more: Any
 ) -> Submitted:
     wishes: dict[str, Any] = {"options": OPTIONS, "settings": SETTINGS, "served_models": served, "reuse": True}
     return submit_file(database, file, **(wishes | {"on_skipped": skipped.append} | more))
@@ -61,7 +62,7 @@ MIXED = [
 
 def test_bad_lines_are_left_out_and_each_is_reported_in_order(database: Database, tmp_path: Path) -> None:
     skipped: list[Problem] = []
-    submitted = submit(database, write(tmp_path, MIXED), skipped, served=frozenset({"m"}))
+    submitted = submit(database, write(tmp_path, MIXED), skipped, served=ServedModels(frozenset({"m"})))
     assert (submitted.total, submitted.skipped) == (2, 6)
     assert [(problem.line, problem.code, problem.field) for problem in skipped] == [
         (1, "invalid_json_line", None),

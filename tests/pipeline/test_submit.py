@@ -19,6 +19,8 @@ import pytest
 from sqlalchemy import text
 
 from models.lines import SubmitOptions
+from models.states import Trust
+from pipeline.serving import ServedModels
 from pipeline.submit import FileEstimate, Submitted, dry_run, submit_file
 from runtime.clock import uuid7
 from runtime.errors import BadInput, InvalidFile, LostFence, ServiceUnreachable
@@ -272,7 +274,7 @@ def test_a_repeated_id_names_both_lines(database: Database, write: Callable[...,
 
 def test_problems_of_all_kinds_are_listed_by_line(write: Callable[..., Path]) -> None:
     path = write(line(1), line(2, model="q"), "nonsense", line(1), line(5, model="q"), line(6, n=0))
-    refused = problems_of(path, served_models=frozenset({"m"}))
+    refused = problems_of(path, served_models=ServedModels(frozenset({"m"})))
     assert [(problem.line, problem.code) for problem in refused.problems] == [
         (2, "model_not_found"),
         (3, "invalid_json_line"),
@@ -284,16 +286,25 @@ def test_problems_of_all_kinds_are_listed_by_line(write: Callable[..., Path]) ->
 
 def test_a_model_that_is_not_served_is_one_problem_with_its_lines_counted(write: Callable[..., Path]) -> None:
     path = write(*(line(number, model="m" if number % 2 else "q") for number in range(100)))
-    refused = problems_of(path, served_models=frozenset({"m", "n"}))
+    refused = problems_of(path, served_models=ServedModels(frozenset({"m", "n"})))
     [problem] = refused.problems
     assert (problem.line, problem.code, problem.field) == (1, "model_not_found", "body.model")
     assert '"q", not served (50 lines); served: m, n; ' in problem.message
     assert refused.total == 50
 
 
+def test_a_model_of_external_endpoints_takes_a_batch_that_says_so(write: Callable[..., Path]) -> None:
+    path, served = write(line(1, model="theirs")), ServedModels(frozenset({"m"}), frozenset({"theirs"}))
+    [problem] = problems_of(path, served_models=served).problems
+    assert "external endpoints only (1 line); to send prompts there, submit with --trust external" in problem.message
+    options = OPTIONS.model_copy(update={"trust": Trust.EXTERNAL})
+    assert dry_run(path, options=options, settings=SETTINGS, served_models=served).models == {"theirs": 1}
+
+
 def test_many_missing_models_are_counted_but_not_kept(write: Callable[..., Path]) -> None:
     refused = problems_of(
-        write(*(line(number, model=f"q{number}") for number in range(100))), served_models=frozenset({"m"})
+        write(*(line(number, model=f"q{number}") for number in range(100))),
+        served_models=ServedModels(frozenset({"m"})),
     )
     assert refused.total == 100
     assert len(refused.problems) == 20
@@ -301,7 +312,9 @@ def test_many_missing_models_are_counted_but_not_kept(write: Callable[..., Path]
 
 def test_the_model_option_decides_which_model_must_be_served(write: Callable[..., Path]) -> None:
     options = SubmitOptions(model="m", max_output_tokens=64)
-    found = dry_run(write(line(1, model="q")), options=options, settings=SETTINGS, served_models=frozenset({"m"}))
+    found = dry_run(
+        write(line(1, model="q")), options=options, settings=SETTINGS, served_models=ServedModels(frozenset({"m"}))
+    )
     assert found.models == {"m": 1}
 
 

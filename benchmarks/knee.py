@@ -1,0 +1,221 @@
+"""How many requests at once an endpoint bears, and where the window settles that finds it out by itself.
+
+    python -m benchmarks.knee [--engine-jobs 1500]
+
+First the throughput with 1, 2, 4, … 256 requests at once, each held for a while; then one window from its start. Two
+scripted endpoints whose knees are known, their service times lognormal, and a real engine: vLLM where its environment
+exists, else llama.cpp, answers of 4 to 32 tokens. The figures of a real engine are noisy where a machine is shared.
+About 8 minutes. Writes benchmarks/results/knee.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, Final
+
+import uvloop
+
+from benchmarks.paired import keep_run, made_with
+from benchmarks.rows import Row
+from benchmarks.workloads import PATH, Workload, bodies_of
+from inference.concurrency import Window
+from inference.endpoint import Endpoint
+from inference.engines import plan_engine
+from inference.replies import result_of
+from inference.supervisor import EngineSupervisor
+from runtime.settings import load_settings
+from tests.support.scripted_endpoint import ScriptedEndpoint
+
+AT_ONCE: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+PLACES: Final = (16, 64)  # of the scripted endpoints
+MEDIAN_S, SIGMA = 0.1, 0.6
+SCRIPTED_JOBS: Final = 6000
+OUTPUT_TOKENS: Final = (4, 8, 16, 32)
+COMMAND: Final = "`make bench-knee`"
+WORTH: Final = 0.9  # target: of the most that any fixed number at once gives
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What so many requests at once gave; seconds are the median time of a request."""
+
+    at_once: int
+    tokens_per_s: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """`size` is what the window has settled on, `sizes` its way there: (seconds, size) of each change.
+
+    `tokens_per_s` is of the last third of the completions, looks at the base included.
+    """
+
+    size: int
+    tokens_per_s: float
+    sizes: list[tuple[float, int]]
+
+
+def main() -> None:
+    """Measure the curve and the window on each endpoint, print and keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine-jobs", type=int, default=1500, help="that the window sees of the real engine")
+    options = parser.parse_args()
+    cases = []
+    for places in PLACES:
+        with ScriptedEndpoint(latency_s=MEDIAN_S, latency_sigma=SIGMA, slots=places) as server:
+            found = uvloop.run(measured(server.url, scripted_bodies(), jobs=SCRIPTED_JOBS, rounds=6, least=200))
+        cases.append({"endpoint": "scripted", "places": places, **found})
+        show(cases[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        plan = plan_engine(load_settings().engine, socket=Path(folder) / "engine.sock")
+        if plan is None:
+            raise SystemExit("this benchmark starts its engine itself: set no STOKER_ENGINE__URL, and no kind `none`")
+        with EngineSupervisor(plan, log_file=Path(folder) / "log", start_timeout_s=900, stall_s=120) as engine:
+            bodies = engine_bodies(plan.alias)
+            found = uvloop.run(measured(plan.url, bodies, jobs=options.engine_jobs, rounds=2, least=64))
+            described = {**plan.description, "version": engine.version}
+    cases.append({"endpoint": plan.kind, "places": plan.slots, "engine": described, **found})
+    show(cases[-1])
+    report = {"made_with": made_with("httptools"), "output_tokens": OUTPUT_TOKENS, "cases": cases}
+    report["table"] = [row.as_json() for row in rows(cases)]
+    keep_run("knee", report, parser, options)
+
+
+async def measured(url: str, bodies: Iterator[bytes], *, jobs: int, rounds: int, least: int) -> dict[str, Any]:
+    """The curve of fixed numbers at once, and the window on the same endpoint."""
+    async with Endpoint(url, api_key=None, timeout_s=3600, connections=2 * max(AT_ONCE)) as endpoint:
+        await held(endpoint, bodies, 8, jobs=max(64, least), skip=0)  # warm
+        curve = [
+            await held(endpoint, bodies, size, jobs=max(least, rounds * size), skip=min(2 * size, size + 64))
+            for size in AT_ONCE
+        ]
+        settled = await found_out(endpoint, bodies, jobs=jobs)
+    return {"curve": [asdict(one) for one in curve], "window": asdict(settled)}
+
+
+async def held(endpoint: Endpoint, bodies: Iterator[bytes], size: int, *, jobs: int, skip: int) -> Held:
+    """Keep so many at once; the first `skip` that end do not count."""
+    ended: list[tuple[float, float, int]] = []
+    await keep_full(endpoint, bodies, lambda: size, lambda *one: ended.append(one), jobs=skip + jobs)
+    began = ended[skip - 1][0] if skip else ended[0][0]
+    counted = ended[skip:]
+    rate = sum(tokens for _, _, tokens in counted) / (counted[-1][0] - began)
+    return Held(size, round(rate, 1), round(statistics.median(seconds for _, seconds, _ in counted), 3))
+
+
+async def found_out(endpoint: Endpoint, bodies: Iterator[bytes], *, jobs: int) -> Settled:
+    """Let a window say how many at once."""
+    window = Window(most=max(AT_ONCE))
+    began = time.monotonic()
+    sizes = [(0.0, window.size)]
+    ended: list[tuple[float, int]] = []
+
+    def note(at: float, seconds: float, tokens: int) -> None:
+        window.ended(seconds, tokens)
+        ended.append((at, tokens))
+        if window.size != sizes[-1][1]:
+            sizes.append((round(at - began, 2), window.size))
+
+    await keep_full(endpoint, bodies, lambda: window.size, note, jobs=jobs)
+    last = ended[2 * jobs // 3 :]
+    rate = sum(tokens for _, tokens in last[1:]) / (last[-1][0] - last[0][0])
+    return Settled(window.settled, round(rate, 1), sizes)
+
+
+async def keep_full(
+    endpoint: Endpoint,
+    bodies: Iterator[bytes],
+    size: Callable[[], int],
+    note: Callable[[float, float, int], None],
+    *,
+    jobs: int,
+) -> None:
+    """Keep as many requests under way as `size` says, until `jobs` have ended; `note` hears the moment, seconds, tokens.
+
+    Those that are under way then are waited for, and not noted.
+    """
+    running: set[asyncio.Task[None]] = set()
+    has_ended = asyncio.Event()
+    noted = 0
+
+    async def ask(body: bytes) -> None:
+        nonlocal noted
+        began = time.monotonic()
+        reply = await endpoint.post(PATH, body, request_id="knee")
+        now = time.monotonic()
+        if noted < jobs:
+            noted += 1
+            note(now, now - began, result_of(0, PATH, reply).usage.completion_tokens)
+        has_ended.set()
+
+    while noted < jobs:
+        while len(running) < size():
+            task = asyncio.create_task(ask(next(bodies)))
+            running.add(task)
+            task.add_done_callback(running.discard)
+        has_ended.clear()
+        await has_ended.wait()
+        await asyncio.sleep(0)  # the task's end is noticed
+    await asyncio.gather(*running)
+
+
+def scripted_bodies() -> Iterator[bytes]:
+    """Chats, all different: the endpoint draws the service time from the prompt."""
+    for number in count():
+        body = {"model": "scripted", "messages": [{"role": "user", "content": f"question {number}"}]}
+        yield json.dumps(body).encode()
+
+
+def engine_bodies(model: str) -> Iterator[bytes]:
+    """Chats of the end-to-end benchmark's kind, without end."""
+    for leg in count():
+        for body in bodies_of(Workload("knee", 1000, OUTPUT_TOKENS), model=model, leg=leg):
+            yield json.dumps(body).encode()
+
+
+def show(case: dict[str, Any]) -> None:
+    """Print a case's curve and what the window found."""
+    print(f"{case['endpoint']}, {case['places']} places: at once, tokens/s, seconds")
+    for one in case["curve"]:
+        print(f"  {one['at_once']:>4} {one['tokens_per_s']:>10,.1f} {one['seconds']:>8.3f}")
+    window = case["window"]
+    way = " ".join(str(size) for _, size in window["sizes"])
+    print(f"  the window: {window['size']}, {window['tokens_per_s']:,.1f} tokens/s; its way: {way}", flush=True)
+
+
+def rows(cases: list[dict[str, Any]]) -> list[Row]:
+    """What the window settles on where the knee is known, and what it gives everywhere."""
+    found = []
+    for case in cases:
+        size, places = case["window"]["size"], case["places"]
+        most = max(one["tokens_per_s"] for one in case["curve"])
+        share = case["window"]["tokens_per_s"] / most
+        where = f"{case['endpoint']} endpoint with {places} places"
+        if case["endpoint"] == "scripted":
+            judged: dict[str, Any] = {"target": "1 to 2", "is_met": places <= size <= 2 * places}
+            figure = f"requests at once that the window settles on ÷ the knee: {where}"
+            found.append(Row(figure, f"**{size / places:.2f}**", COMMAND, **judged))
+        found.append(
+            Row(
+                f"throughput where the window settles ({size} at once) ÷ the most of any fixed number at once: {where}",
+                f"**{share:.2f}**",
+                COMMAND,
+                target=f"≥ {WORTH}",
+                is_met=share >= WORTH,
+            )
+        )
+    return found
+
+
+if __name__ == "__main__":
+    main()

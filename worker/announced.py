@@ -1,0 +1,89 @@
+"""What a worker says that it serves: its own engine's models, and what the registered endpoints answer to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from models.endpoints import EndpointSpec
+from models.states import Trust
+from pipeline.endpoints import key_of, known_endpoints
+from runtime.errors import BadInput, ServiceUnreachable
+from runtime.logs import get_logger
+from runtime.settings import Settings
+from store.database import Database
+
+log = get_logger(__name__)
+
+REFRESH_S: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """Sorted names of models, those that external endpoints serve apart, and of the endpoints that can be used."""
+
+    models: list[str]
+    external_models: list[str]
+    endpoints: list[str]
+
+
+NOTHING_ANNOUNCED: Final = Announced([], [], [])
+
+
+class Announcement:
+    """Rereads the directory of endpoints every 30 s; what cannot be read stays as it was. For one thread.
+
+    An endpoint whose key is not here is left out, so that no job comes for it.
+    """
+
+    def __init__(self, settings: Settings, *, own_models: Sequence[str]) -> None:
+        self._settings = settings
+        self._own = own_models
+        self._usable: list[EndpointSpec] = []
+        self._due = 0.0
+
+    def current(self) -> Announced:
+        """What is served now."""
+        if time.monotonic() >= self._due:
+            self._due = time.monotonic() + REFRESH_S
+            self._reread()
+        own, external = set(self._own), set[str]()
+        for spec in self._usable:
+            (own if spec.trust is Trust.OWN else external).update(spec.models)
+        return Announced(sorted(own), sorted(external), [spec.name for spec in self._usable])
+
+    def _reread(self) -> None:
+        try:
+            self._usable = usable_endpoints(self._settings, before=self._usable)
+        except (BadInput, ServiceUnreachable) as error:
+            log.warning("endpoints_not_read", error=str(error))
+
+
+def require_endpoints(settings: Settings) -> None:
+    """Raise BadInput where a worker without an engine would have nothing that answers."""
+    if not usable_endpoints(settings):
+        raise BadInput(
+            "this worker has no engine (STOKER_ENGINE__KIND=none and no STOKER_ENGINE__URL) and no registered endpoint "
+            "that it can use: add one with `stoker endpoints add`, and see `stoker endpoints check`"
+        )
+
+
+def usable_endpoints(settings: Settings, *, before: Sequence[EndpointSpec] = ()) -> list[EndpointSpec]:
+    """The registered endpoints whose keys can be read here; those of `before` are not looked at again."""
+    database = Database(settings.require_postgres(), pool_size=1)
+    try:
+        known = known_endpoints(database, settings)
+    finally:
+        database.close()
+    return [spec for spec in known if spec in before or _has_key(spec)]
+
+
+def _has_key(spec: EndpointSpec) -> bool:
+    try:
+        key_of(spec)
+    except BadInput as error:
+        log.error("endpoint_unusable", endpoint=spec.name, error=str(error))
+        return False
+    return True
