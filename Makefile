@@ -77,6 +77,9 @@ bench-tables: .venv/.dev nginx rabbitmq engine-vllm checkpoint embedder ## table
 bench-gateway: .venv/.dev ## the gateway under 200 clients beside uploads of 100,000 lines; a file of 2 GB
 	@python -m benchmarks.gateway
 
+bench-express: .venv/.dev rabbitmq engine-vllm checkpoint ## single requests beside a batch: p50 and p99 without protection, with a low cap, with ours
+	@python -m benchmarks.express
+
 nginx: .venv/.dev
 	@python -m tests.support.packages nginx
 

@@ -1,10 +1,10 @@
 """What a batch that really ran on an engine here costs beside a managed API, and when the engine is the cheaper way.
 
-    python -m benchmarks.break_even [--jobs 1500] [--idle-share 1.0] [--hour-price 0.0893] [--input-price 0.1]
+    python -m benchmarks.break_even [--jobs 400] [--idle-share 0.5] [--hour-price 0.0893] [--input-price 0.1]
         [--output-price 0.4] [--cached-price 0.025]
 
 One worker starts vLLM and runs a batch of a shop's chats through the whole system; `stoker cost` tells of it. Then a
-worker holds the same engine for as long again without work (`--idle-share` of the first time), and `stoker cost` tells
+worker holds the same engine without work, for `--idle-share` of the time that the first took, and `stoker cost` tells
 of both. Prices are stated, not looked up: an hour of two cores as clouds rent them, a million tokens of a small model
 as managed APIs ask. The engine's own model is far smaller than theirs: what is compared is money for tokens, not what
 they are worth. Writes benchmarks/results/break_even.json.
@@ -46,8 +46,8 @@ STOKER: Final = Path(sys.executable).with_name("stoker")
 def main() -> None:
     """Measure, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=1500)
-    parser.add_argument("--idle-share", type=float, default=1.0)
+    parser.add_argument("--jobs", type=int, default=400)
+    parser.add_argument("--idle-share", type=float, default=0.5)
     parser.add_argument("--hour-price", type=Decimal, default=Decimal("0.0893"))
     parser.add_argument("--input-price", type=Decimal, default=Decimal("0.1"))
     parser.add_argument("--output-price", type=Decimal, default=Decimal("0.4"))

@@ -8,8 +8,9 @@ Through the whole system: gateway, RabbitMQ, the express node, an engine that is
   ours         beside a batch whose worker keeps a quarter of them free while single requests come (and vLLM computes
                these first: --scheduling-policy priority)
 
-Each client asks for 32 tokens, and asks again as soon as it has them. Before, the batch runs for a while by itself. On
-llama.cpp, and on vLLM where its environment is. Postgres, RabbitMQ, Redis, engine and clients share the cores. About
+Each client asks for 32 tokens, and asks again as soon as it has them. Before, the batch runs for a while by itself. On a
+scripted engine of 16 slots, whose answers take 1 s (lognormal) whatever else the machine does; on llama.cpp; and on vLLM
+where its environment is. Postgres, RabbitMQ, Redis, engine and clients share the cores. About
 15 minutes. Writes benchmarks/results/express.json.
 """
 
@@ -20,6 +21,7 @@ import http.client
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -47,18 +49,20 @@ from store.batches import request_cancel
 from store.database import Database
 from store.presence import PresenceBoard
 from tests.support.gateway_process import GatewayProcess
+from tests.support.scripted_endpoint import ScriptedEndpoint
 from tests.support.waiting import wait_until
 from worker.shared import SharedState
 
 COMMAND: Final = "`make bench-express`"
 LINES: Final = 20_000  # more than any leg gets done
-SLOTS: Final = {"llamacpp": 4, "vllm": 16}
+SLOTS: Final = {"scripted": 16, "llamacpp": 4, "vllm": 16}
+SCRIPTED_S, SCRIPTED_SIGMA = 1.0, 0.5
 ALONE, UNPROTECTED, LOW_CAP, OURS = "alone", "unprotected", "low cap", "ours"
 SIDES: Final = (ALONE, UNPROTECTED, LOW_CAP, OURS)
 BY_ITSELF_S: Final = 15.0
 FLOWS: Final = 30  # results after which a batch is in its flow
 TOKENS: Final = 32
-Kind = Literal["llamacpp", "vllm"]
+Kind = Literal["scripted", "llamacpp", "vllm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +103,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=100, help="of each leg")
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1, help="of all sides; their requests count together")
-    parser.add_argument("--engines", default="llamacpp,vllm")
+    parser.add_argument("--engines", default=",".join(SLOTS))
     options = parser.parse_args()
     report: dict[str, Any] = {"made_with": made_with("celery"), "options": vars(options), "engines": {}}
     kinds: list[Kind] = [kind for kind in SLOTS if kind in options.engines.split(",")]  # type: ignore[misc]
@@ -110,32 +114,45 @@ def main() -> None:
             if kind == "vllm" and not made(settings.engine.vllm_python).exists():
                 print("without vLLM: its environment is not there")
                 continue
-            report["engines"][kind] = measured(settings, kind, Path(folder), options)
+            with scripted_engine() if kind == "scripted" else nullcontext(settings.engine.url) as url:
+                report["engines"][kind] = measured(
+                    settings.model_copy(update={"engine": settings.engine.model_copy(update={"url": url})}),
+                    kind,
+                    Path(folder),
+                    options,
+                )
     report["table"] = [row.as_json() for row in rows_of(report)]
     keep_run("express", report, parser, options, is_whole=len(report["engines"]) == len(SLOTS))
 
 
 def served(settings: Settings, kind: Kind) -> Settings:
     """A worker with this engine."""
-    engine = settings.engine.model_copy(update={"url": None, "kind": kind, "max_num_seqs": SLOTS[kind]})
-    return settings.model_copy(update={"engine": engine})
+    changed = {"url": None, "kind": "none" if kind == "scripted" else kind, "max_num_seqs": SLOTS[kind]}
+    return settings.model_copy(update={"engine": settings.engine.model_copy(update=changed)})
+
+
+@contextmanager
+def scripted_engine() -> Iterator[str]:
+    """Where a scripted engine answers that takes first what came first."""
+    with ScriptedEndpoint(latency_s=SCRIPTED_S, latency_sigma=SCRIPTED_SIGMA, slots=SLOTS["scripted"]) as endpoint:
+        yield endpoint.url
 
 
 def measured(settings: Settings, kind: Kind, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Every side's legs by turns on one kind of engine."""
     plan = plan_engine(settings.engine, socket=Path("engine.sock"))
-    assert plan is not None
+    slots, model = SLOTS[kind] if plan is None else plan.slots, "scripted" if plan is None else plan.alias
     database = Database(settings.require_postgres())
     with database.transaction() as session:
         key = issue_key(session, tenant=TENANT, name=kind, scopes=(Scope.SUBMIT,), requests_per_minute=1_000_000).key
     env = {**environment_of(settings), "STOKER_GATEWAY__VALIDATORS": "1"}
     legs: dict[str, list[Leg]] = {side: [] for side in SIDES}
     with GatewayProcess(env=env, folder=folder) as gateway:
-        batch = write_batch(folder / f"{kind}.jsonl", LINES, model=plan.alias)
+        batch = write_batch(folder / f"{kind}.jsonl", LINES, model=model)
         door = Door(gateway, key.text, database, batch)
         for round_ in range(options.rounds):
             for side in SIDES if round_ % 2 == 0 else reversed(SIDES):
-                leg = run_leg(settings, side, door, plan.slots, plan.alias, options)
+                leg = run_leg(settings, side, door, slots, model, options)
                 legs[side].append(leg)
                 print(
                     f"  {kind}, {side}: p50 {leg.p50_s:.2f} s, p99 {leg.p99_s:.2f} s of {len(leg.seconds)}; "
@@ -144,7 +161,8 @@ def measured(settings: Settings, kind: Kind, folder: Path, options: argparse.Nam
                 )
     database.close()
     sides = {side: merged(side, found).as_json() for side, found in legs.items()}
-    return {"engine": dict(plan.description), "slots": plan.slots, "express_slots": plan.slots // 4, "sides": sides}
+    engine = {"kind": kind} if plan is None else dict(plan.description)
+    return {"engine": engine, "slots": slots, "express_slots": slots // 4, "sides": sides}
 
 
 def merged(side: str, legs: list[Leg]) -> Leg:
@@ -208,18 +226,19 @@ def engine_folder() -> Iterator[Path]:
 @contextmanager
 def unprotected_node(settings: Settings, engines: Path, slots: int) -> Iterator[None]:
     """An express node beside a worker that does not know of it."""
-    [socket] = engines.glob("stoker-worker-*/engine.sock")
+    url = settings.engine.url
+    if url is None:
+        [socket] = engines.glob("stoker-worker-*/engine.sock")
+        url = f"unix://{socket}"
     env = {
         **os.environ,
         **environment_of(settings),
         "STOKER_WORKER__NODE": "express",
-        "STOKER_ENGINE__URL": f"unix://{socket}",
+        "STOKER_ENGINE__URL": url,
         "STOKER_ENGINE__MAX_NUM_SEQS": str(slots),
     }
     page = SharedState()
     with tempfile.NamedTemporaryFile(dir="/tmp") as log:
-        import sys  # noqa: PLC0415
-
         command = [sys.executable, "-m", "worker.express", "express-bench@bench", page.path]
         child = spawn(command, env=env, log=Path(log.name), session=True)
         try:

@@ -1,11 +1,11 @@
 """How many requests at once an endpoint bears, and where the window settles that finds it out by itself.
 
-    python -m benchmarks.knee [--engine-jobs 1500]
+    python -m benchmarks.knee [--engine-jobs 1200]
 
 First the throughput with 1, 2, 4, … 256 requests at once, each held for a while; then one window from its start. Two
 scripted endpoints whose knees are known, their service times lognormal, and a real engine: vLLM where its environment
-exists, else llama.cpp, answers of 4 to 32 tokens. The figures of a real engine are noisy where a machine is shared.
-About 8 minutes. Writes benchmarks/results/knee.json.
+exists, else llama.cpp, answers of 8 to 32 tokens. The figures of a real engine are noisy where a machine is shared.
+About 6 minutes. Writes benchmarks/results/knee.json.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import uvloop
 
 from benchmarks.paired import keep_run, made_with
 from benchmarks.rows import Row
-from benchmarks.workloads import PATH, Workload, bodies_of
+from benchmarks.workloads import PATH
 from inference.concurrency import Window
 from inference.endpoint import Endpoint
 from inference.engines import plan_engine
@@ -37,9 +37,9 @@ from tests.support.scripted_endpoint import ScriptedEndpoint
 
 AT_ONCE: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PLACES: Final = (16, 64)  # of the scripted endpoints
-MEDIAN_S, SIGMA = 0.1, 0.6
+MEDIAN_S, SIGMA = 0.05, 0.6
 SCRIPTED_JOBS: Final = 6000
-OUTPUT_TOKENS: Final = (4, 8, 16, 32)
+OUTPUT_TOKENS: Final = (8, 16, 24, 32)
 COMMAND: Final = "`make bench-knee`"
 WORTH: Final = 0.9  # target: of the most that any fixed number at once gives
 
@@ -68,12 +68,12 @@ class Settled:
 def main() -> None:
     """Measure the curve and the window on each endpoint, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine-jobs", type=int, default=1500, help="that the window sees of the real engine")
+    parser.add_argument("--engine-jobs", type=int, default=1200, help="that the window sees of the real engine")
     options = parser.parse_args()
     cases = []
     for places in PLACES:
         with ScriptedEndpoint(latency_s=MEDIAN_S, latency_sigma=SIGMA, slots=places) as server:
-            found = uvloop.run(measured(server.url, scripted_bodies(), jobs=SCRIPTED_JOBS, rounds=6, least=200))
+            found = uvloop.run(measured(server.url, scripted_bodies(), jobs=SCRIPTED_JOBS, rounds=4, least=100))
         cases.append({"endpoint": "scripted", "places": places, **found})
         show(cases[-1])
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +82,7 @@ def main() -> None:
             raise SystemExit("this benchmark starts its engine itself: set no STOKER_ENGINE__URL, and no kind `none`")
         with EngineSupervisor(plan, log_file=Path(folder) / "log", start_timeout_s=900, stall_s=120) as engine:
             bodies = engine_bodies(plan.alias)
-            found = uvloop.run(measured(plan.url, bodies, jobs=options.engine_jobs, rounds=2, least=64))
+            found = uvloop.run(measured(plan.url, bodies, jobs=options.engine_jobs, rounds=1, least=48))
             described = {**plan.description, "version": engine.version}
     cases.append({"endpoint": plan.kind, "places": plan.slots, "engine": described, **found})
     show(cases[-1])
@@ -94,9 +94,9 @@ def main() -> None:
 async def measured(url: str, bodies: Iterator[bytes], *, jobs: int, rounds: int, least: int) -> dict[str, Any]:
     """The curve of fixed numbers at once, and the window on the same endpoint."""
     async with Endpoint(url, api_key=None, timeout_s=3600, connections=2 * max(AT_ONCE)) as endpoint:
-        await held(endpoint, bodies, 8, jobs=max(64, least), skip=0)  # warm
+        await held(endpoint, bodies, 8, jobs=least, skip=0)  # warm
         curve = [
-            await held(endpoint, bodies, size, jobs=max(least, rounds * size), skip=min(2 * size, size + 64))
+            await held(endpoint, bodies, size, jobs=max(least, rounds * size), skip=min(2 * size, 96))
             for size in AT_ONCE
         ]
         settled = await found_out(endpoint, bodies, jobs=jobs)
@@ -140,9 +140,9 @@ async def keep_full(
     *,
     jobs: int,
 ) -> None:
-    """Keep as many requests under way as `size` says, until `jobs` have ended; `note` hears the moment, seconds, tokens.
+    """Keep as many requests under way as `size` says, until `jobs` have ended; the last ones are waited for.
 
-    Those that are under way then are waited for, and not noted.
+    `note` hears of each the moment of its end, its seconds and its tokens.
     """
     running: set[asyncio.Task[None]] = set()
     has_ended = asyncio.Event()
@@ -177,10 +177,16 @@ def scripted_bodies() -> Iterator[bytes]:
 
 
 def engine_bodies(model: str) -> Iterator[bytes]:
-    """Chats of the end-to-end benchmark's kind, without end."""
-    for leg in count():
-        for body in bodies_of(Workload("knee", 1000, OUTPUT_TOKENS), model=model, leg=leg):
-            yield json.dumps(body).encode()
+    """Short chats, all different, whose answers are exactly so long."""
+    for number in count():
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": f"{number}: say something"}],
+            "max_tokens": OUTPUT_TOKENS[number % len(OUTPUT_TOKENS)],
+            "temperature": 0,
+            "ignore_eos": True,
+        }
+        yield json.dumps(body).encode()
 
 
 def show(case: dict[str, Any]) -> None:

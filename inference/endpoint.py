@@ -174,14 +174,17 @@ class Endpoint:
         return Reply(answer.status, content, round((time.monotonic() - started) * 1000), seen)
 
     async def is_healthy(self) -> bool:
-        """Whether GET /health says 200, or /v1/models where there is no /health; False if nothing answers."""
+        """Whether GET /health says 200, or /v1/models where there is no /health; False if nothing answers.
+
+        Of a shared endpoint that has neither it is enough that it answers.
+        """
         try:
             status, _ = await self._get("/health")
-            if status in {404, 405}:
+            if 400 <= status < 500:
                 status, _ = await self._get("/v1/models")
         except (Transient, Permanent):
             return False
-        return status == 200
+        return status == 200 or (self._is_shared and status in {404, 405})
 
     async def served_models(self) -> list[str]:
         """The names that jobs may use as `model`, in the server's order.

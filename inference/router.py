@@ -319,8 +319,10 @@ class Router:
             return False
         if not route.is_broken(now):
             return True
-        if route.running > 1 or not await route.endpoint.is_healthy():
-            route.failed(time.monotonic(), None)
+        if route.running > 1:
+            return False
+        if not await route.endpoint.is_healthy():
+            route.unhealthy(time.monotonic())
             return False
         route.is_down = False
         return True
@@ -356,7 +358,7 @@ class Router:
         except StokerError as error:
             if _cannot_have_run(error):
                 used = spent = 0
-            self._failed(route, error)
+            self._failed(route, error, seconds=time.monotonic() - began)
             await self._learn(route, getattr(error, "seen", None), throttled=isinstance(error, Throttled))
             raise
         finally:
@@ -372,7 +374,7 @@ class Router:
             route.answered()
             route.window.ended(seconds, usage.completion_tokens or 1)
 
-    def _failed(self, route: Route, error: StokerError) -> None:
+    def _failed(self, route: Route, error: StokerError, *, seconds: float) -> None:
         """What an error says of the endpoint; a request's own fault says nothing."""
         now = time.monotonic()
         if route.spec is None:
@@ -386,6 +388,8 @@ class Router:
             route.close(now, str(error), error.retry_after_s)
         elif isinstance(error, Transient):
             route.failed(now, error.retry_after_s)
+            if isinstance(error, ServerFault):
+                route.window.ended(seconds, 0)  # it took a place for so long
             if isinstance(error, Stalled) or error.retry_after_s is not None:  # a plain 500 is no sign of load
                 route.window.overloaded()
             log.info("endpoint_failed", endpoint=route.name, reason=str(error))

@@ -15,7 +15,7 @@ from models.states import Trust
 
 MOST_AT_ONCE: Final = 256  # of one child on an endpoint that states no concurrency
 PAUSE_BASE_S, PAUSE_CAP_S = 0.5, 60.0  # of an endpoint that says it has had too many requests, doubled each time
-PROBE_EVERY_S: Final = 1.0  # of an engine that is down: its worker starts it anew
+PROBE_EVERY_S: Final = 1.0  # of one that is down: a look costs it next to nothing
 CLOSED_S: Final = 300.0  # chosen: how long an endpoint rests whose quota is spent, or that refuses our key
 
 
@@ -117,11 +117,12 @@ class Route:
         return wait_s
 
     def failed(self, now: float, retry_after_s: float | None) -> None:
-        """It has failed a request, or does not say that it is healthy."""
-        if self.spec is None:
-            self.not_before = now + PROBE_EVERY_S
-        else:
-            self.breaker.failed(now, retry_after_s)
+        """It has failed a request."""
+        self.breaker.failed(now, retry_after_s)
+
+    def unhealthy(self, now: float) -> None:
+        """It was asked whether it is healthy, and is not: when it is asked again."""
+        self.not_before = now + random.uniform(0.5, 1.5) * PROBE_EVERY_S  # noqa: S311  # jitter
 
     def close(self, now: float, reason: str, retry_after_s: float | None) -> None:
         """It takes nothing of ours, whatever we send: its quota is spent, or it refuses our key."""

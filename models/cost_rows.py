@@ -104,7 +104,10 @@ class MoneyBudget(Base):
 
 
 class MoneyReservation(Base):
-    """What one attempt of a shard has reserved of one budget, for so many jobs; with a dead attempt it is spent."""
+    """What one attempt of a shard has reserved of one budget, for so many requests, and what it has spent so far.
+
+    Gone with the attempt; if that died, what it had reserved is spent.
+    """
 
     __tablename__ = "money_reservations"
 
@@ -114,6 +117,7 @@ class MoneyReservation(Base):
     )
     fence: Mapped[int] = mapped_column(BIGINT)
     amount: Mapped[int] = mapped_column(BIGINT)
-    jobs: Mapped[int] = mapped_column(server_default="0")
+    spent: Mapped[int] = mapped_column(BIGINT)
+    requests: Mapped[int]
 
     __table_args__ = (Index(None, "budget_id"),)

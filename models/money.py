@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from models.endpoints import NANOS
+import math
 
-_SMALL = NANOS // 100  # below a hundredth all digits that say something are shown
+from models.endpoints import NANOS
 
 
 def plain(nanos: int) -> str:
@@ -15,7 +15,7 @@ def plain(nanos: int) -> str:
 
 
 def shown(nanos: int, currency: str) -> str:
-    """An amount for people, such as `1,204.50 USD` or `0.000123 USD`."""
-    if 0 < abs(nanos) < _SMALL:
-        return f"{nanos / NANOS:.9f}".rstrip("0") + f" {currency}"
-    return f"{nanos / NANOS:,.{2 if abs(nanos) >= NANOS or not nanos else 4}f} {currency}"
+    """An amount for people, such as `1,204.50 USD`, or `0.000123 USD`: three digits that say something at the least."""
+    amount = abs(nanos) / NANOS
+    places = 2 if amount >= 1 or not nanos else min(9, 3 - math.ceil(math.log10(amount)))
+    return f"{nanos / NANOS:,.{max(2, places)}f} {currency}"

@@ -6,6 +6,7 @@ import asyncio
 from contextlib import suppress
 from dataclasses import replace
 
+from inference.embeddings import Pack
 from inference.replies import result_of
 from models.jobs import Job, JobResult
 from models.line_settings import read_settings
@@ -29,17 +30,20 @@ async def ask(context: FeedContext, attempt: Attempt, unit: Unit) -> list[JobRes
 
     Raises what Endpoint.post raises.
     """
-    path = attempt.claim.endpoint
-    if isinstance(unit, Job):
+    try:
+        if isinstance(unit, Pack):
+            return await _ask_pack(context, attempt, unit)
         if unit.seq in attempt.looked.steps:
             return await _ask_in_steps(context, attempt, unit)
-        try:
-            return [await _awaited(context, attempt, unit) or await _ask_one(context, attempt, unit)]
-        except Stopped:
-            return []
-    first = unit.jobs[0].seq
+        return [await _awaited(context, attempt, unit) or await _ask_one(context, attempt, unit)]
+    except Stopped:
+        return []
+
+
+async def _ask_pack(context: FeedContext, attempt: Attempt, unit: Pack) -> list[JobResult | Retry]:
+    path, first = attempt.claim.endpoint, unit.jobs[0].seq
     reply = await context.router.post(
-        path, unit.body, request_id=request_name(attempt.claim.batch_id, first), terms=attempt.terms(first)
+        path, unit.body, request_id=request_name(attempt.claim.batch_id, first), terms=attempt.terms()
     )
     if 400 <= reply.status_code < 500 and len(unit.jobs) > 1:
         attempt.ask_again(unit.singles())
@@ -63,8 +67,6 @@ async def _ask_in_steps(context: FeedContext, attempt: Attempt, job: Job) -> lis
         return [error.result]
     except BudgetWaits as error:
         return [replace(waiting(job, now=utc_now()), error=str(error))]
-    except Stopped:
-        return []
 
 
 async def _done_in(steps: Steps, context: FeedContext, claim: Claim, job: Job) -> JobResult | Retry:
@@ -87,7 +89,7 @@ async def _done_in(steps: Steps, context: FeedContext, claim: Claim, job: Job) -
 
 async def _ask_one(context: FeedContext, attempt: Attempt, job: Job) -> JobResult:
     path, name = attempt.claim.endpoint, request_name(attempt.claim.batch_id, job.seq)
-    reply = await context.router.post(path, job.body.encode(), request_id=name, terms=attempt.terms(job.seq))
+    reply = await context.router.post(path, job.body.encode(), request_id=name, terms=attempt.terms())
     first = result = result_of(job.seq, path, reply)
     if attempt.claim.validates:
         result = await validated(context, attempt, job, first)
@@ -95,7 +97,7 @@ async def _ask_one(context: FeedContext, attempt: Attempt, job: Job) -> JobResul
         taken = tokens_of(first.usage) if result is first else 0  # a repair has told of both
         with suppress(StokerError):  # the answer is there; a second one that fails, or is too dear, only says nothing
             async with attempt.covering(job.seq, job.body, taken=taken) as cover:
-                terms = attempt.terms(job.seq)
+                terms = attempt.terms()
                 reply = await context.router.post(path, job.body.encode(), request_id=name, terms=terms)
                 again = result_of(job.seq, path, reply)
                 cover.tokens = tokens_of(again.usage)

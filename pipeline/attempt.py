@@ -6,8 +6,8 @@ import asyncio
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
@@ -163,9 +163,15 @@ class Attempt:
             self.unfunded = funding.waiting
             self.waiting.extend(units)
 
-    def stating(self, unwritten: Unwritten) -> AbstractContextManager[None]:
+    @contextmanager
+    def stating(self, unwritten: Unwritten) -> Iterator[None]:
         """Around the transaction that writes this."""
-        return nullcontext() if self.funds is None else self.funds.stating(unwritten.ended, unwritten.steps)
+        with ExitStack() as stack:
+            if self.funds is not None:
+                stack.enter_context(self.funds.stating(unwritten.ended, unwritten.steps))
+            if self.purse is not None:
+                stack.enter_context(self.purse.stating())
+            yield
 
     @asynccontextmanager
     async def covering(self, seq: int, body: str | bytes, *, taken: int = 0) -> AsyncIterator[Cover]:
@@ -176,10 +182,9 @@ class Attempt:
         async with self.funds.covering(seq, body, taken=taken) as cover:
             yield cover
 
-    def terms(self, seq: int) -> Terms:
-        """How one more request of a job may be answered."""
-        payer = None if self.purse is None else self.purse.payer(seq)
-        return Terms(self.claim.trust, self.claim.runs_alone, lambda: self.is_stopped, payer)
+    def terms(self) -> Terms:
+        """How its jobs' requests may be answered."""
+        return Terms(self.claim.trust, self.claim.quarantined, lambda: self.is_stopped, self.purse)
 
     def ask_again(self, units: Iterable[Unit]) -> None:
         """Put units in front of those that wait, unless nothing more is to start."""

@@ -69,16 +69,21 @@ class Cover:
 
 def bound_of(body: str | bytes, endpoint: str, *, most_output: int) -> int:
     """The most tokens that a request can take, prompt and output; `most_output` of one completion if it states none."""
+    return sum(bounds_of(body, endpoint, most_output=most_output))
+
+
+def bounds_of(body: str | bytes, endpoint: str, *, most_output: int) -> tuple[int, int]:
+    """The same, (of the prompt, of the outputs)."""
     size = len(body) if isinstance(body, bytes) or body.isascii() else len(body.encode())
     asked = _READERS[endpoint](body)
     if isinstance(asked, _Embeddings):
-        return size + INPUT_TOKENS * _count(asked.input)
+        return size + INPUT_TOKENS * _count(asked.input), 0
     clamp = max(filter(None, (asked.max_tokens, asked.max_completion_tokens)), default=most_output)
     outputs = max(asked.n or 1, _number(asked.best_of)) * _count(asked.prompt)
     media = sum(map(_media_in, asked.messages))
     allowance = REQUEST_TOKENS + MESSAGE_TOKENS * len(asked.messages) + MEDIA_TOKENS * media
     # Templates write tools anew, indented: no more than as long again in tokens.
-    return size + len(bytes(asked.tools)) + allowance + outputs * clamp
+    return size + len(bytes(asked.tools)) + allowance, outputs * clamp
 
 
 def charge_ahead(session: Session, claim: Claim, steps: Sequence[FinishedStep], *, lease_s: float) -> bool:

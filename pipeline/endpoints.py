@@ -127,10 +127,10 @@ def key_of(spec: EndpointSpec) -> str | None:
     return None
 
 
-def register_endpoint(session: Session, spec: EndpointSpec) -> int:
+def register_endpoint(session: Session, spec: EndpointSpec, *, currency: str) -> int:
     """The id under which results name this endpoint, as `register_engine` gives it; another price is another row."""
     lasting = spec.model_dump(mode="json", include=set(_LASTING), exclude_none=True)
-    return register_engine(session, {"kind": KIND, **lasting})
+    return register_engine(session, {"kind": KIND, "currency": currency, **lasting})
 
 
 def _added(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[KnownEndpoint]:

@@ -30,7 +30,7 @@ from pipeline.purse import Purse
 from pipeline.quarantine import DEATHS_TO_QUARANTINE, isolate
 from pipeline.retry import after_engine_death, after_failure
 from runtime.clock import utc_now
-from runtime.errors import LostFence, Permanent, ServiceUnreachable, Stopped, Transient, Unstorable
+from runtime.errors import LostFence, Permanent, ServiceUnreachable, Transient, Unstorable
 from runtime.logs import get_logger
 from store.database import Session
 from store.shards import (
@@ -250,8 +250,6 @@ class _Feeder:
             self._retry(attempt, jobs, error)
         except Transient as error:
             self._retry(attempt, jobs, error)
-        except Stopped:  # it was not sent
-            return None
         except Permanent as error:
             for job in jobs:
                 attempt.record(failed(job.seq, code=error.code, message=str(error)))
@@ -314,7 +312,8 @@ class _Feeder:
         claimed, loaded = taken
         attempt = Attempt(claimed, loaded)
         if claimed.paid:
-            attempt.purse = Purse(self._context.database, claimed)
+            limits = self._context.settings.limits
+            attempt.purse = Purse(self._context.database, claimed, most_output=limits.max_output_tokens)
 
         def on_beat(runnable: bool | None) -> None:
             self._loop.call_soon_threadsafe(self._on_beat, attempt, runnable)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -26,7 +26,6 @@ from store.costs import (
 from store.database import Session
 from store.usage import SINGLE
 
-_DAY_S: Final = 86_400.0
 _HOUR_S: Final = 3_600
 
 
@@ -87,7 +86,8 @@ def with_own_endpoints(
 ) -> list[HeldDay]:
     """The days of engines, and those of own endpoints whose hour has a price: whole days on which they answered.
 
-    Nobody counts how long these are held: from midnight, or since they were added, to midnight or now.
+    Nobody counts how long these are held: from midnight, or since they were added, to midnight or now. One that was
+    given another price is another row from then on.
     """
     found = list(held)
     counted = {(day.engine_id, day.day) for day in held}
@@ -97,11 +97,18 @@ def with_own_endpoints(
         if engine is None or engine.description.get("kind") != "endpoint" or price is None:
             continue
         begin = datetime(day.year, day.month, day.day, tzinfo=UTC)
-        up_s = (min(now, begin + timedelta(days=1)) - max(begin, engine.since)).total_seconds()
-        up_s = min(_DAY_S, max(0.0, up_s))
+        end = min([now, begin + timedelta(days=1), *_replaced(engine, engines.values())])
+        up_s = max(0.0, (end - max(begin, engine.since)).total_seconds())
         cost = int(Decimal(str(price)) * NANOS * Decimal(up_s) / _HOUR_S)
         found.append(HeldDay(engine_id, day, up_s, 0.0, 0.0, 0.0, 0.0, 0.0, cost))
     return found
+
+
+def _replaced(engine: KnownEngine, engines: Iterable[KnownEngine]) -> Iterator[datetime]:
+    """When other rows of the same endpoint began after this one."""
+    for other in engines:
+        if other.since > engine.since and engine_name(other, other.id) == engine_name(engine, engine.id):
+            yield other.since
 
 
 def engine_name(engine: KnownEngine | None, engine_id: int) -> str:

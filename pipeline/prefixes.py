@@ -67,6 +67,8 @@ class PrefixTree:
         self._model, self._had_tools = "", False
         self._path, self._path_node, self._path_hits = b"", 0, 0  # where most prompts begin: one look instead of many
         self._root = 0
+        self._short_model, self._short_node = "", 0
+        self._short_nodes: dict[str, int] = {}  # model → node of its jobs that are not looked into
         self._last = 0
         self._returns = 0
         self._learns = True
@@ -81,7 +83,7 @@ class PrefixTree:
         self._outputs.append(output_tokens if output_tokens < 0x7FFFFFFF else 0x7FFFFFFF)
         self._sizes.append(len(body))
         if self._key is None or len(body) < LEAST_BYTES:
-            self._nodes.append(0)
+            self._nodes.append(self._short_node if model == self._short_model else self._turned_short(model))
             return
         has_tools = b'"tools"' in body or b'"functions"' in body
         if has_tools or self._had_tools or model != self._model:
@@ -186,6 +188,20 @@ class PrefixTree:
         if root != self._root:
             self._root = self._path_node = root
             self._path, self._path_hits = b"", 0
+
+    def _turned_short(self, model: str) -> int:
+        """The node of this model's short jobs: an engine that serves several loads each of its adapters once."""
+        node = self._short_nodes.get(model)
+        if node is not None:
+            self._returns += 1
+        else:
+            node = 0
+            if self._short_nodes and len(self._short_nodes) < self._most_nodes:  # those of the first model keep the top
+                self._parents.append(0)
+                node = len(self._parents) - 1
+            self._short_nodes[model] = node
+        self._short_model, self._short_node = model, node
+        return node
 
     def _shorten_path(self) -> None:
         """Half of it may be what all have in common."""

@@ -141,7 +141,7 @@ class Steps:
         body, request_id = msgspec.json.encode(fields), f"{request_name(batch_id, self.seq)}_{name}"
         try:
             async with self._attempt.covering(self.seq, body) as cover:
-                terms = self._attempt.terms(self.seq)
+                terms = self._attempt.terms()
                 answer = await self._router.post(path, body, request_id=request_id, terms=terms)
                 cover.tokens = await self._keep(name, answer)
         except Permanent as error:

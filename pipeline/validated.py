@@ -94,7 +94,7 @@ async def _asked_again(
             raise Stopped
         try:
             async with attempt.covering(job.seq, body, taken=taken) as cover:
-                terms = attempt.terms(job.seq)
+                terms = attempt.terms()
                 result = result_of(job.seq, path, await context.router.post(path, body, request_id=name, terms=terms))
                 cover.tokens = tokens_of(result.usage)
             return result

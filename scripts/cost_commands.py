@@ -59,7 +59,7 @@ def cost(settings: Settings, batch: str | None, by: str | None, days: int, tenan
     if report.total.unpriced:
         say(
             f"{report.total.unpriced:,} jobs ran on own engines whose hour has no price, and cost more than is shown: "
-            "set STOKER_ENGINE__HOUR_PRICE where workers run"
+            "set STOKER_ENGINE__HOUR_PRICE where workers run, or `stoker endpoints add --hour-price`"
         )
 
 

@@ -42,6 +42,7 @@ from worker.doctor import examine
 
 EXIT_UNREACHABLE = 3
 LOOK_S = 0.2
+EXPRESS_SLOTS = 1  # of an `up` whose settings name none: who tries something on a machine does one thing at a time
 WITHOUT_GATEWAY_S = 30.0  # an `up` says that its gateway is coming once its services run, within some seconds
 
 
@@ -109,7 +110,7 @@ def _run_everything(settings: Settings, stop: threading.Event, *, as_json: bool)
         prepare_schema(served)
         with ExitStack() as stack:
             with bar("starting the engine", total=None) as show:
-                started = [stack.enter_context(local_worker(served, on_wait=show))]
+                started = [stack.enter_context(local_worker(_with_express(served), on_wait=show))]
             if has_reading_parts(served):
                 started.append(stack.enter_context(local_worker(served, name="documents", node="documents")))
             page = _start_gateway(served, stack, started, as_json=as_json)
@@ -119,6 +120,14 @@ def _run_everything(settings: Settings, stop: threading.Event, *, as_json: bool)
                 "submit from another terminal: stoker submit FILE.jsonl; stop with Ctrl-C"
             )
             _wait_while_alive(started, stop)
+
+
+def _with_express(settings: Settings) -> Settings:
+    """Settings of a worker that answers single requests too: its gateway takes them."""
+    if settings.worker.express_slots or not has_gateway_parts():
+        return settings
+    worker = settings.worker.model_copy(update={"express_slots": EXPRESS_SLOTS})
+    return settings.model_copy(update={"worker": worker})
 
 
 def _running_elsewhere(settings: Settings, stop: threading.Event) -> GatewayPlace | None:

@@ -19,6 +19,7 @@ from store.files import add_results
 from store.followers import FOLLOWERS_OF_ENDED, release
 from store.namespaces import give_up_lookups
 from store.notifications import VALIDATE_CHANNEL, wake, wake_dispatch
+from store.usage import fold_usage
 
 SCREENED_JOBS = 200
 SCREENED_FAILURES = 60  # over 30% of the first 200
@@ -301,6 +302,7 @@ def finish(session: Session, batch_id: UUID) -> int:
         return _requeue_missing(session, batch_id)
     session.execute(text("DELETE FROM job_tries WHERE batch_id = :id"), {"id": batch_id})
     give_up_lookups(session, batch_id)
+    fold_usage(session, batch_id)
     session.execute(
         text(f"""
         UPDATE batches SET state = coalesce(ending, 'completed'), ending = coalesce(ending, 'completed'),

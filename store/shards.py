@@ -22,7 +22,7 @@ from models.jobs import Affixes, Job, JobResult
 from models.states import CacheMode, Trust
 from store.arrays import Int4s, Int8s
 from store.budgets import BUDGETED, release
-from store.money import PAID
+from store.money import PAID, release_money
 from store.notifications import wake_dispatch
 from store.usage import slot_of
 from store.written import columns_of, write_of
@@ -311,6 +311,8 @@ def close(session: Session, claim: Claim) -> bool:
         return False
     if claim.budgeted:
         release(session, [claim.shard_id])
+    if claim.paid:
+        release_money(session, [claim.shard_id])
     left = session.execute(
         text("""
         UPDATE batches SET shards_left = shards_left - 1,
@@ -336,6 +338,8 @@ def give_back(session: Session, claim: Claim, *, wait_s: float) -> bool:
     ).one_or_none()
     if claim.budgeted and returned is not None:
         release(session, [claim.shard_id])
+    if claim.paid and returned is not None:
+        release_money(session, [claim.shard_id])
     wake_dispatch(session)
     return returned is not None
 
@@ -366,6 +370,7 @@ def recover_dead_leases(session: Session, *, lease_s: float) -> list[Recovered]:
     ).all()
     if rows:
         release(session, [shard_id for shard_id, _ in rows])
+        release_money(session, [shard_id for shard_id, _ in rows], is_spent=True)
     return [Recovered(shard_id=shard_id, crashes=crashes) for shard_id, crashes in rows]
 
 

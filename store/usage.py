@@ -42,6 +42,19 @@ def slot_of(shard_id: int) -> int:
     return shard_id % SLOTS
 
 
+def fold_usage(session: Session, batch_id: UUID) -> None:
+    """Let an ended batch have one row an engine and day: nothing is written any more, so nobody waits for a slot."""
+    session.execute(
+        text(f"""
+        WITH gone AS (DELETE FROM usage WHERE batch_id = :id AND slot <> 0 RETURNING *)
+        {_ROWS}
+        SELECT tenant, key_id, batch_id, engine_id, day, 0, sum(jobs), sum(prompt_tokens), sum(completion_tokens),
+            sum(cached_tokens), sum(cost)
+        FROM gone GROUP BY tenant, key_id, batch_id, engine_id, day{_ADDED}"""),
+        {"id": batch_id},
+    )
+
+
 def add_usage(
     session: Session, *, tenant: str, key_id: str, engine_id: int, usage: Usage, cost: int = 0, slot: int = 0
 ) -> None:

@@ -62,7 +62,7 @@ class RegisteredEndpoints:
     def _known(self) -> list[tuple[EndpointSpec, int]]:
         specs = known_endpoints(self._database, self._settings)
         with self._database.transaction() as session:
-            return [(spec, register_endpoint(session, spec)) for spec in specs]
+            return [(spec, register_endpoint(session, spec, currency=self._settings.cost.currency)) for spec in specs]
 
     async def _opened(self, spec: EndpointSpec, engine_id: int) -> Route | None:
         settings = self._settings

@@ -73,7 +73,8 @@ def upgrade() -> None:
     sa.Column('budget_id', sa.BIGINT(), autoincrement=False, nullable=False),
     sa.Column('fence', sa.BIGINT(), nullable=False),
     sa.Column('amount', sa.BIGINT(), nullable=False),
-    sa.Column('jobs', sa.Integer(), server_default='0', nullable=False),
+    sa.Column('spent', sa.BIGINT(), nullable=False),
+    sa.Column('requests', sa.Integer(), nullable=False),
     sa.ForeignKeyConstraint(['budget_id'], ['money_budgets.id'], name=op.f('fk_money_reservations_budget_id_money_budgets'), ondelete='CASCADE'),
     sa.PrimaryKeyConstraint('shard_id', 'budget_id', name=op.f('pk_money_reservations'))
     )

@@ -52,6 +52,21 @@ def test_a_missing_checkpoint_is_refused_with_the_command_that_makes_it(tmp_path
         plan_engine(EngineSettings(checkpoint=tmp_path / "none.gguf"), socket=SOCKET)
 
 
+def test_an_engine_that_is_to_compute_some_requests_first_is_told_so_where_it_can(
+    folder: Path, gguf: Path, vllm_python: Path
+) -> None:
+    settings = EngineSettings(checkpoint=folder, vllm_python=vllm_python)
+    plan = plan_engine(settings, socket=SOCKET, policy="priority")
+    assert plan is not None
+    assert (value_of(plan.command, "--scheduling-policy"), plan.policy) == ("priority", "priority")
+    plain = plan_engine(settings, socket=SOCKET)
+    assert plain is not None
+    assert "--scheduling-policy" not in plain.command
+    other = plan_engine(EngineSettings(checkpoint=gguf), socket=SOCKET, policy="priority")
+    assert other is not None
+    assert other.policy == "fcfs"
+
+
 def test_a_gguf_file_is_run_by_llama_cpp(gguf: Path) -> None:
     plan = plan_engine(
         EngineSettings(checkpoint=gguf, max_num_seqs=4, context_tokens=512, args="--threads 2"), socket=SOCKET

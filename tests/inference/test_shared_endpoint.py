@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import uvloop
@@ -21,6 +21,7 @@ from models.jobs import Job
 from runtime.errors import StokerError
 from tests.support.scripted_endpoint import ScriptedEndpoint
 
+T = TypeVar("T")
 CHAT = "/v1/chat/completions"
 KEY = "sk-a-long-secret"
 Started = Callable[..., ScriptedEndpoint]
@@ -128,20 +129,45 @@ def test_a_share_of_requests_fails_by_chance(start: Started) -> None:
     ],
 )
 def test_a_base_url_with_a_path_is_taken_as_its_provider_writes_it(base: str, asked: str) -> None:
+    _, paths = with_statuses({}, lambda endpoint: endpoint.post(CHAT, b"{}", request_id="r"), base=base)
+
+    assert paths == [asked]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "is_shared", "is_healthy"),
+    [
+        ({"/health": 200}, True, True),
+        ({"/health": 503}, True, False),
+        ({"/health": 401, "/v1/models": 200}, True, True),
+        ({"/health": 404, "/v1/models": 401}, True, False),
+        ({"/health": 404, "/v1/models": 404}, True, True),
+        ({"/health": 404, "/v1/models": 404}, False, False),
+    ],
+)
+def test_a_shared_endpoint_is_healthy_that_answers(
+    statuses: dict[str, int], *, is_shared: bool, is_healthy: bool
+) -> None:
+    assert with_statuses(statuses, Endpoint.is_healthy, is_shared=is_shared)[0] is is_healthy
+
+
+def with_statuses(
+    statuses: dict[str, int], work: Callable[[Endpoint], Awaitable[T]], *, base: str = "", is_shared: bool = False
+) -> tuple[T, list[str]]:
+    """What `work` returns with a server of these statuses by path (else 200), and the paths that it was asked for."""
     paths: list[str] = []
 
-    async def run() -> None:
-        async def handle(request: web.BaseRequest) -> web.Response:
-            paths.append(request.path)
-            return web.json_response({})
+    async def handle(request: web.BaseRequest) -> web.Response:
+        paths.append(request.path)
+        return web.Response(status=statuses.get(request.path, 200))
 
+    async def run() -> T:
         server = await asyncio.get_running_loop().create_server(web.Server(handle), "127.0.0.1", 0)
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}{base}"
-        async with server, Endpoint(url, api_key=None, timeout_s=5, connections=1) as endpoint:
-            await endpoint.post(CHAT, b"{}", request_id="r")
+        async with server, Endpoint(url, api_key=None, timeout_s=5, connections=1, is_shared=is_shared) as endpoint:
+            return await work(endpoint)
 
-    uvloop.run(run())
-    assert paths == [asked]
+    return uvloop.run(run()), paths
 
 
 def reply_with(usage: dict[str, int], *, status: int = 200, **more: Any) -> Reply:

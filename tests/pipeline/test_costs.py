@@ -195,13 +195,19 @@ def test_an_own_endpoint_costs_whole_days_on_which_it_answered() -> None:
         (DAY, 12 * 3600, 6 * NANOS),
         (NEXT, 6 * 3600, 3 * NANOS),
     ]
+    dearer = KnownEngine(PRICED, described | {"hour_price": "1"}, datetime(2026, 11, 29, 4, tzinfo=UTC))
+    taken.append(replace(took(output=1), day=NEXT, engine_id=PRICED))
+    days = with_own_endpoints([], taken, {OWN: added, PRICED: dearer}, now=now)
+    assert [day.cost for day in days] == [6 * NANOS, 2 * NANOS, 2 * NANOS], "another price holds from then on"
 
 
 def test_money_is_shown_with_the_digits_that_say_something() -> None:
     assert [plain(nanos) for nanos in (0, 123_000, NANOS, -1_500_000_000)] == ["0", "0.000123", "1", "-1.5"]
-    assert [shown(nanos, "EUR") for nanos in (0, 123_000, 41_260_000, 1_204_500_000_000)] == [
+    assert [shown(nanos, "EUR") for nanos in (0, 1, 123_456, 41_260_000, 500_000_000, 1_204_500_000_000)] == [
         "0.00 EUR",
+        "0.000000001 EUR",
         "0.000123 EUR",
         "0.0413 EUR",
+        "0.500 EUR",
         "1,204.50 EUR",
     ]

@@ -52,6 +52,16 @@ def test_every_job_is_there_once_and_every_group_is_in_one_piece(groups: list[in
     assert runs(found) == len(set(groups))
 
 
+@given(st.lists(st.sampled_from(["base", "law", "sql"]), min_size=1, max_size=60))
+def test_short_jobs_are_grouped_by_their_model_which_may_be_an_adapter(models: list[str]) -> None:
+    tree = PrefixTree(CHAT)
+    for number, model in enumerate(models):
+        tree.add(model, b"{}", number)
+    found = [models[place] for place in tree.ordered().places]
+    assert runs(found) == len(set(models))
+    assert not tree.is_worth_sorting() or runs(models) > len(set(models)), "those in groups are left as they are"
+
+
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=60))
 def test_of_a_long_common_beginning_a_job_for_each_block_is_astray_and_no_more(groups: list[int]) -> None:
     common = "You answer questions about documents. " * 20

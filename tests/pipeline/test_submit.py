@@ -110,6 +110,7 @@ def test_the_batch_is_in_progress_with_its_totals_window_and_manifest(
         "model": "m",
         "max_output_tokens": 64,
         "validate_answers": False,
+        "trust": "own",
         "cache": "exact",
         "settings": {},
         "order": "file",

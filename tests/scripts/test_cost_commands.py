@@ -37,7 +37,7 @@ def test_a_batch_is_told_in_a_table_a_sentence_and_as_json(
     assert said.exit_code == 0, said.output
     assert "vllm qwen" in said.output
     assert said.stdout.endswith(
-        "own engines are cheaper: 0.5000 USD for 10 tokens, where a managed API would have asked 1.00 USD; "
+        "own engines are cheaper: 0.500 USD for 10 tokens, where a managed API would have asked 1.00 USD; "
         "they were used to 25.0% and break even at 12.5%.\n"
     )
     found = json.loads(CliRunner().invoke(cost, ["--by", "day", "--json"], obj=settings).stdout)

@@ -9,8 +9,9 @@ from uuid import UUID
 
 from models.jobs import JobResult, Usage
 from models.states import Outcome, Source
+from store.batches import finish
 from store.database import Database
-from store.shards import Claim, write_and_tell, write_results
+from store.shards import Claim, close, write_and_tell, write_results
 from store.usage import SINGLE, SLOTS, add_usage
 from tests.support.batches import LEASE_S, answers, chats, claimed, dispatch_all, execute, rows, store_batch
 
@@ -88,6 +89,19 @@ def test_what_no_engine_did_is_not_counted(database: Database, tmp_path: Path) -
     assert write(database, claim, [priced(leader, cost=9), served, lost]) == 3
     assert rows(database, "SELECT count(*), count(cost) FROM results") == [(4, 1)]  # its follower costs nothing
     assert taken(database, claim.batch_id) == [(PRICED, 1, 3, 2, 0, 9)]
+
+
+def test_when_a_batch_ends_its_slots_become_one_row_an_engine(database: Database, tmp_path: Path) -> None:
+    batch_id = store_batch(database, tmp_path, chats(3), shard_jobs=1)
+    for number, shard_id in enumerate(dispatch_all(database)):
+        claim = claimed(database, shard_id)
+        write(database, claim, [priced(claim.seqs[0], cost=number)])
+        with database.transaction() as session:
+            assert close(session, claim)
+    assert len(taken(database, batch_id)) == 3
+    with database.transaction() as session:
+        assert finish(session, batch_id) == 0
+    assert taken(database, batch_id) == [(PRICED, 3, 9, 6, 0, 3)]
 
 
 def test_single_requests_add_up_under_no_batch(database: Database) -> None:
