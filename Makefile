@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 include engines.mk
 
 .PHONY: help demo up cache documents test test-engine chaos check format env-example compose-env \
-	bench bench-submit bench-gateway bench-tables bench-pipeline bench-growth bench-dispatch bench-order bench-break-even bench-refill bench-end-to-end bench-front-end bench-cache nginx rabbitmq chromium
+	bench bench-submit bench-gateway bench-tables bench-pipeline bench-growth bench-dispatch bench-order bench-break-even bench-refill bench-knee bench-end-to-end bench-front-end bench-cache nginx rabbitmq chromium
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -97,6 +97,9 @@ bench-order: .venv/.dev rabbitmq engine-vllm checkpoint ## the order of jobs on 
 
 bench-break-even: .venv/.dev rabbitmq engine-vllm checkpoint ## a batch on a real engine beside what a managed API asks: `stoker cost`
 	@python -m benchmarks.break_even
+
+bench-knee: .venv/.dev engine-vllm checkpoint ## how many requests at once endpoints bear, and whether the window finds it: scripted ones, a real engine
+	@python -m benchmarks.knee
 
 bench-refill: .venv/.dev rabbitmq ## starvation and tail of scripted engines, one of them with 2,048 slots
 	@python -m benchmarks.refill

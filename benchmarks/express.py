@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, Final, Literal
+from uuid import UUID
 
 from sqlalchemy import text
 
@@ -45,7 +46,7 @@ from pipeline.keys import issue_key
 from runtime.children import spawn, stop
 from runtime.settings import Settings, environment_of, made
 from scripts.local import local_worker
-from store.batches import request_cancel
+from store.batches import batch_progress, request_cancel
 from store.database import Database
 from store.presence import PresenceBoard
 from tests.support.gateway_process import GatewayProcess
@@ -250,15 +251,21 @@ def unprotected_node(settings: Settings, engines: Path, slots: int) -> Iterator[
 @contextmanager
 def running_batch(settings: Settings, door: Door) -> Iterator[None]:
     """A batch in its flow, cancelled at the end."""
+    before, _ = results_of(door.database)
     batch_id = stored(door.database, door.batch, settings)
-    wait_until(lambda: results_of(door.database)[0] >= FLOWS, 300, "the batch is in its flow")
+    wait_until(lambda: results_of(door.database)[0] - before >= FLOWS, 300, "the batch is in its flow")
     try:
         yield
     finally:
         with door.database.transaction() as session:
-            request_cancel(session, batch_id, tenant=TENANT)
-        with door.database.transaction() as session:
-            session.execute(text("TRUNCATE results"))
+            request_cancel(session, batch_id)
+        wait_until(lambda: has_ended(door.database, batch_id), 120, "the batch is cancelled")
+
+
+def has_ended(database: Database, batch_id: UUID) -> bool:
+    """Whether nothing of a batch is to come any more."""
+    with database.transaction() as session:
+        return batch_progress(session, batch_id, tenant=TENANT).ended_at is not None
 
 
 def tokens_s(database: Database, meanwhile: Any) -> float:

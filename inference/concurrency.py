@@ -16,8 +16,11 @@ door. One whose time grows with N from the beginning, X = N / (a + b·N), is hel
 
 Like TCP it starts by doubling, increases additively and decreases multiplicatively; like BBR (Cardwell et al., 2016) it
 looks for its base anew, at half the size for an epoch, since prompts, neighbours and machines change. Like Netflix's
-concurrency-limits it does not judge what was not full: then something else was the limit. Several windows on one
-endpoint take each other's share for room: state a concurrency for what many children use (docs/decisions/0030).
+concurrency-limits it does not judge what was not full: then something else was the limit.
+
+Where `sharers` windows are alike on one endpoint, each takes from the others when it grows. With c of them the size of
+one between n/2 and n makes all of them (c - 1/2)·n and c·n; at an endpoint that is full its part of the throughput
+still grows by (2c - 1)/c. So e is taken as the share of the way from log2((2c - 1)/c), which is all stolen, to 1.
 """
 
 from __future__ import annotations
@@ -99,10 +102,14 @@ class _Measured:
 
 
 class Window:
-    """`size` requests may be under way, at most `most`. For one process, on the clock that is passed in."""
+    """`size` requests may be under way, at most `most`, beside those of other windows where `sharers` is more than 1.
 
-    def __init__(self, *, most: int = MOST, clock: Callable[[], float] = time.monotonic) -> None:
+    For one process, on the clock that is passed in.
+    """
+
+    def __init__(self, *, most: int = MOST, sharers: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
         self.most = max(1, most)
+        self._stolen = math.log2((2 * sharers - 1) / sharers)
         self.size = min(START, self.most)
         self.settled = self.size
         """The size but for looks at the base."""
@@ -144,7 +151,6 @@ class Window:
         before = self._to_forgive = self.size
         self._settle(self.size * CUT)
         self._hold = HOLD_LEAST
-        self._elasticity = None
         self._epoch = self._new_epoch(skip=before)
 
     def _close(self, epoch: _Epoch) -> None:
@@ -170,7 +176,7 @@ class Window:
             self._probed(measured)
 
     def _doubled(self, now: _Measured) -> None:
-        elasticity = 1.0 if self._before is None else _elasticity(self._before, now)
+        elasticity = 1.0 if self._before is None else self._elasticity(self._before, now)
         if elasticity < FOLLOWS:
             # Where nothing is gained the knee is below the half, which was fine: the middle of what is possible.
             self._settle(self.size * 2 ** (elasticity - THRESHOLD if elasticity >= STANDS else -0.5))
@@ -200,7 +206,7 @@ class Window:
     def _probed(self, low: _Measured) -> None:
         high = self._before
         assert high is not None  # noqa: S101  # `_probe` sets it
-        elasticity = _elasticity(low, high)
+        elasticity = self._elasticity(low, high)
         if high.rate / low.rate > IMPOSSIBLE * high.size / low.size:  # it has changed meanwhile
             self._forget()
             self._settle(self.settled)
@@ -218,6 +224,13 @@ class Window:
         self._wish = wish if self._wish is None or is_far else self._wish + (wish - self._wish) * NEWEST_SHARE
         self._hold = HOLD_LEAST if is_far else min(HOLD_MOST, 2 * self._hold)
         self._settle(min(math.exp(self._wish), self.settled + max(1, self.settled // STEP_SHARE)))
+
+    def _elasticity(self, low: _Measured, high: _Measured) -> float:
+        """Of the throughput between two sizes, 0 to 1: beyond these it is noise."""
+        if high.size <= low.size:
+            return 0.0
+        measured = math.log(high.rate / low.rate) / math.log(high.size / low.size)
+        return min(1.0, max(0.0, (measured - self._stolen) / (1 - self._stolen)))
 
     def _probe(self, high: _Measured) -> None:
         """See what half of a size gives, which gives this much."""
@@ -247,17 +260,10 @@ class Window:
 
         A whole number of rounds, so that requests which take equally long, and end together, are counted rightly.
         """
-        wished = self.spread * (COUNT_DOUBLING if self.phase is Phase.DOUBLING else COUNT_SETTLED)
+        counts = COUNT_DOUBLING if self.phase is Phase.DOUBLING else COUNT_SETTLED
+        wished = counts * self.spread / (1 - self._stolen) ** 2
         least = max(EPOCH_SIZES * self.size, min(MOST_COUNT, max(LEAST_COUNT, wished)))
         return _Epoch(skip, need=self.size * math.ceil(least / self.size), opened_at=self._clock())
-
-
-def _elasticity(low: _Measured, high: _Measured) -> float:
-    """Of the throughput between two sizes, 0 to 1: beyond these it is noise."""
-    if high.size <= low.size:
-        return 0.0
-    measured = math.log(high.rate / low.rate) / math.log(high.size / low.size)
-    return min(1.0, max(0.0, measured))
 
 
 def _differ(one: float, other: float) -> float:

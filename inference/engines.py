@@ -129,6 +129,11 @@ def _vllm(settings: EngineSettings, checkpoint: Path, *, alias: str, socket: Pat
         )
     quantization = quantization_of(checkpoint)
     is_gpu = has_gpu()
+    if settings.adapters and quantization and not is_gpu:
+        raise BadInput(
+            f"STOKER_ENGINE__ADAPTERS: on a CPU vLLM loads adapters beside 16-bit weights only, and {checkpoint} is "
+            f"quantized ({quantization}): set STOKER_ENGINE__CHECKPOINT to a 16-bit one"
+        )
     takes_packed = is_gpu or not lacks_avx512()
     if is_packed(checkpoint) and not takes_packed:
         raise BadInput(_packed_fault(checkpoint))

@@ -135,10 +135,10 @@ class Router:
         return self._by_kind[_kind(path)]
 
     def places(self, trust: Trust) -> int:
-        """How many requests may be under way at once, of a batch of this trust."""
+        """How many requests are to be under way at once, of a batch of this trust."""
         generation = self._by_kind["generation"]
         own = 0 if generation is None else generation.places
-        return own + sum(route.size for route in self._routes if _trusts(trust, route))
+        return own + sum(route.wanted for route in self._routes if _trusts(trust, route))
 
     async def is_down(self) -> bool:
         """Whether nothing answers: the engines refuse connections, and no registered endpoint is to be had."""

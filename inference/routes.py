@@ -14,6 +14,7 @@ from models.endpoints import EndpointSpec
 from models.states import Trust
 
 MOST_AT_ONCE: Final = 256  # of one child on an endpoint that states no concurrency
+AT_HAND: Final = 4  # jobs that wait to be paid for
 PAUSE_BASE_S, PAUSE_CAP_S = 0.5, 60.0  # of an endpoint that says it has had too many requests, doubled each time
 PROBE_EVERY_S: Final = 1.0  # of one that is down: a look costs it next to nothing
 CLOSED_S: Final = 300.0  # chosen: how long an endpoint rests whose quota is spent, or that refuses our key
@@ -43,10 +44,13 @@ class Route:
     _pauses: int = 0
 
     @classmethod
-    def of(cls, spec: EndpointSpec, endpoint: Endpoint, *, engine_id: int) -> Route:
-        """The route of a registered endpoint; its window finds out how many requests at once it bears."""
+    def of(cls, spec: EndpointSpec, endpoint: Endpoint, *, engine_id: int, sharers: int = 1) -> Route:
+        """The route of a registered endpoint; its window finds out how many requests at once it bears.
+
+        `sharers`: so many children like this one send to it.
+        """
         most = min(spec.concurrency or MOST_AT_ONCE, MOST_AT_ONCE)
-        return cls(endpoint, spec, engine_id, serves=spec.serves, window=Window(most=most))
+        return cls(endpoint, spec, engine_id, serves=spec.serves, window=Window(most=most, sharers=sharers))
 
     @property
     def name(self) -> str:
@@ -72,6 +76,11 @@ class Route:
     def size(self) -> int:
         """Requests at once that it is given now."""
         return self.places if self.spec is None else self.window.size
+
+    @property
+    def wanted(self) -> int:
+        """Jobs to have at hand for it: for one that bills tokens only a few more than may be paid for, as it seems."""
+        return min(self.size, self.running + AT_HAND) if self.is_priced else self.size
 
     def is_ready(self, now: float) -> bool:
         """Whether one more request may go to it now."""

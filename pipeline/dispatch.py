@@ -15,6 +15,7 @@ from uuid import UUID
 
 from models.states import Ending
 from pipeline.fairness import FairShare, to_recall
+from pipeline.spill import SpillWatch
 from runtime.clock import utc_now
 from runtime.errors import ServiceUnreachable
 from runtime.logs import get_logger
@@ -107,7 +108,7 @@ def dispatch_until(
 
 
 class Dispatcher:
-    """The leader's work; `tick` does what is due. Holds no state that another leader would miss."""
+    """The leader's work; `tick` does what is due. Holds no state that another leader would miss for long."""
 
     def __init__(self, database: Database, publisher: Publisher, board: PresenceBoard, settings: Settings) -> None:
         self._database = database
@@ -115,6 +116,7 @@ class Dispatcher:
         self._board = board
         self._settings = settings
         self._fairness = FairShare(settings.dispatch.tenant_weights)
+        self._spill = SpillWatch()
         self._window = self._readers = BLIND_WINDOW
         self._unsent: list[tuple[int, UUID]] = []
         self._sweep_at = 0.0
@@ -154,13 +156,15 @@ class Dispatcher:
                 log.info("batch_ended", batch_id=str(batch_id))
 
     def sweep(self) -> None:
-        """Once a second: presence, dead leases, expiry, winding down, screening, lost hints, partitions."""
+        """Once a second: presence, dead leases, expiry, winding down, screening, spilling, lost hints, partitions."""
         self._read_presence()
         self._recover()
         self._wind_down()
         with self._database.transaction() as session:
             for batch_id, reason in screen(session):
                 log.warning("batch_paused", batch_id=str(batch_id), reason=reason)
+        with self._database.transaction() as session:
+            self._spill.sweep(session)
         self._send_lost_hints()
         self._invite_readers()
         self._keep_house()

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from inference.endpoint import Endpoint
 from models.endpoints import EndpointSpec
+from models.states import Trust
 from runtime.errors import BadInput
 from runtime.logs import get_logger
 from runtime.settings import Settings
@@ -33,6 +34,11 @@ KEY_REMEDY: Final = (
     "put it into an environment variable or a file of the worker, and name that one: --key-env NAME or --key-file PATH "
     "(key_env, key_file)"
 )
+_FORMS: Final = {
+    "name": "write small letters, digits and . _ - after the first one",
+    "url": "write http://host:port/v1, on one line",
+    "key_env": f"this is no variable's name; {KEY_REMEDY}",
+}
 _KEYS_THEMSELVES: Final = frozenset({"key", "api_key", "token", "secret", "password"})
 # How the keys of well-known providers begin, as far as a variable's name could look so: gsk_, hf_, sk_, xai_, AIza…
 _LIKE_A_KEY: Final = re.compile(r"(gsk|hf|sk|xai|pplx|nvapi|r8|fw)_[A-Za-z0-9_]{16,}$|AIza[A-Za-z0-9_]{16,}$")
@@ -107,6 +113,13 @@ def read_endpoint(fields: Mapping[str, Any], *, place: str) -> EndpointSpec:
         Endpoint(spec.url, api_key=None, timeout_s=1.0, connections=1)
     except BadInput as error:
         raise BadInput(f"{place}: url: {error}") from error
+    needed = {"input", "output"} if spec.serves == "generation" else {"input"}
+    if spec.trust is Trust.EXTERNAL and (unstated := sorted(needed - spec.prices.model_fields_set)):
+        raise BadInput(
+            f"{place}: prices.{unstated[0]}: an external endpoint states what it asks for a million tokens, so that no "
+            "money is spent without a budget: --input-price and --output-price (prices.input, prices.output), 0 where "
+            "it asks nothing"
+        )
     if spec.key_env is not None and _LIKE_A_KEY.match(spec.key_env):
         raise BadInput(f"{place}: key_env: this looks like a key itself, not like a variable's name; {KEY_REMEDY}")
     return spec
@@ -153,8 +166,12 @@ def _of_file(file: Path, number: int, table: object) -> KnownEndpoint:
 
 def _faults(error: ValidationError) -> str:
     """What is wrong with which field; a value may be a secret in a wrong place."""
-    told = [(".".join(str(part) for part in fault["loc"]), fault["msg"]) for fault in error.errors()]
-    return "; ".join(f"{field}: {message}" if field else message for field, message in told)
+    told = []
+    for fault in error.errors():
+        field = ".".join(str(part) for part in fault["loc"])
+        message = _FORMS.get(field, fault["msg"]) if fault["type"] == "string_pattern_mismatch" else fault["msg"]
+        told.append(f"{field}: {message}" if field else message)
+    return "; ".join(told)
 
 
 def _read_key(file: Path, *, name: str) -> str:

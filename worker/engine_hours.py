@@ -6,6 +6,7 @@ itself. What is counted goes to Postgres every 30 s, so a kill -9 loses no more 
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
@@ -13,9 +14,10 @@ from dataclasses import astuple
 from decimal import Decimal
 from typing import Final
 
-from inference.supervisor import EngineReadings
+from inference.endpoint import Endpoint
+from inference.supervisor import EngineReadings, parse_readings
 from models.endpoints import NANOS
-from runtime.errors import ServiceUnreachable
+from runtime.errors import ServiceUnreachable, StokerError
 from runtime.logs import get_logger
 from store.database import Database
 from store.engine_days import EngineTime, add_engine_time
@@ -25,6 +27,7 @@ log = get_logger(__name__)
 LOOK_EVERY_S: Final = 5.0  # as often as the engine's watch reads /metrics
 WRITE_EVERY_S: Final = 30.0
 STOP_S: Final = 5.0
+NOT_KNOWN: Final = EngineReadings(None, None, None)
 _HOUR_S: Final = 3600
 
 
@@ -85,6 +88,34 @@ class EngineHours(threading.Thread):
             log.warning("engine_hours_wait", error=str(error))
             return
         self._unwritten = EngineTime()
+
+
+class MetricsReader:
+    """Readings of an engine that somebody else started, from its /metrics.
+
+    One that answered without any, as managed providers do, is not asked again.
+    """
+
+    def __init__(self, url: str, *, api_key: str | None) -> None:
+        self._url = url
+        self._api_key = api_key
+        self._has_none = False
+
+    def read(self) -> EngineReadings:
+        """What it says now; nothing while it does not answer."""
+        if self._has_none:
+            return NOT_KNOWN
+        try:
+            text = asyncio.run(self._ask())
+        except StokerError:
+            return NOT_KNOWN
+        readings = parse_readings(text)
+        self._has_none = readings.running is None
+        return readings
+
+    async def _ask(self) -> str:
+        async with Endpoint(self._url, api_key=self._api_key, timeout_s=LOOK_EVERY_S, connections=1) as endpoint:
+            return await endpoint.text("/metrics")
 
 
 def stretch(readings: EngineReadings, *, seconds: float, slots: int) -> EngineTime:

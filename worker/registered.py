@@ -82,4 +82,4 @@ class RegisteredEndpoints:
             log.error("endpoint_unusable", endpoint=spec.name, error=str(error))
             return None
         await endpoint.__aenter__()
-        return Route.of(spec, endpoint, engine_id=engine_id)
+        return Route.of(spec, endpoint, engine_id=engine_id, sharers=settings.worker.children)

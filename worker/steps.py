@@ -28,7 +28,7 @@ from runtime.logs import get_logger
 from runtime.settings import Settings, environment_of
 from store.presence import ANNOUNCE_S, PresenceBoard, WorkerPresence
 from worker.announced import NOTHING_ANNOUNCED, Announcement, require_endpoints
-from worker.engine_hours import EngineHours
+from worker.engine_hours import EngineHours, MetricsReader
 from worker.shared import SharedState
 
 log = get_logger(__name__)
@@ -195,13 +195,14 @@ class EngineStep(StartStopStep):  # type: ignore[misc]  # celery has no types
             return identity
         engine_id = register(parts.settings, identity)
         parts.shared.set_engine_id(engine_id)
+        metrics = MetricsReader(parts.engine_url, api_key=parts.settings.engine.api_key)
         parts.hours = EngineHours(
             parts.settings.require_postgres(),
             engine_id=engine_id,
             slots=parts.engine_slots,
             hour_price=parts.settings.engine.hour_price,
             is_shared=plan is None,
-            read=parts.readings,
+            read=metrics.read if plan is None else parts.readings,
             began_at=began_at,
         )
         parts.hours.start()

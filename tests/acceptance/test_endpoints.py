@@ -1,58 +1,72 @@
-"""Workers without an engine of their own: registered endpoints do the jobs, and what cannot work says so."""
+"""A real worker with endpoints beside its engine, or without an engine: failover, spill-over, what it costs."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
-import pytest
-
-from tests.acceptance.chats import ids_of, prompts, read_lines, write_chats
+from tests.acceptance.chats import prompts, read_lines, write_chats
 from tests.support.processes import WorkerProcess, stoker
 from tests.support.scripted_endpoint import ScriptedEndpoint
 
-KEY = "sk-a-long-secret"
-JOBS = 24
+JOBS = 240
 
 
-@pytest.fixture
-def bare(env: dict[str, str]) -> dict[str, str]:
-    """Settings of workers and commands without an engine."""
-    return {name: value for name, value in env.items() if name != "STOKER_ENGINE__URL"} | {
-        "STOKER_ENGINE__KIND": "none",
-        "CLOUD_KEY": KEY,
-    }
+def directory(file: Path, *tables: str) -> dict[str, str]:
+    """The settings of a worker with these endpoints."""
+    file.write_text("\n".join(f'[[endpoint]]\nmodels = {{ scripted = "scripted" }}\n{table}\n' for table in tables))
+    return {"STOKER_ENDPOINTS__FILE": str(file)}
 
 
-ENDPOINTS = """
-[[endpoint]]
-name = "box"
-url = "{ours}"
-trust = "own"
-key_env = "CLOUD_KEY"
-models = {{ scripted = "their-model" }}
+def test_a_worker_without_an_engine_answers_all_from_two_endpoints_of_which_one_fails_and_one_limits(
+    services: dict[str, str], tmp_path: Path
+) -> None:
+    with (
+        ScriptedEndpoint(requests_per_minute=6000) as limited,
+        ScriptedEndpoint(latency_s=0.05, slots=4, fail_share=0.2) as failing,
+    ):
+        endpoints = directory(
+            tmp_path / "endpoints.toml",
+            f'name = "limited"\ntrust = "own"\nurl = "{limited.url}"',
+            f'name = "failing"\ntrust = "own"\nurl = "{failing.url}"',
+        )
+        own = services | endpoints | {"STOKER_ENGINE__KIND": "none"}
+        ids = write_chats(tmp_path / "in.jsonl", prompts(JOBS))
+        with WorkerProcess("routed", env=own, folder=tmp_path):
+            ran = stoker("run", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", env=own)
+            assert ran.returncode == 0, ran.stderr
+        lines = read_lines(tmp_path / "out.jsonl")
+        assert [line["custom_id"] for line in lines] == ids
+        by = Counter(line["stoker"]["endpoint"] for line in lines)
+        assert set(by) == {"limited", "failing"} and failing.calls().statuses["500"] > 0
 
-[[endpoint]]
-name = "cloud"
-url = "{theirs}"
-models = {{ dear = "x" }}
-prices = {{ input = 1 }}
-"""
 
-
-def test_a_worker_without_an_engine_sends_jobs_to_registered_endpoints(bare: dict[str, str], tmp_path: Path) -> None:
-    ids = write_chats(tmp_path / "in.jsonl", prompts(JOBS))
-    file = tmp_path / "endpoints.toml"
-    with ScriptedEndpoint(models=["their-model"], api_key=KEY) as ours, ScriptedEndpoint(models=["x"]) as theirs:
-        file.write_text(ENDPOINTS.format(ours=ours.url, theirs=theirs.url))
-        env = bare | {"STOKER_ENDPOINTS__FILE": str(file)}
-        with WorkerProcess("bare", env=env, folder=tmp_path) as worker:
-            ended = stoker("run", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", env=env)
-            assert ended.returncode == 0, ended.stderr
-            refused = stoker("submit", tmp_path / "in.jsonl", "--model", "dear", env=env)
-            assert refused.returncode == 2 and "--trust external" in refused.stderr, refused.stderr
-            assert KEY not in worker.log
-        assert (ours.calls().count, theirs.calls().count) == (JOBS, 0)
-    assert ids_of(read_lines(tmp_path / "out.jsonl")) == ids
-    [engine] = json.loads((tmp_path / "out.manifest.json").read_text())["engines"]
-    assert (engine["kind"], engine["name"], engine["models"]) == ("endpoint", "box", {"scripted": "their-model"})
+def test_what_a_slow_engine_cannot_do_in_time_goes_to_a_priced_endpoint_within_its_budget(
+    services: dict[str, str], tmp_path: Path
+) -> None:
+    with (
+        ScriptedEndpoint(latency_s=0.2, slots=2) as engine,
+        ScriptedEndpoint(latency_s=0.05) as provider,
+    ):
+        endpoints = directory(
+            tmp_path / "endpoints.toml",
+            f'name = "provider"\nurl = "{provider.url}"\nprices = {{ input = 1, output = 2 }}',
+        )
+        slots = {"STOKER_ENGINE__MAX_NUM_SEQS": "2", "STOKER_WORKER__CHILDREN": "1", "STOKER_WORKER__IN_FLIGHT": "2"}
+        own = services | endpoints | slots | {"STOKER_ENGINE__URL": engine.url, "STOKER_SHARD__MAX_JOBS": "16"}
+        write_chats(tmp_path / "in.jsonl", prompts(JOBS))
+        options = ("--trust", "external", "--budget-money", "0.5", "--window", "16s", "--json")
+        with WorkerProcess("spilling", env=own, folder=tmp_path):
+            ran = stoker("run", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", *options, env=own)
+            assert ran.returncode == 0, ran.stderr
+        lines = read_lines(tmp_path / "out.jsonl")
+        bought = [line for line in lines if line["stoker"].get("endpoint") == "provider"]
+        # 10 jobs a second are 152 in 15.2 s, so about 88 are too many; the rate is believed after 5 s.
+        assert 40 <= len(bought) <= 150
+        costs = [line["stoker"]["cost"] for line in bought]
+        usage = [line["response"]["body"]["usage"] for line in bought]
+        asked = sum(one["prompt_tokens"] + 2 * one["completion_tokens"] for one in usage) / 1_000_000
+        assert abs(sum(cost["amount"] for cost in costs) - asked) < 1e-9
+        told = json.loads(stoker("cost", "--json", env=own).stdout)
+        print(told)

@@ -81,6 +81,17 @@ def test_llama_cpp_takes_no_adapters(tmp_path: Path, settings: EngineSettings) -
         plan_engine(settings.model_copy(update={"checkpoint": file}), socket=SOCKET)
 
 
+def test_on_a_cpu_a_quantized_checkpoint_takes_no_adapters(
+    settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")  # nowhere is nvidia-smi
+    assert settings.checkpoint is not None
+    quantized = {"quantization_config": {"quant_method": "compressed-tensors"}}
+    (settings.checkpoint / "config.json").write_text(json.dumps(quantized))
+    with pytest.raises(BadInput, match="beside 16-bit weights only"):
+        plan_engine(settings, socket=SOCKET)
+
+
 def test_the_engine_does_not_see_the_keys_of_providers(
     settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import random
 import statistics
+from collections import deque
 from collections.abc import Callable
 
 import pytest
@@ -140,6 +141,25 @@ def test_it_does_not_grow_while_something_else_is_the_limit() -> None:
     server.demand = 1024
     server.serve(enough(64))
     assert 64 <= server.window.settled <= 128
+
+
+def test_windows_that_share_an_endpoint_do_not_outbid_each_other() -> None:
+    random_numbers, now = random.Random(2), 0.0
+    windows = [Window(most=1024, sharers=2, clock=lambda: now) for _ in range(2)]
+    at_once, waiting, busy = [0, 0], deque[tuple[float, int]](), list[tuple[float, float, int]]()
+    sums = []
+    for _ in range(15_000):
+        for which, window in enumerate(windows):
+            new = max(0, window.size - at_once[which])
+            at_once[which] += new
+            waiting.extend([(now, which)] * new)
+        while waiting and len(busy) < 64:
+            heapq.heappush(busy, (now + random_numbers.lognormvariate(0, 0.6), *waiting.popleft()))
+        now, began, which = heapq.heappop(busy)
+        at_once[which] -= 1
+        windows[which].ended(now - began, TOKENS)
+        sums.append(sum(window.settled for window in windows))
+    assert 64 <= statistics.median(sums[-5000:]) <= 128
 
 
 def test_it_never_goes_above_the_most_that_is_stated() -> None:

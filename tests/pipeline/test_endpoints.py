@@ -42,7 +42,7 @@ def add(database: Database, *specs: EndpointSpec) -> None:
             add_endpoint(session, one.name, one.model_dump(mode="json"))
 
 
-LAB = '[[endpoint]]\nname = "lab"\nurl = "http://lab:8000/v1"\n[endpoint.models]\nm = "theirs/m"\n'
+LAB = '[[endpoint]]\nname = "lab"\nurl = "http://lab:8000/v1"\ntrust = "own"\n[endpoint.models]\nm = "theirs/m"\n'
 
 
 def test_rows_and_the_file_are_one_directory_where_each_name_stands_once(database: Database, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tests.support.scripted_endpoint import ScriptedEndpoint
 
 KEY = "sk-proj-a-long-secret"
 URL = "https://api.example.com/v1"
+FREE = ("--input-price", "0", "--output-price", "0")
 PRICED = ("--input-price", "0.15", "--output-price", "0.60", "--cached-price", "0.075")
 NO_SERVICES = Settings.model_construct(postgres=PostgresSettings(url="postgresql://127.0.0.1:1/none"))
 
@@ -73,9 +74,9 @@ def test_an_endpoint_is_added_listed_stated_anew_and_removed(settings: Settings,
         500,
         1,
     )
-    again = said(settings, "add", "cloud", URL, "--model", "large")
+    again = said(settings, "add", "cloud", URL, "--model", "large", *FREE)
     assert isinstance(again.exception, BadInput) and "--replace" in str(again.exception)
-    assert said(settings, "add", "cloud", URL, "--model", "large", "--replace").exit_code == 0
+    assert said(settings, "add", "cloud", URL, "--model", "large", "--replace", *FREE).exit_code == 0
     assert listed(settings, "list")[0]["models"] == {"large": "large"}
     assert said(settings, "remove", "cloud").exit_code == 0
     assert listed(settings, "list") == []
@@ -89,8 +90,9 @@ def test_an_endpoint_is_added_listed_stated_anew_and_removed(settings: Settings,
         (("--key", KEY), "--key: a key does not belong on a command line"),
         (("--api-key", KEY), "a key does not belong on a command line"),
         (("--key-env", KEY), "key_env"),
-        (("--key-env", "gsk_0123456789abcdefghij"), "looks like a key itself"),
+        (("--key-env", "gsk_0123456789abcdefghij", *FREE), "looks like a key itself"),
         (("--key-env", "A", "--key-file", "b"), "not both"),
+        (("--input-price", "1"), "prices.output: an external endpoint states what it asks"),
         (("--hour-price", "3"), "hour_price is of own endpoints"),
         (("--trust", "own", *PRICED), "no price a token"),
         (("--input-price", "cheap"), "prices.input"),
@@ -118,7 +120,20 @@ def test_a_check_asks_every_alias_and_tells_what_the_headers_state(
     settings: Settings, server: ScriptedEndpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CLOUD_API_KEY", KEY)
-    said(settings, "add", "cloud", server.url, "--model", "large=big", "--model", "small", "--key-env", "CLOUD_API_KEY")
+    said(
+        settings,
+        "add",
+        "cloud",
+        server.url,
+        "--model",
+        "large=big",
+        "--model",
+        "small",
+        "--key-env",
+        "CLOUD_API_KEY",
+        *FREE,
+    )
+    before = server.calls().tokens
     result = said(settings, "check", "cloud")
     assert result.exit_code == 0, result.output
     assert "6,000 requests a minute" in result.stdout and KEY not in result.output
@@ -128,7 +143,7 @@ def test_a_check_asks_every_alias_and_tells_what_the_headers_state(
         ("large", True, ""),
         ("small", True, ""),
     ]
-    assert server.calls().tokens <= 4, "one token of each"
+    assert server.calls().tokens == before + 4, "one token of each, twice"
 
 
 def test_a_check_that_fails_says_what_and_exits_with_3(
@@ -137,10 +152,10 @@ def test_a_check_that_fails_says_what_and_exits_with_3(
     monkeypatch.setenv("CLOUD_API_KEY", KEY)
     monkeypatch.setenv("WRONG_API_KEY", "sk-another-secret")
     key = ("--key-env", "CLOUD_API_KEY")
-    said(settings, "add", "cloud", server.url, "--model", "small", "--model", "gone", *key)
-    said(settings, "add", "wrong", server.url, "--model", "small", "--key-env", "WRONG_API_KEY")
-    said(settings, "add", "unset", server.url, "--model", "small", "--key-env", "NOWHERE_API_KEY")
-    said(settings, "add", "down", "http://127.0.0.1:9", "--model", "small")
+    said(settings, "add", "cloud", server.url, "--model", "small", "--model", "gone", *key, *FREE)
+    said(settings, "add", "wrong", server.url, "--model", "small", "--key-env", "WRONG_API_KEY", *FREE)
+    said(settings, "add", "unset", server.url, "--model", "small", "--key-env", "NOWHERE_API_KEY", *FREE)
+    said(settings, "add", "down", "http://127.0.0.1:9", "--model", "small", *FREE)
     result = said(settings, "check")
     assert result.exit_code == 3
     faults = {look["name"]: " ".join(look["faults"]) for look in listed(settings, "check")}
@@ -156,5 +171,5 @@ def test_endpoints_of_the_file_are_listed_but_changed_there_only(settings: Setti
     file.write_text('[[endpoint]]\nname = "lab"\nurl = "http://lab:8000"\nmodels = { m = "m" }\ntrust = "own"\n')
     settings = settings.model_copy(update={"endpoints": EndpointsSettings(file=file)})
     assert [(one["name"], one["file"]) for one in listed(settings, "list")] == [("lab", str(file))]
-    for words in (("remove", "lab"), ("add", "lab", URL, "--model", "m")):
+    for words in (("remove", "lab"), ("add", "lab", URL, "--model", "m", *FREE)):
         assert str(file) in str(said(settings, *words).exception)

@@ -13,7 +13,8 @@ from models.endpoints import NANOS
 from store.database import Database
 from store.engine_days import EngineTime, add_engine_time
 from tests.support.batches import execute, rows
-from worker.engine_hours import EngineHours, stretch
+from tests.support.scripted_endpoint import ScriptedEndpoint
+from worker.engine_hours import EngineHours, MetricsReader, stretch
 
 BUSY = EngineReadings(running=3, waiting=1, generated_tokens=10, gpu_use=0.5)
 ENGINE = 7
@@ -30,6 +31,14 @@ def test_a_reading_stands_for_the_seconds_since_the_one_before() -> None:
     assert stretch(BUSY, seconds=10, slots=4) == EngineTime(10, 10, 30, 40, 5, 10)
     assert stretch(EngineReadings(0, 0, 10), seconds=10, slots=4) == EngineTime(10, 0, 0, 40, 0, 0)
     assert stretch(EngineReadings(None, None, None), seconds=10, slots=4) == EngineTime(10, 0, 0, 0, 0, 0)
+
+
+def test_an_engine_that_somebody_else_started_is_read_by_its_metrics() -> None:
+    with ScriptedEndpoint() as endpoint:
+        assert MetricsReader(endpoint.url, api_key=None).read().running == 0
+        elsewhere = MetricsReader(f"{endpoint.url}/nowhere", api_key=None)
+        assert [elsewhere.read().running, elsewhere.read().running] == [None, None]
+    assert MetricsReader(endpoint.url, api_key=None).read().running is None
 
 
 def test_a_worker_that_ends_leaves_its_engines_hours_and_what_they_cost(database: Database, postgres_url: str) -> None:
