@@ -15,6 +15,7 @@ from api.files import listing
 from api.gateway import gateway_of
 from api.objects import BATCH_ID, BatchId, BatchObject, Listing, batch_object
 from models.batch_requests import CreateBatch
+from models.money import nanos_of
 from models.names import batch_hex
 from models.states import Purpose
 from pipeline.again import retry_batch
@@ -27,6 +28,7 @@ from store.batches import BatchProgress, batch_progress, latest_batches, request
 from store.budgets import open_batch_budget
 from store.database import Session
 from store.files import FileEntry, find_file
+from store.money import open_batch_money
 from store.submissions import lock_submit
 from store.validating import NewRequest, begin_request, find_request, request_of
 
@@ -174,6 +176,8 @@ def _begin(session: Session, principal: Principal, body: CreateBatch, entry: Fil
     begin_request(session, batch)
     if body.extras.budget_tokens is not None:
         open_batch_budget(session, batch.id, body.extras.budget_tokens)
+    if body.extras.budget_money is not None:
+        open_batch_money(session, batch.id, nanos_of(body.extras.budget_money))
     return batch.id
 
 
@@ -195,9 +199,10 @@ def _digest_of(principal: Principal, idempotency_key: str) -> str:
 
 
 def _again(earlier: BatchProgress, *, window_s: float) -> dict[str, object]:
-    """What a retry takes over from its batch's create body: not its budget."""
+    """What a retry takes over from its batch's create body: not its budgets."""
     asked = dict(earlier.request or {})
-    asked["stoker"] = {name: value for name, value in (asked.get("stoker") or {}).items() if name != "budget_tokens"}
+    stated = (asked.get("stoker") or {}).items()
+    asked["stoker"] = {name: value for name, value in stated if name not in ("budget_tokens", "budget_money")}
     asked["completion_window"] = f"{window_s:.0f}s"
     return asked
 

@@ -8,7 +8,6 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import msgspec
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Generic, Literal, TypeVar
@@ -13,10 +14,12 @@ from api.objects import BatchObject, batch_object
 from api.shortened import Shortener
 from models.names import batch_name
 from models.states import BudgetPeriod, DeliveryState, Outcome, Scope, Source
+from pipeline.cost_figures import money
 from store.batches import BatchProgress
 from store.budgets import BudgetReport
 from store.deliveries import DeliveryRow
 from store.inspection import Bucket, FailureKind, Failures, JobLine, JobPage, WholeJob
+from store.money import MoneyReport
 from store.presence import WorkerPresence
 from store.results import WaitingJobs
 
@@ -65,16 +68,18 @@ class FinishedObject(BaseModel):
 
 
 class BudgetObject(BaseModel):
-    """Tokens that a key may take in a period, or a batch at all."""
+    """What a key may take in a period, or a batch at all: of tokens, or of money at priced endpoints."""
+
+    unit: str = Field(description="tokens, or the currency that the amounts are in")
 
     key: str | None
     key_name: str | None
     batch: str | None
     period: BudgetPeriod
     began_at: float
-    cap: int
-    spent: int
-    reserved: int
+    cap: int | float
+    spent: int | float
+    reserved: int | float
 
 
 class DeliveryObject(BaseModel):
@@ -265,17 +270,27 @@ def marks_of(progress: BatchProgress) -> list[Mark]:
     return sorted(marks, key=lambda mark: mark.at)
 
 
-def budget_object(report: BudgetReport) -> BudgetObject:
-    """A budget as it stands."""
+def budget_objects(
+    tokens: Sequence[BudgetReport], nanos: Sequence[MoneyReport], *, currency: str
+) -> list[BudgetObject]:
+    """Budgets of tokens and of money as they stand."""
+    return [
+        *(_budget(one, "tokens", one.cap, one.spent, one.reserved) for one in tokens),
+        *(_budget(one, currency, *map(money, (one.cap, one.spent, one.reserved))) for one in nanos),
+    ]
+
+
+def _budget(report: BudgetReport | MoneyReport, unit: str, cap: float, spent: float, reserved: float) -> BudgetObject:
     return BudgetObject(
+        unit=unit,
         key=report.key_id,
         key_name=report.key_name,
         batch=None if report.batch_id is None else batch_name(report.batch_id),
         period=report.period,
         began_at=report.began_at.timestamp(),
-        cap=report.cap,
-        spent=report.spent,
-        reserved=report.reserved,
+        cap=cap,
+        spent=spent,
+        reserved=reserved,
     )
 
 
@@ -305,7 +320,7 @@ def batch_details(
     progress: BatchProgress,
     seen: LookedThrough,
     *,
-    budgets: list[BudgetReport],
+    budgets: list[BudgetObject],
     deliveries: list[DeliveryRow],
     waiting: WaitingJobs | None,
 ) -> BatchDetails:
@@ -316,7 +331,7 @@ def batch_details(
         errors_complete=seen.failures.complete,
         marks=marks_of(progress),
         finished=[FinishedObject(at=bucket.at, jobs=bucket.jobs, failed=bucket.failed) for bucket in seen.course],
-        budgets=[budget_object(one) for one in budgets],
+        budgets=budgets,
         deliveries=[delivery_object(one) for one in deliveries],
         engines=seen.engines,
         waiting=None

@@ -27,7 +27,7 @@ from api.inspected import (
     NamespaceObject,
     WorkerObject,
     batch_details,
-    budget_object,
+    budget_objects,
     delivery_object,
     job_details,
     job_list,
@@ -47,6 +47,7 @@ from store.budgets import budgets_of, budgets_of_batch
 from store.cache_reports import namespace_reports
 from store.deliveries import deliveries_of
 from store.inspection import Wanted, course_of, engines_seen, failures_of, jobs_page, whole_job
+from store.money import money_of, money_of_batch
 from store.results import waiting_jobs
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def who_asks(principal: Reader) -> Me:
 def inspect_batch(request: Request, principal: Reader, batch_id: BatchId) -> BatchDetails:
     """One batch: errors by kind, its states by time, results over time, budgets, webhooks, engines, what waits."""
     identifier, tenant = _read(batch_id), principal.tenant
-    with gateway_of(request).database.transaction() as session:
+    gateway = gateway_of(request)
+    with gateway.database.transaction() as session:
         progress = batch_progress(session, identifier, tenant=tenant)
         seen = _LOOKED_THROUGH.of(
             identifier,
@@ -91,7 +93,11 @@ def inspect_batch(request: Request, principal: Reader, batch_id: BatchId) -> Bat
         return batch_details(
             progress,
             seen,
-            budgets=budgets_of_batch(session, identifier),
+            budgets=budget_objects(
+                budgets_of_batch(session, identifier),
+                money_of_batch(session, identifier),
+                currency=gateway.settings.cost.currency,
+            ),
             deliveries=deliveries_of(session, tenant=tenant, batch_id=identifier),
             waiting=waiting_jobs(session, identifier),
         )
@@ -149,9 +155,11 @@ def list_namespaces(request: Request, principal: Reader) -> NamespaceList:
 
 @router.get("/budgets", responses=refusals())
 def list_budgets(request: Request, principal: Reader) -> All[BudgetObject]:
-    """The budgets of the tenant's keys in their running periods, and of its batches that have not ended."""
-    with gateway_of(request).database.transaction() as session:
-        return All(data=[budget_object(one) for one in budgets_of(session, principal.tenant)])
+    """Budgets of tokens and money: of the tenant's keys in their running periods, and of its batches in progress."""
+    gateway = gateway_of(request)
+    with gateway.database.transaction() as session:
+        tokens, nanos = budgets_of(session, principal.tenant), money_of(session, principal.tenant)
+    return All(data=budget_objects(tokens, nanos, currency=gateway.settings.cost.currency))
 
 
 @router.get("/costs", responses=refusals(400, 404))

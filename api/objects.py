@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from api.cost_objects import Money
 from models.file_names import made_filename, made_name
 from models.names import batch_name
-from models.states import BatchState, CacheMode, Ending, JobOrder, Part, Priority, Purpose
+from models.states import BatchState, CacheMode, Ending, JobOrder, Part, Priority, Purpose, Trust
 from pipeline.cost_figures import money
 from pipeline.made_files import MadeFile
 from store.batches import BatchProgress
@@ -137,7 +137,9 @@ class BatchExtras(BaseModel):
     error_file_id: str
     jobs: Jobs
     tokens: Tokens
+    trust: Trust
     budget_tokens: int | None
+    budget_money: float | None = Field(description="in the currency of all prices; `cost` is what was spent")
     cost: Money | None = Field(description="what priced endpoints asked so far; null where none was asked")
     webhook: str | None
 
@@ -309,7 +311,9 @@ def _extras(progress: BatchProgress, asked: dict[str, Any]) -> BatchExtras:
             reasoning=progress.reasoning_tokens,
             saved=progress.saved_tokens,
         ),
+        trust=progress.options.get("trust") or asked.get("trust") or Trust.OWN,
         budget_tokens=asked.get("budget_tokens"),
+        budget_money=asked.get("budget_money"),
         cost=None if not progress.cost else Money(amount=money(progress.cost), currency=progress.currency or ""),
         webhook=(asked.get("webhook") or {}).get("url"),
     )

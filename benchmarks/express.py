@@ -8,10 +8,10 @@ Through the whole system: gateway, RabbitMQ, the express node, an engine that is
   ours         beside a batch whose worker keeps a quarter of them free while single requests come (and vLLM computes
                these first: --scheduling-policy priority)
 
-Each client asks for 32 tokens, and asks again as soon as it has them. Before, the batch runs for a while by itself. On a
-scripted engine of 16 slots, whose answers take 1 s (lognormal) whatever else the machine does; on llama.cpp; and on vLLM
-where its environment is. Postgres, RabbitMQ, Redis, engine and clients share the cores. About
-15 minutes. Writes benchmarks/results/express.json.
+Each client asks for 32 tokens, and asks again as soon as it has them. Before, the batch runs for a while by itself. On
+a scripted engine of 16 slots, whose answers take 1 s (lognormal) whatever else the machine does; on llama.cpp; and on
+vLLM where its environment is. Postgres, RabbitMQ, Redis, engine and clients share the cores. About 15 minutes.
+Writes benchmarks/results/express.json.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from worker.shared import SharedState
 COMMAND: Final = "`make bench-express`"
 LINES: Final = 20_000  # more than any leg gets done
 SLOTS: Final = {"scripted": 16, "llamacpp": 4, "vllm": 16}
-SCRIPTED_S, SCRIPTED_SIGMA = 1.0, 0.5
+SCRIPTED_S, SCRIPTED_SIGMA = 1.0, 0.2
 ALONE, UNPROTECTED, LOW_CAP, OURS = "alone", "unprotected", "low cap", "ours"
 SIDES: Final = (ALONE, UNPROTECTED, LOW_CAP, OURS)
 BY_ITSELF_S: Final = 15.0
@@ -177,9 +177,7 @@ def merged(side: str, legs: list[Leg]) -> Leg:
     )
 
 
-def run_leg(
-    settings: Settings, side: str, door: Door, slots: int, model: str, options: argparse.Namespace
-) -> Leg:
+def run_leg(settings: Settings, side: str, door: Door, slots: int, model: str, options: argparse.Namespace) -> Leg:
     """One side with a worker, an engine and a batch of its own."""
     worker = settings.worker.model_copy(
         update={

@@ -65,9 +65,7 @@ class Pack:
         vectors = iter(_in_order(answer.data, expected=sum(self.input_counts)))
         usage = usage_of(answer.usage)
         tokens = _apportion(usage.prompt_tokens, self.token_estimates)
-        costs: list[int] | None = None
-        if reply.prices is not None:
-            costs = _apportion(reply.prices.cost_nanos(usage), self.token_estimates)
+        costs = None if reply.cost is None else _apportion(reply.cost, self.token_estimates)
         for position, job in enumerate(self.jobs):
             asked = self.formats[position]
             response = _Response(

@@ -20,7 +20,7 @@ from inference.connections import Address, Answer, ConnectFailed, Connections, N
 from inference.rate_headers import rates_seen, retry_after_s
 from inference.refusals import is_about_quota, is_about_the_key
 from inference.streams import BrokenStream, is_stream, whole
-from models.endpoints import Prices, RatesSeen
+from models.endpoints import RatesSeen
 from runtime.errors import BadInput, Permanent, Transient
 
 RESPONSE_LIMIT_BYTES = 256 * 1024 * 1024
@@ -78,8 +78,8 @@ class Refused(Transient):
 class Reply:
     """What the server answered for good: a success or a rejection, its body as it came.
 
-    `seen`: what its headers say of limits. `engine_id`, `prices`: whose answer it is where that is not the worker's
-    own engine, and what that asks for tokens.
+    `seen`: what its headers say of limits. `engine_id`: whose answer it is where that is not the worker's own
+    engine; `cost`: what a priced one asks for it, in nanos.
     """
 
     status_code: int
@@ -87,7 +87,7 @@ class Reply:
     duration_ms: int
     seen: RatesSeen | None = None
     engine_id: int | None = None
-    prices: Prices | None = None
+    cost: int | None = None
 
 
 class Endpoint:

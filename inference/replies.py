@@ -35,16 +35,15 @@ def result_of(seq: int, path: str, reply: Reply) -> JobResult:
         text, answer = _decode(text, _DECODERS.get(path, _ANY_DECODER))
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         return _invalid(seq, reply, f"{type(error).__name__}: {error}; it began with: {text[:200]}")
-    usage = usage_of(answer.usage)
     return JobResult(
         seq=seq,
         outcome=answer.outcome(),
         status_code=reply.status_code,
         response=text,
-        usage=usage,
+        usage=usage_of(answer.usage),
         duration_ms=reply.duration_ms,
         engine_id=reply.engine_id,
-        cost=None if reply.prices is None else reply.prices.cost_nanos(usage),
+        cost=reply.cost,
     )
 
 
@@ -249,6 +248,7 @@ def _invalid(seq: int, reply: Reply, reason: str) -> JobResult:
         error_message=_short(f"{reply.status_code} without the expected JSON: {reason}"),
         duration_ms=reply.duration_ms,
         engine_id=reply.engine_id,
+        cost=reply.cost,
     )
 
 
@@ -269,7 +269,7 @@ def _rejection(seq: int, reply: Reply, text: str) -> JobResult:
         error_message=_short(message) or f"HTTP {reply.status_code}",
         duration_ms=reply.duration_ms,
         engine_id=reply.engine_id,
-        cost=None if reply.prices is None else 0,
+        cost=reply.cost,
     )
 
 

@@ -354,7 +354,7 @@ class Router:
             self._answered(route, usage, seconds=time.monotonic() - began)
             spent = _bill(route, reply, usage, most=paid)
             await self._learn(route, reply.seen, throttled=False)
-            return reply if route.spec is None else _signed(route, route.spec, reply)
+            return replace(reply, engine_id=route.engine_id, cost=spent if paid else None)
         except StokerError as error:
             if _cannot_have_run(error):
                 used = spent = 0
@@ -469,10 +469,6 @@ def _bill(route: Route, reply: Reply, usage: Usage, *, most: int) -> int:
     if not most or route.spec is None or not 200 <= reply.status_code < 300:
         return 0
     return route.spec.prices.cost_nanos(usage) if usage.prompt_tokens + usage.completion_tokens else most
-
-
-def _signed(route: Route, spec: EndpointSpec, reply: Reply) -> Reply:
-    return replace(reply, engine_id=route.engine_id, prices=spec.prices if spec.is_priced else None)
 
 
 def _cannot_have_run(error: StokerError) -> bool:

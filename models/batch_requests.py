@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from datetime import timedelta
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
 
 from models.line_settings import MOST_PASSAGES
-from models.states import CacheMode, JobOrder, Priority
+from models.money import Amount
+from models.states import CacheMode, JobOrder, Priority, Trust
 from runtime.settings import LEAST_WEIGHT, MOST_WEIGHT
 
 MOST_PAIRS, KEY_CHARACTERS, VALUE_CHARACTERS = 16, 64, 512
@@ -69,8 +71,17 @@ class Extras(_Asked):
     order: JobOrder = JobOrder.PREFIX
     budget_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     validate_answers: bool = False
+    trust: Trust = Trust.OWN
+    budget_money: Amount | None = None
     webhook: Webhook | None = None
     labels: Pairs = Field(default_factory=dict)
+
+    @field_validator("budget_money")
+    @classmethod
+    def _is_used(cls, amount: Decimal | None, checked: ValidationInfo) -> Decimal | None:
+        if amount is not None and checked.data.get("trust") is Trust.OWN:
+            raise ValueError("would never be used, as prompts stay on own endpoints: state the trust external too")
+        return amount
 
     @property
     def line_settings(self) -> dict[str, Any]:

@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
+from typing import Annotated, Final
+
+from pydantic import Field
 
 from models.endpoints import NANOS
+
+MOST: Final = 1_000_000_000  # of the currency's unit: what is counted stays far within a BIGINT of nanos
+
+Amount = Annotated[Decimal, Field(gt=0, le=MOST, max_digits=19, decimal_places=9)]
+"""What a budget of money may be, in the currency's unit."""
+
+
+def nanos_of(amount: Decimal) -> int:
+    """An amount of the currency's unit, in nanos; it has no more than 9 decimals."""
+    return int(amount * NANOS)
 
 
 def plain(nanos: int) -> str:

@@ -19,6 +19,7 @@ from runtime.errors import BadInput
 from store.budgets import set_key_caps
 from store.database import Database, Session
 from store.keys import NewKey, create_key, has_living_key, living_key, lock_first_key
+from store.money import set_key_money
 
 FIRST_NAME: Final = "first"
 
@@ -41,15 +42,19 @@ def issue_key(
     requests_per_minute: int | None = None,
     day_tokens: int | None = None,
     month_tokens: int | None = None,
+    day_money: int | None = None,
+    month_money: int | None = None,
     expires_in: timedelta | None = None,
 ) -> IssuedKey:
-    """A new key, stored with its limits."""
+    """A new key, stored with its limits; money is in nanos."""
     made = make_key()
     ordered = tuple(scope for scope in Scope if scope in scopes)
     new = NewKey(made.id, tenant, name, made.digest, ordered, requests_per_minute, expires_in)
     expires_at = create_key(session, new)
     if day_tokens is not None or month_tokens is not None:
         set_key_caps(session, made.id, day_tokens=day_tokens, month_tokens=month_tokens)
+    if day_money is not None or month_money is not None:
+        set_key_money(session, made.id, day_money=day_money, month_money=month_money)
     return IssuedKey(made, ordered, expires_at)
 
 

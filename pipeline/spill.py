@@ -21,7 +21,8 @@ from store.spill import Spilling, set_spill, spilling_batches
 log = get_logger(__name__)
 
 WINDOW_S: Final = 60.0  # chosen: over so long a rate is measured; an outage of an engine that is shorter moves nothing
-LEAST_S, LEAST_JOBS = 5.0, 20  # of what is measured, until a rate is believed; without any job after WINDOW_S it is 0
+LEAST_S, LEAST_JOBS = 5.0, 20  # of what is measured, until a rate is believed
+LATE_SHARE: Final = 0.25  # chosen: of the window; so long engines that do nothing may come back
 # Chosen: of what is left of its time, a part is for the last jobs and for what goes wrong.
 MARGIN_SHARE, MOST_MARGIN_S = 0.05, 60.0
 
@@ -41,11 +42,13 @@ class SpillWatch:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._seen: dict[UUID, deque[tuple[float, int]]] = {}
+        self._rates: dict[UUID, float] = {}
 
     def sweep(self, session: Session) -> None:
         """Say of each batch that may spill how many of its jobs may go."""
         live = spilling_batches(session)
         self._seen = {batch.id: self._seen.get(batch.id, deque()) for batch in live}
+        self._rates = {batch.id: self._rates[batch.id] for batch in live if batch.id in self._rates}
         for batch in live:
             rate = self._own_rate(batch)
             if rate is None:
@@ -57,13 +60,20 @@ class SpillWatch:
                 log.info("batch_spills", batch_id=str(batch.id), jobs=jobs, own_rate=round(rate, 3))
 
     def _own_rate(self, batch: Spilling) -> float | None:
-        """Jobs a second that own engines finish of it; None while too little is known."""
+        """Jobs a second that own engines finish of it while it runs; None while too little is known.
+
+        What it waits behind other batches, or for an engine to load, says nothing of that. Where nothing is known, or
+        engines are silent, they are given up only when most of the window is over.
+        """
         now, seen = self._clock(), self._seen[batch.id]
-        seen.append((now, batch.done_by_own))
-        while len(seen) > 2 and seen[1][0] <= now - WINDOW_S:
-            seen.popleft()
-        began, before = seen[0]
-        seconds, jobs = now - began, batch.done_by_own - before
-        if seconds >= WINDOW_S or (seconds >= LEAST_S and jobs >= LEAST_JOBS):
-            return jobs / seconds
-        return None
+        if not batch.is_running:
+            seen.clear()
+        else:
+            seen.append((now, batch.done_by_own))
+            while len(seen) > 2 and seen[1][0] <= now - WINDOW_S:
+                seen.popleft()
+            seconds, jobs = now - seen[0][0], batch.done_by_own - seen[0][1]
+            if seconds >= WINDOW_S or (seconds >= LEAST_S and jobs >= LEAST_JOBS):
+                self._rates[batch.id] = jobs / seconds
+        rate = self._rates.get(batch.id, 0.0)
+        return rate if rate or batch.time_left_s <= LATE_SHARE * batch.window_s else None

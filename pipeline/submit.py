@@ -38,6 +38,7 @@ from runtime.errors import InvalidFile, Problem
 from runtime.settings import Settings, ShardSettings
 from store.budgets import open_batch_budget
 from store.database import Database
+from store.money import open_batch_money
 from store.submissions import Filled, NewBatch, copy_jobs, extend_lease, insert_shards, set_going
 
 CHUNK_BYTES = 256 * 1024 * 1024
@@ -53,6 +54,7 @@ class Wishes:
     results_of: UUID | None = None  # lines that equal a job of this batch take its succeeded result
     order: JobOrder = JobOrder.PREFIX
     budget_tokens: int | None = None  # the most that all its jobs may take
+    budget_nanos: int | None = None  # the most that priced endpoints may ask for them
 
 
 NO_WISHES = Wishes()
@@ -264,9 +266,11 @@ def _store(
     bounds: ShardSettings,
 ) -> Filled:
     """Store all lines, then settle which of them run, and in what order."""
-    if wishes.budget_tokens is not None:
-        with database.transaction() as session:
+    with database.transaction() as session:
+        if wishes.budget_tokens is not None:
             open_batch_budget(session, batch.id, wishes.budget_tokens)
+        if wishes.budget_nanos is not None:
+            open_batch_money(session, batch.id, wishes.budget_nanos)
     semantic = SemanticLines()
     with DigestBuckets("qi") as digests:
         stored = _Stored(lines, digests, semantic)

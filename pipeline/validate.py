@@ -205,6 +205,7 @@ def submit_options(asked: CreateBatch, settings: Settings) -> SubmitOptions:
         cache=asked.extras.cache or CacheMode(settings.cache.mode),
         settings=asked.extras.line_settings,
         validate_answers=asked.extras.validate_answers,
+        trust=asked.extras.trust,
     )
 
 

@@ -18,7 +18,10 @@ POLL_S = 1.0  # also the least time between two starts
 
 
 class KeptProcess(threading.Thread):
-    """Keeps one `python -m module`, with its arguments, running. It dies with this thread, which must not be that of a request."""
+    """Keeps one `python -m module`, with its arguments, running.
+
+    It dies with this thread, which must not be that of a request.
+    """
 
     def __init__(
         self, module: str, *, name: str, env: Mapping[str, str], grace_s: float, arguments: Sequence[str] = ()

@@ -10,6 +10,7 @@ from uuid import UUID
 
 import click
 
+from models.money import plain, shown
 from models.names import batch_name
 from models.states import BudgetPeriod, Outcome
 from pipeline.export import follow_lines, write_lines
@@ -35,6 +36,7 @@ from store.batches import BatchProgress, latest_batches, request_cancel
 from store.batches import resume as resume_batch
 from store.budgets import BudgetReport, budgets_of_batch
 from store.database import Database
+from store.money import MoneyReport, money_of_batch
 from store.results import DeadJob, WaitingJobs, dead_jobs, waiting_jobs
 
 
@@ -50,7 +52,7 @@ def status(settings: Settings, batch: str | None, limit: int, dead: bool, as_jso
         if dead:
             _show_dead(database, batch, limit=limit, as_json=as_json)
         elif batch is not None:
-            _show_batch(database, batch, most_tries=settings.limits.max_tries, as_json=as_json)
+            _show_batch(database, batch, settings, as_json=as_json)
         else:
             _show_batches(database, limit=limit, as_json=as_json)
 
@@ -166,21 +168,27 @@ def _follow(database: Database, batch_id: UUID, sink: BinaryIO, *, errors: bool)
     return count
 
 
-def _show_batch(database: Database, name: str, *, most_tries: int, as_json: bool) -> None:
+def _show_batch(database: Database, name: str, settings: Settings, *, as_json: bool) -> None:
+    most_tries, currency = settings.limits.max_tries, settings.cost.currency
     progress = progress_of(database, name)
     with database.transaction() as session:
         waiting = waiting_jobs(session, progress.id)
         budgets = budgets_of_batch(session, progress.id)
+        nanos = money_of_batch(session, progress.id)
     if as_json:
-        figures = {"waiting": _waiting_figures(waiting, most_tries=most_tries)}
-        emit_json(summary(progress) | figures | {"budgets": [_budget_figures(budget) for budget in budgets]})
+        figures: dict[str, Any] = {"waiting": _waiting_figures(waiting, most_tries=most_tries)}
+        figures["budgets"] = [_budget_figures(budget) for budget in budgets]
+        figures["money_budgets"] = [_money_figures(budget, currency) for budget in nanos]
+        emit_json(summary(progress) | figures)
         return
     print_summary(progress)
     say_failures(database, progress, tenant=TENANT)
     for budget in budgets:
-        name = "budget" if budget.period is BudgetPeriod.BATCH else f"{budget.period} budget of key {budget.key_id}"
         more = f", {budget.reserved:,} reserved" if budget.reserved else ""
-        say(f"{name}: {budget.spent:,} of {budget.cap:,} tokens spent{more}")
+        say(f"{_budget_name(budget)}: {budget.spent:,} of {budget.cap:,} tokens spent{more}")
+    for held in nanos:
+        more = f", {shown(held.reserved, currency)} reserved" if held.reserved else ""
+        say(f"{_budget_name(held)}: {shown(held.spent, currency)} of {shown(held.cap, currency)} spent{more}")
     if waiting is not None:
         due = f"the next in {waiting.next_in_s:.0f} s" if waiting.next_in_s > 0 else "the next is due now"
         say(
@@ -188,6 +196,15 @@ def _show_batch(database: Database, name: str, *, most_tries: int, as_json: bool
             f"last error: {waiting.last_error}"
         )
     say_paused(progress)
+
+
+def _budget_name(budget: BudgetReport | MoneyReport) -> str:
+    return "budget" if budget.period is BudgetPeriod.BATCH else f"{budget.period} budget of key {budget.key_id}"
+
+
+def _money_figures(budget: MoneyReport, currency: str) -> dict[str, Any]:
+    amounts = {name: float(plain(getattr(budget, name))) for name in ("cap", "spent", "reserved")}
+    return {"period": budget.period.value, "key": budget.key_id, "currency": currency, **amounts}
 
 
 def _budget_figures(budget: BudgetReport) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def endpoints() -> None:
 @_as_json
 @click.pass_obj
 def add(settings: Settings, /, name: str, url: str, *, replace: bool, as_json: bool, **stated: Any) -> None:
-    """Add the endpoint NAME at URL, such as https://api.example.com/v1. Workers take it up within half a minute."""
+    """Add the endpoint NAME at URL, such as https://api.example.com/v1. Jobs may name its models within a minute."""
     spec = read_endpoint(_fields(name, url, stated), place=f"stoker endpoints add {name}")
     for known in endpoints_in(settings.endpoints.file):
         if known.spec.name == name:
@@ -92,7 +92,7 @@ def add(settings: Settings, /, name: str, url: str, *, replace: bool, as_json: b
         emit_json(row)
         return
     emit(name)
-    say(f"{name} is added; `stoker endpoints check {name}` asks it, workers take it up within half a minute")
+    say(f"{name} is added; `stoker endpoints check {name}` asks it, and jobs may name its models within a minute")
 
 
 @endpoints.command("list")

@@ -13,13 +13,14 @@ from typing import Any, Final, Literal
 import click
 
 from models.keys import remake_key
+from models.money import plain, shown
 from models.states import Scope
 from pipeline.keys import issue_key
 from runtime.errors import BadInput, NotFound
 from runtime.settings import Settings
 from scripts.local import connected
 from scripts.lookup import TENANT, opened_database
-from scripts.submit_options import Window
+from scripts.submit_options import MoneyAmount, Window
 from scripts.terminal import emit, emit_json, emit_table, say
 from store.budgets import set_key_caps
 from store.database import Session
@@ -33,6 +34,7 @@ from store.keys import (
     set_key_expiry,
     set_key_rate,
 )
+from store.money import set_key_money
 
 LONGEST_NAME: Final = 200
 LONGEST_LIFE_S: Final = 100 * 365 * 86_400.0
@@ -90,6 +92,7 @@ class OrNone(click.ParamType[Any]):
 
 _REQUESTS = click.IntRange(1, MOST_REQUESTS)
 _TOKENS = click.IntRange(1, MOST_TOKENS)
+_MONEY = MoneyAmount()
 _Number = int | Literal["none"] | None
 _as_json = click.option("--json", "as_json", is_flag=True)
 _key = click.argument("name", metavar="KEY", type=KeyName())
@@ -117,6 +120,8 @@ def keys() -> None:
 @click.option("--requests-per-minute", type=_REQUESTS, help="Without: STOKER_GATEWAY__REQUESTS_PER_MINUTE.")
 @click.option("--tokens-per-day", type=_TOKENS, help="Its batches stop there until the next day (UTC).")
 @click.option("--tokens-per-month", type=_TOKENS, help="Its batches stop there until the next month (UTC).")
+@click.option("--money-per-day", type=_MONEY, help="What priced endpoints may ask for its batches in a day (UTC).")
+@click.option("--money-per-month", type=_MONEY, help="What they may ask in a month, in STOKER_COST__CURRENCY.")
 @_as_json
 @click.pass_obj
 def create(
@@ -128,6 +133,8 @@ def create(
     requests_per_minute: int | None,
     tokens_per_day: int | None,
     tokens_per_month: int | None,
+    money_per_day: int | None,
+    money_per_month: int | None,
     as_json: bool,
 ) -> None:
     """Make a key and print it: it cannot be read back."""
@@ -140,6 +147,8 @@ def create(
             requests_per_minute=requests_per_minute,
             day_tokens=tokens_per_day,
             month_tokens=tokens_per_month,
+            day_money=money_per_day,
+            month_money=money_per_month,
             expires_in=None if expires is None else timedelta(seconds=expires),
         )
     if as_json:
@@ -161,13 +170,13 @@ def list_command(settings: Settings, tenant: str, of_all: bool, as_json: bool) -
     with opened_database(connected(settings)) as database, database.transaction() as session:
         found = list_keys(session, tenant=None if of_all else tenant)
     if as_json:
-        emit_json([_figures(key) for key in found])
+        emit_json([_figures(key, settings) for key in found])
         return
     if not found:
         say("no keys; `stoker keys create` makes one" if of_all else f"no keys of {tenant}; --all shows those of all")
         return
     shown = [place for place, column in enumerate(_COLUMNS) if of_all or column != "tenant"]
-    rows = [_row(key) for key in found]
+    rows = [_row(key, settings) for key in found]
     emit_table(
         "keys (times in UTC)",
         [_COLUMNS[place] for place in shown],
@@ -203,7 +212,7 @@ def rotate(settings: Settings, name: str, grace: float, as_json: bool) -> None:
             raise BadInput(f"{_called(key)} is {key.state}; make a new one with `stoker keys create`")
         rotated = _named(session, key.id)
     if as_json:
-        emit_json({"key": made.text} | _figures(rotated))
+        emit_json({"key": made.text} | _figures(rotated, settings))
         return
     emit(made.text)
     until = rotated.previous_until
@@ -229,6 +238,8 @@ def rename(settings: Settings, name: str, new_name: str) -> None:
 @_key
 @click.option("--tokens-per-day", type=OrNone(_TOKENS), help="Holds for the running day too.")
 @click.option("--tokens-per-month", type=OrNone(_TOKENS), help="Holds for the running month too.")
+@click.option("--money-per-day", type=OrNone(_MONEY), help="Holds for the running day too.")
+@click.option("--money-per-month", type=OrNone(_MONEY), help="Holds for the running month too.")
 @click.option("--requests-per-minute", type=OrNone(_REQUESTS), help="none: the setting's.")
 @click.option("--expires", type=OrNone(Time()), help="After a time from now, such as 90d.")
 @click.pass_obj
@@ -237,23 +248,32 @@ def limit(
     name: str,
     tokens_per_day: _Number,
     tokens_per_month: _Number,
+    money_per_day: _Number,
+    money_per_month: _Number,
     requests_per_minute: _Number,
     expires: float | Literal["none"] | None,
 ) -> None:
     """Change what KEY may take; what is not named stays, `none` takes a limit away."""
-    if (tokens_per_day, tokens_per_month, requests_per_minute, expires) == (None,) * 4:
-        raise click.UsageError("name a limit: --tokens-per-day, --tokens-per-month, --requests-per-minute or --expires")
+    stated = (tokens_per_day, tokens_per_month, money_per_day, money_per_month, requests_per_minute, expires)
+    if stated == (None,) * len(stated):
+        raise click.UsageError(
+            "name a limit: --tokens-per-day, --tokens-per-month, --money-per-day, --money-per-month, "
+            "--requests-per-minute or --expires"
+        )
     with opened_database(connected(settings)) as database, database.transaction() as session:
         key = _named(session, name)
         day, month = _changed(tokens_per_day, key.day_tokens), _changed(tokens_per_month, key.month_tokens)
         if (day, month) != (key.day_tokens, key.month_tokens):
             set_key_caps(session, key.id, day_tokens=day, month_tokens=month)
+        nanos = _changed(money_per_day, key.day_money), _changed(money_per_month, key.month_money)
+        if nanos != (key.day_money, key.month_money):
+            set_key_money(session, key.id, day_money=nanos[0], month_money=nanos[1])
         if requests_per_minute is not None:
             set_key_rate(session, key.id, _changed(requests_per_minute, None))
         if expires is not None:
             set_key_expiry(session, key.id, None if expires == "none" else timedelta(seconds=expires))
         limited = _named(session, key.id)
-    terms = _limits(limited) or ["no limits but the settings'"]
+    terms = _limits(limited, settings.cost.currency) or ["no limits but the settings'"]
     until = "expires never" if limited.expires_at is None else f"expires {_shown(limited.expires_at)}"
     say(f"{_called(key)}: {', '.join(terms)}; {until}")
 
@@ -277,29 +297,36 @@ def _called(key: KeyReport) -> str:
     return f"{key.id} ({key.name}) of {key.tenant}"
 
 
-def _figures(key: KeyReport) -> dict[str, Any]:
+def _figures(key: KeyReport, settings: Settings) -> dict[str, Any]:
     times = ("created_at", "expires_at", "revoked_at", "previous_until", "last_used_at")
-    return asdict(key) | {name: _stated(getattr(key, name)) for name in times}
+    nanos = {name: getattr(key, name) for name in ("day_money", "month_money")}
+    amounts = {name: None if held is None else float(plain(held)) for name, held in nanos.items()}
+    stated = {name: _stated(getattr(key, name)) for name in times}
+    return asdict(key) | amounts | {"currency": settings.cost.currency} | stated
 
 
 _COLUMNS = ("key", "name", "tenant", "state", "scopes", "limits", "last used")
 
 
-def _row(key: KeyReport) -> tuple[object, ...]:
+def _row(key: KeyReport, settings: Settings) -> tuple[object, ...]:
     ends = f" until {key.expires_at:%Y-%m-%d}" if key.expires_at and key.state in ("living", "rotating") else ""
     used = "never" if key.last_used_at is None else _shown(key.last_used_at)
-    limits = "\n".join(_limits(key)) or "default"
+    limits = "\n".join(_limits(key, settings.cost.currency)) or "default"
     return (key.id, key.name, key.tenant, key.state + ends, " ".join(key.scopes), limits, used)
 
 
-def _limits(key: KeyReport) -> list[str]:
+def _limits(key: KeyReport, currency: str) -> list[str]:
     """What the key states itself."""
     stated = (
         (key.requests_per_minute, "requests a minute"),
         (key.day_tokens, "tokens a day"),
         (key.month_tokens, "tokens a month"),
     )
-    return [f"{limit:,} {what}" for limit, what in stated if limit is not None]
+    money = ((key.day_money, "a day"), (key.month_money, "a month"))
+    return [
+        *(f"{limit:,} {what}" for limit, what in stated if limit is not None),
+        *(f"{shown(nanos, currency)} {per}" for nanos, per in money if nanos is not None),
+    ]
 
 
 def _shown(moment: datetime) -> str:

@@ -38,6 +38,7 @@ from scripts.terminal import (
 )
 from store.batches import BatchProgress, latest_batches
 from store.database import Database
+from store.money import money_of_batch
 from store.presence import PresenceBoard, WorkerPresence
 
 NEWEST = 20  # batches that are looked through for unfinished ones
@@ -87,9 +88,7 @@ def run(
             previewed = begin.preview(lines, check=check, yes=yes) if lines.sample else None
             if lines.sample and previewed is None:
                 return EXIT_DECLINED
-            spent = 0 if previewed is None else previewed.prompt_tokens + previewed.completion_tokens
-            results_of = None if previewed is None else previewed.id
-            submitted = begin.batch(lines, how.wishes(results_of=results_of, spent_tokens=spent))
+            submitted = begin.batch(lines, how.wishes() if previewed is None else begin.wishes_after(previewed))
         say(f"{batch_name(submitted.batch_id)}: {submitted.total:,} jobs stored{_following(submitted)}")
         _say_others(begin.database, submitted.batch_id)
         _say_all(submitted.notices)
@@ -248,6 +247,16 @@ class _Begin:
                 tenant=TENANT,
                 on_progress=lambda done_bytes, _: show(done_bytes),
             )
+
+    def wishes_after(self, previewed: BatchProgress) -> Wishes:
+        """How the rest runs: with the preview's results, and what it has left of the budgets."""
+        with self.database.transaction() as session:
+            budgets = money_of_batch(session, previewed.id)
+        return self._how.wishes(
+            results_of=previewed.id,
+            spent_tokens=previewed.prompt_tokens + previewed.completion_tokens,
+            spent_nanos=sum(budget.spent + budget.reserved for budget in budgets if budget.batch_id is not None),
+        )
 
     def preview(self, lines: Lines, *, check: Callable[[], None] | None, yes: bool) -> BatchProgress | None:
         """Run the sample of a table and show it: its batch at its end, or None if the rest is not wanted."""

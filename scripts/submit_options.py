@@ -9,12 +9,15 @@ from typing import Any
 from uuid import UUID
 
 import click
+from pydantic import TypeAdapter, ValidationError
 
 from models.lines import SubmitOptions, parse_sets
-from models.states import CacheMode, JobOrder, Priority
+from models.money import Amount, nanos_of
+from models.states import CacheMode, JobOrder, Priority, Trust
 from pipeline.submit import Wishes
 from runtime.settings import LEAST_WEIGHT, MOST_WEIGHT, Settings
 
+_AMOUNT = TypeAdapter(Amount)
 _WINDOW_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -30,6 +33,21 @@ class Window(click.ParamType[float]):
         if unit not in _WINDOW_UNITS or not number.isdigit() or int(number) == 0:
             self.fail(f"{value!r} is no duration; write 90m, 24h or 7d", param, ctx)
         return float(int(number) * _WINDOW_UNITS[unit])
+
+
+class MoneyAmount(click.ParamType[int]):
+    """An amount of money such as 5 or 0.25, in nanos; it is stated in STOKER_COST__CURRENCY."""
+
+    name = "AMOUNT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return nanos_of(_AMOUNT.validate_python(value))
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            self.fail(f"{value!r:.80} is no amount of money ({reason}); write 5 or 0.25", param, ctx)
 
 
 class Weight(click.ParamType[float]):
@@ -81,6 +99,20 @@ _OPTIONS = (
         "budget_exceeded.",
     ),
     click.option(
+        "--trust",
+        type=click.Choice([trust.value for trust in Trust]),
+        default=Trust.OWN.value,
+        show_default=True,
+        help="Where prompts may go: own, to machines of yours only; external, to external endpoints too.",
+    ),
+    click.option(
+        "--budget-money",
+        "budget_nanos",
+        type=MoneyAmount(),
+        help="The most that endpoints which bill tokens may ask for all jobs together, in STOKER_COST__CURRENCY; needs "
+        "--trust external. Without a budget, this one or the key's, they are not used.",
+    ),
+    click.option(
         "--cache",
         type=click.Choice([mode.value for mode in CacheMode]),
         help="exact: an equal request that was answered before is not run again. semantic: nor is one that means the "
@@ -113,6 +145,8 @@ class How:
     model: str | None
     max_output_tokens: int | None
     budget_tokens: int | None
+    trust: str
+    budget_nanos: int | None
     cache: str | None
     order: str
     validate_answers: bool
@@ -129,17 +163,19 @@ class How:
             cache=self.cache_mode(settings),
             settings=dict(common),
             validate_answers=validate_answers or self.validate_answers,
+            trust=Trust(self.trust),
         )
 
     def cache_mode(self, settings: Settings) -> CacheMode:
         """Which earlier answers may serve it."""
         return CacheMode(self.cache or settings.cache.mode)
 
-    def wishes(self, *, results_of: UUID | None = None, spent_tokens: int = 0) -> Wishes:
-        """How it runs among others; of its budget so much was taken before."""
+    def wishes(self, *, results_of: UUID | None = None, spent_tokens: int = 0, spent_nanos: int = 0) -> Wishes:
+        """How it runs among others; of its budgets so much was taken before."""
         priority = Priority(self.priority or Priority.NORMAL)
         budget = None if self.budget_tokens is None else max(1, self.budget_tokens - spent_tokens)
-        return Wishes(priority, self.weight or 1.0, results_of, JobOrder(self.order), budget)
+        nanos = None if self.budget_nanos is None else max(1, self.budget_nanos - spent_nanos)
+        return Wishes(priority, self.weight or 1.0, results_of, JobOrder(self.order), budget, nanos)
 
 
 def with_how(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,6 +184,11 @@ def with_how(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def inner(*args: Any, **given: Any) -> Any:
         how = How(**{name: given.pop(name) for name in How.__dataclass_fields__})
+        if how.budget_nanos is not None and how.trust != Trust.EXTERNAL:
+            raise click.UsageError(
+                "--budget-money would never be used, as prompts stay on own endpoints: add --trust external, or leave "
+                "it out"
+            )
         return command(*args, how=how, **given)
 
     for option in reversed(_OPTIONS):

@@ -169,12 +169,12 @@ def take_of_key(session: Session, key_id: str, tokens: int) -> Taken:
     )
     rows = session.execute(
         text(f"""
-        SELECT u.id, u.key_id, u.period, u.cap, u.spent, u.reserved FROM api_keys k {_PERIODS}
+        SELECT u.id, u.key_id, u.period, u.cap, u.spent, u.reserved, 0 FROM api_keys k {_PERIODS}
         JOIN budgets u ON {_ROW_OF_PERIOD}
         WHERE k.id = :key AND p.cap IS NOT NULL ORDER BY u.id FOR NO KEY UPDATE OF u"""),
         {"key": key_id},
     ).all()
-    budgets = [HeldBudget(id_, key, BudgetPeriod(period), *rest, own=0) for id_, key, period, *rest in rows]
+    budgets = [HeldBudget(id_, key, BudgetPeriod(period), *rest) for id_, key, period, *rest in rows]
     least = min(budgets, key=lambda budget: budget.free)
     if least.free < tokens:
         return Taken(short=least)

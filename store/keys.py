@@ -60,6 +60,8 @@ class KeyReport:
     requests_per_minute: int | None
     day_tokens: int | None
     month_tokens: int | None
+    day_money: int | None  # nanos
+    month_money: int | None
     created_at: datetime
     expires_at: datetime | None
     revoked_at: datetime | None
@@ -201,8 +203,9 @@ def set_key_rate(session: Session, key_id: str, requests_per_minute: int | None)
 
 
 _REPORT: Final = f"""
-    SELECT id, tenant, name, scopes, requests_per_minute, day_tokens, month_tokens, created_at, expires_at, revoked_at,
-        last_used_at, CASE WHEN {_LIVING} AND previous_until > clock_timestamp() THEN previous_until END AS until,
+    SELECT id, tenant, name, scopes, requests_per_minute, day_tokens, month_tokens, day_money, month_money,
+        created_at, expires_at, revoked_at, last_used_at,
+        CASE WHEN {_LIVING} AND previous_until > clock_timestamp() THEN previous_until END AS until,
         CASE WHEN revoked_at IS NOT NULL THEN 'revoked' WHEN NOT ({_LIVING}) THEN 'expired'
             WHEN previous_until > clock_timestamp() THEN 'rotating' ELSE 'living' END AS state
     FROM api_keys"""
@@ -218,6 +221,8 @@ def _report(row: Row[Any]) -> KeyReport:
         requests_per_minute=row.requests_per_minute,
         day_tokens=row.day_tokens,
         month_tokens=row.month_tokens,
+        day_money=row.day_money,
+        month_money=row.month_money,
         created_at=row.created_at,
         expires_at=row.expires_at,
         revoked_at=row.revoked_at,

@@ -72,7 +72,7 @@ def open_batch_money(session: Session, batch_id: UUID, nanos: int) -> None:
 def set_key_money(session: Session, key_id: str, *, day_money: int | None, month_money: int | None) -> bool:
     """Set what a key may spend, in nanos; None: no such budget. Holds at once, in the running day and month too.
 
-    False: there is no such key. Where a budget is taken away nothing more is spent of it.
+    False: there is no such key. Where a budget is taken away, attempts that took from it go on within its last cap.
     """
     found = session.execute(
         text("UPDATE api_keys SET day_money = :day, month_money = :month WHERE id = :key RETURNING 1"),
@@ -82,8 +82,8 @@ def set_key_money(session: Session, key_id: str, *, day_money: int | None, month
         text(f"""
         WITH held AS (
             SELECT u.id, p.cap FROM api_keys k {_PERIODS} JOIN money_budgets u ON {_ROW_OF_PERIOD}
-            WHERE k.id = :key ORDER BY u.id FOR NO KEY UPDATE OF u)
-        UPDATE money_budgets b SET cap = coalesce(held.cap, 0) FROM held WHERE b.id = held.id"""),
+            WHERE k.id = :key AND p.cap IS NOT NULL ORDER BY u.id FOR NO KEY UPDATE OF u)
+        UPDATE money_budgets b SET cap = held.cap FROM held WHERE b.id = held.id"""),
         {"key": key_id},
     )
     return found is not None

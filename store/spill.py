@@ -10,10 +10,16 @@ from sqlalchemy.orm import Session
 
 from store.money import PAID
 
+_MAY_SPILL = f"""b.state = 'in_progress' AND b.ending IS NULL AND b.paused_reason IS NULL
+    AND b.options ->> 'trust' = 'external' AND {PAID}"""
+
 
 @dataclass(frozen=True, slots=True)
 class Spilling:
-    """A batch that may spill. `out` of its `remaining` jobs are on priced endpoints at this moment."""
+    """A batch that may spill; `is_running`: a worker has a shard of it.
+
+    `out` of its `remaining` jobs are on priced endpoints at this moment.
+    """
 
     id: UUID
     remaining: int
@@ -22,15 +28,21 @@ class Spilling:
     spill: int
     time_left_s: float
     window_s: float
+    is_running: bool
 
 
 def spilling_batches(session: Session) -> list[Spilling]:
-    """The running batches whose prompts may leave own endpoints and that have money for it."""
+    """The batches in progress whose prompts may leave own endpoints and that have money for it.
+
+    Locked, so that no job is taken from `spill` between this and what it is set to.
+    """
+    session.execute(text(f"SELECT 1 FROM batches b WHERE {_MAY_SPILL} ORDER BY id FOR NO KEY UPDATE"))
     rows = session.execute(
         text(f"""
         SELECT b.id, b.total - b.followers - coalesce(d.done, 0), coalesce(o.jobs, 0), coalesce(r.requests, 0), b.spill,
             CAST(extract(epoch FROM b.expires_at - clock_timestamp()) AS float8),
-            CAST(extract(epoch FROM b.expires_at - b.in_progress_at) AS float8)
+            CAST(extract(epoch FROM b.expires_at - b.in_progress_at) AS float8),
+            EXISTS (SELECT FROM shards s WHERE s.batch_id = b.id AND s.state = 'running')
         FROM batches b
         CROSS JOIN LATERAL (SELECT CAST(sum(done) AS int8) AS done FROM shards WHERE batch_id = b.id) AS d
         CROSS JOIN LATERAL (
@@ -40,8 +52,7 @@ def spilling_batches(session: Session) -> list[Spilling]:
             SELECT CAST(sum(of_shard.requests) AS int8) AS requests FROM (
                 SELECT max(m.requests) AS requests FROM shards s JOIN money_reservations m ON m.shard_id = s.id
                 WHERE s.batch_id = b.id AND s.state = 'running' GROUP BY s.id) AS of_shard) AS r
-        WHERE b.state = 'in_progress' AND b.ending IS NULL AND b.paused_reason IS NULL
-          AND b.options ->> 'trust' = 'external' AND {PAID}""")
+        WHERE {_MAY_SPILL}""")
     )
     return [Spilling(*row) for row in rows]
 

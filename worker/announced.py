@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,7 +17,7 @@ from store.database import Database
 
 log = get_logger(__name__)
 
-REFRESH_S: Final = 30.0
+REFRESH_S: Final = 30.0  # not below that of worker/registered.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,30 +35,40 @@ NOTHING_ANNOUNCED: Final = Announced([], [], [])
 class Announcement:
     """Rereads the directory of endpoints every 30 s; what cannot be read stays as it was. For one thread.
 
-    An endpoint whose key is not here is left out, so that no job comes for it.
+    An endpoint whose key is not here is left out, so that no job comes for it. So is a model that was not there 30 s
+    before, unless the worker has just begun: each child rereads as often by a clock of its own, and one that does not
+    know of it yet would end its jobs as not served.
     """
 
-    def __init__(self, settings: Settings, *, own_models: Sequence[str]) -> None:
+    def __init__(
+        self, settings: Settings, *, own_models: Sequence[str], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._settings = settings
         self._own = own_models
+        self._clock = clock
         self._usable: list[EndpointSpec] = []
+        self._served: set[tuple[str, Trust]] | None = None
+        self._known_to_all: set[tuple[str, Trust]] = set()
         self._due = 0.0
 
     def current(self) -> Announced:
         """What is served now."""
-        if time.monotonic() >= self._due:
-            self._due = time.monotonic() + REFRESH_S
+        if self._clock() >= self._due:
+            self._due = self._clock() + REFRESH_S
             self._reread()
-        own, external = set(self._own), set[str]()
-        for spec in self._usable:
-            (own if spec.trust is Trust.OWN else external).update(spec.models)
-        return Announced(sorted(own), sorted(external), [spec.name for spec in self._usable])
+        own = {alias for alias, trust in self._known_to_all if trust is Trust.OWN}
+        external = {alias for alias, trust in self._known_to_all if trust is Trust.EXTERNAL}
+        return Announced(sorted(own.union(self._own)), sorted(external), [spec.name for spec in self._usable])
 
     def _reread(self) -> None:
         try:
             self._usable = usable_endpoints(self._settings, before=self._usable)
         except (BadInput, ServiceUnreachable) as error:
             log.warning("endpoints_not_read", error=str(error))
+            return
+        now = {(alias, spec.trust) for spec in self._usable for alias in spec.models}
+        self._known_to_all = now if self._served is None else now & self._served
+        self._served = now
 
 
 def require_endpoints(settings: Settings) -> None:

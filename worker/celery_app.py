@@ -6,6 +6,7 @@ no result backend, no countdowns or retries. Recovery is the lease's, in Postgre
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery, signals
@@ -90,15 +91,11 @@ def _wire(app: Celery, parts: WorkerParts) -> None:
     def _answer_singles(**message: Any) -> None:
         answer_singles(express[0].answering, express[0].loop, AnswerSingle.model_validate(message))
 
-    def start_child(**_: Any) -> None:
-        if parts.has_engine:
-            child.append(Child(parts))
-        elif parts.settings.worker.node == "express":
-            express.append(ExpressChild(parts))
-        else:
-            from worker.reader import Reader  # noqa: PLC0415
-
-            reader.append(Reader(parts))
+    starts: dict[str, Callable[[], None]] = {
+        "generation": lambda: child.append(Child(parts)),
+        "documents": lambda: reader.append(_reader(parts)),
+        "express": lambda: express.append(ExpressChild(parts)),
+    }
 
     def end_child(**_: Any) -> None:
         for held in (child, express, reader):
@@ -111,9 +108,15 @@ def _wire(app: Celery, parts: WorkerParts) -> None:
 
     signals.celeryd_init.connect(size_pool, weak=False)
     signals.setup_logging.connect(lambda **_: configure_logs(parts.settings.log), weak=False)
-    signals.worker_process_init.connect(start_child, weak=False)
+    signals.worker_process_init.connect(lambda **_: starts[parts.settings.worker.node](), weak=False)
     signals.worker_process_shutdown.connect(end_child, weak=False)
-    signals.worker_shutting_down.connect(lambda **_: parts.shared.start_draining(), weak=False)
+    signals.worker_shutting_down.connect(lambda **_: parts.drain(), weak=False)
     signals.worker_shutdown.connect(lambda **_: parts.end(), weak=False)
     app.steps["worker"].update({EngineStep, DispatchStep, ExpressStep})
     app.stoker_parts = parts
+
+
+def _reader(parts: WorkerParts) -> Reader:
+    from worker.reader import Reader  # noqa: PLC0415  # its libraries are an extra
+
+    return Reader(parts)

@@ -60,7 +60,7 @@ class Child:
             embedder=engine(settings.embeddings.url, settings.embeddings.api_key),
             limits=self._limits,
         )
-        self._registered = RegisteredEndpoints(self._database, settings, router)
+        self._registered = RegisteredEndpoints(self._database, settings, router, sharers=parts.children)
         self._cache = ExactCache(
             RecentAnswers(settings.require_redis()),
             settings.cache,

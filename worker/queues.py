@@ -83,7 +83,8 @@ class HintPublisher:
     def __init__(self, app: Celery, *, delivery_limit: int) -> None:
         self._app = app
         self._queues = {
-            name: node_queue(name, delivery_limit=delivery_limit) for name in (RunShard.queue, Ingest.queue, AnswerSingle.queue)
+            name: node_queue(name, delivery_limit=delivery_limit)
+            for name in (RunShard.queue, Ingest.queue, AnswerSingle.queue)
         } | {DEAD_QUEUE: dead_queue()}
         self._address = without_secrets(app.conf.broker_url)
         self._connection: Connection | None = None

@@ -23,12 +23,16 @@ REFRESH_S: Final = 30.0
 
 
 class RegisteredEndpoints:
-    """Keeps a router's routes as the rows and the file of endpoints say; lives in the child's loop."""
+    """Keeps a router's routes as the rows and the file of endpoints say; lives in the child's loop.
 
-    def __init__(self, database: Database, settings: Settings, router: Router) -> None:
+    `sharers`: children of the worker that do the same, and send to the same endpoints.
+    """
+
+    def __init__(self, database: Database, settings: Settings, router: Router, *, sharers: int = 1) -> None:
         self._database = database
         self._settings = settings
         self._router = router
+        self._sharers = sharers
         self._routes: dict[str, Route] = {}
         self._due = 0.0
 
@@ -82,4 +86,4 @@ class RegisteredEndpoints:
             log.error("endpoint_unusable", endpoint=spec.name, error=str(error))
             return None
         await endpoint.__aenter__()
-        return Route.of(spec, endpoint, engine_id=engine_id, sharers=settings.worker.children)
+        return Route.of(spec, endpoint, engine_id=engine_id, sharers=self._sharers)

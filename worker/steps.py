@@ -131,6 +131,11 @@ class WorkerParts:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         return folder / f"engine-{os.getpid()}.log"
 
+    def drain(self) -> None:
+        """Let its children claim nothing more. The page of an express node is the worker's beside it, which goes on."""
+        if self.settings.worker.node != "express":
+            self.shared.start_draining()
+
     def end(self) -> None:
         """End everything that was started; called when the pool has drained, and once more is harmless."""
         if self._owner not in (0, os.getpid()):

@@ -1,9 +1,9 @@
-// Token budgets: what is spent, what is reserved for jobs that run, and the cap.
+// Budgets of tokens and of money: what is spent, what is reserved for jobs that run, and the cap.
 
 import { h } from "./dom.js";
 import { openListing } from "./listing.js";
 import { empty, meter, table } from "./parts.js";
-import { brief, clock, count, percent, shortId } from "./words.js";
+import { brief, clock, count, money, percent, shortId } from "./words.js";
 
 const EVERY_S = 3;
 
@@ -24,7 +24,7 @@ function content(budgets) {
       "stoker keys create --name nightly --tokens-per-day 20000000");
   }
   return [
-    h("p", { key: "lead", class: "lead" }, "Spent is of results that are there; reserved is the most that running jobs may still take. Together they never exceed the cap. Days and months are UTC's."),
+    h("p", { key: "lead", class: "lead" }, "Spent is what results took, and of money what endpoints billed; reserved is the most that running jobs may still take. Together they never exceed the cap. Days and months are UTC's."),
     budgetTable(budgets),
   ];
 }
@@ -35,13 +35,14 @@ export function budgetTable(budgets) {
     { name: "owner", label: "Of", cell: owner },
     { name: "period", label: "Period", cell: (one) => [`${one.period === "batch" ? "the whole batch" : `this ${one.period}`}`, h("span", { class: "under" }, `since ${clock(one.began_at)}`)] },
     { name: "use", label: "Use", cell: (one) => meter(`budget of ${one.key_name ?? one.batch}`, one.spent / one.cap, words(one), { more: one.reserved / one.cap, kind: (one.spent + one.reserved) / one.cap > 0.9 ? "hot" : "" }) },
-    { name: "spent", label: "Spent", number: true, cell: (one) => amount(one.spent) },
-    { name: "reserved", label: "Reserved", number: true, cell: (one) => amount(one.reserved) },
-    { name: "cap", label: "Cap", number: true, cell: (one) => amount(one.cap) },
-  ], budgets, (one) => `${one.key} ${one.batch} ${one.period} ${one.began_at}`);
+    { name: "spent", label: "Spent", number: true, cell: (one) => amount(one.spent, one.unit) },
+    { name: "reserved", label: "Reserved", number: true, cell: (one) => amount(one.reserved, one.unit) },
+    { name: "cap", label: "Cap", number: true, cell: (one) => amount(one.cap, one.unit) },
+  ], budgets, (one) => `${one.key} ${one.batch} ${one.period} ${one.began_at} ${one.unit}`);
 }
 
-const amount = (tokens) => h("span", { title: count(tokens) }, brief(tokens));
+const amount = (value, unit) =>
+  unit === "tokens" ? h("span", { title: `${count(value)} tokens` }, brief(value)) : h("span", { title: `${value} ${unit}` }, money(value, unit));
 const words = (one) => `${percent(one.spent / one.cap, 0)} spent${one.reserved ? `, ${percent(one.reserved / one.cap, 0)} reserved` : ""}`;
 
 function owner(one) {

@@ -14,6 +14,12 @@ export const count = (number) => (number === null || number === undefined ? NONE
 export const brief = (number) =>
   number === null || number === undefined ? NONE : number < 10_000 ? whole.format(number) : short.format(number);
 
+/** 12.50 USD, 0.000123 USD: three digits that say something at the least */
+export function money(amount, currency) {
+  const places = amount === 0 || amount >= 1 ? 2 : Math.min(9, 3 - Math.ceil(Math.log10(amount)));
+  return `${amount.toLocaleString("en", { minimumFractionDigits: 2, maximumFractionDigits: Math.max(2, places) })} ${currency}`;
+}
+
 /** "1 job", "2 jobs" */
 export const counted = (number, what) => `${count(number)} ${what}${number === 1 ? "" : "s"}`;
 

@@ -11,6 +11,7 @@ from tests.support.processes import WorkerProcess, stoker
 from tests.support.scripted_endpoint import ScriptedEndpoint
 
 JOBS = 240
+KEY = "sk-a-long-secret"
 
 
 def directory(file: Path, *tables: str) -> dict[str, str]:
@@ -23,19 +24,21 @@ def test_a_worker_without_an_engine_answers_all_from_two_endpoints_of_which_one_
     services: dict[str, str], tmp_path: Path
 ) -> None:
     with (
-        ScriptedEndpoint(requests_per_minute=6000) as limited,
+        ScriptedEndpoint(requests_per_minute=6000, api_key=KEY) as limited,
         ScriptedEndpoint(latency_s=0.05, slots=4, fail_share=0.2) as failing,
     ):
         endpoints = directory(
             tmp_path / "endpoints.toml",
-            f'name = "limited"\ntrust = "own"\nurl = "{limited.url}"',
+            f'name = "limited"\ntrust = "own"\nkey_env = "LIMITED_KEY"\nurl = "{limited.url}"',
             f'name = "failing"\ntrust = "own"\nurl = "{failing.url}"',
         )
-        own = services | endpoints | {"STOKER_ENGINE__KIND": "none"}
+        own = services | endpoints | {"STOKER_ENGINE__KIND": "none", "LIMITED_KEY": KEY}
         ids = write_chats(tmp_path / "in.jsonl", prompts(JOBS))
-        with WorkerProcess("routed", env=own, folder=tmp_path):
+        with WorkerProcess("routed", env=own, folder=tmp_path) as worker:
             ran = stoker("run", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", env=own)
             assert ran.returncode == 0, ran.stderr
+            assert KEY not in worker.log
+        assert KEY not in (tmp_path / "out.manifest.json").read_text() + (tmp_path / "out.jsonl").read_text()
         lines = read_lines(tmp_path / "out.jsonl")
         assert [line["custom_id"] for line in lines] == ids
         by = Counter(line["stoker"]["endpoint"] for line in lines)

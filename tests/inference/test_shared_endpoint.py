@@ -6,7 +6,6 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
-from decimal import Decimal
 from typing import Any, TypeVar
 
 import pytest
@@ -16,13 +15,13 @@ from aiohttp import web
 from inference.embeddings import pack
 from inference.endpoint import Endpoint, QuotaExhausted, Refused, Reply, Throttled
 from inference.replies import result_of
-from models.endpoints import Prices
 from models.jobs import Job
 from runtime.errors import StokerError
 from tests.support.scripted_endpoint import ScriptedEndpoint
 
 T = TypeVar("T")
 CHAT = "/v1/chat/completions"
+COST = 51_150  # nanos
 KEY = "sk-a-long-secret"
 Started = Callable[..., ScriptedEndpoint]
 
@@ -172,19 +171,18 @@ def with_statuses(
 
 def reply_with(usage: dict[str, int], *, status: int = 200, **more: Any) -> Reply:
     answer = {"choices": [{"message": {"content": "a"}, "finish_reason": "stop"}], "usage": usage, **more}
-    prices = Prices(input=Decimal("0.15"), output=Decimal("0.60"))
-    return Reply(status, json.dumps(answer).encode(), 5, engine_id=7, prices=prices)
+    return Reply(status, json.dumps(answer).encode(), 5, engine_id=7, cost=COST if status == 200 else 0)
 
 
 def test_a_result_says_who_gave_it_and_what_it_cost() -> None:
     answered = result_of(1, CHAT, reply_with({"prompt_tokens": 1000, "completion_tokens": 100}))
     refused = result_of(1, CHAT, reply_with({}, status=400))
-    useless = result_of(1, CHAT, Reply(200, b"<html>", 5, engine_id=7, prices=Prices(input=Decimal(1))))
+    useless = result_of(1, CHAT, Reply(200, b"<html>", 5, engine_id=7, cost=COST))
     own = result_of(1, CHAT, Reply(200, b"{}", 5))
 
-    assert (answered.engine_id, answered.cost) == (7, 150_000 + 60_000)
+    assert (answered.engine_id, answered.cost) == (7, COST)
     assert (refused.engine_id, refused.cost) == (7, 0)
-    assert (useless.engine_id, useless.cost) == (7, None)
+    assert (useless.engine_id, useless.cost) == (7, COST)
     assert (own.engine_id, own.cost) == (None, None)
 
 
@@ -197,6 +195,6 @@ def test_the_cost_of_embeddings_asked_together_is_divided_and_sums_up() -> None:
     results = packed.split(reply_with({"prompt_tokens": 341}, data=data))
 
     costs = [result.cost or 0 for result in results]
-    assert sum(costs) == 51_150
+    assert sum(costs) == COST
     assert costs == sorted(costs)
     assert {result.engine_id for result in results} == {7}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,12 @@ def test_a_worker_announces_what_it_has_keys_for(
         spec("elsewhere", key_env="NOWHERE_KEY", models={"other": "m"}),
     )
     require_endpoints(settings)
-    serves = Announcement(settings, own_models=["engine-model"]).current()
+    clock = count(0.0, 20.0)
+    announcement = Announcement(settings, own_models=["engine-model"], clock=lambda: next(clock))
+    serves = announcement.current()
     assert serves.models == ["engine-model", "mine"] and serves.external_models == ["mine", "theirs"]
     assert serves.endpoints == ["box", "cloud"]
+    add(database, spec("late", trust="own", models={"new": "m", "mine": "m"}))
+    seen = [announcement.current().models for _ in range(6)]
+    assert seen[0] == ["engine-model", "mine"] and seen[-1] == ["engine-model", "mine", "new"]
+    assert any("late" in announcement.current().endpoints for _ in range(2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from itertools import pairwise
 
 from hypothesis import given
@@ -40,7 +41,7 @@ def ordered(
     return tree, jobs, [groups[place] for place in jobs.places]
 
 
-def runs(groups: list[int]) -> int:
+def runs(groups: Sequence[object]) -> int:
     return sum(one != other for one, other in pairwise(groups)) + 1
 
 

@@ -57,6 +57,7 @@ def test_a_child_keeps_slots_free_only_while_single_requests_come() -> None:
     parts.shared.saw_single()
 
     assert parts.in_flight - parts.held_back() == (64 - 16) / 2  # of each child
+    parts.end()
 
 
 def test_a_worker_whose_engine_has_no_slot_to_spare_goes_on_all_the_same() -> None:
@@ -66,6 +67,7 @@ def test_a_worker_whose_engine_has_no_slot_to_spare_goes_on_all_the_same() -> No
     parts = WorkerParts(settings=settings, shared=SharedState())
     parts.shared.saw_single()
     assert parts.in_flight - parts.held_back() == 1
+    parts.end()
 
 
 def test_a_single_request_says_that_it_goes_first_unless_it_says_something_else() -> None:
