@@ -14,9 +14,11 @@ from datetime import datetime
 from inference.embeddings import Pack
 from inference.router import Terms
 from models.jobs import Job, JobResult
+from pipeline.budgets import WAIT_S as BUDGET_WAIT_S
 from pipeline.budgets import Cover, Funding, Funds
 from pipeline.cached import Looked
 from pipeline.purse import Purse
+from runtime.clock import utc_now
 from store.shards import Claim, LoadedJobs, Retry
 from store.steps import FinishedStep
 
@@ -25,6 +27,7 @@ from store.steps import FinishedStep
 FLUSH_ROWS = 256
 FLUSH_BYTES = 4 * 1024 * 1024
 FLUSH_AFTER_S = 0.5
+DOWN_WAIT_S = 2.0  # how long a shard stays away from workers after its endpoint refused connections
 
 Unit = Job | Pack
 """What is sent as one request: a job, or embedding jobs packed together."""
@@ -99,9 +102,14 @@ class Attempt:
         return bool(self.unfunded and (self._results or self._retries)) and not self.claim.runs_alone
 
     @property
-    def next_due(self) -> datetime | None:
-        """When the first job that waits for another try may run, if one waits."""
-        return self._next_due
+    def give_back_s(self) -> float:
+        """How long its shard stays away: until its first job may run, or its endpoint had time to return."""
+        if self.endpoint_is_down:
+            return DOWN_WAIT_S
+        waits = [BUDGET_WAIT_S] if self.unfunded else []
+        if self._next_due is not None:
+            waits.append(max(0.0, (self._next_due - utc_now()).total_seconds()))
+        return min(waits, default=0.0)
 
     def record(self, outcome: JobResult | Retry) -> None:
         """Keep a result or a retry until the next write."""

@@ -28,8 +28,6 @@ class FeedContext:
     """What its worker's engine is called in Postgres: equal names are one engine."""
     worker: str
     """What its worker is called in Postgres: the processes that die together."""
-    in_flight: int
-    """Requests that this child keeps in flight on its worker's engine."""
     draining: Callable[[], bool]
     engine_id: Callable[[], int | None]
     cache: ExactCache | None = None
@@ -39,6 +37,6 @@ class FeedContext:
     recipes: Recipes | None = None
     pace: Pace = field(default_factory=Pace)
     held_back: Callable[[], int] = lambda: 0
-    """Of `in_flight`: how many are to stay empty now, for single requests."""
+    """How many of the engine's places are to stay empty now, for single requests."""
     refresh: Callable[[], Awaitable[None]] | None = None
     """Learns which endpoints are registered now."""

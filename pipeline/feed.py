@@ -21,7 +21,6 @@ from models.jobs import Job, JobResult, failed
 from models.states import Source, Trust
 from pipeline.asking import ask
 from pipeline.attempt import Attempt, Unit, Unwritten
-from pipeline.budgets import WAIT_S as BUDGET_WAIT_S
 from pipeline.budgets import Funds
 from pipeline.cached import Looked
 from pipeline.context import FeedContext as FeedContext
@@ -53,7 +52,6 @@ log = get_logger(__name__)
 TICK_S = 0.2  # how soon a drain, a due write or a newly dispatched shard is noticed while nothing else happens
 HELD_BYTES = 256 * 1024 * 1024  # chosen: of bodies in one child, with one more shard at most when it claims
 DOWN_PATIENCE_S = 60.0
-DOWN_WAIT_S = 2.0  # how long a shard stays away from workers after its endpoint refused connections
 
 
 @dataclass(slots=True)
@@ -109,14 +107,17 @@ class _Feeder:
 
         False after DOWN_PATIENCE_S: the shard stays dispatched and its hint is sent again.
         """
-        if self._context.refresh is not None:
-            await self._context.refresh()
+        await self._refresh()
         until = time.monotonic() + DOWN_PATIENCE_S
         while await self._context.router.is_down() or await self._is_reserved():
             if self._context.draining() or time.monotonic() >= until:
                 return False
             await asyncio.sleep(TICK_S)
         return True
+
+    async def _refresh(self) -> None:
+        if self._context.refresh is not None:
+            await self._context.refresh()
 
     async def _is_reserved(self) -> bool:
         return bool(
@@ -302,6 +303,7 @@ class _Feeder:
 
     async def _claim(self) -> bool:
         """Claim the shard that is to go first and take its jobs in; false if there was none."""
+        await self._refresh()  # its jobs may name what was registered while this task ran
         try:
             taken = await asyncio.to_thread(self._take)
         except ServiceUnreachable as error:
@@ -452,7 +454,7 @@ class _Feeder:
             if unwritten.suspects and not quarantine(session, attempt.claim, unwritten.suspects):
                 raise LostFence
             if is_over and not (
-                close(session, attempt.claim) or give_back(session, attempt.claim, wait_s=_wait_s(attempt))
+                close(session, attempt.claim) or give_back(session, attempt.claim, wait_s=attempt.give_back_s)
             ):
                 raise LostFence
         if self._context.steps is not None:
@@ -476,16 +478,6 @@ class _Feeder:
             if steps and not write_steps(session, held, steps, lease_s=lease_s):
                 return False
         return not unwritten.retries or write_retries(session, held, unwritten.retries)
-
-
-def _wait_s(attempt: Attempt) -> float:
-    """How long a given-back shard stays away: until its first job may run, or its endpoint had time to return."""
-    if attempt.endpoint_is_down:
-        return DOWN_WAIT_S
-    waits = [BUDGET_WAIT_S] if attempt.unfunded else []
-    if attempt.next_due is not None:
-        waits.append(max(0.0, (attempt.next_due - utc_now()).total_seconds()))
-    return min(waits, default=0.0)
 
 
 async def _wait(event: asyncio.Event, *, timeout_s: float) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Final
 
-from models.endpoints import NANOS, Prices
+from models.endpoints import Prices
+from models.money import plain
 from models.names import batch_name
 from models.states import BudgetPeriod
 from pipeline.budgets import CODE, BudgetExceeded, bounds_of
@@ -50,11 +52,15 @@ class Purse:
         prompt_tokens, output_tokens = bounds_of(body, path, most_output=self._most_output)
         nanos = max(LEAST_NANOS, prices.most_nanos(prompt_tokens=prompt_tokens, output_tokens=output_tokens))
         async with self._turn:
+            reserving = asyncio.ensure_future(asyncio.to_thread(self._reserve, nanos, spills=spills))
             try:
-                return nanos if await asyncio.to_thread(self._reserve, nanos, spills=spills) else 0
+                return nanos if await asyncio.shield(reserving) else 0
             except ServiceUnreachable as error:
                 log.warning("payment_waits", error=str(error))
                 return 0
+            except asyncio.CancelledError:  # the thread goes on, and nobody will send what it pays for
+                reserving.add_done_callback(partial(self._unwanted, nanos))
+                raise
 
     def ended(self, reserved: int, *, spent: int) -> None:
         """A request is over for which so much was reserved, and this is what it has cost."""
@@ -75,29 +81,40 @@ class Purse:
             return  # nothing was ever reserved
         if not hold_shard(session, self._claim):
             raise LostFence
-        self._state(session, more=0)
+        self._state(session, self._budget_ids, more=0)
 
     def _reserve(self, nanos: int, *, spills: bool) -> bool:
-        with self._stating, self._database.transaction() as session:
-            if not hold_shard(session, self._claim):
-                return False
-            if self._budget_ids:
-                budgets = lock_money_again(session, self._claim, self._budget_ids)
-            else:
-                budgets = lock_money(session, self._claim)
-            if not self._has_room(budgets, nanos, spills=spills):
-                return False
-            if spills and not take_spill(session, self._claim.batch_id):
-                return False
-            self._budget_ids = [budget.id for budget in budgets]
-            self._state(session, more=nanos)
-        with self._lock:
-            self._open += nanos
-            self._requests += 1
+        with self._stating:
+            with self._database.transaction() as session:
+                if not hold_shard(session, self._claim):
+                    return False
+                if self._budget_ids:
+                    budgets = lock_money_again(session, self._claim, self._budget_ids)
+                else:
+                    budgets = lock_money(session, self._claim)
+                if not self._has_room(budgets, nanos, spills=spills):
+                    return False
+                if spills and not take_spill(session, self._claim.batch_id):
+                    return False
+                ids = [budget.id for budget in budgets]
+                self._state(session, ids, more=nanos)
+            self._budget_ids = ids  # not before: a period that was begun here goes with a rollback
+            with self._lock:  # before anybody else states the whole
+                self._open += nanos
+                self._requests += 1
         return True
+
+    def _unwanted(self, nanos: int, reserving: asyncio.Future[bool]) -> None:
+        if not reserving.cancelled() and reserving.exception() is None and reserving.result():
+            self.ended(nanos, spent=0)
 
     def _has_room(self, budgets: list[HeldMoney], nanos: int, *, spills: bool) -> bool:
         """Whether each of them has so much beside what is reserved and spent, this attempt's newest sums included."""
+        if not budgets and not spills:
+            raise BudgetExceeded(
+                f"bills tokens, and {batch_name(self._claim.batch_id)} has no budget of money any more: "
+                "a new batch may have one, with --budget-money"
+            )
         with self._lock:
             own_reserved, own_spent = self._open, self._spent
         for budget in budgets:
@@ -109,10 +126,10 @@ class Purse:
                 return False
         return bool(budgets)
 
-    def _state(self, session: Session, *, more: int) -> None:
+    def _state(self, session: Session, budget_ids: Sequence[int], *, more: int) -> None:
         with self._lock:
             reserved, spent, requests = self._open + more, self._spent, self._requests + bool(more)
-        state_money(session, self._claim, self._budget_ids, reserved=reserved, spent=spent, requests=requests)
+        state_money(session, self._claim, budget_ids, reserved=reserved, spent=spent, requests=requests)
 
     def _refusal(self, nanos: int, budget: HeldMoney, spent: int) -> str:
         name = f"the {budget.period} budget of key {budget.key_id}"
@@ -121,10 +138,6 @@ class Purse:
             name, remedy = "the batch's budget of money", "a new batch has one of its own"
         left, cap = max(0, budget.cap - spent), budget.cap
         return (
-            f"may cost up to {_shown(nanos)}, but {name} has {_shown(left)} left of {_shown(cap)}; {remedy}, then "
+            f"may cost up to {plain(nanos)}, but {name} has {plain(left)} left of {plain(cap)}; {remedy}, then "
             f"retry {batch_name(self._claim.batch_id)} [{CODE}]"
         )
-
-
-def _shown(nanos: int) -> str:
-    return f"{nanos / NANOS:.6g}"

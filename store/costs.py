@@ -112,12 +112,3 @@ def input_names(session: Session, ids: Collection[UUID]) -> dict[UUID, str]:
         text("SELECT id, input_name FROM batches WHERE id = ANY(CAST(:ids AS uuid[]))"), {"ids": sorted(ids)}
     )
     return {identifier: name for identifier, name in rows}
-
-
-def spent_of(session: Session, batch_id: UUID) -> int:
-    """What priced endpoints asked for a batch so far, in nanos."""
-    return int(
-        session.execute(
-            text("SELECT CAST(coalesce(sum(cost), 0) AS int8) FROM usage WHERE batch_id = :id"), {"id": batch_id}
-        ).scalar_one()
-    )

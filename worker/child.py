@@ -11,20 +11,16 @@ from urllib.parse import urlsplit
 import uvloop
 from billiard.process import current_process
 
-from inference.endpoint import Endpoint
-from inference.router import Router
-from inference.routes import Route
 from pipeline.cached import ExactCache
 from pipeline.feed import FeedContext
 from pipeline.heartbeat import Heartbeat
 from pipeline.pace import Pace
 from runtime.children import die_with_parent
 from store.database import Database
-from store.endpoint_limits import EndpointLimits
 from store.recent import RecentAnswers
 from store.step_states import StepStates
 from worker.library import recipes_of, retrieval_of
-from worker.registered import RegisteredEndpoints
+from worker.routing import Routing
 from worker.semantic import semantic_cache, vector_parts
 from worker.steps import WorkerParts
 
@@ -40,39 +36,24 @@ class Child:
         self._heartbeat = Heartbeat(
             self._database, lease_s=settings.worker.lease_s, interval_s=settings.worker.heartbeat_s
         )
-        in_flight = parts.in_flight
         place = getattr(current_process(), "index", 0)  # in the pool: a child that dies leaves it to the next one
         tell_service_s = partial(parts.shared.set_service_s, child=place)
         tell_service_s(0.0)
-        connected = partial(Endpoint, timeout_s=settings.limits.request_timeout_s, connections=in_flight)
-        self._endpoints: set[Endpoint] = set()
-
-        def engine(url: str | None, api_key: str | None) -> Route | None:
-            if not url:
-                return None
-            endpoint = connected(url, api_key=api_key)
-            self._endpoints.add(endpoint)
-            return Route(endpoint, places=in_flight)
-
-        self._limits = EndpointLimits(settings.require_redis())
-        router = Router(
-            engine=engine(parts.engine_url, settings.engine.api_key),
-            embedder=engine(settings.embeddings.url, settings.embeddings.api_key),
-            limits=self._limits,
+        self._routing = Routing(
+            self._database, settings, engine_url=parts.engine_url, places=parts.in_flight, sharers=parts.children
         )
-        self._registered = RegisteredEndpoints(self._database, settings, router, sharers=parts.children)
         self._cache = ExactCache(
             RecentAnswers(settings.require_redis()),
             settings.cache,
             engine_id=parts.shared.engine_id,
             embeddings_url=settings.embeddings.url,
-            registered=router.registered,
+            registered=self._routing.router.registered,
         )
         self._steps = StepStates(settings.require_redis())
         vectors = vector_parts(settings.cache)
+        self._embedders = set() if vectors is None else vectors.endpoints
         semantic = retrieval = None
         if vectors is not None:
-            self._endpoints |= vectors.endpoints
             semantic = semantic_cache(self._database, settings, vectors, engine_id=parts.shared.engine_id)
             retrieval = retrieval_of(self._database, settings, vectors)
         self.runner.run(self._open())
@@ -80,12 +61,11 @@ class Child:
         self.context = FeedContext(
             database=self._database,
             heartbeat=self._heartbeat,
-            router=router,
+            router=self._routing.router,
             settings=settings,
             holder=f"{socket.gethostname()}:{os.getpid()}",
             engine=_engine_name(parts.engine_url),
             worker=f"{socket.gethostname()}:{os.getppid()}",
-            in_flight=in_flight,
             draining=parts.shared.is_draining,
             engine_id=parts.shared.engine_id,
             cache=self._cache,
@@ -95,23 +75,23 @@ class Child:
             recipes=recipes_of(self._database, settings, vectors),
             pace=Pace(on_service=tell_service_s),
             held_back=parts.held_back,
-            refresh=self._registered.refresh,
+            refresh=self._routing.refresh,
         )
 
     async def _open(self) -> None:
-        for endpoint in self._endpoints:
+        await self._routing.open()
+        for endpoint in self._embedders:
             await endpoint.__aenter__()
 
-    async def _close_endpoints(self) -> None:
-        for endpoint in self._endpoints:
+    async def _close(self) -> None:
+        for endpoint in self._embedders:
             await endpoint.__aexit__(None, None, None)
-        await self._registered.close()
-        await self._limits.close()
+        await self._routing.close()
 
     def close(self) -> None:
         """End the heartbeat and close every connection."""
         self._heartbeat.__exit__(None, None, None)
-        self.runner.run(self._close_endpoints())
+        self.runner.run(self._close())
         self.runner.close()
         self._cache.close()
         self._steps.close()

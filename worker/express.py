@@ -13,15 +13,12 @@ import msgspec
 import uvloop
 
 from inference.endpoint import Endpoint, Reply
-from inference.router import Router
-from inference.routes import Route
 from pipeline.express import Answering, ExpressContext
 from runtime.children import die_with_parent
 from runtime.settings import load_settings
 from store.database import Database
-from store.endpoint_limits import EndpointLimits
 from store.express import ExpressQueue
-from worker.registered import RegisteredEndpoints
+from worker.routing import Routing
 from worker.shared import SharedState
 from worker.steps import WorkerParts
 
@@ -40,46 +37,31 @@ class ExpressChild:
         self._thread.start()
         self._database = Database(settings.require_postgres(), pool_size=1, by_key=True)
         self._queue = ExpressQueue(settings.require_redis())
-        self._limits = EndpointLimits(settings.require_redis())
-        kind = Prioritised if shared.is_prioritised() else Endpoint
-        self._endpoints: list[Endpoint] = []
-
-        def engine(url: str | None, api_key: str | None, kind: type[Endpoint]) -> Route | None:
-            if not url:
-                return None
-            slots, timeout_s = parts.engine_slots, settings.limits.request_timeout_s
-            endpoint = kind(url, api_key=api_key, timeout_s=timeout_s, connections=slots)
-            self._endpoints.append(endpoint)
-            return Route(endpoint, places=slots)
-
-        router = Router(
-            engine=engine(parts.engine_url, settings.engine.api_key, kind),
-            embedder=engine(settings.embeddings.url, settings.embeddings.api_key, Endpoint),
-            limits=self._limits,
+        self._routing = Routing(
+            self._database,
+            settings,
+            engine_url=parts.engine_url,
+            places=parts.engine_slots,
+            engine_kind=Prioritised if shared.is_prioritised() else Endpoint,
         )
-        self._registered = RegisteredEndpoints(self._database, settings, router)
         self.answering = Answering(
             ExpressContext(
                 queue=self._queue,
-                router=router,
+                router=self._routing.router,
                 seen=shared.saw_single,
                 engine_id=shared.engine_id,
-                refresh=self._registered.refresh,
+                refresh=self._routing.refresh,
             )
         )
         asyncio.run_coroutine_threadsafe(self._open(), self.loop).result()
 
     async def _open(self) -> None:
-        for endpoint in self._endpoints:
-            await endpoint.__aenter__()
+        await self._routing.open()
         await self.answering.begin()
 
     async def _close(self) -> None:
         await self.answering.end(grace_s=self._grace_s)
-        for endpoint in self._endpoints:
-            await endpoint.__aexit__(None, None, None)
-        await self._registered.close()
-        await self._limits.close()
+        await self._routing.close()
         await self._queue.close()
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import urllib.request
 from pathlib import Path
@@ -19,7 +20,13 @@ from tests.support.scripted_endpoint import ScriptedEndpoint
 from tests.support.waiting import wait_until
 
 
-def test_a_request_whose_node_is_killed_is_answered_by_the_next(
+def posted(text: str, *, key: str) -> bytes:
+    body = json.dumps({"model": "scripted", "messages": [{"role": "user", "content": text}]}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: gateway\r\nAuthorization: Bearer {key}\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def test_a_request_ends_with_its_client_and_is_answered_by_the_next_node_when_one_is_killed(
     env: dict[str, str], tmp_path: Path, endpoint: ScriptedEndpoint, database: Database
 ) -> None:
     with database.transaction() as session:
@@ -42,16 +49,21 @@ def test_a_request_whose_node_is_killed_is_answered_by_the_next(
         wait_until(lambda: "express-one@" in worker.log and "ready." in worker.log.split("express-one@")[-1], 60, "up")
         assert ask(gateway.url, "hello") == "echo: hello"
 
+        with socket.create_connection(("127.0.0.1", gateway.port)) as client:
+            client.sendall(posted("[[latency 60]] never mind", key=key.text))
+            wait_until(lambda: endpoint.calls().running == 1, 10, "the engine has it")
+        wait_until(lambda: endpoint.calls().running == 0, 10, "the engine is told that nobody waits")
+
         nodes = [found.pid for found in worker.processes() if "worker.express" in found.command]
         [child] = [found.pid for found in worker.processes() if found.parent in nodes]
         said: list[str] = []
         asking = threading.Thread(target=lambda: said.append(ask(gateway.url, "[[latency 3]] again")))
         asking.start()
-        wait_until(lambda: endpoint.calls().count == 2, 10, "the engine has it")
+        wait_until(lambda: endpoint.calls().count == 3, 10, "the engine has it")
         os.kill(child, signal.SIGKILL)
         asking.join(30)
 
         assert said == ["echo: [[latency 3]] again"]
-        assert endpoint.calls().count == 3
+        assert endpoint.calls().count == 4
         worker.kill9()
         wait_until(lambda: not worker.processes(), 20, "its node went with the worker")

@@ -70,7 +70,6 @@ def fed(
                         holder="test",
                         engine="engine",
                         worker="worker",
-                        in_flight=8,
                         draining=lambda: False,
                         engine_id=lambda: engine_id,
                         cache=exact,

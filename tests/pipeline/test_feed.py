@@ -85,7 +85,6 @@ def fed(
                     holder="test",
                     engine="engine",
                     worker="worker",
-                    in_flight=in_flight,
                     draining=drain.is_set,
                     engine_id=lambda: None,
                     pace=pace or Pace(),

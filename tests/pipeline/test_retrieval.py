@@ -152,7 +152,6 @@ class Worker:
                         holder="test",
                         engine="engine",
                         worker="worker",
-                        in_flight=8,
                         draining=lambda: False,
                         engine_id=lambda: self.engine_id,
                         cache=exact,

@@ -112,7 +112,6 @@ class Child:
                         holder="test",
                         engine="engine",
                         worker="worker",
-                        in_flight=in_flight,
                         draining=drain.is_set,
                         engine_id=lambda: self.engine_id,
                         cache=self.cache,

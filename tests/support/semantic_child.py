@@ -131,7 +131,6 @@ class Child:
                         holder="test",
                         engine="engine",
                         worker="worker",
-                        in_flight=64,
                         draining=lambda: False,
                         engine_id=lambda: self.engine_id,
                         cache=exact,

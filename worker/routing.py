@@ -1,4 +1,4 @@
-"""The registered endpoints of one child: looked up every now and then, opened and closed as they come and go."""
+"""Where one child sends requests: its worker's engine, and the registered endpoints as they come and go."""
 
 from __future__ import annotations
 
@@ -16,25 +16,49 @@ from runtime.errors import BadInput, ServiceUnreachable
 from runtime.logs import get_logger
 from runtime.settings import Settings
 from store.database import Database
+from store.endpoint_limits import EndpointLimits
 
 log = get_logger(__name__)
 
 REFRESH_S: Final = 30.0
 
 
-class RegisteredEndpoints:
-    """Keeps a router's routes as the rows and the file of endpoints say; lives in the child's loop.
+class Routing:
+    """A router and its connections, for the child's loop; its routes are kept as rows and file of endpoints say.
 
-    `sharers`: children of the worker that do the same, and send to the same endpoints.
+    `places`: requests that the child keeps in flight on an engine. `sharers`: children of the worker that do the same.
+    `engine_kind`: how the engine is spoken to.
     """
 
-    def __init__(self, database: Database, settings: Settings, router: Router, *, sharers: int = 1) -> None:
+    def __init__(
+        self,
+        database: Database,
+        settings: Settings,
+        *,
+        engine_url: str,
+        places: int,
+        sharers: int = 1,
+        engine_kind: type[Endpoint] = Endpoint,
+    ) -> None:
         self._database = database
         self._settings = settings
-        self._router = router
         self._sharers = sharers
+        self._places = places
         self._routes: dict[str, Route] = {}
         self._due = 0.0
+        self._limits = EndpointLimits(settings.require_redis())
+        self._engines: list[Endpoint] = []
+        self.router = Router(
+            engine=self._engine(engine_kind, engine_url, settings.engine.api_key),
+            embedder=self._engine(Endpoint, settings.embeddings.url, settings.embeddings.api_key),
+            limits=self._limits,
+        )
+
+    async def open(self) -> None:
+        """Connect to the engines, and learn which endpoints there are."""
+        for endpoint in self._engines:
+            await endpoint.__aenter__()
+        await self.refresh()
 
     async def refresh(self) -> None:
         """Learn what has changed, if it is time; what cannot be read is left as it was."""
@@ -53,15 +77,24 @@ class RegisteredEndpoints:
                 self._routes[spec.name] = before.pop(spec.name)
             elif (opened := await self._opened(spec, engine_id)) is not None:
                 self._routes[spec.name] = opened
-        self._router.set_routes(self._routes.values())
-        await self._router.learn_models()
+        self.router.set_routes(self._routes.values())
+        await self.router.learn_models()
         for route in before.values():  # what is under way on one keeps its own connection
             await route.endpoint.__aexit__(None, None, None)
 
     async def close(self) -> None:
         """Close every connection."""
-        for route in self._routes.values():
-            await route.endpoint.__aexit__(None, None, None)
+        for endpoint in (*self._engines, *(route.endpoint for route in self._routes.values())):
+            await endpoint.__aexit__(None, None, None)
+        await self._limits.close()
+
+    def _engine(self, kind: type[Endpoint], url: str | None, api_key: str | None) -> Route | None:
+        if not url:
+            return None
+        timeout_s = self._settings.limits.request_timeout_s
+        endpoint = kind(url, api_key=api_key, timeout_s=timeout_s, connections=self._places)
+        self._engines.append(endpoint)
+        return Route(endpoint, places=self._places)
 
     def _known(self) -> list[tuple[EndpointSpec, int]]:
         specs = known_endpoints(self._database, self._settings)
