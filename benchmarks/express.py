@@ -56,11 +56,11 @@ from worker.shared import SharedState
 
 COMMAND: Final = "`make bench-express`"
 LINES: Final = 20_000  # more than any leg gets done
-SLOTS: Final = {"scripted": 16, "llamacpp": 4, "vllm": 16}
+SLOTS: Final = {"llamacpp": 4, "scripted": 16, "vllm": 16}
 SCRIPTED_S, SCRIPTED_SIGMA = 1.0, 0.2
 ALONE, UNPROTECTED, LOW_CAP, OURS = "alone", "unprotected", "low cap", "ours"
 SIDES: Final = (ALONE, UNPROTECTED, LOW_CAP, OURS)
-BY_ITSELF_S: Final = 15.0
+BY_ITSELF_S: Final = 10.0
 FLOWS: Final = 30  # results after which a batch is in its flow
 TOKENS: Final = 32
 Kind = Literal["scripted", "llamacpp", "vllm"]

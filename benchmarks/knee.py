@@ -1,6 +1,6 @@
 """How many requests at once an endpoint bears, and where the window settles that finds it out by itself.
 
-    python -m benchmarks.knee [--engine-jobs 1200]
+    python -m benchmarks.knee [--leg-s 12] [--window-s 120]
 
 First the throughput with 1, 2, 4, … 256 requests at once, each held for a while; then one window from its start. Two
 scripted endpoints whose knees are known, their service times lognormal, and a real engine: vLLM where its environment
@@ -38,7 +38,7 @@ from tests.support.scripted_endpoint import ScriptedEndpoint
 AT_ONCE: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PLACES: Final = (16, 64)  # of the scripted endpoints
 MEDIAN_S, SIGMA = 0.05, 0.6
-SCRIPTED_JOBS: Final = 6000
+LEG_JOBS, WINDOW_JOBS = 3000, 10_000  # are enough, however fast
 OUTPUT_TOKENS: Final = (8, 16, 24, 32)
 COMMAND: Final = "`make bench-knee`"
 WORTH: Final = 0.9  # target: of the most that any fixed number at once gives
@@ -57,7 +57,7 @@ class Held:
 class Settled:
     """`size` is what the window has settled on, `sizes` its way there: (seconds, size) of each change.
 
-    `tokens_per_s` is of the last third of the completions, looks at the base included.
+    `tokens_per_s` is of the second half of the completions, looks at the base included.
     """
 
     size: int
@@ -68,12 +68,13 @@ class Settled:
 def main() -> None:
     """Measure the curve and the window on each endpoint, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine-jobs", type=int, default=1200, help="that the window sees of the real engine")
+    parser.add_argument("--leg-s", type=float, default=12.0, help="seconds that each number at once is held, at most")
+    parser.add_argument("--window-s", type=float, default=120.0, help="the same of the window")
     options = parser.parse_args()
     cases = []
     for places in PLACES:
         with ScriptedEndpoint(latency_s=MEDIAN_S, latency_sigma=SIGMA, slots=places) as server:
-            found = uvloop.run(measured(server.url, scripted_bodies(), jobs=SCRIPTED_JOBS, rounds=4, least=100))
+            found = uvloop.run(measured(server.url, scripted_bodies(), options))
         cases.append({"endpoint": "scripted", "places": places, **found})
         show(cases[-1])
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +83,7 @@ def main() -> None:
             raise SystemExit("this benchmark starts its engine itself: set no STOKER_ENGINE__URL, and no kind `none`")
         with EngineSupervisor(plan, log_file=Path(folder) / "log", start_timeout_s=900, stall_s=120) as engine:
             bodies = engine_bodies(plan.alias)
-            found = uvloop.run(measured(plan.url, bodies, jobs=options.engine_jobs, rounds=1, least=48))
+            found = uvloop.run(measured(plan.url, bodies, options))
             described = {**plan.description, "version": engine.version}
     cases.append({"endpoint": plan.kind, "places": plan.slots, "engine": described, **found})
     show(cases[-1])
@@ -91,43 +92,44 @@ def main() -> None:
     keep_run("knee", report, parser, options)
 
 
-async def measured(url: str, bodies: Iterator[bytes], *, jobs: int, rounds: int, least: int) -> dict[str, Any]:
+async def measured(url: str, bodies: Iterator[bytes], options: argparse.Namespace) -> dict[str, Any]:
     """The curve of fixed numbers at once, and the window on the same endpoint."""
     async with Endpoint(url, api_key=None, timeout_s=3600, connections=2 * max(AT_ONCE)) as endpoint:
-        await held(endpoint, bodies, 8, jobs=least, skip=0)  # warm
-        curve = [
-            await held(endpoint, bodies, size, jobs=max(least, rounds * size), skip=min(2 * size, 96))
-            for size in AT_ONCE
-        ]
-        settled = await found_out(endpoint, bodies, jobs=jobs)
+        await held(endpoint, bodies, 8, seconds=options.leg_s / 4)  # warm
+        curve = []
+        for size in AT_ONCE:
+            curve.append(await held(endpoint, bodies, size, seconds=options.leg_s))
+            print(f"  {size:>4} {curve[-1].tokens_per_s:>10,.1f} {curve[-1].seconds:>8.3f}", flush=True)
+        settled = await found_out(endpoint, bodies, seconds=options.window_s)
     return {"curve": [asdict(one) for one in curve], "window": asdict(settled)}
 
 
-async def held(endpoint: Endpoint, bodies: Iterator[bytes], size: int, *, jobs: int, skip: int) -> Held:
-    """Keep so many at once; the first `skip` that end do not count."""
+async def held(endpoint: Endpoint, bodies: Iterator[bytes], size: int, *, seconds: float) -> Held:
+    """Keep so many at once; the first third of the time does not count."""
     ended: list[tuple[float, float, int]] = []
-    await keep_full(endpoint, bodies, lambda: size, lambda *one: ended.append(one), jobs=skip + jobs)
-    began = ended[skip - 1][0] if skip else ended[0][0]
-    counted = ended[skip:]
-    rate = sum(tokens for _, _, tokens in counted) / (counted[-1][0] - began)
-    return Held(size, round(rate, 1), round(statistics.median(seconds for _, seconds, _ in counted), 3))
+    began = time.monotonic()
+    await keep_full(endpoint, bodies, lambda: size, lambda *one: ended.append(one), jobs=LEG_JOBS, seconds=seconds)
+    first = next((at for at, _, _ in ended if at > began + (ended[-1][0] - began) / 3), ended[0][0])
+    counted = [one for one in ended if one[0] > first]
+    rate = sum(tokens for _, _, tokens in counted) / (counted[-1][0] - first)
+    return Held(size, round(rate, 1), round(statistics.median(took_s for _, took_s, _ in counted), 3))
 
 
-async def found_out(endpoint: Endpoint, bodies: Iterator[bytes], *, jobs: int) -> Settled:
+async def found_out(endpoint: Endpoint, bodies: Iterator[bytes], *, seconds: float) -> Settled:
     """Let a window say how many at once."""
     window = Window(most=max(AT_ONCE))
     began = time.monotonic()
     sizes = [(0.0, window.size)]
     ended: list[tuple[float, int]] = []
 
-    def note(at: float, seconds: float, tokens: int) -> None:
-        window.ended(seconds, tokens)
+    def note(at: float, took_s: float, tokens: int) -> None:
+        window.ended(took_s, tokens)
         ended.append((at, tokens))
         if window.size != sizes[-1][1]:
             sizes.append((round(at - began, 2), window.size))
 
-    await keep_full(endpoint, bodies, lambda: window.size, note, jobs=jobs)
-    last = ended[2 * jobs // 3 :]
+    await keep_full(endpoint, bodies, lambda: window.size, note, jobs=WINDOW_JOBS, seconds=seconds)
+    last = ended[len(ended) // 2 :]
     rate = sum(tokens for _, tokens in last[1:]) / (last[-1][0] - last[0][0])
     return Settled(window.settled, round(rate, 1), sizes)
 
@@ -139,26 +141,29 @@ async def keep_full(
     note: Callable[[float, float, int], None],
     *,
     jobs: int,
+    seconds: float,
 ) -> None:
-    """Keep as many requests under way as `size` says, until `jobs` have ended; the last ones are waited for.
+    """Keep as many requests under way as `size` says, until `jobs` have ended or the time is over.
+
+    Those that are under way then are waited for.
 
     `note` hears of each the moment of its end, its seconds and its tokens.
     """
     running: set[asyncio.Task[None]] = set()
     has_ended = asyncio.Event()
-    noted = 0
+    noted, end = 0, time.monotonic() + seconds
 
     async def ask(body: bytes) -> None:
         nonlocal noted
         began = time.monotonic()
         reply = await endpoint.post(PATH, body, request_id="knee")
         now = time.monotonic()
-        if noted < jobs:
+        if noted < jobs and (now < end or not noted):
             noted += 1
             note(now, now - began, result_of(0, PATH, reply).usage.completion_tokens)
         has_ended.set()
 
-    while noted < jobs:
+    while noted < jobs and (time.monotonic() < end or not noted):
         while len(running) < size():
             task = asyncio.create_task(ask(next(bodies)))
             running.add(task)
@@ -190,13 +195,11 @@ def engine_bodies(model: str) -> Iterator[bytes]:
 
 
 def show(case: dict[str, Any]) -> None:
-    """Print a case's curve and what the window found."""
-    print(f"{case['endpoint']}, {case['places']} places: at once, tokens/s, seconds")
-    for one in case["curve"]:
-        print(f"  {one['at_once']:>4} {one['tokens_per_s']:>10,.1f} {one['seconds']:>8.3f}")
+    """Print what the window found, below the curve: numbers at once, tokens/s, seconds."""
     window = case["window"]
     way = " ".join(str(size) for _, size in window["sizes"])
-    print(f"  the window: {window['size']}, {window['tokens_per_s']:,.1f} tokens/s; its way: {way}", flush=True)
+    where = f"{case['endpoint']}, {case['places']} places"
+    print(f"{where}: the window: {window['size']}, {window['tokens_per_s']:,.1f} tokens/s; its way: {way}", flush=True)
 
 
 def rows(cases: list[dict[str, Any]]) -> list[Row]:

@@ -15,6 +15,10 @@ from store.database import Database
 from store.step_states import StepStates
 
 
+async def nothing_registered() -> None:
+    """No endpoint but the engine."""
+
+
 @dataclass(frozen=True, slots=True)
 class FeedContext:
     """The parts of a child. `semantic`, `retrieval` and `recipes` are None where no Chroma is set."""
@@ -38,5 +42,5 @@ class FeedContext:
     pace: Pace = field(default_factory=Pace)
     held_back: Callable[[], int] = lambda: 0
     """How many of the engine's places are to stay empty now, for single requests."""
-    refresh: Callable[[], Awaitable[None]] | None = None
+    refresh: Callable[[], Awaitable[None]] = nothing_registered
     """Learns which endpoints are registered now."""

@@ -107,17 +107,13 @@ class _Feeder:
 
         False after DOWN_PATIENCE_S: the shard stays dispatched and its hint is sent again.
         """
-        await self._refresh()
+        await self._context.refresh()
         until = time.monotonic() + DOWN_PATIENCE_S
         while await self._context.router.is_down() or await self._is_reserved():
             if self._context.draining() or time.monotonic() >= until:
                 return False
             await asyncio.sleep(TICK_S)
         return True
-
-    async def _refresh(self) -> None:
-        if self._context.refresh is not None:
-            await self._context.refresh()
 
     async def _is_reserved(self) -> bool:
         return bool(
@@ -303,7 +299,7 @@ class _Feeder:
 
     async def _claim(self) -> bool:
         """Claim the shard that is to go first and take its jobs in; false if there was none."""
-        await self._refresh()  # its jobs may name what was registered while this task ran
+        await self._context.refresh()  # its jobs may name what was registered while this task ran
         try:
             taken = await asyncio.to_thread(self._take)
         except ServiceUnreachable as error:

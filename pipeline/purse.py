@@ -117,14 +117,14 @@ class Purse:
             )
         with self._lock:
             own_reserved, own_spent = self._open, self._spent
-        for budget in budgets:
+        has_room = bool(budgets)
+        for budget in budgets:  # all of them: the first may be full for now, and a later one for good
             spent = budget.spent - budget.own_spent + own_spent
             if nanos > budget.cap - spent and not spills:
                 raise BudgetExceeded(self._refusal(nanos, budget, spent))
             reserved = budget.reserved - budget.own_reserved + own_reserved
-            if nanos > budget.cap - spent - reserved:
-                return False
-        return bool(budgets)
+            has_room &= nanos <= budget.cap - spent - reserved
+        return has_room
 
     def _state(self, session: Session, budget_ids: Sequence[int], *, more: int) -> None:
         with self._lock:

@@ -117,6 +117,10 @@ class TestRefused:
         ({"colour": "red"}, "colour"),
         ({"stoker": {"colour": "red"}}, "stoker.colour"),
         ({"stoker": {"priority": "urgent"}}, "stoker.priority"),
+        ({"stoker": {"trust": "everybody"}}, "stoker.trust"),
+        ({"stoker": {"budget_money": 5}}, "stoker.budget_money"),
+        ({"stoker": {"trust": "external", "budget_money": 0}}, "stoker.budget_money"),
+        ({"stoker": {"trust": "external", "budget_money": "0.0000000001"}}, "stoker.budget_money"),
         ({"stoker": {"webhook": {"url": "http://127.0.0.1/x"}}}, "stoker.webhook.url"),
         ({"output_expires_after": {"anchor": "created_at", "seconds": 5}}, "output_expires_after.seconds"),
     ],
@@ -162,6 +166,28 @@ def test_what_the_extras_say_holds_for_the_batch_and_its_lines(
     assert stored == [{"collection": "ours", "top_k": 4}, {"collection": "mine", "top_k": 1}]
     [body, _] = [json.loads(body) for (body,) in rows(gateway.database, "SELECT body FROM jobs ORDER BY seq")]
     assert body["max_tokens"] == 3
+
+
+def test_prompts_stay_on_own_endpoints_unless_the_body_says_otherwise(
+    client: TestClient, gateway: Gateway, validate: Validate
+) -> None:
+    file = upload(client, line())
+    amounts: tuple[Any, ...] = (None, 5, "0.25", 0.000000001)
+    made = [
+        create(client, file, stoker={"trust": "external", "budget_money": amount} if amount else None).json()
+        for amount in amounts
+    ]
+    validate()
+    found = [client.get(f"/v1/batches/{one['id']}").json()["stoker"] for one in made]
+    assert [one["trust"] for one in found] == ["own", "external", "external", "external"]
+    assert [one["budget_money"] for one in found] == [None, 5.0, 0.25, 1e-9]
+    assert [one["trust"] for one in (first["stoker"] for first in made)] == [one["trust"] for one in found]
+    assert rows(gateway.database, "SELECT options ->> 'trust' FROM batches ORDER BY id")[:2] == [
+        ("own",),
+        ("external",),
+    ]
+    caps = rows(gateway.database, "SELECT cap FROM money_budgets ORDER BY batch_id")
+    assert caps == [(5_000_000_000,), (250_000_000,), (1,)]
 
 
 def test_a_creation_that_the_client_repeats_makes_one_batch(client: TestClient) -> None:

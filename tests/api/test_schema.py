@@ -16,7 +16,7 @@ from tests.support.gateway_process import GatewayProcess
 
 # Identifiers of what is there, and what no schema can say: that a file of purpose `batch` must end in .jsonl, and which
 # hosts a webhook may have. Where a wrong id is to be tried, the stated one would stand in its place. That no worker
-answers single requests here; and what of their bodies is not described, as engines differ in it.
+# answers single requests here; and what of their bodies is not described, as engines differ in it.
 CONFIG = """
 [parameters]
 "path.batch_id" = "{batch}"

@@ -79,13 +79,23 @@ def test_a_key_has_what_was_asked_for_and_changes_one_limit_at_a_time(settings: 
         (key,) = listed(settings, "--tenant", "acme")
         return key["requests_per_minute"], key["day_tokens"], key["month_tokens"], key["expires_at"] is not None
 
-    assert terms() == (60, 1000, None, True)
+    def money() -> tuple[object, ...]:
+        (key,) = listed(settings, "--tenant", "acme")
+        return key["day_money"], key["month_money"], key["currency"]
+
+    assert terms() == (60, 1000, None, True) and money() == (None, None, "USD")
     assert said(settings, "limit", made["id"], "--tokens-per-month", "5000").exit_code == 0
     assert terms() == (60, 1000, 5000, True)
     result = said(settings, "limit", "unnamed", "--tokens-per-day", "none", "--expires", "none")
     assert ": 60 requests a minute, 5,000 tokens a month; expires never" in result.stderr
     assert terms() == (60, None, 5000, False)
     assert said(settings, "limit", made["id"], "--requests-per-minute", "none").exit_code == 0
+    result = said(settings, "limit", made["id"], "--money-per-day", "2.50")
+    assert "5,000 tokens a month, 2.50 USD a day; expires never" in result.stderr
+    assert said(settings, "limit", made["id"], "--money-per-month", "40").exit_code == 0
+    assert money() == (2.5, 40.0, "USD") and "2.50 USD a day" in said(settings, "list", "--all").stdout
+    assert said(settings, "limit", made["id"], "--money-per-day", "none").exit_code == 0
+    assert money() == (None, 40.0, "USD")
     assert said(settings, "rename", made["id"], "night").exit_code == 0
     assert terms()[0] is None and listed(settings, "--all")[0]["name"] == "night"
     assert listed(settings) == []
@@ -109,6 +119,9 @@ WRONG = [
     (["revoke", "twice"], "write the whole id"),
     (["limit", "once"], "name a limit"),
     (["limit", "once", "--tokens-per-day", "-1"], "1<=x<="),
+    (["limit", "once", "--money-per-day", "0"], "is no amount of money"),
+    (["create", "--money-per-month", "1.0000000001"], "write 5 or 0.25"),
+    (["create", "--money-per-day", "nan"], "is no amount of money"),
     (["create", "--expires", "0d"], "write 90m, 24h or 7d"),
     (["create", "--expires", "99999999999d"], "to 100 years"),
     (["create", "--scope", "write"], "'submit', 'read', 'admin'"),
