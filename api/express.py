@@ -15,7 +15,7 @@ from api.auth import KeyedRoute, Principal, Submitter
 from api.errors import ApiError, refusals
 from api.gateway import Gateway, gateway_of
 from api.streamed import EVENTS, events_of
-from models.singles import SingleAnswer, SingleRequest, read_single
+from models.singles import ENGINE_DIED, SingleAnswer, SingleRequest, read_single
 from pipeline.budgets import BudgetExceeded
 from pipeline.held import Desk, TooManyHeld
 from pipeline.serving import ServedModels, served_models
@@ -183,15 +183,21 @@ def _response(single: SingleRequest, answer: SingleAnswer) -> Response:
     return Response(events_of(answer.response, with_usage=single.with_usage), media_type=EVENTS)
 
 
+# What is no client's fault, and no business of its. One that repeats what an engine died of may kill the next one too.
+_FAULTS: Final = {
+    "unavailable": (503, "the engine could not answer now; try again", {"Retry-After": "2"}),
+    ENGINE_DIED: (503, "the engine ended while it answered; it is started anew", {"x-should-retry": "false"}),
+    "timeout": (504, "the engine did not answer in time; ask for less", {}),
+    "internal_error": (500, "a defect of ours; it is in the worker's log", {}),
+}
+
+
 def _refusal(answer: SingleAnswer) -> ApiError:
     """The error of a request that came to nothing; one that an endpoint refused is told in its words."""
     message = answer.message or "the engine gave no reason"
-    if answer.is_transient:
-        return _away("the engine could not answer now; try again")
-    if answer.code == "timeout":
-        return ApiError(504, "the engine did not answer in time; ask for less", kind="server_error", code="timeout")
-    if answer.code == "internal_error":
-        return ApiError(500, "a defect of ours; it is in the worker's log", kind="server_error", code="internal_error")
+    if answer.code in _FAULTS:
+        status, said, headers = _FAULTS[answer.code]
+        return ApiError(status, said, kind="server_error", code=answer.code, headers=headers)
     if answer.code in ("model_not_found", "trust_refused", "budget_exceeded"):
         return ApiError(404 if answer.code == "model_not_found" else 403, message, code=answer.code)
     status = answer.status_code or 502

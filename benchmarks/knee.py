@@ -38,6 +38,7 @@ from tests.support.scripted_endpoint import ScriptedEndpoint
 AT_ONCE: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PLACES: Final = (16, 64)  # of the scripted endpoints
 MEDIAN_S, SIGMA = 0.05, 0.6
+LEAST_JOBS: Final = 24  # however slow
 LEG_JOBS, WINDOW_JOBS = 3000, 10_000  # are enough, however fast
 OUTPUT_TOKENS: Final = (8, 16, 24, 32)
 COMMAND: Final = "`make bench-knee`"
@@ -143,7 +144,7 @@ async def keep_full(
     jobs: int,
     seconds: float,
 ) -> None:
-    """Keep as many requests under way as `size` says, until `jobs` have ended or the time is over.
+    """Keep as many requests under way as `size` says, until `jobs` have ended or the time is over, and LEAST_JOBS.
 
     Those that are under way then are waited for.
 
@@ -158,12 +159,12 @@ async def keep_full(
         began = time.monotonic()
         reply = await endpoint.post(PATH, body, request_id="knee")
         now = time.monotonic()
-        if noted < jobs and (now < end or not noted):
+        if noted < jobs and (now < end or noted < LEAST_JOBS):
             noted += 1
             note(now, now - began, result_of(0, PATH, reply).usage.completion_tokens)
         has_ended.set()
 
-    while noted < jobs and (time.monotonic() < end or not noted):
+    while noted < jobs and (time.monotonic() < end or noted < LEAST_JOBS):
         while len(running) < size():
             task = asyncio.create_task(ask(next(bodies)))
             running.add(task)

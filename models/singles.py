@@ -14,6 +14,7 @@ from models.lines import LineRules, SubmitOptions, parse_line
 from models.states import CacheMode, Trust
 from runtime.errors import Problem
 
+ENGINE_DIED: Final = "engine_died"
 _OURS: Final = ("stoker", "stream", "stream_options")  # members of a body that no endpoint sees
 _LARGEST: Final = 2**62  # the gateway limits a body before it comes here
 
@@ -43,7 +44,6 @@ class SingleAnswer(Struct, frozen=True, kw_only=True):
     response: str | None = None
     code: str | None = None
     message: str | None = None
-    is_transient: bool = False
     usage: Usage = Usage()
     engine_id: int | None = None
     cost: int | None = None

@@ -16,7 +16,7 @@ import msgspec
 from inference.endpoint import EndpointDown, Reply
 from inference.replies import result_of
 from inference.router import Router, Terms
-from models.singles import SingleAnswer
+from models.singles import ENGINE_DIED, SingleAnswer
 from models.states import Outcome, Trust
 from runtime.errors import Permanent, ServiceUnreachable, Transient
 from runtime.logs import get_logger
@@ -47,21 +47,21 @@ class Answering:
         self._context = context
         self._running: dict[asyncio.Task[None], ClaimedRequest] = {}
         self._claims = asyncio.Lock()
-        self._keeper: asyncio.Task[None] | None = None
+        self._keepers: list[asyncio.Task[None]] = []
         self._is_ending = False
         self._is_full = False  # more may wait than there was room for
         self._claiming: asyncio.Task[int] | None = None
 
     async def begin(self) -> None:
         """Look for requests that a dead child has left, and keep the leases of all from now on."""
-        self._keeper = asyncio.create_task(self._keep())
+        if self._context.refresh is not None:
+            await self._context.refresh()
+        self._keepers = [asyncio.create_task(self._keep()), asyncio.create_task(self._refresh())]
         await self.claim()
 
     async def claim(self) -> int:
         """Take what waits, as much as there is room for: how many that were."""
         async with self._claims:
-            if self._context.refresh is not None:
-                await self._context.refresh()
             room = max(1, self._context.router.places(Trust.EXTERNAL)) - len(self._running)
             self._is_full = room <= 0
             if self._is_full or self._is_ending:
@@ -84,8 +84,8 @@ class Answering:
         left = list(self._running.values())
         for task in list(self._running):
             task.cancel()
-        if self._keeper is not None:
-            self._keeper.cancel()
+        for keeper in self._keepers:
+            keeper.cancel()
         if left:
             log.info("express_given_back", requests=len(left))
             try:
@@ -119,7 +119,9 @@ class Answering:
         try:
             reply = await self._reply(claimed)
         except Transient as error:
-            return SingleAnswer(code="unavailable", message=str(error), is_transient=True)
+            has_died = isinstance(error, EndpointDown) and error.was_sent  # perhaps of this request
+            code = ENGINE_DIED if has_died else "unavailable"
+            return SingleAnswer(code=code, message=str(error))
         except Permanent as error:
             return SingleAnswer(code=error.code, message=str(error))
         except Exception as error:  # a defect of ours is an answer too, with a traceback in the log
@@ -148,6 +150,12 @@ class Answering:
                 if error.was_sent or loop.time() >= until:
                     raise
                 await asyncio.sleep(DOWN_WAIT_S)
+
+    async def _refresh(self) -> None:
+        """Learn which endpoints are registered, apart from all else: Postgres may be slow or away."""
+        while self._context.refresh is not None:
+            await self._context.refresh()
+            await asyncio.sleep(RENEW_S)
 
     async def _keep(self) -> None:
         """Extend the leases; what is no longer ours ends, and with it the endpoint's work on it."""

@@ -326,6 +326,20 @@ def end_cancelled_jobs(database: Database) -> None:
             finish(session, batch_id)
 
 
+def test_a_retry_has_the_trust_of_its_batch_and_none_of_its_budgets(
+    client: TestClient, gateway: Gateway, validate: Validate
+) -> None:
+    wishes = {"trust": "external", "budget_money": "0.25", "budget_tokens": 5000}
+    batch = create(client, upload(client, line("a")), stoker=wishes).json()["id"]
+    validate()
+    client.post(f"/v1/batches/{batch}/cancel")
+    end_cancelled_jobs(gateway.database)
+    again = client.post(f"/v1/batches/{batch}/retry").json()["stoker"]
+    assert (again["trust"], again["budget_money"], again["budget_tokens"]) == ("external", None, None)
+    budgets = "SELECT count(*) FROM money_budgets UNION ALL SELECT count(*) FROM budgets"
+    assert rows(gateway.database, budgets) == [(1,), (1,)]
+
+
 def test_batches_are_listed_by_page(client: TestClient, client_of: ClientOf) -> None:
     file = upload(client, line())
     ids = [create(client, file).json()["id"] for _ in range(5)]

@@ -22,6 +22,7 @@ from models.states import Outcome, Scope
 from store.budgets import open_batch_budget
 from store.engine_days import EngineTime, add_engine_time
 from store.engines import register_engine
+from store.money import open_batch_money
 from store.namespaces import NewNamespace, open_namespaces
 from store.presence import WorkerPresence
 from store.shards import write_results
@@ -77,6 +78,7 @@ def test_a_batch_shows_its_errors_by_kind_its_marks_and_its_course(
     )
     with gateway.database.transaction() as session:
         open_batch_budget(session, batch_id, 1_000)
+        open_batch_money(session, batch_id, 2_500_000_000)
     found = get(client, f"batches/{batch_name(batch_id)}")
     assert found["batch"]["id"] == batch_name(batch_id)
     assert found["errors"] == [
@@ -88,10 +90,11 @@ def test_a_batch_shows_its_errors_by_kind_its_marks_and_its_course(
     assert sum(bucket["jobs"] for bucket in found["finished"]) == 4
     assert sum(bucket["failed"] for bucket in found["finished"]) == 3
     assert found["waiting"] == {"jobs": 1, "tries": 2, "next_in_s": 0.0, "last_error": "HTTP 503"}
-    [budget], [delivery] = found["budgets"], found["deliveries"]
+    [budget, money], [delivery] = found["budgets"], found["deliveries"]
+    assert (budget["unit"], money["unit"], money["cap"], money["spent"]) == ("tokens", "USD", 2.5, 0)
     assert (budget["batch"], budget["period"], budget["cap"]) == (batch_name(batch_id), "batch", 1_000)
     assert (delivery["batch"], delivery["state"], delivery["tries"]) == (batch_name(batch_id), "pending", 0)
-    assert get(client, "budgets")["data"] == [budget] and get(client, "deliveries")["data"] == [delivery]
+    assert get(client, "budgets")["data"] == [budget, money] and get(client, "deliveries")["data"] == [delivery]
 
 
 def test_jobs_are_paged_by_line_and_by_outcome(client: TestClient, gateway: Gateway, tmp_path: Path) -> None:

@@ -109,6 +109,9 @@ def test_what_the_engine_refuses_is_told_in_its_words(client: TestClient) -> Non
     away = client.post(CHAT, json=chat("[[status 500]]"))
     assert (away.status_code, away.json()["error"]["code"]) == (503, "unavailable")
     assert away.headers["Retry-After"] == "2"
+    died = client.post(CHAT, json=chat("[[drop connection]]"))
+    assert (died.status_code, died.json()["error"]["code"]) == (503, "engine_died")
+    assert died.headers["x-should-retry"] == "false"
 
 
 def test_a_request_is_not_held_for_ever_and_its_work_ends_with_it(

@@ -230,19 +230,22 @@ def test_threads_that_pay_at_once_never_reserve_more_than_there_is(database: Dat
         whim = random.Random(seed)
         _, purse = attempt(database)
 
-        async def jobs() -> None:
-            for _ in range(25):
+        async def job() -> None:
+            for _ in range(6):
                 try:
-                    nanos = await asked(purse, whim.randint(1, 60))
+                    nanos = await asked(purse, whim.randint(1, 90))
                 except BudgetExceeded:
                     continue
+                if whim.random() < 0.6:  # beside what the others pay
+                    await asyncio.to_thread(settle, database, purse)
                 if nanos:
                     spent = whim.choice([0, nanos, whim.randint(0, nanos)])
                     with billed[0]:
                         billed[1][0] += spent
                     purse.ended(nanos, spent=spent)
-                if whim.random() < 0.4:
-                    await asyncio.to_thread(settle, database, purse)
+
+        async def jobs() -> None:
+            await asyncio.gather(*(job() for _ in range(5)))
             await asyncio.to_thread(settle, database, purse)
 
         asyncio.run(jobs())

@@ -21,12 +21,13 @@ from sqlalchemy import text
 from models.lines import SubmitOptions
 from models.states import Trust
 from pipeline.serving import ServedModels
-from pipeline.submit import FileEstimate, Submitted, dry_run, submit_file
+from pipeline.submit import FileEstimate, Submitted, Wishes, dry_run, submit_file
 from runtime.clock import uuid7
 from runtime.errors import BadInput, InvalidFile, LostFence, ServiceUnreachable
 from runtime.settings import LimitSettings, Settings, ShardSettings
 from store.database import Database
 from store.submissions import NewBatch, delete_abandoned_batches, extend_lease, insert_validating
+from tests.support.batches import rows
 from tests.support.waiting import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -361,6 +362,8 @@ def test_the_same_file_and_options_are_the_same_batch(database: Database, write:
         {"tenant": "other"},
         {"options": SubmitOptions(max_output_tokens=65)},
         {"options": SubmitOptions(max_output_tokens=64, sets={"n": 1})},
+        {"options": SubmitOptions(max_output_tokens=64, trust=Trust.EXTERNAL)},
+        {"wishes": Wishes(budget_nanos=5)},
         {"settings": limited(window_s=60)},
     ],
 )
@@ -371,6 +374,8 @@ def test_another_tenant_option_or_window_is_another_batch(
     first = submit(database, path)
     second = submit(database, path, **changed)
     assert not second.reused
+    caps = [cap for (cap,) in rows(database, "SELECT cap FROM money_budgets")]
+    assert caps == ([5] if "wishes" in changed else [])
     assert second.batch_id != first.batch_id
 
 
