@@ -27,7 +27,6 @@ from runtime.errors import BadInput, InvalidFile, LostFence, ServiceUnreachable
 from runtime.settings import LimitSettings, Settings, ShardSettings
 from store.database import Database
 from store.submissions import NewBatch, delete_abandoned_batches, extend_lease, insert_validating
-from tests.support.batches import rows
 from tests.support.waiting import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
