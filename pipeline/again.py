@@ -11,7 +11,7 @@ from typing import Any
 from uuid import UUID
 
 from models.names import batch_name
-from models.states import TERMINAL, JobOrder, Priority
+from models.states import TERMINAL, JobOrder, Priority, Trust
 from pipeline.arrange import cut_again
 from pipeline.begin import CHUNK_JOBS, LEASE, TENANT, Submitted, begin_batch, same_submit
 from pipeline.cutting import ShardCutter
@@ -21,6 +21,7 @@ from runtime.settings import Settings, ShardSettings
 from store.again import EarlierBatch, copy_failed_jobs, hold_ended, read_earlier
 from store.database import Database
 from store.followers import copy_followers
+from store.money import open_batch_money
 from store.open_shards import CutJob, newest_shard
 from store.submissions import Filled, NewBatch, extend_lease, insert_shards
 
@@ -39,6 +40,8 @@ def retry_batch(
     tenant: str = TENANT,
     key_id: str | None = None,
     request: dict[str, Any] | None = None,
+    trust: Trust | None = None,
+    budget_nanos: int | None = None,
     chunk_jobs: int = CHUNK_JOBS,
 ) -> Submitted:
     """Store the failed lines of an ended batch as a new one, with its options, and set that going.
@@ -46,11 +49,21 @@ def retry_batch(
     Failed are those of a cancelled or expired batch too that never ran. With `reuse` a second retry of the same
     batch within an hour is the first one, while that runs or if it was completed. Raises NotFound, and BadInput
     when the batch still runs or has no failed line. `key_id` and `request` as of a batch that the gateway begins.
+    `trust`, if stated, is its own; `budget_nanos` is what priced endpoints may ask for it.
     """
     with database.transaction() as session:
         earlier = read_earlier(session, batch_id, tenant=tenant)
     _check_retryable(earlier)
-    digest = hashlib.sha256(f"retry {batch_id.hex}".encode()).hexdigest()
+    options = {name: value for name, value in earlier.options.items() if name not in FOUND_AT_SUBMIT}
+    if trust is not None:
+        options["trust"] = trust.value
+    if budget_nanos is not None and options.get("trust") != Trust.EXTERNAL:
+        raise BadInput(
+            f"{batch_name(batch_id)[:18]} stays on own endpoints, so a budget of money would never be used: add "
+            "--trust external, or leave it out"
+        )
+    asked = "" if trust is None and budget_nanos is None else f" {trust} {budget_nanos}"
+    digest = hashlib.sha256(f"retry {batch_id.hex}{asked}".encode()).hexdigest()
     if reuse and (found := same_submit(database, tenant=tenant, submit_digest=digest)):
         return found
     batch = NewBatch(
@@ -60,7 +73,7 @@ def retry_batch(
         input_name=earlier.input_name,
         input_digest=earlier.input_digest,
         submit_digest=digest,
-        options={name: value for name, value in earlier.options.items() if name not in FOUND_AT_SUBMIT},
+        options=options,
         max_output_tokens=earlier.max_output_tokens,
         priority=priority or earlier.priority,
         weight=weight or earlier.weight,
@@ -70,6 +83,9 @@ def retry_batch(
     )
 
     def fill() -> Filled:
+        if budget_nanos is not None:
+            with database.transaction() as session:
+                open_batch_money(session, batch.id, budget_nanos)
         return _copy_failed(database, earlier, batch, bounds=settings.shard, chunk_jobs=chunk_jobs)
 
     window = timedelta(seconds=settings.limits.window_s)

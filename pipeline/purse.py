@@ -135,7 +135,7 @@ class Purse:
         name = f"the {budget.period} budget of key {budget.key_id}"
         remedy = f"raise it with `stoker keys limit {budget.key_id} --money-per-{budget.period} N`"
         if budget.period is BudgetPeriod.BATCH:
-            name, remedy = "the batch's budget of money", "a new batch has one of its own"
+            name, remedy = "the batch's budget of money", "a retry has one of its own, --budget-money N"
         left, cap = max(0, budget.cap - spent), budget.cap
         return (
             f"may cost up to {plain(nanos)}, but {name} has {plain(left)} left of {plain(cap)}; {remedy}, then "

@@ -11,7 +11,7 @@ import click
 
 from models.lines import SubmitOptions
 from models.names import batch_name
-from models.states import CacheMode, Priority
+from models.states import CacheMode, Priority, Trust
 from pipeline.again import retry_batch
 from pipeline.cutting import for_workers
 from pipeline.serving import served_models
@@ -22,7 +22,16 @@ from scripts.lookup import TENANT, named_batch, opened_database
 from scripts.skipped_lines import SkippedLines, skipped_file, skipped_lines
 from scripts.source import Lines, Source, Terms
 from scripts.sources import FileSource, seekable, with_source
-from scripts.submit_options import PRIORITY_OPTION, WEIGHT_OPTION, WINDOW_OPTION, How, with_how, with_window
+from scripts.submit_options import (
+    MONEY_OPTION,
+    PRIORITY_OPTION,
+    TRUST_OPTION,
+    WEIGHT_OPTION,
+    WINDOW_OPTION,
+    How,
+    with_how,
+    with_window,
+)
 from scripts.terminal import (
     bar,
     emit,
@@ -170,6 +179,8 @@ def submit(
 @WINDOW_OPTION
 @PRIORITY_OPTION
 @WEIGHT_OPTION
+@TRUST_OPTION
+@MONEY_OPTION
 @click.option("--force", is_flag=True, help="A new batch although BATCH was retried within the hour.")
 @click.option("--json", "as_json", is_flag=True)
 @click.pass_obj
@@ -179,13 +190,15 @@ def retry(
     window: float | None,
     priority: str | None,
     weight: float | None,
+    trust: str | None,
+    budget_nanos: int | None,
     force: bool,
     as_json: bool,
 ) -> None:
     """Run the failed lines of an ended BATCH again, as a new batch; answers with its id.
 
-    Lines that a cancel or the window ended count as failed. A second retry within an hour is the first one,
-    while that is live or completed.
+    Lines that a cancel or the window ended count as failed. Its prompts may go where BATCH's might, but what that was
+    allowed to cost is not taken over. A second retry within an hour is the first one, while that is live or completed.
     """
     served = connected(settings)
     with opened_database(served) as database:
@@ -197,6 +210,8 @@ def retry(
             priority=Priority(priority) if priority else None,
             weight=weight,
             tenant=TENANT,
+            trust=Trust(trust) if trust else None,
+            budget_nanos=budget_nanos,
         )
     if submitted.reused:
         say(f"retried within the last hour already: same batch ({submitted.total:,} jobs); --force makes a new one")

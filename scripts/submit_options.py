@@ -78,6 +78,19 @@ WEIGHT_OPTION = click.option("--weight", type=Weight(), help="The batch's share 
 WINDOW_OPTION = click.option(
     "--window", type=Window(), help="Completion window, e.g. 24h; unfinished jobs then expire."
 )
+TRUST_OPTION = click.option(
+    "--trust",
+    type=click.Choice([trust.value for trust in Trust]),
+    help="Where prompts may go: own, to machines of yours only, as if it is left out; external, to external endpoints "
+    "too.",
+)
+MONEY_OPTION = click.option(
+    "--budget-money",
+    "budget_nanos",
+    type=MoneyAmount(),
+    help="The most that endpoints which bill tokens may ask for all jobs together, in STOKER_COST__CURRENCY; needs "
+    "--trust external. Without a budget, this one or the key's, they are not used.",
+)
 _OPTIONS = (
     click.option(
         "--set",
@@ -98,20 +111,8 @@ _OPTIONS = (
         help="The most tokens that all jobs together may take, prompts and outputs; those that no longer fit end as "
         "budget_exceeded.",
     ),
-    click.option(
-        "--trust",
-        type=click.Choice([trust.value for trust in Trust]),
-        default=Trust.OWN.value,
-        show_default=True,
-        help="Where prompts may go: own, to machines of yours only; external, to external endpoints too.",
-    ),
-    click.option(
-        "--budget-money",
-        "budget_nanos",
-        type=MoneyAmount(),
-        help="The most that endpoints which bill tokens may ask for all jobs together, in STOKER_COST__CURRENCY; needs "
-        "--trust external. Without a budget, this one or the key's, they are not used.",
-    ),
+    TRUST_OPTION,
+    MONEY_OPTION,
     click.option(
         "--cache",
         type=click.Choice([mode.value for mode in CacheMode]),
@@ -145,7 +146,7 @@ class How:
     model: str | None
     max_output_tokens: int | None
     budget_tokens: int | None
-    trust: str
+    trust: str | None
     budget_nanos: int | None
     cache: str | None
     order: str
@@ -163,7 +164,7 @@ class How:
             cache=self.cache_mode(settings),
             settings=dict(common),
             validate_answers=validate_answers or self.validate_answers,
-            trust=Trust(self.trust),
+            trust=Trust(self.trust or Trust.OWN),
         )
 
     def cache_mode(self, settings: Settings) -> CacheMode:

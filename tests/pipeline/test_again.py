@@ -13,7 +13,7 @@ from sqlalchemy import text
 
 from models.jobs import failed
 from models.lines import SubmitOptions
-from models.states import Outcome, Priority
+from models.states import Outcome, Priority, Trust
 from pipeline.again import retry_batch
 from pipeline.submit import Submitted, Wishes, submit_file
 from runtime.errors import BadInput, NotFound
@@ -21,6 +21,7 @@ from runtime.settings import LimitSettings, Settings, ShardSettings
 from store.again import take_results
 from store.batches import batch_progress, batches_to_finish, finish, request_cancel, shards_to_wind_down
 from store.database import Database
+from store.money import money_of_batch
 from store.shards import close, load_jobs, write_results
 from tests.support.batches import (
     CHAT,
@@ -99,6 +100,17 @@ def assert_counters_equal_rows(database: Database, batch_id: UUID) -> None:
     assert sum(shard.failed for shard in shards) == sum(result.outcome == "failed" for result in results)
     assert row["shards_left"] == sum(shard.state != "done" for shard in shards)
     assert sorted(seq for shard in shards for seq in shard.seqs) == list(range(row["total"]))
+
+
+def test_a_retry_may_leave_own_endpoints_within_a_budget_of_its_own(database: Database, tmp_path: Path) -> None:
+    earlier = store_batch(database, tmp_path, chats(4))
+    run_all(database, failing=frozenset({1}))
+    with pytest.raises(BadInput, match="add --trust external"):
+        retry_batch(database, earlier, settings=SETTINGS, reuse=False, budget_nanos=5)
+    made = retry_batch(database, earlier, settings=SETTINGS, reuse=False, trust=Trust.EXTERNAL, budget_nanos=5).batch_id
+    assert batch_row(database, made)["options"]["trust"] == "external"
+    with database.transaction() as session:
+        assert [budget.cap for budget in money_of_batch(session, made)] == [5]
 
 
 def test_retry_makes_a_new_batch_of_the_failed_lines(database: Database, tmp_path: Path) -> None:
