@@ -137,7 +137,7 @@ class Router:
     def places(self, trust: Trust) -> int:
         """How many requests are to be under way at once, of a batch of this trust."""
         generation = self._by_kind["generation"]
-        own = 0 if generation is None else generation.places
+        own = 0 if generation is None else generation.size
         return own + sum(route.wanted for route in self._routes if _trusts(trust, route))
 
     async def is_down(self) -> bool:

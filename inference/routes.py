@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -28,6 +29,8 @@ class Route:
     spec: EndpointSpec | None = None
     engine_id: int | None = None
     places: int = 0
+    held_back: Callable[[], int] = lambda: 0
+    """How many of its places are to stay empty now, for single requests."""
     serves: str = "generation"
     is_down: bool = False
     """The engine refused a connection, or broke one, and has not been seen healthy since."""
@@ -75,7 +78,7 @@ class Route:
     @property
     def size(self) -> int:
         """Requests at once that it is given now."""
-        return self.places if self.spec is None else self.window.size
+        return self.places - self.held_back() if self.spec is None else self.window.size
 
     @property
     def wanted(self) -> int:

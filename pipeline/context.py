@@ -40,7 +40,5 @@ class FeedContext:
     retrieval: Retrieval | None = None
     recipes: Recipes | None = None
     pace: Pace = field(default_factory=Pace)
-    held_back: Callable[[], int] = lambda: 0
-    """How many of the engine's places are to stay empty now, for single requests."""
     refresh: Callable[[], Awaitable[None]] = nothing_registered
     """Learns which endpoints are registered now."""

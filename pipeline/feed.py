@@ -190,8 +190,7 @@ class _Feeder:
     def _places(self) -> int:
         """How many jobs may be under way, where one of those that are here may go."""
         leaves = any(attempt.claim.trust is Trust.EXTERNAL for attempt in self._attempts.values())
-        places = self._context.router.places(Trust.EXTERNAL if leaves else Trust.OWN)
-        return places - self._context.held_back()
+        return self._context.router.places(Trust.EXTERNAL if leaves else Trust.OWN)
 
     def _start_units(self) -> None:
         free = self._free()

@@ -40,7 +40,12 @@ class Child:
         tell_service_s = partial(parts.shared.set_service_s, child=place)
         tell_service_s(0.0)
         self._routing = Routing(
-            self._database, settings, engine_url=parts.engine_url, places=parts.in_flight, sharers=parts.children
+            self._database,
+            settings,
+            engine_url=parts.engine_url,
+            places=parts.in_flight,
+            held_back=parts.held_back,
+            sharers=parts.children,
         )
         self._cache = ExactCache(
             RecentAnswers(settings.require_redis()),
@@ -74,7 +79,6 @@ class Child:
             retrieval=retrieval,
             recipes=recipes_of(self._database, settings, vectors),
             pace=Pace(on_service=tell_service_s),
-            held_back=parts.held_back,
             refresh=self._routing.refresh,
         )
 

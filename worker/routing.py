@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Final
 
 from inference.endpoint import Endpoint
@@ -26,8 +27,8 @@ REFRESH_S: Final = 30.0
 class Routing:
     """A router and its connections, for the child's loop; its routes are kept as rows and file of endpoints say.
 
-    `places`: requests that the child keeps in flight on an engine. `sharers`: children of the worker that do the same.
-    `engine_kind`: how the engine is spoken to.
+    `places`: requests that the child keeps in flight on an engine, `held_back` of them empty at times. `sharers`:
+    children of the worker that do the same. `engine_kind`: how the engine is spoken to.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Routing:
         *,
         engine_url: str,
         places: int,
+        held_back: Callable[[], int] = lambda: 0,
         sharers: int = 1,
         engine_kind: type[Endpoint] = Endpoint,
     ) -> None:
@@ -44,6 +46,7 @@ class Routing:
         self._settings = settings
         self._sharers = sharers
         self._places = places
+        self._held_back = held_back
         self._routes: dict[str, Route] = {}
         self._due = 0.0
         self._limits = EndpointLimits(settings.require_redis())
@@ -94,7 +97,7 @@ class Routing:
         timeout_s = self._settings.limits.request_timeout_s
         endpoint = kind(url, api_key=api_key, timeout_s=timeout_s, connections=self._places)
         self._engines.append(endpoint)
-        return Route(endpoint, places=self._places)
+        return Route(endpoint, places=self._places, held_back=self._held_back)
 
     def _known(self) -> list[tuple[EndpointSpec, int]]:
         specs = known_endpoints(self._database, self._settings)

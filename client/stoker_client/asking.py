@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from decimal import Decimal
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
@@ -21,6 +22,7 @@ _ANSWERED: Final = ("answer",)
 _COUNTED: Final = ("error", "prompt_tokens", "completion_tokens", "source")
 _CHOICES: Final = {
     "cache": (None, "off", "exact", "semantic"),
+    "trust": (None, "own", "external"),
     "priority": (None, "low", "normal", "high"),
     "errors": ("column", "raise"),
 }
@@ -44,6 +46,8 @@ class Asked:
     window: str = "24h"
     priority: Literal["low", "normal", "high"] | None = None
     budget_tokens: int | None = None
+    trust: Literal["own", "external"] | None = None
+    budget_money: Decimal | float | str | None = None
     skip_nulls: bool = False
     result_prefix: str = ""
     errors: Literal["column", "raise"] = "column"
@@ -135,6 +139,8 @@ def create_body(asked: Asked, *, form: Form, lines: LineForm) -> dict[str, Any]:
         "template": asked.prompt if lines.states_variables else None,
         "priority": asked.priority,
         "budget_tokens": asked.budget_tokens,
+        "trust": asked.trust,
+        "budget_money": None if asked.budget_money is None else str(asked.budget_money),
         "validate_answers": True if form.schema is not None else None,
     }
     return {

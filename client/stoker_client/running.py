@@ -72,6 +72,8 @@ def run(asked: Asked) -> Any:
         None: as the gateway has it.
     window: how long the batch may take, "90m", "24h", "7d". priority: "low", "normal" or "high".
     budget_tokens: the most tokens that the batch may take; rows beyond it have the error budget_exceeded.
+    trust: "external": prompts may go to external endpoints too. budget_money: the most that those which bill tokens may
+        ask for all rows; without one, this or the key's, they are not used.
     skip_nulls: leave out the rows where a slot's value is missing (None, NaN), else they are refused.
     result_prefix: goes before the name of every result column.
     errors: "column": a row's error is in its column. "raise": raise JobsFailed if there is any; it has the results.
