@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 include engines.mk
 
 .PHONY: help demo up cache documents test test-engine chaos check format env-example compose-env \
-	bench bench-submit bench-gateway bench-tables bench-pipeline bench-growth bench-dispatch bench-order bench-break-even bench-refill bench-knee bench-end-to-end bench-front-end bench-cache nginx rabbitmq chromium
+	bench bench-submit bench-gateway bench-tables bench-pipeline bench-growth bench-dispatch bench-order bench-break-even bench-endpoints bench-express bench-refill bench-knee bench-end-to-end bench-front-end bench-cache nginx rabbitmq chromium
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -53,7 +53,7 @@ env-example: .venv/.demo
 	@python -c 'from runtime.settings import env_example; print(env_example(), end="")' > .env.example
 
 # `make bench-cache`, `make bench-dispatch` and `make chaos` are of other questions; the table shows their last results.
-BENCHES := bench-end-to-end bench-front-end bench-pipeline bench-growth bench-submit bench-gateway bench-order bench-refill
+BENCHES := bench-end-to-end bench-front-end bench-pipeline bench-growth bench-submit bench-gateway bench-order bench-refill bench-endpoints bench-knee bench-express
 bench: .venv/.dev ## all ratios anew (about 2 hours), one table of them, README.md and docs/benchmarks.md
 	@failed=; for bench in $(BENCHES); do \
 		echo "== make $$bench"; $(MAKE) --no-print-directory $$bench || failed="$$failed $$bench"; \
@@ -103,6 +103,9 @@ bench-knee: .venv/.dev engine-vllm checkpoint ## how many requests at once endpo
 
 bench-refill: .venv/.dev rabbitmq ## starvation and tail of scripted engines, one of them with 2,048 slots
 	@python -m benchmarks.refill
+
+bench-endpoints: .venv/.dev rabbitmq ## 20,000 jobs on four endpoints: slow, rate-limited, failing, dying and returning
+	@python -m benchmarks.endpoints
 
 bench-cache: .venv/.dev embedder gptcache engine-vllm checkpoint ## the cache: hits, errors, GPTCache, lookups, duplicates, a real engine: FOLDER=banking77 is a folder with its train.csv and test.csv
 	@OPENBLAS_NUM_THREADS=1 python -m benchmarks.cache --folder $(FOLDER)
