@@ -31,6 +31,7 @@ EXCERPT_CHARACTERS = 200
 SECRET_CHARACTERS = 8
 # 520 to 524 and 529 are what proxies in front of managed providers say for 502, 503 and 504.
 TRANSIENT_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
+GATEWAY_STATUSES: Final = frozenset({502, 504, 520, 521, 522, 523, 524})
 STREAMED_PATHS: Final = frozenset({"/v1/chat/completions", "/v1/completions"})
 Auth = Literal["bearer", "api-key", "x-api-key"]
 _VERSION: Final = re.compile(r"/v\d[^/]*(/|$)")
@@ -56,6 +57,15 @@ class Stalled(EndpointDown):
 
 class ServerFault(Transient):
     """The server answered with a status of 500 or above: it may be dying."""
+
+    def __init__(self, message: str, *, status: int, retry_after_s: float | None = None) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.status = status
+
+    @property
+    def may_have_run(self) -> bool:
+        """Whether what stands before the server has given it up, which may still be at work on it."""
+        return self.status in GATEWAY_STATUSES
 
 
 class Throttled(Transient):
@@ -287,7 +297,9 @@ class Endpoint:
         if status == 429:
             raise Throttled(message, retry_after_s=wish_s, seen=seen)
         if status in TRANSIENT_STATUSES:
-            raise (ServerFault if status >= 500 else Transient)(message, retry_after_s=wish_s)
+            if status >= 500:
+                raise ServerFault(message, status=status, retry_after_s=wish_s)
+            raise Transient(message, retry_after_s=wish_s)
 
     def _excerpt(self, answer: bytes) -> str:
         text = self._without_key(answer)[: 4 * EXCERPT_CHARACTERS].decode(errors="replace")

@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 
@@ -30,7 +30,8 @@ from inference.endpoint import (
 )
 from inference.replies import usage_of
 from inference.routes import Route
-from models.endpoints import EndpointSpec, Grant, Prices, RatesSeen
+from inference.terms import PLAIN, Limits, Terms
+from models.endpoints import Grant, RatesSeen
 from models.jobs import Usage
 from models.states import Trust
 from runtime.errors import Permanent, StokerError, Stopped, Transient
@@ -40,54 +41,14 @@ log = get_logger(__name__)
 
 EMBEDDINGS: Final = "/v1/embeddings"
 TICK_S: Final = 0.2  # how soon one that waits notices that it is to stop
-PATIENCE_S: Final = 60.0  # while every endpoint that could answer is broken; longer, and the job waits in Postgres
+MOST_THROTTLED: Final = 4  # 429s of one request by one endpoint, in spite of its rests; then it counts as a failure
 UNPAID_S: Final = 1.0  # between two looks at a budget that has no room, or a batch that has nothing to spill
 MODELS_KNOWN_S: Final = 60.0  # how long the engine's list of models is taken as known
+MODELS_ASKED_S: Final = 1.0  # between two tries to learn it
 # Bounded loads (Mirrokni, Thorup, Zadimoghaddam, arXiv 1608.01350): the endpoint that has a prompt's beginning in its
 # prefix cache is kept to, until it has a quarter more to do than the one with the least.
 SLACK: Final = 1.25
 PREFIX_BYTES: Final = 1024
-
-
-class Payer(Protocol):
-    """The money for one job's requests to priced endpoints."""
-
-    async def pay(self, prices: Prices, path: str, body: bytes, *, spills: bool) -> int:
-        """Reserve the most that it may cost: how many nanos; 0 where waiting may help.
-
-        `spills`: an own endpoint could do it, so that the batch must need the help of others.
-        """
-        ...
-
-    def ended(self, reserved: int, *, spent: int) -> None:
-        """A request is over for which so much was reserved, and this is what it has cost."""
-        ...
-
-
-class Limits(Protocol):
-    """Limits that all workers share."""
-
-    async def take(self, spec: EndpointSpec, *, tokens: int) -> Grant: ...
-
-    async def settle(self, spec: EndpointSpec, grant: Grant, *, tokens: int | None) -> None: ...
-
-    async def learn(self, spec: EndpointSpec, seen: RatesSeen | None, *, throttled: bool) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """How a request may be answered. `stopped`: one that was not sent by then raises Stopped.
-
-    `alone`: by the worker's engine only, whatever it may do to that one.
-    """
-
-    trust: Trust = Trust.OWN
-    alone: bool = False
-    stopped: Callable[[], bool] = lambda: False
-    payer: Payer | None = None
-
-
-PLAIN: Final = Terms()
 
 
 @dataclass(slots=True)
@@ -101,6 +62,7 @@ class _Wish:
     model: str
     tokens: int
     failed: dict[Route, StokerError] = field(default_factory=dict)
+    throttled: Counter[Route] = field(default_factory=Counter)
     unpaid_until: float = 0.0
     broken_since: float | None = None
 
@@ -134,11 +96,12 @@ class Router:
         """The worker's own engine for this path."""
         return self._by_kind[_kind(path)]
 
-    def places(self, trust: Trust) -> int:
-        """How many requests are to be under way at once, of a batch of this trust."""
+    def places(self, trust: Trust, *, pays: bool = False) -> int:
+        """How many requests are to be under way at once, of batches of this trust, which may `pay`."""
         generation = self._by_kind["generation"]
         own = 0 if generation is None else generation.size
-        return own + sum(route.wanted for route in self._routes if _trusts(trust, route))
+        routes = (route for route in self._routes if _trusts(trust, route) and (pays or not route.is_priced))
+        return own + sum(route.wanted for route in routes)
 
     async def is_down(self) -> bool:
         """Whether nothing answers: the engines refuse connections, and no registered endpoint is to be had."""
@@ -150,6 +113,11 @@ class Router:
         now = time.monotonic()
         return all(route.is_broken(now) and not route.is_ready(now) for route in self._routes)
 
+    def is_idle_beside(self) -> bool:
+        """Whether a registered endpoint could work and has nothing to do: jobs of another batch may be for it."""
+        now = time.monotonic()
+        return any(not route.running and route.is_ready(now) for route in self._routes)
+
     def served_by(self, model: str) -> list[Route]:
         """The registered endpoints that serve this model."""
         return [route for route in self._routes if route.spec is not None and model in route.spec.models]
@@ -157,7 +125,7 @@ class Router:
     def registered(self, model: str) -> str | None:
         """What decides the answers for a model that registered endpoints alone serve; None: the engine, or nobody."""
         serving = self.served_by(model)
-        if not serving or any(model in route.models for route in self._engines):
+        if not serving or any(route.may_serve(model) for route in self._engines):
             return None
         deciders = sorted({route.spec.checkpoint(model) for route in serving if route.spec is not None})
         return ",".join(deciders)
@@ -166,7 +134,7 @@ class Router:
         """Ask the engines what they serve, where there are others that may serve the same."""
         if self._routes:
             for route in self._engines:
-                await self._models_of(route)
+                await self._serves(route, "")
 
     async def post(self, path: str, body: bytes, *, request_id: str, terms: Terms = PLAIN) -> Reply:
         """Send one request to the endpoint that suits it best now, and wait for what it says.
@@ -182,13 +150,16 @@ class Router:
             route, grant, paid = await self._turn(wish)
             try:
                 return await self._send(route, wish, grant, paid)
-            except (Throttled, QuotaExhausted, Refused):
-                continue  # it rests: another does it, or it waits
+            except Throttled as error:
+                if wish.throttled[route] >= MOST_THROTTLED:  # others were answered: it may be too large for its limit
+                    wish.failed[route] = error
+            except (QuotaExhausted, Refused):
+                continue  # it is closed: another does it, or it waits
             except (EndpointDown, ServerFault) as error:
                 if route.spec is None and not (isinstance(error, EndpointDown) and not error.was_sent):
                     raise
                 wish.failed[route] = error
-                if paid and isinstance(error, EndpointDown) and error.was_sent:
+                if paid and not _cannot_have_run(error):
                     raise Transient(f"{error}; it may have been done, and is not sent elsewhere at once") from error
 
     async def _to_engine(self, engine: Route, path: str, body: bytes, *, request_id: str) -> Reply:
@@ -227,7 +198,7 @@ class Router:
         now = time.monotonic()
         left = [route for route in own if route not in wish.failed]
         dear = [route for route in priced if route not in wish.failed]
-        if not left and not dear:
+        if not left and (not dear or (wish.failed and now < wish.unpaid_until)):
             raise self._exhausted(wish)
         if (route := self._best([one for one in left if one.is_ready(now)], wish)) is not None:
             return route
@@ -246,20 +217,26 @@ class Router:
         engine = self.engine_for(wish.path)
         own = [route for route in allowed if not route.is_priced]
         priced = [route for route in allowed if route.is_priced]
-        if engine is not None and (not serving or wish.model in await self._models_of(engine)):
+        if engine is not None and (not serving or await self._serves(engine, wish.model)):
             own.insert(0, engine)
+        if own and wish.terms.payer is None:
+            priced = []
         if not own and not priced:
             raise _unserved(wish, is_external=bool(serving))
         return own, priced
 
-    async def _models_of(self, engine: Route) -> frozenset[str]:
-        """What the engine serves; asked again after a while, as one that is not ours may change."""
+    async def _serves(self, engine: Route, model: str) -> bool:
+        """Whether the engine serves a model; asked again after a while, as one that is not ours may change.
+
+        Until it was ever known it may: its answer will say.
+        """
         now = time.monotonic()
         if now >= engine.models_until:
-            engine.models_until = now + MODELS_KNOWN_S
+            engine.models_until = now + MODELS_ASKED_S
             with suppress(StokerError):
                 engine.models = frozenset(await engine.endpoint.served_models())
-        return engine.models
+                engine.models_until = now + MODELS_KNOWN_S
+        return engine.may_serve(model)
 
     def _best(self, ready: Sequence[Route], wish: _Wish) -> Route | None:
         """The least loaded; or the one that is a prompt's own, unless it has too much more to do."""
@@ -274,15 +251,20 @@ class Router:
         """Raise EndpointDown, as nothing was sent, when all have been broken for long."""
         if not all(route.is_broken(now) for route in routes):
             wish.broken_since = None
+        elif all(route.is_closed(now) for route in routes):
+            names = "; ".join(f"{route.name}: {route.closed_for}" for route in routes)
+            raise EndpointDown(f"no endpoint for {wish.model} takes anything: {names}", was_sent=False)
         elif wish.broken_since is None:
             wish.broken_since = now
-        elif now - wish.broken_since > PATIENCE_S:
+        elif now - wish.broken_since > wish.terms.patience_s:
             names = ", ".join(route.name for route in routes)
             raise EndpointDown(f"no endpoint for {wish.model} answers: {names}", was_sent=False)
 
     def _exhausted(self, wish: _Wish) -> StokerError:
         """What to say when every endpoint that may has failed."""
         failures = list(wish.failed.values())
+        if refusals := [error for error in failures if isinstance(error, Permanent)]:
+            return refusals[-1] if len(refusals) == len(failures) else Transient("; ".join(map(str, failures)))
         if all(isinstance(error, EndpointDown) and not error.was_sent for error in failures):
             return EndpointDown("; ".join(map(str, failures)), was_sent=False)
         return Transient("; ".join(map(str, failures)))
@@ -329,14 +311,16 @@ class Router:
 
     async def _paid(self, route: Route, wish: _Wish) -> int:
         """The nanos that were reserved for it; 0: not now."""
-        if wish.terms.payer is None:
-            raise Permanent(
-                f"{route.name} bills tokens, and nothing says how much this may cost: submit with --budget-money",
-                code="budget_exceeded",
-            )
         assert route.spec is not None  # noqa: S101  # priced ones are registered
-        own, _ = await self._candidates(wish)
-        nanos = await wish.terms.payer.pay(route.spec.prices, wish.path, wish.body, spills=bool(own))
+        try:
+            if wish.terms.payer is None:
+                message = "bills tokens, and nothing says how much this may cost: submit with --budget-money"
+                raise Permanent(message, code="budget_exceeded")
+            own, _ = await self._candidates(wish)
+            nanos = await wish.terms.payer.pay(route.spec.prices, wish.path, wish.body, spills=bool(own))
+        except Permanent as error:  # a cheaper one may do
+            wish.failed[route] = Permanent(f"{route.name}: {error}", code=error.code)
+            return 0
         if not nanos:
             wish.unpaid_until = time.monotonic() + UNPAID_S
         return nanos
@@ -358,8 +342,9 @@ class Router:
         except StokerError as error:
             if _cannot_have_run(error):
                 used = spent = 0
-            self._failed(route, error, seconds=time.monotonic() - began)
-            await self._learn(route, getattr(error, "seen", None), throttled=isinstance(error, Throttled))
+            self._failed(route, wish, error, seconds=time.monotonic() - began)
+            is_news = isinstance(error, Throttled) and wish.throttled[route] == 1
+            await self._learn(route, getattr(error, "seen", None), throttled=is_news)
             raise
         finally:
             route.end(wish.tokens)
@@ -374,12 +359,15 @@ class Router:
             route.answered()
             route.window.ended(seconds, usage.completion_tokens or 1)
 
-    def _failed(self, route: Route, error: StokerError, *, seconds: float) -> None:
+    def _failed(self, route: Route, wish: _Wish, error: StokerError, *, seconds: float) -> None:
         """What an error says of the endpoint; a request's own fault says nothing."""
         now = time.monotonic()
         if route.spec is None:
             route.is_down = route.is_down or isinstance(error, EndpointDown)
         elif isinstance(error, Throttled):
+            wish.throttled[route] += 1
+            if wish.throttled[route] > 1:  # it came again when the endpoint had rested: that may be its own fault
+                return
             if wait_s := route.throttled(now, error.retry_after_s):
                 log.info("endpoint_throttled", endpoint=route.name, wait_s=round(wait_s, 2))
         elif isinstance(error, QuotaExhausted | Refused):
@@ -473,7 +461,9 @@ def _bill(route: Route, reply: Reply, usage: Usage, *, most: int) -> int:
 
 def _cannot_have_run(error: StokerError) -> bool:
     """Whether nothing was computed, or nothing that is billed."""
-    is_refused = isinstance(error, Throttled | QuotaExhausted | Refused | ServerFault)
+    if isinstance(error, ServerFault):
+        return not error.may_have_run
+    is_refused = isinstance(error, Throttled | QuotaExhausted | Refused)
     return is_refused or (isinstance(error, EndpointDown) and not error.was_sent)
 
 

@@ -34,8 +34,8 @@ class Route:
     serves: str = "generation"
     is_down: bool = False
     """The engine refused a connection, or broke one, and has not been seen healthy since."""
-    models: frozenset[str] = frozenset()
-    """What the engine serves, as far as it was asked; until then it is to be asked again."""
+    models: frozenset[str] | None = None
+    """What the engine serves, once it has said so."""
     models_until: float = 0.0
     running: int = 0
     outstanding_tokens: int = 0
@@ -83,6 +83,8 @@ class Route:
     @property
     def wanted(self) -> int:
         """Jobs to have at hand for it: for one that bills tokens only a few more than may be paid for, as it seems."""
+        if self.closed_for:
+            return 0
         return min(self.size, self.running + AT_HAND) if self.is_priced else self.size
 
     def is_ready(self, now: float) -> bool:
@@ -92,8 +94,16 @@ class Route:
         return not self.is_broken(now) or (not self.running and (self.is_down or self.breaker.may_probe(now)))
 
     def is_broken(self, now: float) -> bool:
-        """Whether it has failed so often that it must show first that it is healthy."""
-        return self.is_down or self.breaker.is_open(now)
+        """Whether it is closed, or has failed so often that it must show first that it is healthy."""
+        return self.is_down or self.breaker.is_open(now) or self.is_closed(now)
+
+    def is_closed(self, now: float) -> bool:
+        """Whether it takes nothing of ours at all, for a while."""
+        return bool(self.closed_for) and now < self.not_before
+
+    def may_serve(self, model: str) -> bool:
+        """Whether the engine serves this model, as far as is known."""
+        return self.models is None or model in self.models
 
     def ready_at(self, now: float) -> float | None:
         """When it may be ready by the clock alone; None: when something of it ends."""

@@ -33,6 +33,7 @@ _BODY_RULES = {
     "top_p": "must be a number above 0 and at most 1",
     "presence_penalty": "must be a number from -2 to 2",
     "frequency_penalty": "must be a number from -2 to 2",
+    "priority": "must be left out: engines compute by it, and batches have --priority",
     "max_tokens": _LIMIT_RULE,
     "max_completion_tokens": _LIMIT_RULE,
     "top_logprobs": "must be a whole number from 0 to 20",

@@ -134,6 +134,7 @@ class _Sampled(Struct, gc=False, kw_only=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     presence_penalty: Penalty = None
     frequency_penalty: Penalty = None
+    priority: Literal[0] | None = None
     max_tokens: Tokens = UNSET
     seed: Raw | UnsetType = UNSET
     tools: Raw | UnsetType = UNSET

@@ -93,11 +93,11 @@ async def _ask_one(context: FeedContext, attempt: Attempt, job: Job) -> JobResul
     first = result = result_of(job.seq, path, reply)
     if attempt.claim.validates:
         result = await validated(context, attempt, job, first)
-    if job.seq in attempt.looked.twice and result.outcome is Outcome.SUCCEEDED:
+    if job.seq in attempt.looked.twice and result.outcome is Outcome.SUCCEEDED and result.engine_id is None:
         taken = tokens_of(first.usage) if result is first else 0  # a repair has told of both
         with suppress(StokerError):  # the answer is there; a second one that fails, or is too dear, only says nothing
             async with attempt.covering(job.seq, job.body, taken=taken) as cover:
-                terms = attempt.terms()
+                terms = replace(attempt.terms(), alone=True)  # the same engine, or it would say nothing of it
                 reply = await context.router.post(path, job.body.encode(), request_id=name, terms=terms)
                 again = result_of(job.seq, path, reply)
                 cover.tokens = tokens_of(again.usage)

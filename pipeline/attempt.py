@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from inference.embeddings import Pack
-from inference.router import Terms
+from inference.terms import Terms
 from models.jobs import Job, JobResult
 from pipeline.budgets import WAIT_S as BUDGET_WAIT_S
 from pipeline.budgets import Cover, Funding, Funds

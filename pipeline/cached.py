@@ -215,8 +215,13 @@ class ExactCache:
             if result.seq in looked.requests and looked.requests[result.seq].split is not None
         }
         if compared:
-            verdicts = [_verdict(result, compared, repeated) for result in results if result.seq in compared]
-            judge_lookups(session, claim.batch_id, verdicts, checkpoint=self._answered_by(looked))
+            by_checkpoint: dict[str | None, list[Verdict]] = {}
+            for result in results:
+                if result.seq in compared:
+                    judged = by_checkpoint.setdefault(self._answered_by(looked, result), [])
+                    judged.append(_verdict(result, compared, repeated))
+            for checkpoint, verdicts in by_checkpoint.items():
+                judge_lookups(session, claim.batch_id, verdicts, checkpoint=checkpoint)
         served_by = {r.entry: looked.requests[r.seq].sources for r in results if r.seq in looked.requests and r.entry}
         add_sources(session, claim.tenant, served_by)
         new = {}
@@ -326,10 +331,10 @@ class ExactCache:
         adapter = self._adapters[engine_id].get(model)
         return self._checkpoints[engine_id] + ("" if adapter is None else f"+{adapter}")
 
-    def _answered_by(self, looked: Looked) -> str | None:
-        """The checkpoint that answered these jobs; None if the engine has changed meanwhile."""
-        engine_id = self._engine_id()
-        return None if engine_id is None or engine_id != looked.engine_id else self._checkpoints.get(engine_id)
+    def _answered_by(self, looked: Looked, result: JobResult) -> str | None:
+        """The checkpoint of the key that answered a job; None if another endpoint did, or the engine has changed."""
+        is_same = looked.engine_id is not None and looked.engine_id == self._engine_id() and _of_engine(result)
+        return looked.requests[result.seq].scope.checkpoint if is_same else None
 
     def _read(self, session: Session, claim: Claim, job: Job) -> _Read | None:
         line = read_settings(job.stoker) if job.stoker else _NO_SETTINGS

@@ -94,6 +94,8 @@ class Comparison:
     tokens: int
     utilisation: float | None
     break_even: float | None
+    others: int = 0
+    """Jobs that ran where neither an hour nor a token has a price that is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +207,7 @@ def sentence_of(comparison: Comparison | None, total: CostLine, *, managed: Pric
 
 def _verdict(found: Comparison, currency: str) -> str:
     own, managed = shown(found.own, currency), shown(found.managed, currency)
+    of_some = f"; {found.others:,} jobs ran where no hour's price is known" if found.others else ""
     if found.own <= found.managed:
         said = (
             f"At this load own engines are cheaper: {own} for {found.tokens:,} tokens, "
@@ -216,11 +219,11 @@ def _verdict(found: Comparison, currency: str) -> str:
             f"which cost {own} on own engines"
         )
     if found.utilisation is None or found.break_even is None:
-        return f"{said}."
+        return f"{said}{of_some}."
     used = f"{said}; they were used to {found.utilisation:.1%}"
     if found.break_even > 1:
-        return f"{used}, and at these prices even full use would not make them the cheaper way."
-    return f"{used} and break even at {found.break_even:.1%}."
+        return f"{used}, and at these prices even full use would not make them the cheaper way{of_some}."
+    return f"{used} and break even at {found.break_even:.1%}{of_some}."
 
 
 def _compare(
@@ -250,6 +253,7 @@ def _compare(
         tokens=sum(row.prompt_tokens + row.completion_tokens for row in mine),
         utilisation=utilisation,
         break_even=break_even,
+        others=sum(row.jobs for row in ledger.taken if (row.engine_id, row.day) not in costed and not row.cost),
     )
 
 

@@ -60,6 +60,7 @@ log = get_logger(__name__)
 SWEEP_S = 1.0
 WAKE_REST_S = 0.02  # least time between two fills: notifications of one moment are answered once
 LOST_AFTER_S = 10.0  # a hint that was sent needlessly is refused by the claim; a lost one leaves workers idle
+MOST_BESIDE = 3  # chosen: registered endpoints for which shards of more batches are at hand
 BLIND_WINDOW = 2  # hints in the broker when no worker's presence is known
 WIND_DOWN_S = 0.5  # in one sweep, so that other batches' dispatch never waits long
 WIND_DOWN_SHARDS = 100
@@ -175,7 +176,8 @@ class Dispatcher:
         except ServiceUnreachable as error:
             log.warning("presence_unknown", error=str(error))
             return
-        self._window = _children(workers, "generation") or BLIND_WINDOW
+        beside = max((len(worker.endpoints) for worker in workers), default=0)  # each may be for another batch
+        self._window = (1 + min(beside, MOST_BESIDE)) * _children(workers, "generation") or BLIND_WINDOW
         self._readers = _children(workers, "documents") or BLIND_WINDOW
 
     def _recover(self) -> None:

@@ -7,7 +7,7 @@ is not extended ends, and the next child runs the request again. It must not kno
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,10 +15,11 @@ import msgspec
 
 from inference.endpoint import EndpointDown, Reply
 from inference.replies import result_of
-from inference.router import Router, Terms
+from inference.router import Router
+from inference.terms import Terms
 from models.singles import ENGINE_DIED, SingleAnswer
 from models.states import Outcome, Trust
-from runtime.errors import Permanent, ServiceUnreachable, Transient
+from runtime.errors import Permanent, ServiceUnreachable, Stopped, Transient
 from runtime.logs import get_logger
 from store.express import RENEW_S, ClaimedRequest, ExpressQueue
 
@@ -72,6 +73,9 @@ class Answering:
                 log.warning("express_waits", error=str(error))
                 return 0
             self._is_full = len(claimed) == room
+            if self._is_ending:
+                await self._give_back(claimed)
+                return 0
             for one in claimed:
                 self._start(one)
             return len(claimed)
@@ -87,11 +91,14 @@ class Answering:
         for keeper in self._keepers:
             keeper.cancel()
         if left:
-            log.info("express_given_back", requests=len(left))
-            try:
-                await self._context.queue.give_back(left)
-            except ServiceUnreachable as error:
-                log.warning("express_not_given_back", error=str(error))
+            await self._give_back(left)
+
+    async def _give_back(self, claimed: Sequence[ClaimedRequest]) -> None:
+        log.info("express_given_back", requests=len(claimed))
+        try:
+            await self._context.queue.give_back(claimed)
+        except ServiceUnreachable as error:
+            log.warning("express_not_given_back", error=str(error))
 
     def _start(self, claimed: ClaimedRequest) -> None:
         self._context.seen()
@@ -108,7 +115,11 @@ class Answering:
         task.add_done_callback(ended)
 
     async def _answer(self, claimed: ClaimedRequest) -> None:
-        answer = await self._outcome(claimed)
+        try:
+            answer = await self._outcome(claimed)
+        except Stopped:  # it was not sent, and is another's now
+            await self._give_back([claimed])
+            return
         try:
             await self._context.queue.answer(claimed, msgspec.json.encode(answer))
         except ServiceUnreachable as error:  # its lease ends, and it is run again
@@ -123,7 +134,11 @@ class Answering:
             code = ENGINE_DIED if has_died else "unavailable"
             return SingleAnswer(code=code, message=str(error))
         except Permanent as error:
-            return SingleAnswer(code=error.code, message=str(error))
+            unpaid = error.code == "budget_exceeded"
+            message = "single requests never go to endpoints that bill tokens; send a batch" if unpaid else str(error)
+            return SingleAnswer(code=error.code, message=message)
+        except Stopped:
+            raise
         except Exception as error:  # a defect of ours is an answer too, with a traceback in the log
             log.exception("express_defect", request=claimed.id)
             return SingleAnswer(code="internal_error", message=type(error).__name__)
@@ -142,7 +157,7 @@ class Answering:
         """The endpoint's answer; waits for an engine that is not there, as nothing was sent."""
         loop = asyncio.get_running_loop()
         until = loop.time() + DOWN_PATIENCE_S
-        terms = Terms(trust=Trust(claimed.trust), stopped=lambda: self._is_ending)
+        terms = Terms(trust=Trust(claimed.trust), stopped=lambda: self._is_ending, patience_s=DOWN_PATIENCE_S)
         while True:
             try:
                 return await self._context.router.post(claimed.path, claimed.body, request_id=claimed.id, terms=terms)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
+from uuid import UUID
 
 from inference.embeddings import PATH as EMBEDDINGS
 from inference.embeddings import Pack, pack
@@ -50,6 +51,8 @@ from store.steps import delete_steps, write_steps
 log = get_logger(__name__)
 
 TICK_S = 0.2  # how soon a drain, a due write or a newly dispatched shard is noticed while nothing else happens
+MOST_ATTEMPTS, LEAST_STARTED = 8, 8  # at once in a child with endpoints beside its engine; jobs of each under way
+LOOK_S = 1.0  # between two looks for a batch that has work for an idle endpoint
 HELD_BYTES = 256 * 1024 * 1024  # chosen: of bodies in one child, with one more shard at most when it claims
 DOWN_PATIENCE_S = 60.0
 
@@ -82,7 +85,7 @@ class _Feeder:
         self._loop = asyncio.get_running_loop()
         self._yield_at = time.monotonic() + context.settings.worker.yield_s
         self._grace_until: float | None = None
-        self._next_claim_at = 0.0
+        self._next_claim_at = self._next_look_at = 0.0
         self._lookups = Lookups(context)
         self._claiming: asyncio.Task[None] | None = None
 
@@ -139,19 +142,25 @@ class _Feeder:
         while self._attempts or self._claiming is not None:
             self._wind_down_if_told()
             self._start_units()
-            if self._claiming is None and self._is_hungry():
-                self._claiming = group.create_task(self._claim_ahead())
+            if self._claiming is None and self._may_claim():
+                if self._is_hungry():
+                    self._claiming = group.create_task(self._claim_ahead())
+                elif self._looks_for_others():
+                    others = {attempt.claim.batch_id for attempt in self._attempts.values()}
+                    self._claiming = group.create_task(self._claim_ahead(but=others))
             self._wake.clear()
             await _wait(self._wake, timeout_s=TICK_S)
 
-    async def _claim_ahead(self) -> None:
+    async def _claim_ahead(self, *, but: Collection[UUID] = ()) -> None:
         """Claim while what is there is sent; if there was nothing to claim, look again in a while."""
         began = time.monotonic()
         try:
-            found = await self._claim()
+            found = await self._claim(but=but)
             now = time.monotonic()
             if found:
                 self._context.pace.claimed(now - began)
+            elif but:
+                self._next_look_at = now + LOOK_S
             else:
                 self._next_claim_at = now + TICK_S
         finally:
@@ -172,16 +181,22 @@ class _Feeder:
     def _is_stopping(self, now: float) -> bool:
         return self._grace_until is not None or now >= self._yield_at
 
-    def _is_hungry(self) -> bool:
-        """Whether to claim: what waits would not last until the next shard is here."""
+    def _may_claim(self) -> bool:
         now, attempts = time.monotonic(), self._attempts.values()
         if now < self._next_claim_at or self._is_stopping(now):
             return False
         if any(attempt.endpoint_is_down or attempt.claim.runs_alone for attempt in attempts):
             return False
-        if sum(attempt.held_bytes for attempt in attempts) >= HELD_BYTES:
-            return False
-        waiting = sum(len(attempt.waiting) for attempt in attempts)
+        return sum(attempt.held_bytes for attempt in attempts) < HELD_BYTES
+
+    def _looks_for_others(self) -> bool:
+        """Whether to claim of another batch, as an endpoint beside the engine has nothing to do."""
+        may = time.monotonic() >= self._next_look_at and len(self._attempts) < MOST_ATTEMPTS
+        return may and self._context.router.is_idle_beside()
+
+    def _is_hungry(self) -> bool:
+        """Whether what waits would not last until the next shard is here."""
+        waiting = sum(len(attempt.waiting) for attempt in self._attempts.values())
         return waiting - self._free() < self._context.pace.reserve(self._places())
 
     def _free(self) -> int:
@@ -189,18 +204,17 @@ class _Feeder:
 
     def _places(self) -> int:
         """How many jobs may be under way, where one of those that are here may go."""
-        leaves = any(attempt.claim.trust is Trust.EXTERNAL for attempt in self._attempts.values())
-        return self._context.router.places(Trust.EXTERNAL if leaves else Trust.OWN)
+        claims = [attempt.claim for attempt in self._attempts.values() if attempt.claim.trust is Trust.EXTERNAL]
+        trust = Trust.EXTERNAL if claims else Trust.OWN
+        return self._context.router.places(trust, pays=any(claim.paid for claim in claims))
 
     def _start_units(self) -> None:
         free = self._free()
+        least = LEAST_STARTED if self._context.router.routes else 0  # its endpoint may not be the one that is full
         for attempt in self._attempts.values():
-            while free > 0 and attempt.waiting:
-                self._start(attempt, attempt.waiting.popleft())
+            while attempt.waiting and (free > 0 or len(attempt.in_flight) < least):
+                self._spawn(attempt, self._run_unit(attempt, attempt.waiting.popleft()))
                 free -= 1
-
-    def _start(self, attempt: Attempt, unit: Unit) -> None:
-        self._spawn(attempt, self._run_unit(attempt, unit))
 
     def _spawn(self, attempt: Attempt, work: Coroutine[Any, Any, None]) -> None:
         def ended(task: asyncio.Task[None]) -> None:
@@ -296,11 +310,11 @@ class _Feeder:
             tried = replace(job, tries=0) if job.seq in attempt.advanced else job  # its tries are of one step
             attempt.record(after_failure(tried, error, max_tries=max_tries, now=utc_now()))
 
-    async def _claim(self) -> bool:
-        """Claim the shard that is to go first and take its jobs in; false if there was none."""
+    async def _claim(self, *, but: Collection[UUID] = ()) -> bool:
+        """Claim the shard that is to go first, of no batch of `but`, and take its jobs in; false if there was none."""
         await self._context.refresh()  # its jobs may name what was registered while this task ran
         try:
-            taken = await asyncio.to_thread(self._take)
+            taken = await asyncio.to_thread(self._take, but)
         except ServiceUnreachable as error:
             log.warning("claim_failed", error=str(error))
             return False
@@ -334,7 +348,7 @@ class _Feeder:
         self._write_wanted.set()
         return True
 
-    def _take(self) -> tuple[Claim, LoadedJobs] | None:
+    def _take(self, but: Collection[UUID]) -> tuple[Claim, LoadedJobs] | None:
         context = self._context
         with context.database.transaction() as session:
             claimed = claim_next(
@@ -343,6 +357,7 @@ class _Feeder:
                 lease_s=context.settings.worker.lease_s,
                 engine=context.engine,
                 worker=context.worker,
+                but=but,
             )
             return None if claimed is None else (claimed, load_jobs(session, claimed))
 

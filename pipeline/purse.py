@@ -18,7 +18,7 @@ from models.endpoints import Prices
 from models.money import plain
 from models.names import batch_name
 from models.states import BudgetPeriod
-from pipeline.budgets import CODE, BudgetExceeded, bounds_of
+from pipeline.budgets import BudgetExceeded, bounds_of
 from runtime.errors import LostFence, ServiceUnreachable
 from runtime.logs import get_logger
 from store.database import Database, Session
@@ -135,9 +135,7 @@ class Purse:
         name = f"the {budget.period} budget of key {budget.key_id}"
         remedy = f"raise it with `stoker keys limit {budget.key_id} --money-per-{budget.period} N`"
         if budget.period is BudgetPeriod.BATCH:
-            name, remedy = "the batch's budget of money", "a retry has one of its own, --budget-money N"
+            name = "the batch's budget of money"
+            remedy = f"`stoker retry {batch_name(self._claim.batch_id)} --budget-money N` has one of its own"
         left, cap = max(0, budget.cap - spent), budget.cap
-        return (
-            f"may cost up to {plain(nanos)}, but {name} has {plain(left)} left of {plain(cap)}; {remedy}, then "
-            f"retry {batch_name(self._claim.batch_id)} [{CODE}]"
-        )
+        return f"may cost up to {plain(nanos)}, but {name} has {plain(left)} left of {plain(cap)}; {remedy}"

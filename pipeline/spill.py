@@ -51,13 +51,13 @@ class SpillWatch:
         self._rates = {batch.id: self._rates[batch.id] for batch in live if batch.id in self._rates}
         for batch in live:
             rate = self._own_rate(batch)
-            if rate is None:
-                continue
             time_left_s = batch.time_left_s - min(MOST_MARGIN_S, MARGIN_SHARE * batch.window_s)
-            jobs = spill_jobs(batch.remaining, own_rate=rate, time_left_s=time_left_s, out=batch.out)
+            jobs = 0
+            if rate is not None:
+                jobs = spill_jobs(batch.remaining, own_rate=rate, time_left_s=time_left_s, out=batch.out)
             if jobs != batch.spill:
-                set_spill(session, batch.id, jobs)
-                log.info("batch_spills", batch_id=str(batch.id), jobs=jobs, own_rate=round(rate, 3))
+                set_spill(session, batch, jobs)
+                log.info("batch_spills", batch_id=str(batch.id), jobs=jobs, own_rate=rate and round(rate, 3))
 
     def _own_rate(self, batch: Spilling) -> float | None:
         """Jobs a second that own engines finish of it while it runs; None while too little is known.
@@ -66,6 +66,7 @@ class SpillWatch:
         engines are silent, they are given up only when most of the window is over.
         """
         now, seen = self._clock(), self._seen[batch.id]
+        is_late = batch.time_left_s <= LATE_SHARE * batch.window_s
         if not batch.is_running:
             seen.clear()
         else:
@@ -74,6 +75,6 @@ class SpillWatch:
                 seen.popleft()
             seconds, jobs = now - seen[0][0], batch.done_by_own - seen[0][1]
             if seconds >= WINDOW_S or (seconds >= LEAST_S and jobs >= LEAST_JOBS):
-                self._rates[batch.id] = jobs / seconds
-        rate = self._rates.get(batch.id, 0.0)
-        return rate if rate or batch.time_left_s <= LATE_SHARE * batch.window_s else None
+                if jobs or is_late:
+                    self._rates[batch.id] = jobs / seconds
+        return self._rates.get(batch.id, 0.0 if is_late else None)

@@ -16,6 +16,7 @@ from models.money import Amount, nanos_of
 from models.states import CacheMode, JobOrder, Priority, Trust
 from pipeline.submit import Wishes
 from runtime.settings import LEAST_WEIGHT, MOST_WEIGHT, Settings
+from scripts.terminal import say
 
 _AMOUNT = TypeAdapter(Amount)
 _WINDOW_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -189,6 +190,11 @@ def with_how(command: Callable[..., Any]) -> Callable[..., Any]:
             raise click.UsageError(
                 "--budget-money would never be used, as prompts stay on own endpoints: add --trust external, or leave "
                 "it out"
+            )
+        if how.trust == Trust.EXTERNAL and how.budget_nanos is None:
+            say(
+                "note: without --budget-money endpoints that bill tokens are not used; jobs whose model only these serve "
+                "end as budget_exceeded"
             )
         return command(*args, how=how, **given)
 

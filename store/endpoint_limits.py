@@ -276,6 +276,9 @@ class EndpointLimits:
             leases = dict(self._leases)
             try:
                 await self._renew(keys=list(leases.values()), args=list(leases))
+                for lease, key in leases.items():
+                    if lease not in self._leases:  # it ended meanwhile, and was put back
+                        await self._redis.zrem(key, lease)
             except RedisError as error:
                 self._rest(error)
 

@@ -46,5 +46,12 @@ def adapters_of(session: Session, engine_id: int) -> dict[str, str]:
 
 
 def checkpoints(session: Session) -> set[str]:
-    """What decided answers, of every engine that there ever was: `checkpoint_of` each."""
-    return set(session.scalars(text(f"SELECT {_CHECKPOINT} FROM engines")))
+    """What decided answers, of every engine that there ever was: `checkpoint_of` each, and with its adapters."""
+    adapters = "jsonb_each_text(coalesce(description -> 'adapters', '{}')) AS a"
+    return set(
+        session.scalars(
+            text(f"""
+        SELECT {_CHECKPOINT} FROM engines UNION
+        SELECT {_CHECKPOINT} || '+' || a.value FROM engines CROSS JOIN LATERAL {adapters}""")
+        )
+    )

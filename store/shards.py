@@ -9,7 +9,7 @@ are planned by what the statistics say of a batch, and those know nothing of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -122,8 +122,8 @@ def _claim_where(condition: str) -> TextClause:
 _CLAIM = _claim_where("s.id = :shard_id AND s.state = ANY(:states)")
 _HERE_RESERVED = _reserved("CAST(:engine AS text)", "CAST(:worker AS text)")
 _CLAIM_NEXT = _claim_where(
-    "s.id = (SELECT id FROM shards WHERE state = 'dispatched' ORDER BY dispatched_at, id LIMIT 1 "
-    f"FOR UPDATE SKIP LOCKED) AND NOT {_HERE_RESERVED}"
+    "s.id = (SELECT id FROM shards WHERE state = 'dispatched' AND batch_id <> ALL(CAST(:but AS uuid[])) "
+    f"ORDER BY dispatched_at, id LIMIT 1 FOR UPDATE SKIP LOCKED) AND NOT {_HERE_RESERVED}"
 )
 
 
@@ -145,14 +145,24 @@ def claim(
     return _claimed(session, row)
 
 
-def claim_next(session: Session, *, holder: str, lease_s: float, engine: str = "", worker: str = "") -> Claim | None:
+def claim_next(
+    session: Session,
+    *,
+    holder: str,
+    lease_s: float,
+    engine: str = "",
+    worker: str = "",
+    but: Collection[UUID] = (),
+) -> Claim | None:
     """Take the shard that is to go first and nobody has claimed; None also while the engine or worker is reserved.
+
+    None of the batches `but`.
 
     Claims for one engine go one after the other, so that none slips in beside a shard that runs alone.
     """
     session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:engine, 1))"), {"engine": engine})
     row = session.execute(
-        _CLAIM_NEXT, {"holder": holder, "engine": engine, "worker": worker, "lease_s": lease_s}
+        _CLAIM_NEXT, {"holder": holder, "engine": engine, "worker": worker, "lease_s": lease_s, "but": list(but)}
     ).one_or_none()
     return _claimed(session, row)
 

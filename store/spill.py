@@ -18,7 +18,7 @@ _MAY_SPILL = f"""b.state = 'in_progress' AND b.ending IS NULL AND b.paused_reaso
 class Spilling:
     """A batch that may spill; `is_running`: a worker has a shard of it.
 
-    `out` of its `remaining` jobs are on priced endpoints at this moment.
+    `done_by_own`: by own endpoints and caches. `out` of its `remaining` jobs are on priced endpoints at this moment.
     """
 
     id: UUID
@@ -32,14 +32,11 @@ class Spilling:
 
 
 def spilling_batches(session: Session) -> list[Spilling]:
-    """The batches in progress whose prompts may leave own endpoints and that have money for it.
-
-    Locked, so that no job is taken from `spill` between this and what it is set to.
-    """
-    session.execute(text(f"SELECT 1 FROM batches b WHERE {_MAY_SPILL} ORDER BY id FOR NO KEY UPDATE"))
+    """The batches in progress whose prompts may leave own endpoints and that have money for it."""
     rows = session.execute(
         text(f"""
-        SELECT b.id, b.total - b.followers - coalesce(d.done, 0), coalesce(o.jobs, 0), coalesce(r.requests, 0), b.spill,
+        SELECT b.id, b.total - b.followers - coalesce(d.done, 0), coalesce(d.done, 0) - coalesce(o.jobs, 0),
+            coalesce(r.requests, 0), b.spill,
             CAST(extract(epoch FROM b.expires_at - clock_timestamp()) AS float8),
             CAST(extract(epoch FROM b.expires_at - b.in_progress_at) AS float8),
             EXISTS (SELECT FROM shards s WHERE s.batch_id = b.id AND s.state = 'running')
@@ -47,7 +44,7 @@ def spilling_batches(session: Session) -> list[Spilling]:
         CROSS JOIN LATERAL (SELECT CAST(sum(done) AS int8) AS done FROM shards WHERE batch_id = b.id) AS d
         CROSS JOIN LATERAL (
             SELECT CAST(sum(u.jobs) AS int8) AS jobs FROM usage u JOIN engines e ON e.id = u.engine_id
-            WHERE u.batch_id = b.id AND coalesce(e.description ->> 'trust', 'own') = 'own') AS o
+            WHERE u.batch_id = b.id AND e.description ->> 'trust' = 'external') AS o
         CROSS JOIN LATERAL (
             SELECT CAST(sum(of_shard.requests) AS int8) AS requests FROM (
                 SELECT max(m.requests) AS requests FROM shards s JOIN money_reservations m ON m.shard_id = s.id
@@ -57,6 +54,9 @@ def spilling_batches(session: Session) -> list[Spilling]:
     return [Spilling(*row) for row in rows]
 
 
-def set_spill(session: Session, batch_id: UUID, jobs: int) -> None:
-    """Let so many more of a batch's jobs begin on priced endpoints."""
-    session.execute(text("UPDATE batches SET spill = :jobs WHERE id = :batch"), {"batch": batch_id, "jobs": jobs})
+def set_spill(session: Session, batch: Spilling, jobs: int) -> None:
+    """Let so many more of a batch's jobs begin on priced endpoints, unless some began since it was looked at."""
+    session.execute(
+        text("UPDATE batches SET spill = :jobs WHERE id = :batch AND spill = :seen"),
+        {"batch": batch.id, "jobs": jobs, "seen": batch.spill},
+    )

@@ -77,14 +77,14 @@ class Prioritised(Endpoint):
     """An engine that computes first what says so, and these requests do."""
 
     async def post(self, path: str, body: bytes, *, request_id: str, model: str | None = None) -> Reply:
-        """Send it with its priority, unless it states one."""
+        """Send it with its priority, whatever it states."""
         return await super().post(path, prioritised(body), request_id=request_id, model=model)
 
 
 def prioritised(body: bytes) -> bytes:
     """A body before those of batches."""
     fields = _FIELDS.decode(body)
-    fields.setdefault("priority", _PRIORITY)
+    fields["priority"] = _PRIORITY
     return msgspec.json.encode(fields)
 
 

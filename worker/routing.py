@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Final
 
 from inference.endpoint import Endpoint
@@ -48,6 +49,8 @@ class Routing:
         self._places = places
         self._held_back = held_back
         self._routes: dict[str, Route] = {}
+        self._retired: list[Route] = []
+        self._keys: dict[str, str | None] = {}
         self._due = 0.0
         self._limits = EndpointLimits(settings.require_redis())
         self._engines: list[Endpoint] = []
@@ -73,21 +76,29 @@ class Routing:
         except (ServiceUnreachable, BadInput) as error:
             log.warning("endpoints_not_read", error=str(error))
             return
-        before, self._routes = self._routes, {}
-        for spec, engine_id in known:
-            route = before.get(spec.name)
-            if route is not None and route.spec == spec:
-                self._routes[spec.name] = before.pop(spec.name)
-            elif (opened := await self._opened(spec, engine_id)) is not None:
-                self._routes[spec.name] = opened
-        self.router.set_routes(self._routes.values())
+        routes: dict[str, Route] = {}
+        for one in known:
+            route = self._routes.get(one.spec.name)
+            if route is None or route.spec != one.spec or self._keys.get(one.spec.name) != one.key:
+                route = await self._opened(one)
+            if route is not None:
+                routes[one.spec.name] = route
+        self._retired += [route for name, route in self._routes.items() if routes.get(name) is not route]
+        self._routes, self._keys = routes, {one.spec.name: one.key for one in known}
+        self.router.set_routes(routes.values())
         await self.router.learn_models()
-        for route in before.values():  # what is under way on one keeps its own connection
+        await self._close_retired()
+
+    async def _close_retired(self) -> None:
+        """Close those that are no longer registered, once nothing is on its way to them."""
+        for route in [route for route in self._retired if not route.running]:
+            self._retired.remove(route)
             await route.endpoint.__aexit__(None, None, None)
 
     async def close(self) -> None:
         """Close every connection."""
-        for endpoint in (*self._engines, *(route.endpoint for route in self._routes.values())):
+        registered = [route.endpoint for route in (*self._routes.values(), *self._retired)]
+        for endpoint in (*self._engines, *registered):
             await endpoint.__aexit__(None, None, None)
         await self._limits.close()
 
@@ -99,17 +110,26 @@ class Routing:
         self._engines.append(endpoint)
         return Route(endpoint, places=self._places, held_back=self._held_back)
 
-    def _known(self) -> list[tuple[EndpointSpec, int]]:
-        specs = known_endpoints(self._database, self._settings)
-        with self._database.transaction() as session:
-            return [(spec, register_endpoint(session, spec, currency=self._settings.cost.currency)) for spec in specs]
+    def _known(self) -> list[_Known]:
+        known = []
+        for spec in known_endpoints(self._database, self._settings):
+            try:
+                known.append(_Known(spec, key_of(spec)))
+            except BadInput as error:
+                log.error("endpoint_unusable", endpoint=spec.name, error=str(error))
+        return known
 
-    async def _opened(self, spec: EndpointSpec, engine_id: int) -> Route | None:
+    def _engine_id_of(self, spec: EndpointSpec) -> int:
+        with self._database.transaction() as session:
+            return register_endpoint(session, spec, currency=self._settings.cost.currency)
+
+    async def _opened(self, known: _Known) -> Route | None:
+        spec = known.spec
         settings = self._settings
         try:
             endpoint = Endpoint(
                 spec.url,
-                api_key=key_of(spec),
+                api_key=known.key,
                 timeout_s=settings.limits.request_timeout_s,
                 connections=MOST_AT_ONCE,
                 auth=spec.auth,
@@ -118,8 +138,17 @@ class Routing:
                 first_byte_s=settings.endpoints.first_byte_s,
                 idle_s=settings.endpoints.idle_s,
             )
-        except BadInput as error:
+            engine_id = await asyncio.to_thread(self._engine_id_of, spec)
+        except (BadInput, ServiceUnreachable) as error:
             log.error("endpoint_unusable", endpoint=spec.name, error=str(error))
             return None
         await endpoint.__aenter__()
         return Route.of(spec, endpoint, engine_id=engine_id, sharers=self._sharers)
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A registered endpoint and its key."""
+
+    spec: EndpointSpec
+    key: str | None = field(repr=False)

@@ -13,8 +13,9 @@ import pytest
 import uvloop
 
 from inference.endpoint import Endpoint, EndpointDown, Reply
-from inference.router import Router, Terms
+from inference.router import Router
 from inference.routes import Route
+from inference.terms import Terms
 from models.endpoints import EndpointSpec, Prices
 from models.states import Trust
 from runtime.errors import Permanent, Stopped, Transient
