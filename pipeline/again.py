@@ -54,14 +54,7 @@ def retry_batch(
     with database.transaction() as session:
         earlier = read_earlier(session, batch_id, tenant=tenant)
     _check_retryable(earlier)
-    options = {name: value for name, value in earlier.options.items() if name not in FOUND_AT_SUBMIT}
-    if trust is not None:
-        options["trust"] = trust.value
-    if budget_nanos is not None and options.get("trust") != Trust.EXTERNAL:
-        raise BadInput(
-            f"{batch_name(batch_id)[:18]} stays on own endpoints, so a budget of money would never be used: add "
-            "--trust external, or leave it out"
-        )
+    options = _options(earlier, trust=trust, has_money=budget_nanos is not None)
     asked = "" if trust is None and budget_nanos is None else f" {trust} {budget_nanos}"
     digest = hashlib.sha256(f"retry {batch_id.hex}{asked}".encode()).hexdigest()
     if reuse and (found := same_submit(database, tenant=tenant, submit_digest=digest)):
@@ -105,6 +98,18 @@ def check_reusable(database: Database, batch_id: UUID, *, endpoint: str, validat
         raise BadInput(
             f"--reuse {batch_name(batch_id)[:18]}: its answers were not validated, as these are to be; name another"
         )
+
+
+def _options(earlier: EarlierBatch, *, trust: Trust | None, has_money: bool) -> dict[str, Any]:
+    options = {name: value for name, value in earlier.options.items() if name not in FOUND_AT_SUBMIT}
+    if trust is not None:
+        options["trust"] = trust.value
+    if has_money and options.get("trust") != Trust.EXTERNAL:
+        raise BadInput(
+            f"{batch_name(earlier.id)[:18]} stays on own endpoints, so a budget of money would never be used: add "
+            "--trust external, or leave it out"
+        )
+    return options
 
 
 def _check_retryable(earlier: EarlierBatch) -> None:

@@ -74,7 +74,7 @@ class SpillWatch:
             while len(seen) > 2 and seen[1][0] <= now - WINDOW_S:
                 seen.popleft()
             seconds, jobs = now - seen[0][0], batch.done_by_own - seen[0][1]
-            if seconds >= WINDOW_S or (seconds >= LEAST_S and jobs >= LEAST_JOBS):
-                if jobs or is_late:
-                    self._rates[batch.id] = jobs / seconds
+            is_known = seconds >= WINDOW_S or (seconds >= LEAST_S and jobs >= LEAST_JOBS)
+            if is_known and (jobs or is_late):
+                self._rates[batch.id] = jobs / seconds
         return self._rates.get(batch.id, 0.0 if is_late else None)

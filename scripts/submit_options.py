@@ -193,8 +193,8 @@ def with_how(command: Callable[..., Any]) -> Callable[..., Any]:
             )
         if how.trust == Trust.EXTERNAL and how.budget_nanos is None:
             say(
-                "note: without --budget-money endpoints that bill tokens are not used; jobs whose model only these serve "
-                "end as budget_exceeded"
+                "note: without --budget-money, or a key's, endpoints that bill tokens are not used; jobs whose model "
+                "only these serve end as budget_exceeded"
             )
         return command(*args, how=how, **given)
 

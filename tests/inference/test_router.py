@@ -318,3 +318,71 @@ def test_an_endpoint_is_asked_for_the_model_by_its_own_name(second: ScriptedEndp
             assert router.registered("scripted") is None
 
     run(work)
+
+
+def test_without_money_own_endpoints_do_what_they_can(first: ScriptedEndpoint, second: ScriptedEndpoint) -> None:
+    async def work() -> None:
+        cheap = spec("cheap", second.url, trust="external", prices={"input": "1"})
+        async with routed(cheap, engine=first.url, places=2) as router:
+            assert router.places(Trust.EXTERNAL) == 2 < router.places(Trust.EXTERNAL, pays=True)
+            assert shares(await sent(router, [f"unpaid {n}" for n in range(6)])) == {None: 6}
+
+    run(work)
+
+
+def test_what_a_proxy_gave_up_is_paid_and_not_done_twice_at_once(
+    first: ScriptedEndpoint, second: ScriptedEndpoint
+) -> None:
+    async def work() -> None:
+        wallet = Wallet()
+        priced = {"trust": "external", "prices": {"input": "1"}}
+        async with routed(spec("a", second.url, **priced), spec("b", first.url, **priced)) as router:
+            with pytest.raises(Transient, match="may have been done"):
+                await sent(router, ["[[status 504]]"], Terms(trust=Trust.EXTERNAL, payer=wallet))
+            assert [spent for _, spent in wallet.told] == [wallet.told[0][0]]
+            with pytest.raises(Transient):
+                await sent(router, ["[[status 503]]"], Terms(trust=Trust.EXTERNAL, payer=wallet))
+            assert [spent for _, spent in wallet.told[1:]] == [0, 0]
+
+    run(work)
+
+
+def test_a_request_that_is_always_too_much_does_not_hold_up_the_others(first: ScriptedEndpoint) -> None:
+    async def work() -> None:
+        async with routed(spec("a", first.url)) as router:
+            first.script("[[status 429 retry-after 0]]", match="too large")
+            large = asyncio.create_task(router.post(CHAT, body("too large"), request_id="r", terms=EXTERNAL))
+            assert shares(await sent(router, [f"small {n}" for n in range(40)])) == {1: 40}
+            with pytest.raises(Transient):
+                await large
+
+    try:
+        run(work)
+    finally:
+        first.script("", match="too large")
+
+
+def test_a_budget_that_is_too_small_for_one_endpoint_is_used_at_a_cheaper_one(
+    first: ScriptedEndpoint, second: ScriptedEndpoint
+) -> None:
+    class Tight(Wallet):
+        async def pay(self, prices: Prices, path: str, body: bytes, *, spills: bool) -> int:
+            if prices.input > 1:
+                raise Permanent("may cost too much", code="budget_exceeded")
+            return await super().pay(prices, path, body, spills=spills)
+
+    async def work() -> None:
+        dear = spec("dear", first.url, trust="external", prices={"input": "100"})
+        cheap = spec("cheap", second.url, trust="external", prices={"input": "1"}, concurrency=1)
+        second.script("[[latency 0.1]]", match="tight")
+        terms = Terms(trust=Trust.EXTERNAL, payer=Tight())
+        async with routed(dear, cheap) as router:
+            assert shares(await sent(router, [f"tight {n}" for n in range(4)], terms)) == {2: 4}
+        async with routed(dear) as router:
+            with pytest.raises(Permanent, match="dear: may cost too much"):
+                await sent(router, ["tight"], terms)
+
+    try:
+        run(work)
+    finally:
+        second.script("", match="tight")
