@@ -16,6 +16,7 @@ from structlog.testing import capture_logs
 from models.endpoints import EndpointSpec, Grant, RatesSeen
 from store import endpoint_limits
 from store.endpoint_limits import KEY_PREFIX, PLACE_WAIT_S, EndpointLimits
+from tests.support.conversing import empty_redis
 from tests.support.waiting import wait_until
 
 NOWHERE = "redis://:secret@127.0.0.1:1/0"
@@ -88,8 +89,7 @@ def test_tokens_are_as_many_as_were_thought_where_nothing_else_is_known(redis_ur
             grant = await limits.take(spec, tokens=1)
             await limits.settle(spec, grant, tokens=used)
             assert (9 if used is None else 29) < (await limits.take(spec, tokens=1)).wait_s <= 40
-            with redis.Redis.from_url(redis_url) as client:
-                client.flushdb()
+            empty_redis(redis_url)
 
     run(redis_url, use)
 
@@ -163,8 +163,8 @@ def test_redis_emptied_knows_the_places_again(redis_url: str, monkeypatch: pytes
 
     async def use(limits: EndpointLimits) -> None:
         await limits.take(spec, tokens=1)
+        empty_redis(redis_url)
         with redis.Redis.from_url(redis_url) as client:
-            client.flushdb()
             await asyncio.to_thread(
                 wait_until, lambda: client.exists(f"{KEY_PREFIX}{{far}}:leases"), 5.0, "the place is announced"
             )

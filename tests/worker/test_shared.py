@@ -70,6 +70,6 @@ def test_a_worker_whose_engine_has_no_slot_to_spare_goes_on_all_the_same() -> No
     parts.end()
 
 
-def test_a_single_request_says_that_it_goes_first_unless_it_says_something_else() -> None:
+def test_a_single_request_says_that_it_goes_first_whatever_it_states() -> None:
     assert prioritised(b'{"model":"m"}') == b'{"model":"m","priority":-1}'
-    assert prioritised(b'{"priority":3}') == b'{"priority":3}'
+    assert prioritised(b'{"priority":-9}') == b'{"priority":-1}'
