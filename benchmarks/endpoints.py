@@ -1,12 +1,12 @@
 """Four endpoints that are each difficult in their own way, one batch: who did how much, and how long it took.
 
-    python -m benchmarks.endpoints [--jobs 20000] [--runs 3]
+    python -m benchmarks.endpoints [--jobs 20000] [--runs 2]
 
 One is slow, one limits its rate (and its limit is stated half as high again as it is, so it must be learned), one fails
 a fifth of its requests, one dies by `kill -9` and comes back. A real worker without an engine of its own shares the
 jobs among them. `time ÷ ideal`: from the first request to the last result, by the time that these endpoints would
 need if each did all it could at every moment and the last jobs ended together. 429s are counted at the endpoint, in
-its first 10 seconds apart. About 6 minutes. Writes benchmarks/results/endpoints.json.
+its first 10 seconds apart. About 4 minutes. Writes benchmarks/results/endpoints.json.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main() -> None:
     """Run the batch some times, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=20_000)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=2)
     options = parser.parse_args()
     runs = []
     with own_place() as place:

@@ -1,4 +1,4 @@
-"""Single requests beside a batch, on a real engine: `python -m benchmarks.express [--requests 100] [--clients 2]`.
+"""Single requests beside a batch, on a real engine: `python -m benchmarks.express [--requests 60] [--clients 2]`.
 
 Through the whole system: gateway, RabbitMQ, the express node, an engine that is a worker's own. By turns of the sides:
 
@@ -10,7 +10,7 @@ Through the whole system: gateway, RabbitMQ, the express node, an engine that is
 
 Each client asks for 32 tokens, and asks again as soon as it has them. Before, the batch runs for a while by itself. On
 a scripted engine of 16 slots, whose answers take 1 s (lognormal) whatever else the machine does; on llama.cpp; and on
-vLLM where its environment is. Postgres, RabbitMQ, Redis, engine and clients share the cores. About 15 minutes.
+vLLM with `--engines`. Postgres, RabbitMQ, Redis, engine and clients share the cores. About 8 minutes.
 Writes benchmarks/results/express.json.
 """
 
@@ -101,10 +101,10 @@ class Door:
 def main() -> None:
     """Measure, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=100, help="of each leg")
+    parser.add_argument("--requests", type=int, default=60, help="of each leg")
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1, help="of all sides; their requests count together")
-    parser.add_argument("--engines", default=",".join(SLOTS))
+    parser.add_argument("--engines", default="scripted,llamacpp", help="of scripted, llamacpp, vllm")
     options = parser.parse_args()
     report: dict[str, Any] = {"made_with": made_with("celery"), "options": vars(options), "engines": {}}
     kinds: list[Kind] = [kind for kind in SLOTS if kind in options.engines.split(",")]  # type: ignore[misc]
