@@ -102,6 +102,7 @@ def _redis_database() -> Iterator[str]:
 @pytest.fixture
 def redis_url(_redis_database: str) -> Iterator[str]:
     """The URL of an empty Redis database; the keys made in it go with the test."""
+    _forget_keys(_redis_database)  # such as a module's worker that was killed has left: it is announced for 15 s
     yield _redis_database
     _forget_keys(_redis_database)
 
