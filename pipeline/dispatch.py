@@ -31,6 +31,7 @@ from store.batches import (
 )
 from store.database import Database
 from store.dispatching import (
+    Candidates,
     candidates,
     mark_dispatched,
     recall,
@@ -60,7 +61,7 @@ log = get_logger(__name__)
 SWEEP_S = 1.0
 WAKE_REST_S = 0.02  # least time between two fills: notifications of one moment are answered once
 LOST_AFTER_S = 10.0  # a hint that was sent needlessly is refused by the claim; a lost one leaves workers idle
-MOST_BESIDE = 3  # chosen: registered endpoints for which shards of more batches are at hand
+MOST_BESIDE = 4  # chosen: batches that have a shard at hand beyond the window, for registered endpoints
 BLIND_WINDOW = 2  # hints in the broker when no worker's presence is known
 WIND_DOWN_S = 0.5  # in one sweep, so that other batches' dispatch never waits long
 WIND_DOWN_SHARDS = 100
@@ -119,6 +120,7 @@ class Dispatcher:
         self._fairness = FairShare(settings.dispatch.tenant_weights)
         self._spill = SpillWatch()
         self._window = self._readers = BLIND_WINDOW
+        self._beside = 0
         self._unsent: list[tuple[int, UUID]] = []
         self._sweep_at = 0.0
         self._house_at = 0.0
@@ -141,8 +143,19 @@ class Dispatcher:
                 batches = candidates(session, limit=self._window)
             free = self._window - sum(len(batch.unclaimed) for batch in batches)
             chosen = self._fairness.choose(batches, places=free) if free > 0 else []
+            chosen += self._for_endpoints_beside(batches, most=free + self._beside - len(chosen), but=chosen)
             marked = mark_dispatched(session, chosen) if chosen else []
         self._send(marked)
+
+    def _for_endpoints_beside(self, batches: Sequence[Candidates], *, most: int, but: Sequence[int]) -> list[int]:
+        """The next shards of batches that have none out, where workers have endpoints beside their engine.
+
+        The window may be full of shards that wait for the engine, and these be for another endpoint.
+        """
+        if not self._beside:
+            return []
+        alone = [batch.shards[0][0] for batch in batches if batch.shards and not (batch.unclaimed or batch.running)]
+        return [shard_id for shard_id in alone if shard_id not in but][: max(0, most)]
 
     def finish_batches(self) -> None:
         """End the batches whose last shard is closed."""
@@ -176,8 +189,8 @@ class Dispatcher:
         except ServiceUnreachable as error:
             log.warning("presence_unknown", error=str(error))
             return
-        beside = max((len(worker.endpoints) for worker in workers), default=0)  # each may be for another batch
-        self._window = (1 + min(beside, MOST_BESIDE)) * _children(workers, "generation") or BLIND_WINDOW
+        self._window = _children(workers, "generation") or BLIND_WINDOW
+        self._beside = min(MOST_BESIDE, max((len(worker.endpoints) for worker in workers), default=0))
         self._readers = _children(workers, "documents") or BLIND_WINDOW
 
     def _recover(self) -> None:

@@ -52,7 +52,7 @@ log = get_logger(__name__)
 
 TICK_S = 0.2  # how soon a drain, a due write or a newly dispatched shard is noticed while nothing else happens
 MOST_ATTEMPTS, LEAST_STARTED = 8, 8  # at once in a child with endpoints beside its engine; jobs of each under way
-LOOK_S = 1.0  # between two looks for a batch that has work for an idle endpoint
+LOOK_S = 0.25  # between two looks for a batch that has work for an idle endpoint
 HELD_BYTES = 256 * 1024 * 1024  # chosen: of bodies in one child, with one more shard at most when it claims
 DOWN_PATIENCE_S = 60.0
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.acceptance.chats import prompts, read_lines, write_chats
 from tests.support.processes import WorkerProcess, stoker
 from tests.support.scripted_endpoint import ScriptedEndpoint
+from tests.support.waiting import wait_until
 
 JOBS = 240
 KEY = "sk-a-long-secret"
@@ -73,3 +74,23 @@ def test_what_a_slow_engine_cannot_do_in_time_goes_to_a_priced_endpoint_within_i
         assert abs(sum(cost["amount"] for cost in costs) - asked) < 1e-9
         told = json.loads(stoker("cost", "--json", env=own).stdout)
         print(told)
+
+
+def test_an_endpoint_is_not_idle_behind_a_batch_that_waits_for_another(
+    services: dict[str, str], tmp_path: Path
+) -> None:
+    with ScriptedEndpoint(latency_s=3, slots=1) as engine, ScriptedEndpoint(models=["other"]) as beside:
+        endpoints = {"STOKER_ENDPOINTS__FILE": str(tmp_path / "endpoints.toml")}
+        table = f'[[endpoint]]\nname = "beside"\ntrust = "own"\nurl = "{beside.url}"\nmodels = {{ other = "other" }}\n'
+        (tmp_path / "endpoints.toml").write_text(table)
+        slots = {"STOKER_ENGINE__MAX_NUM_SEQS": "1", "STOKER_WORKER__CHILDREN": "1", "STOKER_WORKER__IN_FLIGHT": "2"}
+        own = services | endpoints | slots | {"STOKER_ENGINE__URL": engine.url, "STOKER_SHARD__MAX_JOBS": "16"}
+        write_chats(tmp_path / "slow.jsonl", prompts(80))
+        write_chats(tmp_path / "quick.jsonl", prompts(40))
+        with WorkerProcess("two", env=own, folder=tmp_path):
+            slow = stoker("submit", tmp_path / "slow.jsonl", env=own).stdout.strip()
+            wait_until(lambda: engine.calls().running, 20, "the slow batch has begun")
+            quick = stoker("run", tmp_path / "quick.jsonl", "--model", "other", "-o", tmp_path / "o.jsonl", env=own)
+            assert quick.returncode == 0, quick.stderr
+            assert json.loads(stoker("status", slow, "--json", env=own).stdout)["state"] == "in_progress"
+            stoker("cancel", slow, env=own)
