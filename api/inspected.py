@@ -16,10 +16,9 @@ from models.names import batch_name
 from models.states import BudgetPeriod, DeliveryState, Outcome, Scope, Source
 from pipeline.cost_figures import money
 from store.batches import BatchProgress
-from store.budgets import BudgetReport
+from store.budget_tables import BudgetReport
 from store.deliveries import DeliveryRow
 from store.inspection import Bucket, FailureKind, Failures, JobLine, JobPage, WholeJob
-from store.money import MoneyReport
 from store.presence import WorkerPresence
 from store.results import WaitingJobs
 
@@ -271,7 +270,7 @@ def marks_of(progress: BatchProgress) -> list[Mark]:
 
 
 def budget_objects(
-    tokens: Sequence[BudgetReport], nanos: Sequence[MoneyReport], *, currency: str
+    tokens: Sequence[BudgetReport], nanos: Sequence[BudgetReport], *, currency: str
 ) -> list[BudgetObject]:
     """Budgets of tokens and of money as they stand."""
     return [
@@ -280,7 +279,7 @@ def budget_objects(
     ]
 
 
-def _budget(report: BudgetReport | MoneyReport, unit: str, cap: float, spent: float, reserved: float) -> BudgetObject:
+def _budget(report: BudgetReport, unit: str, cap: float, spent: float, reserved: float) -> BudgetObject:
     return BudgetObject(
         unit=unit,
         key=report.key_id,

@@ -43,11 +43,10 @@ from pipeline.ledger import ledger_of_batch, ledger_since
 from pipeline.namespace_figures import bounds_of, certificates, figures_of
 from runtime.clock import utc_now
 from store.batches import batch_progress
-from store.budgets import budgets_of, budgets_of_batch
+from store.budget_tables import MONEY, TOKENS
 from store.cache_reports import namespace_reports
 from store.deliveries import deliveries_of
 from store.inspection import Wanted, course_of, engines_seen, failures_of, jobs_page, whole_job
-from store.money import money_of, money_of_batch
 from store.results import waiting_jobs
 
 if TYPE_CHECKING:
@@ -94,8 +93,8 @@ def inspect_batch(request: Request, principal: Reader, batch_id: BatchId) -> Bat
             progress,
             seen,
             budgets=budget_objects(
-                budgets_of_batch(session, identifier),
-                money_of_batch(session, identifier),
+                TOKENS.of_batch(session, identifier),
+                MONEY.of_batch(session, identifier),
                 currency=gateway.settings.cost.currency,
             ),
             deliveries=deliveries_of(session, tenant=tenant, batch_id=identifier),
@@ -158,7 +157,7 @@ def list_budgets(request: Request, principal: Reader) -> All[BudgetObject]:
     """Budgets of tokens and money: of the tenant's keys in their running periods, and of its batches in progress."""
     gateway = gateway_of(request)
     with gateway.database.transaction() as session:
-        tokens, nanos = budgets_of(session, principal.tenant), money_of(session, principal.tenant)
+        tokens, nanos = TOKENS.of_tenant(session, principal.tenant), MONEY.of_tenant(session, principal.tenant)
     return All(data=budget_objects(tokens, nanos, currency=gateway.settings.cost.currency))
 
 

@@ -34,9 +34,8 @@ from scripts.terminal import (
 )
 from store.batches import BatchProgress, latest_batches, request_cancel
 from store.batches import resume as resume_batch
-from store.budgets import BudgetReport, budgets_of_batch
+from store.budget_tables import MONEY, TOKENS, BudgetReport
 from store.database import Database
-from store.money import MoneyReport, money_of_batch
 from store.results import DeadJob, WaitingJobs, dead_jobs, waiting_jobs
 
 
@@ -173,8 +172,8 @@ def _show_batch(database: Database, name: str, settings: Settings, *, as_json: b
     progress = progress_of(database, name)
     with database.transaction() as session:
         waiting = waiting_jobs(session, progress.id)
-        budgets = budgets_of_batch(session, progress.id)
-        nanos = money_of_batch(session, progress.id)
+        budgets = TOKENS.of_batch(session, progress.id)
+        nanos = MONEY.of_batch(session, progress.id)
     if as_json:
         figures: dict[str, Any] = {"waiting": _waiting_figures(waiting, most_tries=most_tries)}
         figures["budgets"] = [_budget_figures(budget) for budget in budgets]
@@ -198,11 +197,11 @@ def _show_batch(database: Database, name: str, settings: Settings, *, as_json: b
     say_paused(progress)
 
 
-def _budget_name(budget: BudgetReport | MoneyReport) -> str:
+def _budget_name(budget: BudgetReport) -> str:
     return "budget" if budget.period is BudgetPeriod.BATCH else f"{budget.period} budget of key {budget.key_id}"
 
 
-def _money_figures(budget: MoneyReport, currency: str) -> dict[str, Any]:
+def _money_figures(budget: BudgetReport, currency: str) -> dict[str, Any]:
     amounts = {name: float(plain(getattr(budget, name))) for name in ("cap", "spent", "reserved")}
     return {"period": budget.period.value, "key": budget.key_id, "currency": currency, **amounts}
 

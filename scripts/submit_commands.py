@@ -46,8 +46,8 @@ from scripts.terminal import (
     watch_batch,
 )
 from store.batches import BatchProgress, latest_batches
+from store.budget_tables import MONEY
 from store.database import Database
-from store.money import money_of_batch
 from store.presence import PresenceBoard, WorkerPresence
 
 NEWEST = 20  # batches that are looked through for unfinished ones
@@ -266,7 +266,7 @@ class _Begin:
     def wishes_after(self, previewed: BatchProgress) -> Wishes:
         """How the rest runs: with the preview's results, and what it has left of the budgets."""
         with self.database.transaction() as session:
-            budgets = money_of_batch(session, previewed.id)
+            budgets = MONEY.of_batch(session, previewed.id)
         return self._how.wishes(
             results_of=previewed.id,
             spent_tokens=previewed.prompt_tokens + previewed.completion_tokens,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -17,18 +16,13 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from models.states import BudgetPeriod
+from store.budget_tables import TOKENS
 
 if TYPE_CHECKING:
     from store.shards import Claim
 
 UNLIMITED = 2**62  # a cap that was taken away, in rows of periods that had begun
-# Of a batch `b`: whether what its jobs take is counted.
-BUDGETED = """(EXISTS (SELECT FROM budgets WHERE batch_id = b.id) OR b.key_id IS NOT NULL AND EXISTS (
-    SELECT FROM api_keys WHERE id = b.key_id AND coalesce(day_tokens, month_tokens) IS NOT NULL))"""
-# A key's caps `p` in their periods at this moment, which is one in the whole transaction.
-_PERIODS = """CROSS JOIN LATERAL (VALUES ('day', date_trunc('day', now(), 'UTC'), k.day_tokens),
-    ('month', date_trunc('month', now(), 'UTC'), k.month_tokens)) AS p (period, began_at, cap)"""
-_ROW_OF_PERIOD = "u.key_id = k.id AND u.batch_id IS NULL AND u.period = p.period AND u.began_at = p.began_at"
+BUDGETED = TOKENS.holds  # of a batch `b`: whether what its jobs take is counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,29 +48,9 @@ class HeldBudget:
         return self.cap - self.spent - self.reserved
 
 
-@dataclass(frozen=True, slots=True)
-class BudgetReport:
-    """A budget as it is shown: of a key's running period, or of a batch."""
-
-    key_id: str | None
-    key_name: str | None
-    batch_id: UUID | None
-    period: BudgetPeriod
-    began_at: datetime
-    cap: int
-    spent: int
-    reserved: int
-
-
 def open_batch_budget(session: Session, batch_id: UUID, tokens: int) -> None:
     """Let a batch that was not yet set going take so many tokens at most. Repeatable; the last call's cap holds."""
-    session.execute(
-        text("""
-        INSERT INTO budgets (batch_id, period, began_at, cap)
-        SELECT id, 'batch', created_at, :tokens FROM batches WHERE id = :batch
-        ON CONFLICT ON CONSTRAINT uq_budgets_owner DO UPDATE SET cap = excluded.cap"""),
-        {"batch": batch_id, "tokens": tokens},
-    )
+    TOKENS.open(session, batch_id, tokens)
 
 
 def set_key_caps(session: Session, key_id: str, *, day_tokens: int | None, month_tokens: int | None) -> bool:
@@ -84,20 +58,17 @@ def set_key_caps(session: Session, key_id: str, *, day_tokens: int | None, month
 
     False: there is no such key. What was spent before counts, but for what attempts take that had begun uncounted.
     """
-    found = session.execute(
-        text("UPDATE api_keys SET day_tokens = :day, month_tokens = :month WHERE id = :key RETURNING 1"),
-        {"key": key_id, "day": day_tokens, "month": month_tokens},
-    ).one_or_none()
+    found = TOKENS.set_caps(session, key_id, day=day_tokens, month=month_tokens)
     session.execute(
         text(f"""
         WITH held AS (
-            SELECT u.id, p.cap FROM api_keys k {_PERIODS} JOIN budgets u ON {_ROW_OF_PERIOD}
+            SELECT u.id, p.cap FROM api_keys k {TOKENS.rows_of_key}
             WHERE k.id = :key ORDER BY u.id FOR NO KEY UPDATE OF u)
         UPDATE budgets b SET cap = coalesce(held.cap, :unlimited), waits_until = NULL
         FROM held WHERE b.id = held.id"""),
         {"key": key_id, "unlimited": UNLIMITED},
     )
-    return found is not None
+    return found
 
 
 def lock_budgets(session: Session, claim: Claim) -> list[HeldBudget]:
@@ -105,26 +76,7 @@ def lock_budgets(session: Session, claim: Claim) -> list[HeldBudget]:
 
     Lock the shard before. The key is held, so that its caps change before this or after, never in between.
     """
-    session.execute(
-        text("SELECT 1 FROM api_keys WHERE id = (SELECT key_id FROM batches WHERE id = :batch) FOR SHARE"),
-        {"batch": claim.batch_id},
-    )
-    session.execute(
-        text(f"""
-        INSERT INTO budgets (key_id, period, began_at, cap)
-        SELECT k.id, p.period, p.began_at, p.cap FROM batches b JOIN api_keys k ON k.id = b.key_id {_PERIODS}
-        WHERE b.id = :batch AND p.cap IS NOT NULL AND NOT EXISTS (SELECT FROM budgets u WHERE {_ROW_OF_PERIOD})
-        ORDER BY p.period ON CONFLICT DO NOTHING"""),
-        {"batch": claim.batch_id},
-    )
-    ids = session.scalars(
-        text(f"""
-        SELECT id FROM budgets WHERE batch_id = :batch UNION ALL
-        SELECT u.id FROM batches b JOIN api_keys k ON k.id = b.key_id {_PERIODS} JOIN budgets u ON {_ROW_OF_PERIOD}
-        WHERE b.id = :batch AND p.cap IS NOT NULL"""),
-        {"batch": claim.batch_id},
-    ).all()
-    return lock_again(session, claim, ids)
+    return lock_again(session, claim, TOKENS.ids_for(session, claim.batch_id))
 
 
 def lock_again(session: Session, claim: Claim, budget_ids: Sequence[int]) -> list[HeldBudget]:
@@ -159,18 +111,10 @@ def take_of_key(session: Session, key_id: str, tokens: int) -> Taken:
     ).one_or_none()
     if caps is None:
         return Taken()
-    session.execute(
-        text(f"""
-        INSERT INTO budgets (key_id, period, began_at, cap)
-        SELECT k.id, p.period, p.began_at, p.cap FROM api_keys k {_PERIODS}
-        WHERE k.id = :key AND p.cap IS NOT NULL AND NOT EXISTS (SELECT FROM budgets u WHERE {_ROW_OF_PERIOD})
-        ORDER BY p.period ON CONFLICT DO NOTHING"""),
-        {"key": key_id},
-    )
+    TOKENS.begin(session, "k.id = :key", {"key": key_id})
     rows = session.execute(
         text(f"""
-        SELECT u.id, u.key_id, u.period, u.cap, u.spent, u.reserved, 0 FROM api_keys k {_PERIODS}
-        JOIN budgets u ON {_ROW_OF_PERIOD}
+        SELECT u.id, u.key_id, u.period, u.cap, u.spent, u.reserved, 0 FROM api_keys k {TOKENS.rows_of_key}
         WHERE k.id = :key AND p.cap IS NOT NULL ORDER BY u.id FOR NO KEY UPDATE OF u"""),
         {"key": key_id},
     ).all()
@@ -248,30 +192,3 @@ def postpone(session: Session, budget_ids: Sequence[int], *, wait_s: float) -> N
         WHERE id = ANY(CAST(:ids AS int8[]))"""),
         {"ids": list(budget_ids), "wait_s": wait_s},
     )
-
-
-def budgets_of(session: Session, tenant: str) -> list[BudgetReport]:
-    """The tenant's budgets: of its keys in the running periods, then of its batches that have not ended."""
-    return _reports(session, "b.tenant = :tenant AND b.ended_at IS NULL", "k.tenant = :tenant", {"tenant": tenant})
-
-
-def budgets_of_batch(session: Session, batch_id: UUID) -> list[BudgetReport]:
-    """The budgets that a batch takes from: its key's in the running periods, and its own."""
-    of_key = "k.id = (SELECT key_id FROM batches WHERE id = :batch)"
-    return _reports(session, "b.id = :batch", of_key, {"batch": batch_id})
-
-
-def _reports(session: Session, of_batch: str, of_key: str, values: dict[str, str | UUID]) -> list[BudgetReport]:
-    rows = session.execute(
-        text(f"""
-        (SELECT k.id, k.name, CAST(NULL AS uuid), p.period, p.began_at, p.cap, coalesce(u.spent, 0),
-            coalesce(u.reserved, 0)
-        FROM api_keys k {_PERIODS} LEFT JOIN budgets u ON {_ROW_OF_PERIOD}
-        WHERE {of_key} AND p.cap IS NOT NULL AND k.revoked_at IS NULL ORDER BY k.name, k.id, p.period)
-        UNION ALL
-        (SELECT b.key_id, k.name, b.id, u.period, u.began_at, u.cap, u.spent, u.reserved
-        FROM budgets u JOIN batches b ON b.id = u.batch_id LEFT JOIN api_keys k ON k.id = b.key_id
-        WHERE {of_batch} AND b.deleted_at IS NULL ORDER BY b.id)"""),
-        values,
-    ).all()
-    return [BudgetReport(row[0], row[1], row[2], BudgetPeriod(row[3]), *row[4:]) for row in rows]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -17,17 +16,12 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from models.states import BudgetPeriod
+from store.budget_tables import MONEY
 
 if TYPE_CHECKING:
     from store.shards import Claim
 
-# Of a batch `b`: whether priced endpoints may be paid for it.
-PAID = """(EXISTS (SELECT FROM money_budgets WHERE batch_id = b.id) OR b.key_id IS NOT NULL AND EXISTS (
-    SELECT FROM api_keys WHERE id = b.key_id AND coalesce(day_money, month_money) IS NOT NULL))"""
-# A key's caps `p` in their periods at this moment, which is one in the whole transaction.
-_PERIODS = """CROSS JOIN LATERAL (VALUES ('day', date_trunc('day', now(), 'UTC'), k.day_money),
-    ('month', date_trunc('month', now(), 'UTC'), k.month_money)) AS p (period, began_at, cap)"""
-_ROW_OF_PERIOD = "u.key_id = k.id AND u.batch_id IS NULL AND u.period = p.period AND u.began_at = p.began_at"
+PAID = MONEY.holds  # of a batch `b`: whether priced endpoints may be paid for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,29 +38,9 @@ class HeldMoney:
     own_reserved: int
 
 
-@dataclass(frozen=True, slots=True)
-class MoneyReport:
-    """A budget of money as it is shown: of a key's running period, or of a batch."""
-
-    key_id: str | None
-    key_name: str | None
-    batch_id: UUID | None
-    period: BudgetPeriod
-    began_at: datetime
-    cap: int
-    spent: int
-    reserved: int
-
-
 def open_batch_money(session: Session, batch_id: UUID, nanos: int) -> None:
     """Let a batch spend so much at most. Repeatable; the last call's cap holds."""
-    session.execute(
-        text("""
-        INSERT INTO money_budgets (batch_id, period, began_at, cap)
-        SELECT id, 'batch', created_at, :nanos FROM batches WHERE id = :batch
-        ON CONFLICT ON CONSTRAINT uq_money_budgets_owner DO UPDATE SET cap = excluded.cap"""),
-        {"batch": batch_id, "nanos": nanos},
-    )
+    MONEY.open(session, batch_id, nanos)
 
 
 def set_key_money(session: Session, key_id: str, *, day_money: int | None, month_money: int | None) -> bool:
@@ -74,19 +48,16 @@ def set_key_money(session: Session, key_id: str, *, day_money: int | None, month
 
     False: there is no such key. Where a budget is taken away, attempts that took from it go on within its last cap.
     """
-    found = session.execute(
-        text("UPDATE api_keys SET day_money = :day, month_money = :month WHERE id = :key RETURNING 1"),
-        {"key": key_id, "day": day_money, "month": month_money},
-    ).one_or_none()
+    found = MONEY.set_caps(session, key_id, day=day_money, month=month_money)
     session.execute(
         text(f"""
         WITH held AS (
-            SELECT u.id, p.cap FROM api_keys k {_PERIODS} JOIN money_budgets u ON {_ROW_OF_PERIOD}
+            SELECT u.id, p.cap FROM api_keys k {MONEY.rows_of_key}
             WHERE k.id = :key AND p.cap IS NOT NULL ORDER BY u.id FOR NO KEY UPDATE OF u)
         UPDATE money_budgets b SET cap = held.cap FROM held WHERE b.id = held.id"""),
         {"key": key_id},
     )
-    return found is not None
+    return found
 
 
 def lock_money(session: Session, claim: Claim) -> list[HeldMoney]:
@@ -94,27 +65,7 @@ def lock_money(session: Session, claim: Claim) -> list[HeldMoney]:
 
     Lock the shard before. The key is held, so that its caps change before this or after, never in between.
     """
-    session.execute(
-        text("SELECT 1 FROM api_keys WHERE id = (SELECT key_id FROM batches WHERE id = :batch) FOR SHARE"),
-        {"batch": claim.batch_id},
-    )
-    session.execute(
-        text(f"""
-        INSERT INTO money_budgets (key_id, period, began_at, cap)
-        SELECT k.id, p.period, p.began_at, p.cap FROM batches b JOIN api_keys k ON k.id = b.key_id {_PERIODS}
-        WHERE b.id = :batch AND p.cap IS NOT NULL AND NOT EXISTS (
-            SELECT FROM money_budgets u WHERE {_ROW_OF_PERIOD})
-        ORDER BY p.period ON CONFLICT DO NOTHING"""),
-        {"batch": claim.batch_id},
-    )
-    ids = session.scalars(
-        text(f"""
-        SELECT id FROM money_budgets WHERE batch_id = :batch UNION ALL
-        SELECT u.id FROM batches b JOIN api_keys k ON k.id = b.key_id {_PERIODS}
-        JOIN money_budgets u ON {_ROW_OF_PERIOD} WHERE b.id = :batch AND p.cap IS NOT NULL"""),
-        {"batch": claim.batch_id},
-    ).all()
-    return lock_money_again(session, claim, ids)
+    return lock_money_again(session, claim, MONEY.ids_for(session, claim.batch_id))
 
 
 def lock_money_again(session: Session, claim: Claim, budget_ids: Sequence[int]) -> list[HeldMoney]:
@@ -188,30 +139,3 @@ def take_spill(session: Session, batch_id: UUID) -> bool:
         text("UPDATE batches SET spill = spill - 1 WHERE id = :batch AND spill > 0 RETURNING 1"), {"batch": batch_id}
     ).one_or_none()
     return taken is not None
-
-
-def money_of(session: Session, tenant: str) -> list[MoneyReport]:
-    """The tenant's budgets of money: of its keys in the running periods, then of its batches that have not ended."""
-    return _reports(session, "b.tenant = :tenant AND b.ended_at IS NULL", "k.tenant = :tenant", {"tenant": tenant})
-
-
-def money_of_batch(session: Session, batch_id: UUID) -> list[MoneyReport]:
-    """The budgets of money that a batch takes from: its key's in the running periods, and its own."""
-    of_key = "k.id = (SELECT key_id FROM batches WHERE id = :batch)"
-    return _reports(session, "b.id = :batch", of_key, {"batch": batch_id})
-
-
-def _reports(session: Session, of_batch: str, of_key: str, values: dict[str, str | UUID]) -> list[MoneyReport]:
-    rows = session.execute(
-        text(f"""
-        (SELECT k.id, k.name, CAST(NULL AS uuid), p.period, p.began_at, p.cap, coalesce(u.spent, 0),
-            coalesce(u.reserved, 0)
-        FROM api_keys k {_PERIODS} LEFT JOIN money_budgets u ON {_ROW_OF_PERIOD}
-        WHERE {of_key} AND p.cap IS NOT NULL AND k.revoked_at IS NULL ORDER BY k.name, k.id, p.period)
-        UNION ALL
-        (SELECT b.key_id, k.name, b.id, u.period, u.began_at, u.cap, u.spent, u.reserved
-        FROM money_budgets u JOIN batches b ON b.id = u.batch_id LEFT JOIN api_keys k ON k.id = b.key_id
-        WHERE {of_batch} AND b.deleted_at IS NULL ORDER BY b.id)"""),
-        values,
-    ).all()
-    return [MoneyReport(row[0], row[1], row[2], BudgetPeriod(row[3]), *row[4:]) for row in rows]

@@ -20,8 +20,8 @@ from runtime.errors import BadInput, NotFound
 from runtime.settings import LimitSettings, Settings, ShardSettings
 from store.again import take_results
 from store.batches import batch_progress, batches_to_finish, finish, request_cancel, shards_to_wind_down
+from store.budget_tables import MONEY
 from store.database import Database
-from store.money import money_of_batch
 from store.shards import close, load_jobs, write_results
 from tests.support.batches import (
     CHAT,
@@ -110,7 +110,7 @@ def test_a_retry_may_leave_own_endpoints_within_a_budget_of_its_own(database: Da
     made = retry_batch(database, earlier, settings=SETTINGS, reuse=False, trust=Trust.EXTERNAL, budget_nanos=5).batch_id
     assert batch_row(database, made)["options"]["trust"] == "external"
     with database.transaction() as session:
-        assert [budget.cap for budget in money_of_batch(session, made)] == [5]
+        assert [budget.cap for budget in MONEY.of_batch(session, made)] == [5]
 
 
 def test_retry_makes_a_new_batch_of_the_failed_lines(database: Database, tmp_path: Path) -> None:

@@ -32,8 +32,9 @@ from models.endpoints import Prices
 from pipeline.budgets import BudgetExceeded
 from pipeline.purse import Purse
 from runtime.errors import LostFence, ServiceUnreachable
+from store.budget_tables import MONEY
 from store.database import Database, Session
-from store.money import money_of_batch, open_batch_money, set_key_money
+from store.money import open_batch_money, set_key_money
 from store.shards import Claim, claim_next, give_back, recover_dead_leases
 from tests.store.test_money import add_key, amounts
 from tests.support.batches import CHAT, batch_row, chats, dispatch_all, execute, rows, store_batch
@@ -152,7 +153,7 @@ def test_what_fits_beside_no_other_waits_and_what_never_fits_ends_with_the_remed
 
     asyncio.run(work())
     with database.transaction() as session:
-        assert {(one.spent, one.reserved) for one in money_of_batch(session, batch_id)} == {(55, 0)}
+        assert {(one.spent, one.reserved) for one in MONEY.of_batch(session, batch_id)} == {(55, 0)}
 
 
 def test_where_no_budget_holds_any_more_a_request_ends_and_does_not_wait(database: Database, tmp_path: Path) -> None:
@@ -253,7 +254,7 @@ def test_threads_that_pay_at_once_never_reserve_more_than_there_is(database: Dat
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(work, range(6)))
     with database.transaction() as session:
-        reports = [report for batch_id in batches for report in money_of_batch(session, batch_id)]
+        reports = [report for batch_id in batches for report in MONEY.of_batch(session, batch_id)]
     day = next(report for report in reports if report.batch_id is None)
     assert day.spent == billed[1][0] == sum(report.spent for report in reports if report.batch_id is not None) > 600
     assert all(report.reserved == 0 for report in reports)

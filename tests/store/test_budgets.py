@@ -36,7 +36,8 @@ from pipeline.budgets import (
 from pipeline.dispatch import Dispatcher
 from runtime.clock import utc_now
 from runtime.settings import Settings, WorkerSettings
-from store.budgets import budgets_of, budgets_of_batch, open_batch_budget, set_key_caps
+from store.budget_tables import TOKENS
+from store.budgets import open_batch_budget, set_key_caps
 from store.database import Database
 from store.presence import PresenceBoard
 from store.shards import Claim, Retry, claim_next, close, give_back, hold_shard, load_jobs, quarantine, write_retries
@@ -368,7 +369,7 @@ def test_a_job_that_fits_beside_no_other_waits_without_being_sent_and_runs_in_it
     assert child.feed_again().jobs == 1
     assert [result.outcome for result in results_of(database, batch_id)] == ["succeeded"]
     with database.transaction() as session:
-        (report,) = budgets_of_batch(session, batch_id)
+        (report,) = TOKENS.of_batch(session, batch_id)
     assert (report.spent, report.reserved, report.cap) == (taken_by(database, batch_id), 0, bound + 1)
 
 
@@ -385,8 +386,8 @@ def test_one_attempt_spends_a_budget_to_its_end_and_says_which_and_what_to_do(
     assert f"the day budget of key {KEY} has" in message and f"stoker keys limit {KEY} --tokens-per-day N" in message
     assert taken_by(database, batch_id) <= 900
     with database.transaction() as session:
-        (report,) = budgets_of(session, "local")
-        assert budgets_of(session, "other") == []
+        (report,) = TOKENS.of_tenant(session, "local")
+        assert TOKENS.of_tenant(session, "other") == []
         assert set_key_caps(session, KEY, day_tokens=50_000, month_tokens=None)
     assert (report.key_id, report.key_name, report.cap, report.spent) == (
         KEY,
@@ -399,7 +400,7 @@ def test_one_attempt_spends_a_budget_to_its_end_and_says_which_and_what_to_do(
     dispatch_all(database)
     assert child.feed().jobs == 1 and refused(database, again) == []
     with database.transaction() as session:
-        (report,) = budgets_of(session, "local")
+        (report,) = TOKENS.of_tenant(session, "local")
     assert (report.cap, report.spent) == (50_000, taken_by(database, again)), "a day of its own"
 
 
@@ -415,7 +416,7 @@ def test_a_conversation_reserves_turn_by_turn_and_ends_with_what_was_said(
     assert (result.outcome, result.error_code) == ("failed", "budget_exceeded")
     assert told_of(database, batch_id)["turns"] == endpoint.calls().count > 3
     with database.transaction() as session:
-        (report,) = budgets_of_batch(session, batch_id)
+        (report,) = TOKENS.of_batch(session, batch_id)
     assert 100 < report.spent == taken_by(database, batch_id) <= 1_500
     assert report.reserved == 0
 
@@ -433,12 +434,12 @@ def test_a_conversation_that_goes_on_is_charged_once_for_each_turn(
         execute(database, "DELETE FROM job_steps")
     else:
         with database.transaction() as session:
-            (report,) = budgets_of_batch(session, batch_id)
+            (report,) = TOKENS.of_batch(session, batch_id)
         assert (report.spent, report.reserved) == (3, 0), "a turn is charged when it is written"
     assert child.feed_again().jobs == 1
     assert endpoint.calls().count == 4
     with database.transaction() as session:
-        (report,) = budgets_of_batch(session, batch_id)
+        (report,) = TOKENS.of_batch(session, batch_id)
     assert (report.spent, report.reserved) == (taken_by(database, batch_id), 0)
 
 

@@ -7,13 +7,12 @@ from uuid import UUID, uuid4
 
 from models.keys import make_key
 from models.states import BudgetPeriod, Scope
+from store.budget_tables import MONEY
 from store.database import Database
 from store.keys import NewKey, create_key
 from store.money import (
     lock_money,
     lock_money_again,
-    money_of,
-    money_of_batch,
     open_batch_money,
     set_key_money,
     state_money,
@@ -66,7 +65,7 @@ def test_what_is_stated_twice_counts_once_and_attempts_add_up(database: Database
     state(database, other, reserved=50, spent=5)
     with database.transaction() as session:
         (held,) = lock_money(session, one)
-        (report,) = money_of_batch(session, batch_id)
+        (report,) = MONEY.of_batch(session, batch_id)
     assert (held.spent, held.reserved, held.own_spent, held.own_reserved) == (105, 350, 100, 300)
     assert (report.cap, report.spent, report.reserved, report.period) == (1_000, 105, 350, BudgetPeriod.BATCH)
     state(database, one, reserved=0, spent=400)
@@ -103,11 +102,11 @@ def test_a_key_has_a_cap_a_day_and_a_month_which_hold_at_once(database: Database
     assert taken.paid
     state(database, taken, reserved=40, spent=60)
     with database.transaction() as session:
-        assert {(one.period, one.cap, one.spent, one.reserved) for one in money_of(session, "local")} == {
+        assert {(one.period, one.cap, one.spent, one.reserved) for one in MONEY.of_tenant(session, "local")} == {
             (BudgetPeriod.DAY, 500, 60, 40),
             (BudgetPeriod.MONTH, 2_000, 60, 40),
         }
-        assert money_of(session, "other") == []
+        assert MONEY.of_tenant(session, "other") == []
         assert set_key_money(session, key_id, day_money=70, month_money=None)
         assert not set_key_money(session, "sk-nobody", day_money=1, month_money=None)
     with database.transaction() as session:
@@ -129,7 +128,7 @@ def test_only_a_batch_with_a_budget_or_a_capped_key_is_paid_for(database: Databa
     taken = claimed(database, dispatch_all(database)[0])
     assert not taken.paid
     with database.transaction() as session:
-        assert lock_money(session, taken) == [] and money_of_batch(session, batch_id) == []
+        assert lock_money(session, taken) == [] and MONEY.of_batch(session, batch_id) == []
 
 
 def test_as_many_jobs_spill_as_there_are_places_for(database: Database, tmp_path: Path) -> None:
