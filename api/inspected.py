@@ -12,9 +12,9 @@ from pydantic import BaseModel, Field
 
 from api.objects import BatchObject, batch_object
 from api.shortened import Shortener
+from models.money import money
 from models.names import batch_name
 from models.states import BudgetPeriod, DeliveryState, Outcome, Scope, Source
-from pipeline.cost_figures import money
 from store.batches import BatchProgress
 from store.budget_tables import BudgetReport
 from store.deliveries import DeliveryRow

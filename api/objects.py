@@ -10,9 +10,9 @@ from pydantic import BaseModel, Field
 
 from api.cost_objects import Money
 from models.file_names import made_filename, made_name
+from models.money import money
 from models.names import batch_name
 from models.states import BatchState, CacheMode, Ending, JobOrder, Part, Priority, Purpose, Trust
-from pipeline.cost_figures import money
 from pipeline.made_files import MadeFile
 from store.batches import BatchProgress
 from store.files import FileEntry

@@ -10,9 +10,9 @@ from typing import Any, Final
 
 import msgspec
 
+from models.lines import BYTES_PER_TOKEN
 from runtime.errors import Permanent
 
-BYTES_PER_TOKEN: Final = 4  # English has 4 to 5 bytes a token: good enough for a share of a limit
 # Chosen: what an answer takes that states no bound. Guessing low only means that a shared bucket is corrected later.
 OUTPUT_TOKENS: Final = 256
 # What providers count for an image of high detail is 765 to 1,600; its base64 says nothing of it.

@@ -18,12 +18,11 @@ import msgspec
 from inference.endpoint import Reply
 from inference.replies import result_of, usage_of
 from models.jobs import Job, JobResult, Usage
+from models.lines import BYTES_PER_TOKEN
 from models.states import Outcome
 
 PATH = "/v1/embeddings"
-# A guess that is good enough for a cap: English has 4 to 5 bytes a token; each text gets two special tokens.
-BYTES_PER_TOKEN = 4
-SPECIAL_TOKENS = 2
+SPECIAL_TOKENS = 2  # of each text
 # Fields that make base64 something else than little-endian float32, or that ask without `input`.
 UNPACKABLE_FIELDS = frozenset({"embed_dtype", "endianness", "messages", "stream"})
 

@@ -25,7 +25,7 @@ REASONING_PARTS = frozenset({"thinking", "reasoning"})
 def result_of(seq: int, path: str, reply: Reply) -> JobResult:
     """The result of the job `seq` that was sent to `path`; failed `invalid_response` for a 2xx of no use.
 
-    A priced endpoint's answer has its cost; a refusal costs nothing, and what one of no use costs is not known.
+    A priced endpoint's answer has what it is billed, also one of no use.
     `response` is always JSON that Postgres takes as text: invalid UTF-8 is replaced, escapes stay escapes.
     """
     text = reply.body.decode(errors="replace")

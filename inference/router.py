@@ -19,6 +19,7 @@ from typing import Final
 import msgspec
 
 from inference.bodies import estimated_prompt_tokens, estimated_tokens, model_of
+from inference.embeddings import PATH as EMBEDDINGS
 from inference.endpoint import (
     EndpointDown,
     QuotaExhausted,
@@ -39,7 +40,6 @@ from runtime.logs import get_logger
 
 log = get_logger(__name__)
 
-EMBEDDINGS: Final = "/v1/embeddings"
 TICK_S: Final = 0.2  # how soon one that waits notices that it is to stop
 MOST_THROTTLED: Final = 4  # 429s of one request by one endpoint, in spite of its rests; then it counts as a failure
 UNPAID_S: Final = 1.0  # between two looks at a budget that has no room, or a batch that has nothing to spill
@@ -333,7 +333,7 @@ class Router:
         try:
             model = None if route.spec is None else route.spec.models[wish.model]
             reply = await route.endpoint.post(wish.path, wish.body, request_id=wish.request_id, model=model)
-            usage = _usage_in(reply)
+            usage = Usage() if route.spec is None else _usage_in(reply)  # of the engine nothing is counted here
             used = usage.prompt_tokens + usage.completion_tokens or None
             self._answered(route, usage, seconds=time.monotonic() - began)
             spent = _bill(route, reply, usage, most=paid)
@@ -375,7 +375,7 @@ class Router:
                 log.error("endpoint_closed", endpoint=route.name, reason=str(error))
             route.close(now, str(error), error.retry_after_s)
         elif isinstance(error, Transient):
-            route.failed(now, error.retry_after_s)
+            route.breaker.failed(now, error.retry_after_s)
             if isinstance(error, ServerFault):
                 route.window.ended(seconds, 0)  # it took a place for so long
             if isinstance(error, Stalled) or error.retry_after_s is not None:  # a plain 500 is no sign of load

@@ -138,10 +138,6 @@ class Route:
         self.not_before = now + wait_s
         return wait_s
 
-    def failed(self, now: float, retry_after_s: float | None) -> None:
-        """It has failed a request."""
-        self.breaker.failed(now, retry_after_s)
-
     def unhealthy(self, now: float) -> None:
         """It was asked whether it is healthy, and is not: when it is asked again."""
         self.not_before = now + random.uniform(0.5, 1.5) * PROBE_EVERY_S  # noqa: S311  # jitter

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from inference.endpoint import Endpoint
 from inference.engines import EnginePlan
@@ -60,12 +60,15 @@ class EngineReadings:
     gpu_use: float | None = None
 
 
+NOT_KNOWN: Final = EngineReadings(None, None, None)
+
+
 class EngineSupervisor:
     """One engine process and the thread that watches it; in a `with` block it is up, and gone afterwards."""
 
     def __init__(self, plan: EnginePlan, *, log_file: Path, start_timeout_s: float, stall_s: float) -> None:
         self.plan = plan
-        self.readings = EngineReadings(None, None, None)
+        self.readings = NOT_KNOWN
         self.is_healthy = False
         self.restarts = 0
         self.version: str | None = None
@@ -138,7 +141,7 @@ class EngineSupervisor:
             self.is_healthy = False
             log.error("engine_restarts", engine=self.plan.kind, reason=reason, restarts=self.restarts)
             self._end_child()
-            self.readings = EngineReadings(None, None, None)
+            self.readings = NOT_KNOWN
             await self._sleep(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])
             self.restarts += 1
             try:

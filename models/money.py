@@ -28,6 +28,11 @@ def plain(nanos: int) -> str:
     return f"{'-' if nanos < 0 else ''}{whole}{'.' if digits else ''}{digits}"
 
 
+def money(nanos: int) -> float:
+    """In the currency's unit: exact to 15 digits."""
+    return nanos / NANOS
+
+
 def shown(nanos: int, currency: str) -> str:
     """An amount for people, such as `1,204.50 USD`, or `0.000123 USD`: three digits that say something at the least."""
     amount = abs(nanos) / NANOS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from models.endpoints import NANOS
+from models.money import money
 from pipeline.costs import Comparison, CostLine, CostReport, EngineUse, Group, cost_report
 from pipeline.ledger import Ledger, engine_name
 from runtime.settings import CostSettings
@@ -58,11 +58,6 @@ def endpoint_figures(ledger: Ledger) -> list[dict[str, Any]]:
         }
         for line in report.lines
     ]
-
-
-def money(nanos: int) -> float:
-    """In the currency's unit: exact to 15 digits."""
-    return nanos / NANOS
 
 
 def _use_figures(use: EngineUse) -> dict[str, Any]:

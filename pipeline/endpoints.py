@@ -10,7 +10,7 @@ import re
 import stat
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +29,7 @@ from store.engines import register_engine
 log = get_logger(__name__)
 
 KIND: Final = "endpoint"  # of their rows among the engines
+REREAD_S: Final = 30.0  # how often each process of a worker looks which there are
 LONGEST_KEY_BYTES: Final = 16 * 1024
 KEY_REMEDY: Final = (
     "put it into an environment variable or a file of the worker, and name that one: --key-env NAME or --key-file PATH "
@@ -138,6 +139,41 @@ def key_of(spec: EndpointSpec) -> str | None:
     if spec.key_file is not None:
         return _fit_for_a_header(_read_key(spec.key_file, name=spec.name), name=spec.name, place=str(spec.key_file))
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class KeyedEndpoint:
+    """An endpoint and its key, which was found here or is not needed."""
+
+    spec: EndpointSpec
+    key: str | None = field(repr=False)
+
+    def connect(
+        self, *, timeout_s: float, connections: int, first_byte_s: float | None = None, idle_s: float | None = None
+    ) -> Endpoint:
+        """A connection as jobs have it: external ones stream. Raises BadInput for a key that no header may have."""
+        return Endpoint(
+            self.spec.url,
+            api_key=self.key,
+            timeout_s=timeout_s,
+            connections=connections,
+            auth=self.spec.auth,
+            is_shared=True,
+            streams=self.spec.trust is Trust.EXTERNAL,
+            first_byte_s=first_byte_s,
+            idle_s=idle_s,
+        )
+
+
+def with_keys(specs: Iterable[EndpointSpec]) -> list[KeyedEndpoint]:
+    """Those whose keys can be read here; the log says which cannot, and why."""
+    found = []
+    for spec in specs:
+        try:
+            found.append(KeyedEndpoint(spec, key_of(spec)))
+        except BadInput as error:
+            log.error("endpoint_unusable", endpoint=spec.name, error=str(error))
+    return found
 
 
 def register_endpoint(session: Session, spec: EndpointSpec, *, currency: str) -> int:

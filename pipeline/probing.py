@@ -17,8 +17,7 @@ import msgspec
 from inference.endpoint import Endpoint, Reply
 from inference.replies import result_of
 from models.endpoints import EndpointSpec, RatesSeen
-from models.states import Trust
-from pipeline.endpoints import key_of
+from pipeline.endpoints import KeyedEndpoint, key_of
 from runtime.errors import BadInput, Permanent, StokerError
 
 TIMEOUT_S: Final = 60.0
@@ -85,15 +84,7 @@ async def _all(asked: Iterable[tuple[EndpointSpec, Sequence[str]]]) -> list[Endp
 
 async def _one(spec: EndpointSpec, aliases: Sequence[str]) -> EndpointLook:
     try:
-        endpoint = Endpoint(
-            spec.url,
-            api_key=key_of(spec),
-            timeout_s=TIMEOUT_S,
-            connections=4,
-            auth=spec.auth,
-            streams=spec.trust is Trust.EXTERNAL,  # as jobs are asked there
-            is_shared=True,
-        )
+        endpoint = KeyedEndpoint(spec, key_of(spec)).connect(timeout_s=TIMEOUT_S, connections=4)
     except BadInput as error:
         return EndpointLook(spec, fault=str(error))
     async with endpoint:

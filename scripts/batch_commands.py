@@ -10,7 +10,7 @@ from uuid import UUID
 
 import click
 
-from models.money import plain, shown
+from models.money import money, shown
 from models.names import batch_name
 from models.states import BudgetPeriod, Outcome
 from pipeline.export import follow_lines, write_lines
@@ -202,7 +202,7 @@ def _budget_name(budget: BudgetReport) -> str:
 
 
 def _money_figures(budget: BudgetReport, currency: str) -> dict[str, Any]:
-    amounts = {name: float(plain(getattr(budget, name))) for name in ("cap", "spent", "reserved")}
+    amounts = {name: money(getattr(budget, name)) for name in ("cap", "spent", "reserved")}
     return {"period": budget.period.value, "key": budget.key_id, "currency": currency, **amounts}
 
 

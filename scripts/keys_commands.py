@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 import click
 
 from models.keys import remake_key
-from models.money import plain, shown
+from models.money import money, shown
 from models.states import Scope
 from pipeline.keys import issue_key
 from runtime.errors import BadInput, NotFound
@@ -300,7 +300,7 @@ def _called(key: KeyReport) -> str:
 def _figures(key: KeyReport, settings: Settings) -> dict[str, Any]:
     times = ("created_at", "expires_at", "revoked_at", "previous_until", "last_used_at")
     nanos = {name: getattr(key, name) for name in ("day_money", "month_money")}
-    amounts = {name: None if held is None else float(plain(held)) for name, held in nanos.items()}
+    amounts = {name: None if held is None else money(held) for name, held in nanos.items()}
     stated = {name: _stated(getattr(key, name)) for name in times}
     return asdict(key) | amounts | {"currency": settings.cost.currency} | stated
 

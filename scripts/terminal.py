@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from models.money import plain, shown
+from models.money import money, shown
 from models.names import batch_name
 from models.states import Priority
 from runtime.clock import utc_now
@@ -200,7 +200,7 @@ def summary(progress: BatchProgress) -> dict[str, Any]:
         "from_cache": progress.served,
         "tokens_saved": progress.saved_tokens,
         "lookups_lost": progress.unlooked,
-        "cost": float(plain(progress.cost)),
+        "cost": money(progress.cost),
         "currency": progress.currency if progress.cost else None,
         "seconds": round(seconds, 2),
         "tokens_per_s": round(progress.completion_tokens / seconds, 1) if seconds else 0.0,

@@ -9,15 +9,13 @@ from typing import Final
 
 from models.endpoints import EndpointSpec
 from models.states import Trust
-from pipeline.endpoints import key_of, known_endpoints
+from pipeline.endpoints import REREAD_S, known_endpoints, with_keys
 from runtime.errors import BadInput, ServiceUnreachable
 from runtime.logs import get_logger
 from runtime.settings import Settings
 from store.database import Database
 
 log = get_logger(__name__)
-
-REFRESH_S: Final = 30.0  # not below that of worker/registered.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +52,7 @@ class Announcement:
     def current(self) -> Announced:
         """What is served now."""
         if self._clock() >= self._due:
-            self._due = self._clock() + REFRESH_S
+            self._due = self._clock() + REREAD_S
             self._reread()
         own = {alias for alias, trust in self._known_to_all if trust is Trust.OWN}
         external = {alias for alias, trust in self._known_to_all if trust is Trust.EXTERNAL}
@@ -87,13 +85,5 @@ def usable_endpoints(settings: Settings, *, before: Sequence[EndpointSpec] = ())
         known = known_endpoints(database, settings)
     finally:
         database.close()
-    return [spec for spec in known if spec in before or _has_key(spec)]
-
-
-def _has_key(spec: EndpointSpec) -> bool:
-    try:
-        key_of(spec)
-    except BadInput as error:
-        log.error("endpoint_unusable", endpoint=spec.name, error=str(error))
-        return False
-    return True
+    usable = [*before, *(found.spec for found in with_keys(spec for spec in known if spec not in before))]
+    return [spec for spec in known if spec in usable]

@@ -15,7 +15,7 @@ from decimal import Decimal
 from typing import Final
 
 from inference.endpoint import Endpoint
-from inference.supervisor import EngineReadings, parse_readings
+from inference.supervisor import NOT_KNOWN, EngineReadings, parse_readings
 from models.endpoints import NANOS
 from runtime.errors import ServiceUnreachable, StokerError
 from runtime.logs import get_logger
@@ -27,7 +27,6 @@ log = get_logger(__name__)
 LOOK_EVERY_S: Final = 5.0  # as often as the engine's watch reads /metrics
 WRITE_EVERY_S: Final = 30.0
 STOP_S: Final = 5.0
-NOT_KNOWN: Final = EngineReadings(None, None, None)
 _HOUR_S: Final = 3600
 
 

@@ -99,17 +99,17 @@ class HintPublisher:
 
     def invite(self, readers: int) -> None:
         """Let so many hints wait for readers of documents, those that are there included."""
-        missing = readers - self.ready_count(Ingest.queue)
-        with self._channel() as connection, connection.Producer(serializer="json") as producer:
-            for _ in range(missing):
-                self._send(producer, Ingest(), name="ingest")
+        self._let_wait(Ingest(), readers, name="ingest")
 
     def call_express(self) -> None:
         """Let a hint wait for who answers single requests, if there is none: what was put before it is seen."""
-        if self.ready_count(AnswerSingle.queue):
-            return
+        self._let_wait(AnswerSingle(), 1, name="single")
+
+    def _let_wait(self, hint: Ingest | AnswerSingle, count: int, *, name: str) -> None:
+        missing = count - self.ready_count(hint.queue)
         with self._channel() as connection, connection.Producer(serializer="json") as producer:
-            self._send(producer, AnswerSingle(), name="single")
+            for _ in range(missing):
+                self._send(producer, hint, name=name)
 
     def ready_count(self, queue: str = RunShard.queue) -> int:
         """Hints in a queue that are delivered to no worker."""

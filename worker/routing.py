@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Final
 
 from inference.endpoint import Endpoint
 from inference.router import Router
 from inference.routes import MOST_AT_ONCE, Route
 from models.endpoints import EndpointSpec
-from models.states import Trust
-from pipeline.endpoints import key_of, known_endpoints, register_endpoint
+from pipeline.endpoints import REREAD_S, KeyedEndpoint, known_endpoints, register_endpoint, with_keys
 from runtime.errors import BadInput, ServiceUnreachable
 from runtime.logs import get_logger
 from runtime.settings import Settings
@@ -21,8 +18,6 @@ from store.database import Database
 from store.endpoint_limits import EndpointLimits
 
 log = get_logger(__name__)
-
-REFRESH_S: Final = 30.0
 
 
 class Routing:
@@ -70,7 +65,7 @@ class Routing:
         """Learn what has changed, if it is time; what cannot be read is left as it was."""
         if time.monotonic() < self._due:
             return
-        self._due = time.monotonic() + REFRESH_S
+        self._due = time.monotonic() + REREAD_S
         try:
             known = await asyncio.to_thread(self._known)
         except (ServiceUnreachable, BadInput) as error:
@@ -110,45 +105,25 @@ class Routing:
         self._engines.append(endpoint)
         return Route(endpoint, places=self._places, held_back=self._held_back)
 
-    def _known(self) -> list[_Known]:
-        known = []
-        for spec in known_endpoints(self._database, self._settings):
-            try:
-                known.append(_Known(spec, key_of(spec)))
-            except BadInput as error:
-                log.error("endpoint_unusable", endpoint=spec.name, error=str(error))
-        return known
+    def _known(self) -> list[KeyedEndpoint]:
+        return with_keys(known_endpoints(self._database, self._settings))
 
     def _engine_id_of(self, spec: EndpointSpec) -> int:
         with self._database.transaction() as session:
             return register_endpoint(session, spec, currency=self._settings.cost.currency)
 
-    async def _opened(self, known: _Known) -> Route | None:
-        spec = known.spec
+    async def _opened(self, known: KeyedEndpoint) -> Route | None:
         settings = self._settings
         try:
-            endpoint = Endpoint(
-                spec.url,
-                api_key=known.key,
+            endpoint = known.connect(
                 timeout_s=settings.limits.request_timeout_s,
                 connections=MOST_AT_ONCE,
-                auth=spec.auth,
-                is_shared=True,
-                streams=spec.trust is Trust.EXTERNAL,
                 first_byte_s=settings.endpoints.first_byte_s,
                 idle_s=settings.endpoints.idle_s,
             )
-            engine_id = await asyncio.to_thread(self._engine_id_of, spec)
+            engine_id = await asyncio.to_thread(self._engine_id_of, known.spec)
         except (BadInput, ServiceUnreachable) as error:
-            log.error("endpoint_unusable", endpoint=spec.name, error=str(error))
+            log.error("endpoint_unusable", endpoint=known.spec.name, error=str(error))
             return None
         await endpoint.__aenter__()
-        return Route.of(spec, endpoint, engine_id=engine_id, sharers=self._sharers)
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """A registered endpoint and its key."""
-
-    spec: EndpointSpec
-    key: str | None = field(repr=False)
+        return Route.of(known.spec, endpoint, engine_id=engine_id, sharers=self._sharers)

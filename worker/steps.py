@@ -20,7 +20,7 @@ from celery.bootsteps import StartStopStep
 from celery.worker.components import Pool
 
 from inference.engines import EnginePlan, Policy, plan_engine
-from inference.supervisor import EngineReadings, EngineSupervisor
+from inference.supervisor import NOT_KNOWN, EngineReadings, EngineSupervisor
 from pipeline.identity import EngineIdentity, identify_endpoint, register
 from runtime.errors import ServiceUnreachable
 from runtime.kept_process import KeptProcess
@@ -120,7 +120,7 @@ class WorkerParts:
 
     def readings(self) -> EngineReadings:
         """What its own engine said last; of one that it did not start nothing is known."""
-        return self.engine.readings if self.engine is not None else EngineReadings(None, None, None)
+        return self.engine.readings if self.engine is not None else NOT_KNOWN
 
     @property
     def log_file(self) -> Path:

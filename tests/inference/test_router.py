@@ -26,15 +26,21 @@ EXTERNAL = Terms(trust=Trust.EXTERNAL)
 
 
 @pytest.fixture(scope="module")
-def first() -> Iterator[ScriptedEndpoint]:
-    with ScriptedEndpoint(slots=4) as server:
-        yield server
+def servers() -> Iterator[tuple[ScriptedEndpoint, ScriptedEndpoint]]:
+    with ScriptedEndpoint(slots=4) as first, ScriptedEndpoint() as second:
+        yield first, second
 
 
-@pytest.fixture(scope="module")
-def second() -> Iterator[ScriptedEndpoint]:
-    with ScriptedEndpoint() as server:
-        yield server
+@pytest.fixture
+def first(servers: tuple[ScriptedEndpoint, ScriptedEndpoint]) -> Iterator[ScriptedEndpoint]:
+    yield servers[0]
+    servers[0].forget()
+
+
+@pytest.fixture
+def second(servers: tuple[ScriptedEndpoint, ScriptedEndpoint]) -> Iterator[ScriptedEndpoint]:
+    yield servers[1]
+    servers[1].forget()
 
 
 def body(text: str = "hello", model: str = "scripted") -> bytes:
@@ -117,11 +123,7 @@ def test_the_faster_endpoint_gets_more(first: ScriptedEndpoint, second: Scripted
             got = shares(await sent(router, [f"n {n}" for n in range(100)]))
             assert got[2] > 2 * got[1] > 0
 
-    try:
-        run(work)
-    finally:
-        first.script("", match="n")
-        second.script("", match="n")
+    run(work)
 
 
 def test_prompts_that_begin_alike_keep_to_one_own_endpoint(first: ScriptedEndpoint, second: ScriptedEndpoint) -> None:
@@ -150,10 +152,7 @@ def test_an_endpoint_that_has_had_too_many_rests_and_another_answers(
             assert shares(replies) == {2: 20}
 
     before = first.calls().count
-    try:
-        run(work)
-    finally:
-        first.script("", match="busy")
+    run(work)
     assert first.calls().count - before <= 8  # its first window; nothing while it rests
 
 
@@ -178,11 +177,7 @@ def test_a_server_error_is_answered_by_another(first: ScriptedEndpoint, second: 
             with pytest.raises(Transient):
                 await router.post(CHAT, body("bad"), request_id="r")
 
-    try:
-        run(work)
-    finally:
-        first.script("", match="bad")
-        second.script("", match="bad")
+    run(work)
 
 
 def test_an_engine_that_breaks_under_a_request_is_no_failover(
@@ -248,10 +243,7 @@ def test_an_own_engine_is_full_before_anything_is_paid(first: ScriptedEndpoint, 
             replies = await sent(router, [f"full {n}" for n in range(6)], Terms(trust=Trust.EXTERNAL, payer=wallet))
             assert shares(replies) == {None: 6}
 
-    try:
-        run(work)
-    finally:
-        first.script("", match="full")
+    run(work)
 
 
 def test_a_priced_answer_that_is_lost_is_paid_in_full_and_not_asked_for_elsewhere(
@@ -267,11 +259,7 @@ def test_a_priced_answer_that_is_lost_is_paid_in_full_and_not_asked_for_elsewher
                 await sent(router, ["lost"], Terms(trust=Trust.EXTERNAL, payer=wallet))
             assert len(wallet.told) == 1 and wallet.told[0][0] == wallet.told[0][1] > 0
 
-    try:
-        run(work)
-    finally:
-        first.script("", match="lost")
-        second.script("", match="lost")
+    run(work)
 
 
 def test_a_spent_quota_closes_an_endpoint_and_names_it(first: ScriptedEndpoint, second: ScriptedEndpoint) -> None:
@@ -282,10 +270,7 @@ def test_a_spent_quota_closes_an_endpoint_and_names_it(first: ScriptedEndpoint, 
             closed = next(route for route in router.routes if route.name == "a")
             assert "quota" in closed.closed_for
 
-    try:
-        run(work)
-    finally:
-        first.script("", match="quota")
+    run(work)
 
 
 def test_a_request_that_waits_stops_with_its_attempt(first: ScriptedEndpoint) -> None:
@@ -303,10 +288,7 @@ def test_a_request_that_waits_stops_with_its_attempt(first: ScriptedEndpoint) ->
                 await waiting
             assert said(await running) == "echo: slow"
 
-    try:
-        run(work)
-    finally:
-        first.script("", match="slow")
+    run(work)
 
 
 def test_an_endpoint_is_asked_for_the_model_by_its_own_name(second: ScriptedEndpoint) -> None:
@@ -356,10 +338,7 @@ def test_a_request_that_is_always_too_much_does_not_hold_up_the_others(first: Sc
             with pytest.raises(Transient):
                 await large
 
-    try:
-        run(work)
-    finally:
-        first.script("", match="too large")
+    run(work)
 
 
 def test_a_budget_that_is_too_small_for_one_endpoint_is_used_at_a_cheaper_one(
@@ -382,7 +361,4 @@ def test_a_budget_that_is_too_small_for_one_endpoint_is_used_at_a_cheaper_one(
             with pytest.raises(Permanent, match="dear: may cost too much"):
                 await sent(router, ["tight"], terms)
 
-    try:
-        run(work)
-    finally:
-        second.script("", match="tight")
+    run(work)

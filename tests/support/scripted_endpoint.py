@@ -79,6 +79,7 @@ class ScriptedEndpoint:
         self._flags += ["--requests-per-minute", str(requests_per_minute)]
         self._flags += ["--tokens-per-minute", str(tokens_per_minute), "--fail-share", str(fail_share)]
         self._flags += ["--without-health"] if without_health else []
+        self._scripted: set[str] = set()
         self.port = 0
 
     def __enter__(self) -> Self:
@@ -130,6 +131,12 @@ class ScriptedEndpoint:
     def script(self, orders: str, *, match: str = "") -> None:
         """From now on treat prompts that contain `match` as if they held these orders; "" ends it."""
         self._ask("/_script", {"match": match, "orders": orders})
+        self._scripted.add(match)
+
+    def forget(self) -> None:
+        """End all that it was told by `script`."""
+        while self._scripted:
+            self._ask("/_script", {"match": self._scripted.pop(), "orders": ""})
 
     def set(self, **options: float) -> None:
         """From now on: latency_s, latency_sigma, fail_share, requests_per_minute, tokens_per_minute."""
