@@ -16,6 +16,7 @@ from api.errors import ApiError, refusals
 from api.gateway import Gateway, gateway_of
 from api.streamed import EVENTS, events_of
 from models.singles import ENGINE_DIED, SingleAnswer, SingleRequest, read_single
+from pipeline.budgets import CODE as BUDGET_EXCEEDED
 from pipeline.budgets import BudgetExceeded
 from pipeline.held import Desk, TooManyHeld
 from pipeline.serving import ServedModels, served_models
@@ -107,7 +108,9 @@ async def _answer(request: Request, principal: Principal, path: str) -> Response
     charge = await run_in_threadpool(_charged, gateway, principal, single)
     answer: SingleAnswer | None = None
     try:
-        answer = await _held(request, counter.desk, single, wait_s=gateway.settings.gateway.express_s)
+        answer = await _held(
+            request, counter.desk, single, key_id=principal.key_id, wait_s=gateway.settings.gateway.express_s
+        )
     finally:
         await asyncio.shield(run_in_threadpool(_settle, gateway, principal, charge, answer))
     return _response(single, answer)
@@ -132,7 +135,11 @@ def _charged(gateway: Gateway, principal: Principal, single: SingleRequest) -> C
                 most_output=gateway.settings.limits.max_output_tokens,
             )
     except BudgetExceeded as error:
-        raise ApiError(429, str(error), kind="rate_limit_error", code="insufficient_quota") from error
+        raise _unpaid(str(error)) from error
+
+
+def _unpaid(message: str) -> ApiError:
+    return ApiError(429, message, kind="rate_limit_error", code="insufficient_quota")
 
 
 def _settle(gateway: Gateway, principal: Principal, charge: Charge, answer: SingleAnswer | None) -> None:
@@ -144,9 +151,9 @@ def _settle(gateway: Gateway, principal: Principal, charge: Charge, answer: Sing
         log.warning("single_not_settled", key=principal.key_id, error=str(error))
 
 
-async def _held(request: Request, desk: Desk, single: SingleRequest, *, wait_s: float) -> SingleAnswer:
+async def _held(request: Request, desk: Desk, single: SingleRequest, *, key_id: str, wait_s: float) -> SingleAnswer:
     """The answer, unless its client goes first: then nobody reads what is raised."""
-    asking = asyncio.create_task(desk.ask(single))
+    asking = asyncio.create_task(desk.ask(single, key_id=key_id))
     gone = asyncio.create_task(_gone(request))
     try:
         await asyncio.wait((asking, gone), timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
@@ -177,7 +184,7 @@ async def _gone(request: Request) -> None:
 
 def _response(single: SingleRequest, answer: SingleAnswer) -> Response:
     if answer.code is not None or answer.response is None or answer.status_code is None:
-        raise _refusal(answer)
+        raise _refusal(single, answer)
     if not single.streams:
         return Response(answer.response, media_type=JSON)
     return Response(events_of(answer.response, with_usage=single.with_usage), media_type=EVENTS)
@@ -192,15 +199,19 @@ _FAULTS: Final = {
 }
 
 
-def _refusal(answer: SingleAnswer) -> ApiError:
+def _refusal(single: SingleRequest, answer: SingleAnswer) -> ApiError:
     """The error of a request that came to nothing; one that an endpoint refused is told in its words."""
     message = answer.message or "the engine gave no reason"
     if answer.code in _FAULTS:
         status, said, headers = _FAULTS[answer.code]
         return ApiError(status, said, kind="server_error", code=answer.code, headers=headers)
-    if answer.code in ("model_not_found", "trust_refused", "budget_exceeded"):
+    if answer.code == BUDGET_EXCEEDED:
+        return _unpaid(message)
+    if answer.code in ("model_not_found", "trust_refused"):
         return ApiError(404 if answer.code == "model_not_found" else 403, message, code=answer.code)
     status = answer.status_code or 502
+    if status == 501:  # llama.cpp's word for embeddings, where it generates
+        return ApiError(400, f"{single.model!r} is served, but not at {single.path}", param="model", code="invalid_value")
     if 400 <= status < 500 and status not in (401, 403, 407):
         kind: Any = "not_found_error" if status == 404 else "invalid_request_error"
         return ApiError(status, _said(answer.response) or message, kind=kind, code=answer.code)

@@ -10,7 +10,7 @@ Through the whole system: gateway, RabbitMQ, the express node, an engine that is
 
 Each client asks for 32 tokens, and asks again as soon as it has them. Before, the batch runs for a while by itself. On
 a scripted engine of 16 slots, whose answers take 1 s (lognormal) whatever else the machine does; on llama.cpp; and on
-vLLM with `--engines`. Postgres, RabbitMQ, Redis, engine and clients share the cores. About 8 minutes.
+vLLM. Postgres, RabbitMQ, Redis, engine and clients share the cores. About 20 minutes.
 Writes benchmarks/results/express.json.
 """
 
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=60, help="of each leg")
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1, help="of all sides; their requests count together")
-    parser.add_argument("--engines", default="scripted,llamacpp", help="of scripted, llamacpp, vllm")
+    parser.add_argument("--engines", default="scripted,llamacpp,vllm", help="which of these")
     options = parser.parse_args()
     report: dict[str, Any] = {"made_with": made_with("celery"), "options": vars(options), "engines": {}}
     kinds: list[Kind] = [kind for kind in SLOTS if kind in options.engines.split(",")]  # type: ignore[misc]

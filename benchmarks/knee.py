@@ -1,11 +1,11 @@
 """How many requests at once an endpoint bears, and where the window settles that finds it out by itself.
 
-    python -m benchmarks.knee [--leg-s 5] [--window-s 60]
+    python -m benchmarks.knee [--leg-s 5] [--window-s 300]
 
 First the throughput with 1, 2, 4, … 256 requests at once, each held for a while; then one window from its start. Two
 scripted endpoints whose knees are known, their service times lognormal, and a real engine: vLLM where its environment
 exists, else llama.cpp, answers of 8 to 32 tokens. The figures of a real engine are noisy where a machine is shared.
-About 6 minutes. Writes benchmarks/results/knee.json.
+About 9 minutes. Writes benchmarks/results/knee.json.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
     """Measure the curve and the window on each endpoint, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--leg-s", type=float, default=5.0, help="seconds that each number at once is held, at most")
-    parser.add_argument("--window-s", type=float, default=60.0, help="the same of the window")
+    parser.add_argument("--window-s", type=float, default=300.0, help="the same of the window")
     options = parser.parse_args()
     cases = []
     for places in PLACES:

@@ -34,6 +34,7 @@ TRANSIENT_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 521
 GATEWAY_STATUSES: Final = frozenset({502, 504, 520, 521, 522, 523, 524})
 STREAMED_PATHS: Final = frozenset({"/v1/chat/completions", "/v1/completions"})
 Auth = Literal["bearer", "api-key", "x-api-key"]
+_PATHS: Final = ("/completions", "/embeddings", "/models")
 _VERSION: Final = re.compile(r"/v\d[^/]*(/|$)")
 
 
@@ -351,9 +352,15 @@ def _fault_of(parts: SplitResult) -> str | None:
         return "has a query or fragment"
     if parts.scheme == "unix":
         return None if parts.path and not parts.netloc else "names no absolute path"
+    return _fault_of_web(parts)
+
+
+def _fault_of_web(parts: SplitResult) -> str | None:
     if parts.scheme not in {"http", "https"}:
         return "has neither http, https nor unix as its scheme"
     host = parts.hostname or " "
     if not host.isprintable() or " " in host or parts.port == 0:  # a port that is no number raises ValueError
         return "names no host or port that there can be"
+    if parts.path.rstrip("/").endswith(_PATHS):
+        return "ends with the path of one kind of request, which is added to it"
     return None

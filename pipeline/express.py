@@ -1,7 +1,7 @@
 """Answering single requests: the asyncio loop of the express node's child, many at once, each within its lease.
 
 A hint only says that some wait: Redis says which, and who has them. Any line may be the last that runs: a lease that
-is not extended ends, and the next child runs the request again. It must not know how a request came, or its key.
+is not extended ends, and the next child runs the request again. It must not know how a request came.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from inference.router import Router
 from inference.terms import Terms
 from models.singles import ENGINE_DIED, SingleAnswer
 from models.states import Outcome, Trust
+from pipeline.purse import KeyPurse
 from runtime.errors import Permanent, ServiceUnreachable, Stopped, Transient
 from runtime.logs import get_logger
 from store.express import RENEW_S, ClaimedRequest, ExpressQueue
@@ -28,16 +29,21 @@ log = get_logger(__name__)
 # Chosen: an engine that is starting anew is worth some seconds to a client who waits; longer, and it asks again itself.
 DOWN_PATIENCE_S: Final = 10.0
 DOWN_WAIT_S: Final = 0.25
+SETTLE_S: Final = 5.0  # for the money of what is cancelled
 
 
 @dataclass(frozen=True, slots=True)
 class ExpressContext:
-    """The parts of the child; `seen` is called whenever there are single requests, for who is to make room."""
+    """The parts of the child; `seen` is called whenever there are single requests, for who is to make room.
+
+    `purse` makes what a key may pay for one request.
+    """
 
     queue: ExpressQueue
     router: Router
     seen: Callable[[], None]
     engine_id: Callable[[], int | None]
+    purse: Callable[[str], KeyPurse]
     refresh: Callable[[], Awaitable[None]] | None = None
 
 
@@ -85,13 +91,12 @@ class Answering:
         self._is_ending = True
         if self._running:
             await asyncio.wait(self._running, timeout=grace_s)
-        left = list(self._running.values())
-        for task in list(self._running):
+        left = dict(self._running)
+        for task in (*left, *self._keepers):
             task.cancel()
-        for keeper in self._keepers:
-            keeper.cancel()
         if left:
-            await self._give_back(left)
+            await self._give_back(list(left.values()))
+            await asyncio.wait(left, timeout=SETTLE_S)
 
     async def _give_back(self, claimed: Sequence[ClaimedRequest]) -> None:
         log.info("express_given_back", requests=len(claimed))
@@ -134,9 +139,7 @@ class Answering:
             code = ENGINE_DIED if has_died else "unavailable"
             return SingleAnswer(code=code, message=str(error))
         except Permanent as error:
-            unpaid = error.code == "budget_exceeded"
-            message = "single requests never go to endpoints that bill tokens; send a batch" if unpaid else str(error)
-            return SingleAnswer(code=error.code, message=message)
+            return SingleAnswer(code=error.code, message=str(error))
         except Stopped:
             raise
         except Exception as error:  # a defect of ours is an answer too, with a traceback in the log
@@ -157,14 +160,22 @@ class Answering:
         """The endpoint's answer; waits for an engine that is not there, as nothing was sent."""
         loop = asyncio.get_running_loop()
         until = loop.time() + DOWN_PATIENCE_S
-        terms = Terms(trust=Trust(claimed.trust), stopped=lambda: self._is_ending, patience_s=DOWN_PATIENCE_S)
-        while True:
-            try:
-                return await self._context.router.post(claimed.path, claimed.body, request_id=claimed.id, terms=terms)
-            except EndpointDown as error:
-                if error.was_sent or loop.time() >= until:
-                    raise
-                await asyncio.sleep(DOWN_WAIT_S)
+        purse = self._context.purse(claimed.key_id)
+        terms = Terms(
+            trust=Trust(claimed.trust), stopped=lambda: self._is_ending, payer=purse, patience_s=DOWN_PATIENCE_S
+        )
+        try:
+            while True:
+                try:
+                    return await self._context.router.post(
+                        claimed.path, claimed.body, request_id=claimed.id, terms=terms
+                    )
+                except EndpointDown as error:
+                    if error.was_sent or loop.time() >= until:
+                        raise
+                    await asyncio.sleep(DOWN_WAIT_S)
+        finally:
+            await asyncio.shield(purse.settle())
 
     async def _refresh(self) -> None:
         """Learn which endpoints are registered, apart from all else: Postgres may be slow or away."""

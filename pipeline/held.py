@@ -33,6 +33,7 @@ class TooManyHeld(Transient):
 @dataclass(slots=True)
 class _Held:
     request: SingleRequest
+    key_id: str
     answer: asyncio.Future[SingleAnswer] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     is_told: bool = False
 
@@ -48,14 +49,14 @@ class Desk:
         self._held: dict[str, _Held] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def ask(self, request: SingleRequest) -> SingleAnswer:
-        """Hold a request until it is answered. Cancel it, and the endpoint's work on it ends within a second.
+    async def ask(self, request: SingleRequest, *, key_id: str) -> SingleAnswer:
+        """Hold a request of a key until it is answered. Cancel it, and the endpoint's work on it ends within a second.
 
         Raises TooManyHeld, and ServiceUnreachable if Redis does not take it.
         """
         if not self._tasks:
             self._tasks = [asyncio.create_task(self._hear()), asyncio.create_task(self._renew())]
-        id_, held = uuid4().hex, _Held(request)
+        id_, held = uuid4().hex, _Held(request, key_id)
         try:
             if not await self._put(id_, held):
                 raise TooManyHeld(f"{self._most:,} single requests are open already (STOKER_GATEWAY__EXPRESS_REQUESTS)")
@@ -78,7 +79,13 @@ class Desk:
     async def _put(self, id_: str, held: _Held) -> bool:
         request = held.request
         return await self._queue.put(
-            id_, path=request.path, body=request.body, trust=request.trust.value, door=self._door, most=self._most
+            id_,
+            path=request.path,
+            body=request.body,
+            trust=request.trust.value,
+            key_id=held.key_id,
+            door=self._door,
+            most=self._most,
         )
 
     async def _hear(self) -> None:

@@ -1,4 +1,4 @@
-"""Money for priced endpoints while a shard runs: nothing is asked before the most that it may cost is reserved.
+"""Money for priced endpoints, of a shard that runs or of a single request: nothing is asked before it is reserved.
 
 Budgets count what endpoints bill, not what results hold: an answer that was lost is paid for too. What one attempt has
 reserved and spent is stated as a whole each time, by one thread at a time; after an ambiguous commit the next statement
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -22,11 +23,20 @@ from pipeline.budgets import BudgetExceeded, bounds_of
 from runtime.errors import LostFence, ServiceUnreachable
 from runtime.logs import get_logger
 from store.database import Database, Session
-from store.money import HeldMoney, lock_money, lock_money_again, state_money, take_spill
+from store.money import (
+    HeldMoney,
+    lock_money,
+    lock_money_again,
+    lock_money_of_key,
+    spend_money,
+    state_money,
+    take_spill,
+)
 from store.shards import Claim, hold_shard
 
 log = get_logger(__name__)
 
+OWN_FIRST_S: Final = 3.0  # chosen: a client waits, and pays rather than stand behind a batch
 LEAST_NANOS: Final = 1  # of a request to a priced endpoint that would cost nothing: there is no payment of 0
 
 
@@ -49,8 +59,7 @@ class Purse:
         `spills`: own endpoints serve it too, so it takes one of the jobs that the batch must send away to end in time.
         Raises BudgetExceeded where a budget can never pay it, unless own endpoints can do it.
         """
-        prompt_tokens, output_tokens = bounds_of(body, path, most_output=self._most_output)
-        nanos = max(LEAST_NANOS, prices.most_nanos(prompt_tokens=prompt_tokens, output_tokens=output_tokens))
+        nanos = _most_nanos(prices, path, body, most_output=self._most_output)
         async with self._turn:
             reserving = asyncio.ensure_future(asyncio.to_thread(self._reserve, nanos, spills=spills))
             try:
@@ -132,10 +141,94 @@ class Purse:
         state_money(session, self._claim, budget_ids, reserved=reserved, spent=spent, requests=requests)
 
     def _refusal(self, nanos: int, budget: HeldMoney, spent: int) -> str:
-        name = f"the {budget.period} budget of key {budget.key_id}"
-        remedy = f"raise it with `stoker keys limit {budget.key_id} --money-per-{budget.period} N`"
-        if budget.period is BudgetPeriod.BATCH:
-            name = "the batch's budget of money"
-            remedy = f"`stoker retry {batch_name(self._claim.batch_id)} --budget-money N` has one of its own"
-        left, cap = max(0, budget.cap - spent), budget.cap
-        return f"may cost up to {plain(nanos)}, but {name} has {plain(left)} left of {plain(cap)}; {remedy}"
+        left = budget.cap - spent
+        if budget.period is not BudgetPeriod.BATCH:
+            return _short_of_key(nanos, budget, left)
+        remedy = f"`stoker retry {batch_name(self._claim.batch_id)} --budget-money N` has one of its own"
+        return _short(nanos, "the batch's budget of money", left, budget.cap, remedy)
+
+
+class KeyPurse:
+    """What a key pays for one single request; it is the `Payer` of it, in the loop's thread.
+
+    No attempt holds it, so the most is spent first, and `settle` gives back what it did not cost. Who dies in between
+    leaves it spent, so that a budget is never exceeded.
+    """
+
+    def __init__(self, database: Database, key_id: str, *, most_output: int) -> None:
+        self._database = database
+        self._key_id = key_id
+        self._most_output = most_output
+        self._began = time.monotonic()
+        self._taking: asyncio.Future[None] | None = None
+        self._budget_ids: list[int] = []
+        self._taken = self._spent = 0
+
+    async def pay(self, prices: Prices, path: str, body: bytes, *, spills: bool) -> int:
+        """Spend the most that it may cost: how many nanos; 0 where waiting may help.
+
+        `spills`: own endpoints serve it too, and have the first seconds. Raises BudgetExceeded where it is too much.
+        """
+        if spills and time.monotonic() < self._began + OWN_FIRST_S:
+            return 0
+        await self.settle()  # of an endpoint before, perhaps of another day
+        nanos = _most_nanos(prices, path, body, most_output=self._most_output)
+        self._taking = asyncio.ensure_future(asyncio.to_thread(self._take, nanos))
+        try:
+            await asyncio.shield(self._taking)  # `settle` knows of it though we are cancelled here
+        except ServiceUnreachable as error:
+            log.warning("payment_waits", error=str(error))
+            return 0
+        return nanos
+
+    def ended(self, reserved: int, *, spent: int) -> None:
+        """A request is over, and this is what it has cost."""
+        del reserved
+        self._spent += spent
+
+    async def settle(self) -> None:
+        """Give back what was taken and not spent; what Postgres does not hear of stays spent."""
+        if self._taking is None:
+            return
+        await asyncio.gather(self._taking, return_exceptions=True)
+        left, self._taken, self._spent, self._taking = self._taken - self._spent, 0, 0, None
+        if not left:
+            return
+        try:
+            await asyncio.to_thread(self._give_back, left)
+        except ServiceUnreachable as error:
+            log.warning("payment_not_settled", key=self._key_id, error=str(error))
+
+    def _take(self, nanos: int) -> None:
+        with self._database.transaction() as session:
+            budgets = lock_money_of_key(session, self._key_id)
+            if not budgets:
+                raise BudgetExceeded(
+                    f"bills tokens, and key {self._key_id} has no budget of money: "
+                    f"`stoker keys limit {self._key_id} --money-per-day N` gives it one"
+                )
+            least = min(budgets, key=lambda budget: budget.cap - budget.spent - budget.reserved)
+            free = least.cap - least.spent - least.reserved
+            if free < nanos:
+                raise BudgetExceeded(_short_of_key(nanos, least, free))
+            ids = [budget.id for budget in budgets]
+            spend_money(session, ids, nanos)
+        self._budget_ids, self._taken = ids, nanos
+
+    def _give_back(self, nanos: int) -> None:
+        with self._database.transaction() as session:
+            spend_money(session, self._budget_ids, -nanos)
+
+
+def _most_nanos(prices: Prices, path: str, body: bytes, *, most_output: int) -> int:
+    prompt_tokens, output_tokens = bounds_of(body, path, most_output=most_output)
+    return max(LEAST_NANOS, prices.most_nanos(prompt_tokens=prompt_tokens, output_tokens=output_tokens))
+
+
+def _short_of_key(nanos: int, budget: HeldMoney, left: int) -> str:
+    remedy = f"raise it with `stoker keys limit {budget.key_id} --money-per-{budget.period} N`"
+    return _short(nanos, f"the {budget.period} budget of key {budget.key_id}", left, budget.cap, remedy)
+
+
+def _short(nanos: int, name: str, left: int, cap: int, remedy: str) -> str:
+    return f"may cost up to {plain(nanos)}, but {name} has {plain(max(0, left))} left of {plain(cap)}; {remedy}"

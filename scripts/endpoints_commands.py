@@ -166,7 +166,7 @@ def _unknown(name: str) -> NotFound:
 def _fields(name: str, url: str, stated: Mapping[str, Any]) -> dict[str, Any]:
     """An EndpointSpec's fields, as far as they were stated."""
     fields = {field: value for field, value in stated.items() if value is not None and not field.endswith("_price")}
-    fields["models"] = dict(_named(pair) for pair in stated["models"])
+    fields["models"] = _aliases(stated["models"])
     asked = {kind: stated[f"{kind}_price"] for kind in ("input", "output", "cached")}
     prices = {kind: value for kind, value in asked.items() if value is not None}
     if prices:
@@ -178,9 +178,15 @@ def _fields(name: str, url: str, stated: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": name, "url": url, **fields}
 
 
-def _named(pair: str) -> tuple[str, str]:
-    alias, _, theirs = pair.partition("=")
-    return alias, theirs or alias
+def _aliases(pairs: Sequence[str]) -> dict[str, str]:
+    """What jobs call a model → what the endpoint calls it."""
+    aliases: dict[str, str] = {}
+    for pair in pairs:
+        alias, _, theirs = pair.partition("=")
+        if alias in aliases:
+            raise BadInput(f"--model {pair}: {alias} is stated twice; an alias stands for one model of an endpoint")
+        aliases[alias] = theirs or alias
+    return aliases
 
 
 def _using(settings: Settings) -> tuple[Counter[str] | None, int]:

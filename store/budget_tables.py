@@ -104,6 +104,25 @@ class BudgetTable:
             )
         )
 
+    def lock_of_key(self, session: Session, key_id: str) -> list[tuple[int, str, str, int, int, int]]:
+        """The budgets that a key has now, locked: id, key, period, cap, spent, reserved. New periods are begun."""
+        caps = session.execute(
+            text(
+                f"SELECT 1 FROM api_keys WHERE id = :key AND coalesce({self.day}, {self.month}) IS NOT NULL FOR SHARE"
+            ),
+            {"key": key_id},
+        ).one_or_none()
+        if caps is None:
+            return []
+        self.begin(session, "k.id = :key", {"key": key_id})
+        rows = session.execute(
+            text(f"""
+        SELECT u.id, u.key_id, u.period, u.cap, u.spent, u.reserved FROM api_keys k {self.rows_of_key}
+        WHERE k.id = :key AND p.cap IS NOT NULL ORDER BY u.id FOR NO KEY UPDATE OF u"""),
+            {"key": key_id},
+        )
+        return [(id_, key, period, cap, spent, reserved) for id_, key, period, cap, spent, reserved in rows]
+
     def of_tenant(self, session: Session, tenant: str) -> list[BudgetReport]:
         """The tenant's: of its keys in the running periods, then of its batches that have not ended."""
         of_batch = "b.tenant = :tenant AND b.ended_at IS NULL"

@@ -104,21 +104,13 @@ def take_of_key(session: Session, key_id: str, tokens: int) -> Taken:
 
     Not repeatable: after an ambiguous COMMIT it may be spent twice.
     """
-    caps = session.execute(
-        text("""
-        SELECT 1 FROM api_keys WHERE id = :key AND coalesce(day_tokens, month_tokens) IS NOT NULL FOR SHARE"""),
-        {"key": key_id},
-    ).one_or_none()
-    if caps is None:
+    rows = TOKENS.lock_of_key(session, key_id)
+    budgets = [
+        HeldBudget(id_, key, BudgetPeriod(period), cap, spent, reserved, own=0)
+        for id_, key, period, cap, spent, reserved in rows
+    ]
+    if not budgets:
         return Taken()
-    TOKENS.begin(session, "k.id = :key", {"key": key_id})
-    rows = session.execute(
-        text(f"""
-        SELECT u.id, u.key_id, u.period, u.cap, u.spent, u.reserved, 0 FROM api_keys k {TOKENS.rows_of_key}
-        WHERE k.id = :key AND p.cap IS NOT NULL ORDER BY u.id FOR NO KEY UPDATE OF u"""),
-        {"key": key_id},
-    ).all()
-    budgets = [HeldBudget(id_, key, BudgetPeriod(period), *rest) for id_, key, period, *rest in rows]
     least = min(budgets, key=lambda budget: budget.free)
     if least.free < tokens:
         return Taken(short=least)

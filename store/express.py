@@ -43,16 +43,16 @@ redis.call('EXPIRE', ARGV[1] .. ARGV[2], ARGV[3])
 redis.call('ZADD', KEYS[1], string.format('%.6f', now), ARGV[2])
 return 1
 """
-# ARGV: how many, lease_s. Answers the claimed ones, each as id, fence, path, trust, body.
+# ARGV: how many, lease_s. Answers the claimed ones, each as id, fence, path, trust, body, key.
 _CLAIM: Final = f"""{_NOW}
 local claimed = {{}}
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('%.6f', now), 'LIMIT', 0, 1000)) do
     if #claimed >= tonumber(ARGV[2]) then break end
-    local found = redis.call('HMGET', ARGV[1] .. id, 'path', 'trust', 'body')
+    local found = redis.call('HMGET', ARGV[1] .. id, 'path', 'trust', 'body', 'key')
     if found[1] then
         local fence = redis.call('HINCRBY', ARGV[1] .. id, 'fence', 1)
         redis.call('ZADD', KEYS[1], string.format('%.6f', now + ARGV[3]), id)
-        table.insert(claimed, {{id, fence, found[1], found[2], found[3]}})
+        table.insert(claimed, {{id, fence, found[1], found[2], found[3], found[4] or ''}})
     else
         redis.call('ZREM', KEYS[1], id)
     end
@@ -106,13 +106,14 @@ return fence == '0' and 1 or 0
 
 @dataclass(frozen=True, slots=True)
 class ClaimedRequest:
-    """One request as a worker got it; `fence` counts the claims of it."""
+    """One request as a worker got it; `fence` counts the claims of it, `key_id` is who pays."""
 
     id: str
     fence: int
     path: str
     trust: str
     body: bytes
+    key_id: str
 
 
 class ExpressQueue:
@@ -125,17 +126,17 @@ class ExpressQueue:
             text: self._redis.register_script(text) for text in (_PUT, _CLAIM, _EXTEND, _ANSWER, _RENEW, _CANCEL)
         }
 
-    async def put(self, id_: str, *, path: str, body: bytes, trust: str, door: str, most: int) -> bool:
+    async def put(self, id_: str, *, path: str, body: bytes, trust: str, key_id: str, door: str, most: int) -> bool:
         """Let it wait, its answer to be told at `door`; False where `most` are there already. Repeatable."""
-        fields = ("path", path, "body", body, "trust", trust, "door", door)
+        fields = ("path", path, "body", body, "trust", trust, "key", key_id, "door", door)
         return bool(await self._run(_PUT, id_, HELD_S, most, *fields))
 
     async def claim(self, most: int) -> list[ClaimedRequest]:
         """Those that have waited longest, for LEASE_S unless they are extended."""
         found = await self._run(_CLAIM, most, LEASE_S)
         return [
-            ClaimedRequest(id_.decode(), fence, path.decode(), trust.decode(), body)
-            for id_, fence, path, trust, body in found
+            ClaimedRequest(id_.decode(), fence, path.decode(), trust.decode(), body, key.decode())
+            for id_, fence, path, trust, body, key in found
         ]
 
     async def extend(self, claimed: Sequence[ClaimedRequest]) -> set[str]:

@@ -81,6 +81,26 @@ def lock_money_again(session: Session, claim: Claim, budget_ids: Sequence[int]) 
     return [HeldMoney(id_, key_id, BudgetPeriod(period), *rest) for id_, key_id, period, *rest in rows]
 
 
+def lock_money_of_key(session: Session, key_id: str) -> list[HeldMoney]:
+    """The budgets of money that a key has now, locked, for a request that is in no batch; its new periods are begun."""
+    rows = MONEY.lock_of_key(session, key_id)
+    return [
+        HeldMoney(id_, key, BudgetPeriod(period), cap, spent, reserved, own_spent=0, own_reserved=0)
+        for id_, key, period, cap, spent, reserved in rows
+    ]
+
+
+def spend_money(session: Session, budget_ids: Sequence[int], nanos: int) -> None:
+    """So much more is spent of each of these; below zero, less. Not repeatable: an ambiguous COMMIT may count twice."""
+    session.execute(
+        text("""
+        WITH held AS (
+            SELECT id FROM money_budgets WHERE id = ANY(CAST(:ids AS int8[])) ORDER BY id FOR NO KEY UPDATE)
+        UPDATE money_budgets u SET spent = greatest(0, u.spent + :nanos) FROM held WHERE u.id = held.id"""),
+        {"ids": list(budget_ids), "nanos": nanos},
+    )
+
+
 def state_money(
     session: Session, claim: Claim, budget_ids: Sequence[int], *, reserved: int, spent: int, requests: int
 ) -> None:

@@ -14,6 +14,7 @@ import uvloop
 
 from inference.endpoint import Endpoint, Reply
 from pipeline.express import Answering, ExpressContext
+from pipeline.purse import KeyPurse
 from runtime.children import die_with_parent
 from runtime.settings import load_settings
 from store.database import Database
@@ -32,6 +33,7 @@ class ExpressChild:
         die_with_parent()
         settings, shared = parts.settings, parts.shared
         self._grace_s = settings.worker.grace_s
+        self._most_output = settings.limits.max_output_tokens
         self.loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="express", daemon=True)
         self._thread.start()
@@ -50,10 +52,14 @@ class ExpressChild:
                 router=self._routing.router,
                 seen=shared.saw_single,
                 engine_id=shared.engine_id,
+                purse=self._purse,
                 refresh=self._routing.refresh,
             )
         )
         asyncio.run_coroutine_threadsafe(self._open(), self.loop).result()
+
+    def _purse(self, key_id: str) -> KeyPurse:
+        return KeyPurse(self._database, key_id, most_output=self._most_output)
 
     async def _open(self) -> None:
         await self._routing.open()

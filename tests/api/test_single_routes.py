@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from sqlalchemy import text
 from starlette.testclient import TestClient
 
 from api.gateway import Gateway
+from models.endpoints import EndpointSpec, Prices
 from models.states import Scope
 from runtime.settings import GatewaySettings
 from store.budgets import set_key_caps
 from store.engines import register_engine
+from store.money import set_key_money
 from tests.api.conftest import ClientOf
 from tests.support.express_node import ExpressNode
 from tests.support.scripted_endpoint import ScriptedEndpoint
@@ -49,6 +52,7 @@ def gateway(gateway: Gateway, node: ExpressNode) -> Gateway:
     """The gateway, whose hints the node gets."""
     with gateway.database.transaction() as session:
         node.engine_id = register_engine(session, {"kind": "scripted"})
+    node.database = gateway.database
     return dataclasses.replace(gateway, invite=node.invite)
 
 
@@ -106,6 +110,7 @@ def test_what_the_engine_refuses_is_told_in_its_words(client: TestClient) -> Non
     answer = client.post(CHAT, json=chat("[[status 422]]"))
     assert answer.status_code == 422
     assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert refused(client, chat("[[status 501]]")) == (400, "invalid_value", "model")
     away = client.post(CHAT, json=chat("[[status 500]]"))
     assert (away.status_code, away.json()["error"]["code"]) == (503, "unavailable")
     assert away.headers["Retry-After"] == "2"
@@ -165,6 +170,35 @@ def test_a_budget_is_charged_before_and_gets_back_what_was_not_taken(
     assert refused(client, chat("[[status 400]]", max_tokens=16))[0] == 400
     with gateway.database.transaction() as session:
         assert session.scalars(text("SELECT spent FROM budgets")).all() == [3]
+
+
+def test_a_priced_endpoint_is_asked_for_who_allows_it_and_has_money(
+    client: TestClient, gateway: Gateway, node: ExpressNode, endpoint: ScriptedEndpoint
+) -> None:
+    spec = EndpointSpec(
+        name="cloud", url=endpoint.url, models={"dear": "scripted"}, prices=Prices(input=Decimal(2), output=Decimal(8))
+    )
+    with gateway.database.transaction() as session:
+        [key_id] = session.scalars(text("SELECT id FROM api_keys")).all()
+        engine_id = register_engine(session, {"kind": "endpoint"})
+    node.sell(spec, engine_id)
+    asked = chat(max_tokens=16, stoker={"trust": "external"}) | {"model": "dear"}
+    before = endpoint.calls().count
+    assert refused(client, asked | {"stoker": {"trust": "own"}}) == (404, "model_not_found", "model")
+    unpaid = client.post(CHAT, json=asked)
+    assert (unpaid.status_code, unpaid.json()["error"]["code"]) == (429, "insufficient_quota")
+    assert f"`stoker keys limit {key_id} --money-per-day N`" in unpaid.json()["error"]["message"]
+    for nanos, code in ((1_000, 429), (10**9, 200)):
+        with gateway.database.transaction() as session:
+            set_key_money(session, key_id, day_money=nanos, month_money=None)
+        answer = client.post(CHAT, json=asked)
+        assert answer.status_code == code, answer.text
+    assert answer.json()["choices"][0]["message"]["content"] == "echo: hello"
+    assert endpoint.calls().count == before + 1
+    cost = 1 * 2_000 + 2 * 8_000  # a word in, two words out
+    with gateway.database.transaction() as session:
+        assert session.execute(text("SELECT spent, reserved FROM money_budgets")).all() == [(cost, 0)]
+        assert session.execute(text("SELECT engine_id, cost FROM usage")).all() == [(engine_id, cost)]
 
 
 def test_without_an_express_node_it_says_how_to_get_one(client: TestClient, redis_url: str, tmp_path: Path) -> None:

@@ -251,7 +251,7 @@ def test_a_server_that_is_not_there_has_no_models() -> None:
     "url",
     ["", "localhost:8000", "ftp://host/v1", "http://", "http://host:0", "http://host:many", "http://[::1",
      "http://me:hush@host", "http://a..b/v1", "http://a b/v1", "http://a\x01b/v1", "http://host/v1?key=hush",
-     "unix://relative.sock", "unix://"],
+     "http://host/v1/chat/completions", "http://host/v1/models/", "unix://relative.sock", "unix://"],
 )  # fmt: skip
 def test_a_url_of_another_form_is_refused_with_the_remedy_and_without_its_secret(url: str) -> None:
     with pytest.raises(BadInput, match="write http://host:port/v1") as caught:

@@ -30,7 +30,7 @@ from hypothesis.stateful import (
 
 from models.endpoints import Prices
 from pipeline.budgets import BudgetExceeded
-from pipeline.purse import Purse
+from pipeline.purse import KeyPurse, Purse
 from runtime.errors import LostFence, ServiceUnreachable
 from store.budget_tables import MONEY
 from store.database import Database, Session
@@ -124,6 +124,35 @@ def test_a_request_reserves_the_most_that_it_may_cost_and_spends_what_it_did(
     assert amounts(database) == [(1_234, 0)]
     free = asyncio.run(purse.pay(Prices(), CHAT, body(1), spills=False))
     assert free == 1, "nothing is asked without a reservation"
+
+
+def test_a_key_pays_a_single_request_before_it_is_asked_and_gets_back_what_it_did_not_cost(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key_id = add_key(database, day=10**6, month=None)
+
+    async def story() -> None:
+        purse = KeyPurse(database, key_id, most_output=64)
+        assert await purse.pay(PRICES, CHAT, body(700), spills=True) == 0, "own endpoints first"
+        assert await purse.pay(PRICES, CHAT, body(700), spills=False) == 700
+        assert amounts(database) == [(700, 0)]
+        purse.ended(700, spent=200)
+        monkeypatch.setattr("pipeline.purse.OWN_FIRST_S", 0.0)
+        assert await purse.pay(PRICES, CHAT, body(300), spills=True) == 300, "the next endpoint, of the first's rest"
+        assert amounts(database) == [(500, 0)]
+        await purse.settle()  # it was never sent
+        await purse.settle()
+        assert amounts(database) == [(200, 0)]
+        with pytest.raises(BudgetExceeded, match=rf"0.0009998 left of 0.001; .* limit {key_id}"):
+            await purse.pay(PRICES, CHAT, body(10**6), spills=False)
+        paying = asyncio.ensure_future(purse.pay(PRICES, CHAT, body(9), spills=False))
+        await asyncio.sleep(0)
+        paying.cancel()  # its client has gone; the thread goes on
+        await asyncio.wait([paying])
+        await purse.settle()
+        assert paying.cancelled() and amounts(database) == [(200, 0)]
+
+    asyncio.run(story())
 
 
 def test_what_fits_beside_no_other_waits_and_what_never_fits_ends_with_the_remedy(

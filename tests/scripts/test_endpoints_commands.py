@@ -99,6 +99,7 @@ def test_an_endpoint_is_added_listed_stated_anew_and_removed(settings: Settings,
         (("--input-price", "-1"), "prices.input"),
         (("--weight", "0"), "weight"),
         (("--requests-per-minute", "0"), "requests_per_minute"),
+        (("--model", "m=theirs"), "--model m=theirs: m is stated twice"),
     ],
 )
 def test_what_an_endpoint_cannot_have_is_refused_without_repeating_it(words: tuple[str, ...], told: str) -> None:

@@ -25,7 +25,7 @@ def run(redis_url: str, story: Callable[[ExpressQueue], Awaitable[None]]) -> Non
 
 
 async def put(queue: ExpressQueue, id_: str, *, most: int = 100) -> bool:
-    return await queue.put(id_, path="/v1/completions", body=b"{}", trust="own", door="d", most=most)
+    return await queue.put(id_, path="/v1/completions", body=b"{}", trust="own", key_id="k", door="d", most=most)
 
 
 def test_the_one_that_has_waited_longest_is_claimed_first_and_once(redis_url: str) -> None:
@@ -33,7 +33,7 @@ def test_the_one_that_has_waited_longest_is_claimed_first_and_once(redis_url: st
         for id_ in ("a", "b", "c"):
             assert await put(queue, id_)
         first = await queue.claim(2)
-        assert first == [ClaimedRequest(id_, 1, "/v1/completions", "own", b"{}") for id_ in ("a", "b")]
+        assert first == [ClaimedRequest(id_, 1, "/v1/completions", "own", b"{}", "k") for id_ in ("a", "b")]
         assert [one.id for one in await queue.claim(5)] == ["c"]
         assert await queue.claim(5) == []
         assert await queue.renew(["a", "x"]) == ["running", "gone"]
