@@ -25,7 +25,7 @@ from pipeline.duplicates import LOW_BITS, DigestBuckets
 from pipeline.equal_lines import suspects
 from pipeline.export import write_lines
 from pipeline.submit import Submitted, Wishes, submit_file
-from runtime.settings import CacheSettings, LimitSettings, Settings, ShardSettings
+from runtime.settings import CacheSettings, LimitSettings, Settings, ShardSettings, WorkerSettings
 from store.batches import BatchProgress, batch_progress, batches_to_finish, finish, mark_expired, request_cancel
 from store.database import Database
 from store.followers import insert_followers
@@ -35,6 +35,7 @@ from store.shards import Claim, close, give_back, load_jobs, write_results
 from store.submissions import delete_validating
 from tests.support.batches import (
     CHAT,
+    LEADERS_LEASE_S,
     LEASE_S,
     answers,
     batch_row,
@@ -55,7 +56,9 @@ Rows = list[tuple[Any, ...]]
 @pytest.fixture
 def dispatcher(database: Database, redis_url: str) -> Iterator[Dispatcher]:
     board = PresenceBoard(redis_url)
-    yield Dispatcher(database, SilentBroker(), board, Settings.model_construct())
+    yield Dispatcher(
+        database, SilentBroker(), board, Settings.model_construct(worker=WorkerSettings(lease_s=LEADERS_LEASE_S))
+    )
     board.close()
 
 

@@ -15,7 +15,7 @@ import migrations
 from models.states import Outcome
 from pipeline.dispatch import Dispatcher
 from runtime.clock import utc_now, week_start
-from runtime.settings import Settings
+from runtime.settings import Settings, WorkerSettings
 from store.batches import (
     SCREENED_FAILURES,
     SCREENED_JOBS,
@@ -31,6 +31,7 @@ from store.presence import PresenceBoard
 from store.schema import make_partitions, migrate, partition_name, schema_revisions
 from store.shards import Claim, close, extend_leases, give_back, write_results
 from tests.support.batches import (
+    LEADERS_LEASE_S,
     LEASE_S,
     answers,
     batch_row,
@@ -48,7 +49,9 @@ from tests.support.silent_broker import SilentBroker
 @pytest.fixture
 def dispatcher(database: Database, redis_url: str) -> Iterator[Dispatcher]:
     board = PresenceBoard(redis_url)
-    yield Dispatcher(database, SilentBroker(), board, Settings.model_construct())
+    yield Dispatcher(
+        database, SilentBroker(), board, Settings.model_construct(worker=WorkerSettings(lease_s=LEADERS_LEASE_S))
+    )
     board.close()
 
 

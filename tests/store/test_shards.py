@@ -75,7 +75,7 @@ def lock_shard(session: Session, taken: Claim) -> None:
 
 def recover(database: Database) -> list[int]:
     with database.transaction() as session:
-        return [shard.shard_id for shard in recover_dead_leases(session, lease_s=LEASE_S)]
+        return [shard.shard_id for shard in recover_dead_leases(session, lease_s=0.0)]
 
 
 def taken_over(database: Database, shard_id: int) -> Claim:

@@ -31,10 +31,10 @@ from store.database import Database, Session
 from store.dispatching import candidates, mark_dispatched, recall
 from store.presence import PresenceBoard
 from store.shards import Claim, Retry, claim_next, close, give_back, quarantine, write_results, write_retries
-from tests.support.batches import answers, execute
+from tests.support.batches import LEADERS_LEASE_S, answers, execute
 from tests.support.silent_broker import SilentBroker
 
-LEASE_S = 600.0
+LEASE_S = 600.0  # of claims: none ends by itself
 TERMINAL = {"completed", "cancelled", "expired"}
 STEPS = {
     "in_progress": {"cancelling", "finalizing"},
@@ -71,7 +71,7 @@ class Protocol(RuleBasedStateMachine):
     @rule()
     def take_over(self) -> None:
         limits = LimitSettings(retention_s=1e9)
-        settings = Settings.model_construct(worker=WorkerSettings(lease_s=LEASE_S), limits=limits)
+        settings = Settings.model_construct(worker=WorkerSettings(lease_s=LEADERS_LEASE_S), limits=limits)
         self.leader = Dispatcher(self.database, SilentBroker(), self.board, settings)
 
     @precondition(lambda self: len(self.states) < 3)

