@@ -20,7 +20,7 @@ up: .venv/.demo checkpoint-gguf ## everything on this machine until Ctrl-C
 
 test: check checkpoint-gguf embedder ## all tests: real services, real kills, real vLLM, a real browser (builds what it needs)
 	@$(MAKE) --no-print-directory -j3 engine-vllm checkpoint chromium
-	@python -m tests.support.services sh -c 'pytest -n 4 --dist worksteal -m "not engine and not alone" && pytest -m "(engine or alone) and not long"'
+	@python -m tests.support.services sh -c 'pytest -n 4 --dist worksteal -m "not engine and not alone" && pytest -n 2 --dist loadfile -m "(engine or alone) and not long"'
 
 test-engine: .venv/.dev engine-vllm checkpoint ## only the tests with a real vLLM
 	@python -m tests.support.services pytest -m engine
