@@ -211,9 +211,8 @@ def _refusal(single: SingleRequest, answer: SingleAnswer) -> ApiError:
         return ApiError(404 if answer.code == "model_not_found" else 403, message, code=answer.code)
     status = answer.status_code or 502
     if status == 501:  # llama.cpp's word for embeddings, where it generates
-        return ApiError(
-            400, f"{single.model!r} is served, but not at {single.path}", param="model", code="invalid_value"
-        )
+        message = f"{single.model!r} is served, but not at {single.path}: {_said(answer.response) or message}"
+        return ApiError(400, message, param="model", code="invalid_value")
     if 400 <= status < 500 and status not in (401, 403, 407):
         kind: Any = "not_found_error" if status == 404 else "invalid_request_error"
         return ApiError(status, _said(answer.response) or message, kind=kind, code=answer.code)

@@ -34,7 +34,7 @@ TRANSIENT_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 521
 GATEWAY_STATUSES: Final = frozenset({502, 504, 520, 521, 522, 523, 524})
 STREAMED_PATHS: Final = frozenset({"/v1/chat/completions", "/v1/completions"})
 Auth = Literal["bearer", "api-key", "x-api-key"]
-_PATHS: Final = ("/completions", "/embeddings", "/models")
+_PATHS: Final = ("/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models")
 _VERSION: Final = re.compile(r"/v\d[^/]*(/|$)")
 
 

@@ -29,7 +29,7 @@ log = get_logger(__name__)
 # Chosen: an engine that is starting anew is worth some seconds to a client who waits; longer, and it asks again itself.
 DOWN_PATIENCE_S: Final = 10.0
 DOWN_WAIT_S: Final = 0.25
-SETTLE_S: Final = 5.0  # for the money of what is cancelled
+SETTLE_S: Final = 3.0  # for the money of what is cancelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,7 @@ class Answering:
         self._running: dict[asyncio.Task[None], ClaimedRequest] = {}
         self._claims = asyncio.Lock()
         self._keepers: list[asyncio.Task[None]] = []
+        self._settling: set[asyncio.Task[None]] = set()
         self._is_ending = False
         self._is_full = False  # more may wait than there was room for
         self._claiming: asyncio.Task[int] | None = None
@@ -69,7 +70,7 @@ class Answering:
     async def claim(self) -> int:
         """Take what waits, as much as there is room for: how many that were."""
         async with self._claims:
-            room = max(1, self._context.router.places(Trust.EXTERNAL)) - len(self._running)
+            room = max(1, self._context.router.places(Trust.EXTERNAL, pays=True)) - len(self._running)
             self._is_full = room <= 0
             if self._is_full or self._is_ending:
                 return 0
@@ -97,6 +98,8 @@ class Answering:
         if left:
             await self._give_back(list(left.values()))
             await asyncio.wait(left, timeout=SETTLE_S)
+        if self._settling:
+            await asyncio.wait(self._settling, timeout=SETTLE_S)
 
     async def _give_back(self, claimed: Sequence[ClaimedRequest]) -> None:
         log.info("express_given_back", requests=len(claimed))
@@ -174,8 +177,10 @@ class Answering:
                     if error.was_sent or loop.time() >= until:
                         raise
                     await asyncio.sleep(DOWN_WAIT_S)
-        finally:
-            await asyncio.shield(purse.settle())
+        finally:  # the answer does not wait for it
+            settling = asyncio.create_task(purse.settle())
+            self._settling.add(settling)
+            settling.add_done_callback(self._settling.discard)
 
     async def _refresh(self) -> None:
         """Learn which endpoints are registered, apart from all else: Postgres may be slow or away."""

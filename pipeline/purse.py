@@ -20,15 +20,15 @@ from models.money import plain
 from models.names import batch_name
 from models.states import BudgetPeriod
 from pipeline.budgets import BudgetExceeded, bounds_of
-from runtime.errors import LostFence, ServiceUnreachable
+from runtime.errors import LostFence, ServiceUnreachable, Transient
 from runtime.logs import get_logger
 from store.database import Database, Session
 from store.money import (
     HeldMoney,
+    add_money,
     lock_money,
     lock_money_again,
     lock_money_of_key,
-    spend_money,
     state_money,
     take_spill,
 )
@@ -36,7 +36,7 @@ from store.shards import Claim, hold_shard
 
 log = get_logger(__name__)
 
-OWN_FIRST_S: Final = 3.0  # chosen: a client waits, and pays rather than stand behind a batch
+OWN_FIRST_S: Final = 3.0  # chosen: a client waits, and pays rather than queue for an engine that is full
 LEAST_NANOS: Final = 1  # of a request to a priced endpoint that would cost nothing: there is no payment of 0
 
 
@@ -151,8 +151,8 @@ class Purse:
 class KeyPurse:
     """What a key pays for one single request; it is the `Payer` of it, in the loop's thread.
 
-    No attempt holds it, so the most is spent first, and `settle` gives back what it did not cost. Who dies in between
-    leaves it spent, so that a budget is never exceeded.
+    The most is reserved first, and `settle` makes of it what it has cost. No attempt holds it: who dies in between
+    leaves it reserved until the day or month is over, so that a budget is never exceeded.
     """
 
     def __init__(self, database: Database, key_id: str, *, most_output: int) -> None:
@@ -160,26 +160,26 @@ class KeyPurse:
         self._key_id = key_id
         self._most_output = most_output
         self._began = time.monotonic()
-        self._taking: asyncio.Future[None] | None = None
+        self._reserving: asyncio.Future[bool] | None = None
         self._budget_ids: list[int] = []
-        self._taken = self._spent = 0
+        self._reserved = self._spent = 0
 
     async def pay(self, prices: Prices, path: str, body: bytes, *, spills: bool) -> int:
-        """Spend the most that it may cost: how many nanos; 0 where waiting may help.
+        """Reserve the most that it may cost: how many nanos; 0 where waiting may help.
 
-        `spills`: own endpoints serve it too, and have the first seconds. Raises BudgetExceeded where it is too much.
+        `spills`: own endpoints serve it too, and have the first seconds. Raises BudgetExceeded where it is too much,
+        and Transient without Postgres.
         """
         if spills and time.monotonic() < self._began + OWN_FIRST_S:
             return 0
         await self.settle()  # of an endpoint before, perhaps of another day
         nanos = _most_nanos(prices, path, body, most_output=self._most_output)
-        self._taking = asyncio.ensure_future(asyncio.to_thread(self._take, nanos))
+        self._reserving = asyncio.ensure_future(asyncio.to_thread(self._reserve, nanos))
         try:
-            await asyncio.shield(self._taking)  # `settle` knows of it though we are cancelled here
+            has_room = await asyncio.shield(self._reserving)  # `settle` knows of it if we are cancelled here
         except ServiceUnreachable as error:
-            log.warning("payment_waits", error=str(error))
-            return 0
-        return nanos
+            raise Transient(str(error)) from error
+        return nanos if has_room else 0
 
     def ended(self, reserved: int, *, spent: int) -> None:
         """A request is over, and this is what it has cost."""
@@ -187,19 +187,20 @@ class KeyPurse:
         self._spent += spent
 
     async def settle(self) -> None:
-        """Give back what was taken and not spent; what Postgres does not hear of stays spent."""
-        if self._taking is None:
+        """Nothing is reserved any more, and what was billed is spent; what Postgres does not hear of stays reserved."""
+        if self._reserving is None:
             return
-        await asyncio.gather(self._taking, return_exceptions=True)
-        left, self._taken, self._spent, self._taking = self._taken - self._spent, 0, 0, None
-        if not left:
+        await asyncio.gather(self._reserving, return_exceptions=True)
+        self._reserving = None
+        reserved, spent, self._reserved, self._spent = self._reserved, self._spent, 0, 0
+        if not reserved:
             return
         try:
-            await asyncio.to_thread(self._give_back, left)
+            await asyncio.to_thread(self._state, reserved, spent)
         except ServiceUnreachable as error:
             log.warning("payment_not_settled", key=self._key_id, error=str(error))
 
-    def _take(self, nanos: int) -> None:
+    def _reserve(self, nanos: int) -> bool:
         with self._database.transaction() as session:
             budgets = lock_money_of_key(session, self._key_id)
             if not budgets:
@@ -207,17 +208,19 @@ class KeyPurse:
                     f"bills tokens, and key {self._key_id} has no budget of money: "
                     f"`stoker keys limit {self._key_id} --money-per-day N` gives it one"
                 )
-            least = min(budgets, key=lambda budget: budget.cap - budget.spent - budget.reserved)
-            free = least.cap - least.spent - least.reserved
-            if free < nanos:
-                raise BudgetExceeded(_short_of_key(nanos, least, free))
+            for budget in budgets:
+                if nanos > budget.cap - budget.spent:
+                    raise BudgetExceeded(_short_of_key(nanos, budget, budget.cap - budget.spent))
+            if any(nanos > budget.cap - budget.spent - budget.reserved for budget in budgets):
+                return False
             ids = [budget.id for budget in budgets]
-            spend_money(session, ids, nanos)
-        self._budget_ids, self._taken = ids, nanos
+            add_money(session, ids, reserved=nanos, spent=0)
+        self._budget_ids, self._reserved = ids, nanos
+        return True
 
-    def _give_back(self, nanos: int) -> None:
+    def _state(self, reserved: int, spent: int) -> None:
         with self._database.transaction() as session:
-            spend_money(session, self._budget_ids, -nanos)
+            add_money(session, self._budget_ids, reserved=-reserved, spent=spent)
 
 
 def _most_nanos(prices: Prices, path: str, body: bytes, *, most_output: int) -> int:

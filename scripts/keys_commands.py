@@ -120,7 +120,11 @@ def keys() -> None:
 @click.option("--requests-per-minute", type=_REQUESTS, help="Without: STOKER_GATEWAY__REQUESTS_PER_MINUTE.")
 @click.option("--tokens-per-day", type=_TOKENS, help="Its batches stop there until the next day (UTC).")
 @click.option("--tokens-per-month", type=_TOKENS, help="Its batches stop there until the next month (UTC).")
-@click.option("--money-per-day", type=_MONEY, help="What priced endpoints may ask for its batches in a day (UTC).")
+@click.option(
+    "--money-per-day",
+    type=_MONEY,
+    help="What priced endpoints may ask in a day (UTC), of batches and single requests.",
+)
 @click.option("--money-per-month", type=_MONEY, help="What they may ask in a month, in STOKER_COST__CURRENCY.")
 @_as_json
 @click.pass_obj

@@ -90,14 +90,15 @@ def lock_money_of_key(session: Session, key_id: str) -> list[HeldMoney]:
     ]
 
 
-def spend_money(session: Session, budget_ids: Sequence[int], nanos: int) -> None:
-    """So much more is spent of each of these; below zero, less. Not repeatable: an ambiguous COMMIT may count twice."""
+def add_money(session: Session, budget_ids: Sequence[int], *, reserved: int, spent: int) -> None:
+    """So much more is reserved and spent of each of these; below zero, less. No attempt holds it: not repeatable."""
     session.execute(
         text("""
         WITH held AS (
             SELECT id FROM money_budgets WHERE id = ANY(CAST(:ids AS int8[])) ORDER BY id FOR NO KEY UPDATE)
-        UPDATE money_budgets u SET spent = greatest(0, u.spent + :nanos) FROM held WHERE u.id = held.id"""),
-        {"ids": list(budget_ids), "nanos": nanos},
+        UPDATE money_budgets u SET reserved = greatest(0, u.reserved + :reserved), spent = u.spent + :spent
+        FROM held WHERE u.id = held.id"""),
+        {"ids": list(budget_ids), "reserved": reserved, "spent": spent},
     )
 
 

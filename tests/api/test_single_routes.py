@@ -37,8 +37,14 @@ def endpoint() -> Iterator[ScriptedEndpoint]:
 
 
 @pytest.fixture
-def node(endpoint: ScriptedEndpoint, redis_url: str) -> Iterator[ExpressNode]:
-    with ExpressNode(endpoint.url, redis_url) as running:
+def slots() -> int:
+    """Of the node's engine."""
+    return 8
+
+
+@pytest.fixture
+def node(endpoint: ScriptedEndpoint, redis_url: str, slots: int) -> Iterator[ExpressNode]:
+    with ExpressNode(endpoint.url, redis_url, slots=slots) as running:
         yield running
 
 
@@ -196,9 +202,43 @@ def test_a_priced_endpoint_is_asked_for_who_allows_it_and_has_money(
     assert answer.json()["choices"][0]["message"]["content"] == "echo: hello"
     assert endpoint.calls().count == before + 1
     cost = 1 * 2_000 + 2 * 8_000  # a word in, two words out
+    wait_until(lambda: money_of(gateway) == [(cost, 0)], 5, "it is settled, after it was answered")
     with gateway.database.transaction() as session:
-        assert session.execute(text("SELECT spent, reserved FROM money_budgets")).all() == [(cost, 0)]
         assert session.execute(text("SELECT engine_id, cost FROM usage")).all() == [(engine_id, cost)]
+    useless = asked | {"messages": [{"role": "user", "content": "[[not json]]"}]}
+    assert client.post(CHAT, json=useless).status_code == 502
+    wait_until(lambda: money_of(gateway)[0][0] > cost, 5, "what was billed is spent though it was of no use")
+    with gateway.database.transaction() as session:
+        known = session.scalars(text("SELECT cost FROM usage")).one()
+    assert money_of(gateway) == [(known, 0)]
+
+
+@pytest.mark.parametrize("slots", [1])
+def test_what_own_endpoints_have_no_place_for_is_bought(
+    client: TestClient, gateway: Gateway, node: ExpressNode, endpoint: ScriptedEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.purse.OWN_FIRST_S", 0.0)
+    spec = EndpointSpec(
+        name="cloud", url=endpoint.url, models={"scripted": "scripted"}, prices=Prices(output=Decimal(8))
+    )
+    with gateway.database.transaction() as session:
+        [key_id] = session.scalars(text("SELECT id FROM api_keys")).all()
+        set_key_money(session, key_id, day_money=10**9, month_money=None)
+        engine_id = register_engine(session, {"kind": "endpoint"})
+    node.sell(spec, engine_id)
+    with ThreadPoolExecutor(1) as pool:
+        hanging = pool.submit(client.post, CHAT, json=chat("[[hang]]"))
+        wait_until(lambda: endpoint.calls().running == 1, 5, "the engine is full")
+        answer = client.post(CHAT, json=chat(max_tokens=16, stoker={"trust": "external"}))
+        assert answer.status_code == 200 and not hanging.done()
+    wait_until(lambda: money_of(gateway) == [(2 * 8_000, 0)], 5, "two words were bought")
+
+
+def money_of(gateway: Gateway) -> list[tuple[int, int]]:
+    """(spent, reserved) of each budget of money."""
+    with gateway.database.transaction() as session:
+        found = session.execute(text("SELECT spent, reserved FROM money_budgets"))
+        return [(spent, reserved) for spent, reserved in found]
 
 
 def test_without_an_express_node_it_says_how_to_get_one(client: TestClient, redis_url: str, tmp_path: Path) -> None:

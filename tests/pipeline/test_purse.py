@@ -134,12 +134,14 @@ def test_a_key_pays_a_single_request_before_it_is_asked_and_gets_back_what_it_di
     async def story() -> None:
         purse = KeyPurse(database, key_id, most_output=64)
         assert await purse.pay(PRICES, CHAT, body(700), spills=True) == 0, "own endpoints first"
-        assert await purse.pay(PRICES, CHAT, body(700), spills=False) == 700
-        assert amounts(database) == [(700, 0)]
-        purse.ended(700, spent=200)
+        assert await purse.pay(PRICES, CHAT, body(700_000), spills=False) == 700_000
+        assert amounts(database) == [(0, 700_000)]
+        other = KeyPurse(database, key_id, most_output=64)
+        assert await other.pay(PRICES, CHAT, body(700_000), spills=False) == 0, "it waits for what the first holds"
+        purse.ended(700_000, spent=200)
         monkeypatch.setattr("pipeline.purse.OWN_FIRST_S", 0.0)
         assert await purse.pay(PRICES, CHAT, body(300), spills=True) == 300, "the next endpoint, of the first's rest"
-        assert amounts(database) == [(500, 0)]
+        assert amounts(database) == [(200, 300)]
         await purse.settle()  # it was never sent
         await purse.settle()
         assert amounts(database) == [(200, 0)]

@@ -11,6 +11,7 @@ server on a disk needs 0.3 s of CPU, and one in memory a tenth of that. Everythi
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -29,6 +30,9 @@ RABBITMQ = "amqp://guest:guest@127.0.0.1:5672//"
 
 def main() -> int:
     """The command's exit status."""
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # what it has started, and what lies in memory, goes with it
     with server_folder() as folder, server_folder(under=memory()) as rows, ExitStack() as stack:
         env = dict(os.environ)
         env.pop("PYTHONDONTWRITEBYTECODE", None)  # else each of some hundred processes compiles our modules anew
@@ -58,8 +62,10 @@ def memory() -> Path | None:
 
 
 def answers(url: str) -> bool:
-    """Whether something listens where the URL points."""
+    """Whether something listens where the URL points; a unix socket in it is taken on trust."""
     parts = urlsplit(url)
+    if not parts.hostname:
+        return True
     try:
         socket.create_connection((parts.hostname, parts.port or 0), timeout=2).close()
     except OSError:
