@@ -209,9 +209,9 @@ class KeyPurse:
                     f"`stoker keys limit {self._key_id} --money-per-day N` gives it one"
                 )
             for budget in budgets:
-                if nanos > budget.cap - budget.spent:
-                    raise BudgetExceeded(_short_of_key(nanos, budget, budget.cap - budget.spent))
-            if any(nanos > budget.cap - budget.spent - budget.reserved for budget in budgets):
+                if nanos > budget.unspent:
+                    raise BudgetExceeded(_short_of_key(nanos, budget, budget.unspent))
+            if any(nanos > budget.free for budget in budgets):
                 return False
             ids = [budget.id for budget in budgets]
             add_money(session, ids, reserved=nanos, spent=0)

@@ -43,8 +43,10 @@ def settle_single(session: Session, charge: Charge, answer: SingleAnswer | None,
     used = 0 if answer is None else tokens_of(answer.usage)
     if charge.budget_ids and charge.tokens != used:
         give_back(session, charge.budget_ids, charge.tokens - used)
-    is_good = answer is not None and answer.code is None and answer.response is not None
-    if answer is not None and answer.engine_id is not None and (is_good or answer.cost):
+    if answer is None or answer.engine_id is None:
+        return
+    is_good = answer.code is None and answer.response is not None
+    if is_good or answer.cost:
         add_usage(
             session,
             tenant=tenant,

@@ -37,6 +37,16 @@ class HeldMoney:
     own_spent: int
     own_reserved: int
 
+    @property
+    def unspent(self) -> int:
+        """What it has for a request at the most, once nothing else is reserved."""
+        return self.cap - self.spent
+
+    @property
+    def free(self) -> int:
+        """What may be reserved now."""
+        return self.unspent - self.reserved
+
 
 def open_batch_money(session: Session, batch_id: UUID, nanos: int) -> None:
     """Let a batch spend so much at most. Repeatable; the last call's cap holds."""

@@ -25,17 +25,15 @@ from pipeline.duplicates import LOW_BITS, DigestBuckets
 from pipeline.equal_lines import suspects
 from pipeline.export import write_lines
 from pipeline.submit import Submitted, Wishes, submit_file
-from runtime.settings import CacheSettings, LimitSettings, Settings, ShardSettings, WorkerSettings
+from runtime.settings import CacheSettings, LimitSettings, Settings, ShardSettings
 from store.batches import BatchProgress, batch_progress, batches_to_finish, finish, mark_expired, request_cancel
 from store.database import Database
 from store.followers import insert_followers
-from store.presence import PresenceBoard
 from store.results import dead_jobs
 from store.shards import Claim, close, give_back, load_jobs, write_results
 from store.submissions import delete_validating
 from tests.support.batches import (
     CHAT,
-    LEADERS_LEASE_S,
     LEASE_S,
     answers,
     batch_row,
@@ -46,7 +44,7 @@ from tests.support.batches import (
     results_of,
     shards_of,
 )
-from tests.support.silent_broker import SilentBroker
+from tests.support.silent_broker import quiet_leader
 
 SETTINGS = Settings.model_construct(shard=ShardSettings(max_jobs=4), limits=LimitSettings(window_s=600))
 A, B, C = (chat(word, temperature=0) for word in "abc")
@@ -55,11 +53,8 @@ Rows = list[tuple[Any, ...]]
 
 @pytest.fixture
 def dispatcher(database: Database, redis_url: str) -> Iterator[Dispatcher]:
-    board = PresenceBoard(redis_url)
-    yield Dispatcher(
-        database, SilentBroker(), board, Settings.model_construct(worker=WorkerSettings(lease_s=LEADERS_LEASE_S))
-    )
-    board.close()
+    with quiet_leader(database, redis_url) as leading:
+        yield leading
 
 
 def submit(

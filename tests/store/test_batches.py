@@ -15,7 +15,6 @@ import migrations
 from models.states import Outcome
 from pipeline.dispatch import Dispatcher
 from runtime.clock import utc_now, week_start
-from runtime.settings import Settings, WorkerSettings
 from store.batches import (
     SCREENED_FAILURES,
     SCREENED_JOBS,
@@ -27,11 +26,9 @@ from store.batches import (
     screen,
 )
 from store.database import Database
-from store.presence import PresenceBoard
 from store.schema import make_partitions, migrate, partition_name, schema_revisions
 from store.shards import Claim, close, extend_leases, give_back, write_results
 from tests.support.batches import (
-    LEADERS_LEASE_S,
     LEASE_S,
     answers,
     batch_row,
@@ -43,16 +40,13 @@ from tests.support.batches import (
     shards_of,
     store_batch,
 )
-from tests.support.silent_broker import SilentBroker
+from tests.support.silent_broker import quiet_leader
 
 
 @pytest.fixture
 def dispatcher(database: Database, redis_url: str) -> Iterator[Dispatcher]:
-    board = PresenceBoard(redis_url)
-    yield Dispatcher(
-        database, SilentBroker(), board, Settings.model_construct(worker=WorkerSettings(lease_s=LEADERS_LEASE_S))
-    )
-    board.close()
+    with quiet_leader(database, redis_url) as leading:
+        yield leading
 
 
 def write(database: Database, taken: Claim, seqs: Sequence[int], *, outcome: Outcome = Outcome.SUCCEEDED) -> None:

@@ -35,16 +35,14 @@ from pipeline.budgets import (
 )
 from pipeline.dispatch import Dispatcher
 from runtime.clock import utc_now
-from runtime.settings import Settings, WorkerSettings
 from store.budget_tables import TOKENS
 from store.budgets import open_batch_budget, set_key_caps
 from store.database import Database
-from store.presence import PresenceBoard
 from store.shards import Claim, Retry, claim_next, close, give_back, hold_shard, load_jobs, quarantine, write_retries
 from tests.support.batches import CHAT, EMBEDDINGS, batch_row, chat, dispatch_all, execute, results_of, store_batch
 from tests.support.conversing import Child, store_lines, talk, told_of
 from tests.support.scripted_endpoint import ScriptedEndpoint
-from tests.support.silent_broker import SilentBroker
+from tests.support.silent_broker import quiet_leader
 
 JOBS = 60
 LEADERS = 48  # the others are equal to one of these
@@ -213,9 +211,8 @@ class Worker:
 
 @pytest.fixture
 def dispatcher(database: Database, redis_url: str) -> Iterator[Dispatcher]:
-    board = PresenceBoard(redis_url)
-    yield Dispatcher(database, SilentBroker(), board, Settings.model_construct(worker=WorkerSettings(lease_s=LEASE_S)))
-    board.close()
+    with quiet_leader(database, redis_url, lease_s=LEASE_S) as leading:
+        yield leading
 
 
 def add_key(database: Database, *, day: int | None, month: int | None) -> None:

@@ -13,13 +13,11 @@ import pytest
 from sqlalchemy import text
 
 from pipeline.dispatch import Dispatcher
-from runtime.settings import Settings, WorkerSettings
 from store.batches import request_cancel
 from store.database import Database
-from store.presence import PresenceBoard
 from store.shards import Claim, claim_next, close, give_back, load_jobs, write_results
 from tests.support.batches import answers, batch_row, chat, dispatch_all, execute, results_of, shards_of, store_batch
-from tests.support.silent_broker import SilentBroker
+from tests.support.silent_broker import quiet_leader
 
 JOBS = 150
 LEADERS = 110  # the others are equal to one of these
@@ -81,10 +79,8 @@ class Worker:
 
 @pytest.fixture
 def dispatcher(database: Database, redis_url: str) -> Iterator[Dispatcher]:
-    board = PresenceBoard(redis_url)
-    settings = Settings.model_construct(worker=WorkerSettings(lease_s=LEASE_S))
-    yield Dispatcher(database, SilentBroker(), board, settings)
-    board.close()
+    with quiet_leader(database, redis_url, lease_s=LEASE_S) as leading:
+        yield leading
 
 
 @pytest.mark.parametrize("seed", [1, 2])

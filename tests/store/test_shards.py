@@ -15,9 +15,7 @@ from sqlalchemy import text
 from models.states import Outcome
 from pipeline.dispatch import Dispatcher
 from runtime.clock import utc_now
-from runtime.settings import Settings, WorkerSettings
 from store.database import Database, Session
-from store.presence import PresenceBoard
 from store.shards import (
     CRASHES_TO_HALVE,
     CRASHES_TO_POISON,
@@ -47,17 +45,15 @@ from tests.support.batches import (
     shards_of,
     store_batch,
 )
-from tests.support.silent_broker import SilentBroker
+from tests.support.silent_broker import quiet_leader
 
 SHORT_LEASE_S = 0.01
 
 
 @pytest.fixture
 def dispatcher(database: Database, redis_url: str) -> Iterator[Dispatcher]:
-    board = PresenceBoard(redis_url)
-    settings = Settings.model_construct(worker=WorkerSettings(lease_s=SHORT_LEASE_S))
-    yield Dispatcher(database, SilentBroker(), board, settings)
-    board.close()
+    with quiet_leader(database, redis_url, lease_s=SHORT_LEASE_S) as leading:
+        yield leading
 
 
 def write(database: Database, taken: Claim, seqs: Sequence[int]) -> int | None:

@@ -31,8 +31,8 @@ from store.database import Database, Session
 from store.dispatching import candidates, mark_dispatched, recall
 from store.presence import PresenceBoard
 from store.shards import Claim, Retry, claim_next, close, give_back, quarantine, write_results, write_retries
-from tests.support.batches import LEADERS_LEASE_S, answers, execute
-from tests.support.silent_broker import SilentBroker
+from tests.support.batches import answers, execute
+from tests.support.silent_broker import LEADERS_LEASE_S, SilentBroker
 
 LEASE_S = 600.0  # of claims: none ends by itself
 TERMINAL = {"completed", "cancelled", "expired"}

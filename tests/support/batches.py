@@ -23,7 +23,6 @@ from store.shards import Claim, claim
 CHAT = "/v1/chat/completions"
 EMBEDDINGS = "/v1/embeddings"
 LEASE_S = 30.0
-LEADERS_LEASE_S = 1.0  # a leader spares all leases for so long after Postgres has started
 
 
 @dataclass(frozen=True, slots=True)
