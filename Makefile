@@ -44,10 +44,10 @@ compose-env: ## secrets for docker compose, made once
 	@$(PYTHON) scripts/compose_env.py
 
 cache: .venv/.demo embedder ## what the semantic cache needs: its libraries and the small embedder
-	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,cache,gateway,tables]' -e ./client
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,cache,flower,gateway,tables,traces]' -e ./client
 
 documents: .venv/.demo embedder ## what reading and searching documents needs: its libraries and the small embedder
-	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,cache,documents,gateway,tables]' -e ./client
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,cache,documents,flower,gateway,tables,traces]' -e ./client
 
 env-example: .venv/.demo
 	@python -c 'from runtime.settings import env_example; print(env_example(), end="")' > .env.example
@@ -124,10 +124,10 @@ bench-front-end: .venv/.dev engine-vllm checkpoint ## vLLM's batch route beside 
 .venv/.demo: pyproject.toml client/pyproject.toml constraints.txt
 	@echo "building .venv (about 30 s)" >&2
 	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear .venv
-	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,gateway,tables]' -e ./client
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,flower,gateway,tables,traces]' -e ./client
 	@touch $@
 
 .venv/.dev: .venv/.demo requirements/compose.txt
-	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,dev,cache,documents,gateway,tables]' -e ./client
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,dev,cache,documents,flower,gateway,tables,traces]' -e ./client
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --require-hashes -r requirements/compose.txt
 	@touch $@

@@ -7,7 +7,7 @@ from typing import Any
 from alembic import context
 from sqlalchemy import Connection, create_engine
 
-from models import cost_rows, document_rows, gateway_rows  # noqa: F401  # their tables belong to the metadata
+from models import cost_rows, document_rows, gateway_rows, schedule_rows  # noqa: F401  # their tables belong to the metadata
 from models.rows import Base
 
 

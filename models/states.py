@@ -154,3 +154,29 @@ class DeliveryState(StrEnum):
     PENDING = "pending"
     DELIVERED = "delivered"
     FAILED = "failed"
+
+
+class Missed(StrEnum):
+    """What becomes of due times at which nobody was there to run: all of them run, the last one does, or none."""
+
+    ONCE = "once"
+    ALL = "all"
+    SKIP = "skip"
+
+
+class Overlap(StrEnum):
+    """What a run does while the one before it, or its batch, has not ended: nothing, wait, or begin beside it."""
+
+    SKIP = "skip"
+    WAIT = "wait"
+    ALLOW = "allow"
+
+
+class RunState(StrEnum):
+    """waiting → running → succeeded | failed; waiting → skipped. A running one whose worker died waits again."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    SKIPPED = "skipped"

@@ -21,7 +21,7 @@ from inference.endpoint import EndpointDown, ServerFault
 from models.jobs import Job, JobResult, failed
 from models.states import Source, Trust
 from pipeline.asking import ask
-from pipeline.attempt import Attempt, Unit, Unwritten
+from pipeline.attempt import Attempt, Unit
 from pipeline.budgets import Funds
 from pipeline.cached import Looked
 from pipeline.context import FeedContext as FeedContext
@@ -29,24 +29,19 @@ from pipeline.lookups import Lookups
 from pipeline.purse import Purse
 from pipeline.quarantine import DEATHS_TO_QUARANTINE, isolate
 from pipeline.retry import after_engine_death, after_failure
+from pipeline.writing import Writer
 from runtime.clock import utc_now
-from runtime.errors import LostFence, Permanent, ServiceUnreachable, Transient, Unstorable
+from runtime.errors import LostFence, Permanent, ServiceUnreachable, Transient
 from runtime.logs import get_logger
 from store.database import Session
 from store.shards import (
     Claim,
     LoadedJobs,
     claim_next,
-    close,
-    give_back,
     is_alone,
     is_reserved,
     load_jobs,
-    quarantine,
-    write_results,
-    write_retries,
 )
-from store.steps import delete_steps, write_steps
 
 log = get_logger(__name__)
 
@@ -87,6 +82,7 @@ class _Feeder:
         self._grace_until: float | None = None
         self._next_claim_at = self._next_look_at = 0.0
         self._lookups = Lookups(context)
+        self._writer = Writer(context, self._lookups)
         self._claiming: asyncio.Task[None] | None = None
 
     async def run(self) -> FeedReport:
@@ -180,6 +176,10 @@ class _Feeder:
 
     def _is_stopping(self, now: float) -> bool:
         return self._grace_until is not None or now >= self._yield_at
+
+    def _is_patient(self) -> bool:
+        """Whether this process may wait for Postgres: not when its grace is over."""
+        return self._grace_until is None or time.monotonic() <= self._grace_until
 
     def _may_claim(self) -> bool:
         now, attempts = time.monotonic(), self._attempts.values()
@@ -405,7 +405,7 @@ class _Feeder:
         unwritten = attempt.take_unwritten()
         try:
             if not attempt.is_lost:
-                await self._persistently(lambda: self._write(attempt, unwritten, is_over=is_over))
+                await self._writer.write(attempt, unwritten, is_over=is_over, patience=self._is_patient)
                 self._report.jobs += len(unwritten.results)
                 self._go_on(attempt)
                 self._lookups.begin_chores(attempt.claim)
@@ -416,78 +416,6 @@ class _Feeder:
             self._context.heartbeat.remove(attempt.claim)
             self._attempts.pop(attempt.claim.key, None)
             self._wake.set()
-
-    async def _persistently(self, step: Callable[[], None]) -> None:
-        """Run a database step, again and again while Postgres is away: results in hand are not thrown away."""
-        while True:
-            try:
-                return await asyncio.to_thread(step)
-            except ServiceUnreachable as error:
-                if self._grace_until is not None and time.monotonic() > self._grace_until:
-                    raise LostFence from error  # the process must end; the lease gives the jobs to another
-                log.warning("write_waits", error=str(error))
-                await asyncio.sleep(1.0)
-
-    def _write(self, attempt: Attempt, unwritten: Unwritten, *, is_over: bool) -> None:
-        try:
-            self._transact(attempt, unwritten, is_over=is_over)
-        except Unstorable:
-            for result in unwritten.results:
-                self._write_alone(attempt, result)
-            self._transact(attempt, replace(unwritten, results=[]), is_over=is_over)
-
-    def _write_alone(self, attempt: Attempt, result: JobResult) -> None:
-        try:
-            self._transact(attempt, Unwritten([result]), is_over=False)
-        except Unstorable as error:
-            refused = failed(result.seq, code="unstorable_response", message=str(error), source=Source.ENGINE)
-            self._transact(attempt, Unwritten([refused]), is_over=False)
-
-    def _transact(self, attempt: Attempt, unwritten: Unwritten, *, is_over: bool) -> None:
-        """One transaction: results, retries, steps, suspects apart, and the end of the attempt if it is over.
-
-        Raises LostFence if another attempt owns the shard; nothing was written then.
-        """
-        cache, semantic, kept = self._context.cache, self._context.semantic, None
-        ended = [result.seq for result in unwritten.results if result.seq in attempt.looked.steps]
-        with attempt.stating(unwritten), self._context.database.transaction() as session:
-            if not self._write_under_fence(session, attempt, unwritten):
-                raise LostFence
-            charged = delete_steps(session, attempt.claim.batch_id, ended) if ended else {}
-            if cache is not None:
-                kept = cache.keep(session, attempt.claim, attempt.looked, unwritten.results, attempt.repeated)
-            if attempt.funds is not None:
-                attempt.funds.settle(session, charged, unwritten.unfunded)
-            if attempt.purse is not None:
-                attempt.purse.settle(session)
-            # Last: both lock the batch's row, for which other shards wait.
-            if unwritten.suspects and not quarantine(session, attempt.claim, unwritten.suspects):
-                raise LostFence
-            if is_over and not (
-                close(session, attempt.claim) or give_back(session, attempt.claim, wait_s=attempt.give_back_s)
-            ):
-                raise LostFence
-        if self._context.steps is not None:
-            self._context.steps.forget(attempt.claim.batch_id, ended)
-        if cache is None or kept is None:
-            return
-        with self._lookups.never_stopping(attempt.claim):
-            cache.publish(kept)
-            if semantic is not None and kept.entries:
-                semantic.add(kept.entries)
-
-    def _write_under_fence(self, session: Session, attempt: Attempt, unwritten: Unwritten) -> bool:
-        held, lease_s = attempt.claim, self._context.settings.worker.lease_s
-        results, steps, engine_id = unwritten.results, unwritten.steps, self._context.engine_id()
-        if attempt.funds is not None:
-            if not attempt.funds.write(session, results, steps, engine_id=engine_id, lease_s=lease_s):
-                return False
-        else:
-            if results and write_results(session, held, results, engine_id=engine_id, lease_s=lease_s) is None:
-                return False
-            if steps and not write_steps(session, held, steps, lease_s=lease_s):
-                return False
-        return not unwritten.retries or write_retries(session, held, unwritten.retries)
 
 
 async def _wait(event: asyncio.Event, *, timeout_s: float) -> None:

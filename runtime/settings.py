@@ -115,10 +115,10 @@ class EmbeddingsSettings(_Group):
 class WorkerSettings(_Group):
     """A Celery worker process and its children."""
 
-    node: Literal["generation", "documents", "express"] = Field(
+    node: Literal["generation", "documents", "control", "express"] = Field(
         "generation",
-        description="generation: runs batches on an engine; documents: reads documents, without one; express: answers "
-        "single requests, beside a generation worker that starts it",
+        description="generation: runs batches on an engine; documents: reads documents, without one; control: runs "
+        "schedules; express: answers single requests, beside a generation worker that starts it",
     )
     children: Count | None = Field(
         None,
@@ -226,6 +226,50 @@ class LimitSettings(_Group):
     retention_s: Seconds = Field(2_592_000, description="how long an ended batch and its results are kept (30 days)")
 
 
+class TraceSettings(_Group):
+    """Where spans of batches go: see docs/operations.md."""
+
+    to: Literal["off", "file", "otlp", "langsmith", "weave", "langfuse"] = Field(
+        "off", description="file: into home/traces, for `stoker trace`; otlp: an OpenTelemetry receiver, over HTTP"
+    )
+    url: str | None = Field(
+        None, description="where spans are posted, such as http://collector:4318/v1/traces; unset: the service's own"
+    )
+    api_key: str | None = Field(
+        None, description="LangSmith's or W&B's key, or Langfuse's two as pk-lf-…:sk-lf-…; for otlp a bearer token"
+    )
+    project: str | None = Field(None, description="LangSmith's project, or W&B's as entity/project")
+    sample: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="share of batches that are traced")
+    prompts: bool = Field(False, description="put prompts and answers into spans too, which leave this machine")
+
+
+class MetricsSettings(_Group):
+    """Prometheus metrics: each worker, dispatcher and gateway answers at /metrics on a port of its own."""
+
+    host: str = Field("127.0.0.1", description="address they listen on; metrics name no tenant and no prompt")
+    port: Annotated[int, Field(ge=1, le=65_535)] | None = Field(
+        None, description="its port; unset: no metrics. `stoker up` takes this one and those after it, one a process"
+    )
+
+
+class FlowerSettings(_Group):
+    """Flower, Celery's dashboard: `stoker flower`, and beside `stoker up`."""
+
+    host: str = Field("127.0.0.1", description="address it listens on; it can stop workers: never publish it")
+    port: Annotated[int, Field(ge=0, le=65_535)] = Field(5555, description="its port")
+    user: str = Field("stoker", description="who may enter")
+    password: str | None = Field(None, description="and with what; unset: `stoker up` makes one, in home/flower")
+
+
+class ScheduleSettings(_Group):
+    """Recurring commands: `stoker schedule`, run by workers of the control node."""
+
+    tick_s: Seconds = Field(5, description="how often the beat lets due schedules be looked for")
+    run_s: Seconds = Field(21_600, description="how long one run may take; then it has failed (6 h)")
+    missed_after_s: Seconds = Field(300, description="a run that begins so late was missed: see --missed")
+    keep_runs: Count = Field(100, description="runs of each schedule that are remembered")
+
+
 class LogSettings(_Group):
     """Logs go to stderr."""
 
@@ -260,6 +304,10 @@ class Settings(BaseSettings):
     gateway: GatewaySettings = GatewaySettings()
     limits: LimitSettings = LimitSettings()
     cost: CostSettings = CostSettings()
+    trace: TraceSettings = TraceSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    flower: FlowerSettings = FlowerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
     log: LogSettings = LogSettings()
 
     @property
