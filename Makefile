@@ -6,8 +6,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 include engines.mk
 
-.PHONY: help demo up cache documents test test-engine chaos check format env-example compose-env \
-	bench bench-submit bench-gateway bench-tables bench-pipeline bench-growth bench-dispatch bench-order bench-break-even bench-endpoints bench-express bench-refill bench-knee bench-end-to-end bench-front-end bench-cache nginx rabbitmq chromium
+.PHONY: help demo up cache documents test test-engine chaos check format env-example dashboard compose-env \
+	bench bench-submit bench-gateway bench-tables bench-pipeline bench-growth bench-dispatch bench-order bench-break-even bench-endpoints bench-express bench-refill bench-knee bench-observability bench-takeover bench-end-to-end bench-front-end bench-cache nginx rabbitmq chromium prometheus
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -30,12 +30,17 @@ JOB_S ?= 0.2
 chaos: .venv/.dev ## real faults on a running system: MINUTES=10 SEED= JOB_S=0.2
 	@python -m tests.chaos.run --minutes $(MINUTES) --job-s $(JOB_S) $(if $(SEED),--seed $(SEED))
 
-check: .venv/.dev ## lint, types, layers, generated files, compose file
+check: .venv/.dev prometheus ## lint, types, layers, generated files, compose file, alert rules
 	@ruff format --check --quiet . && ruff check --quiet .
 	@mypy
 	@lint-imports --no-logo > .venv/lint-imports.log || { cat .venv/lint-imports.log; exit 1; }
 	@python -c 'from runtime.settings import env_example; print(env_example(), end="")' | diff - .env.example
-	@POSTGRES_PASSWORD=x RABBITMQ_PASSWORD=x REDIS_PASSWORD=x docker-compose --env-file /dev/null --profile '*' config -q
+	@python -m scripts.dashboard | diff - deploy/grafana/dashboards/stoker.json
+	@! command -v promtool > /dev/null || { \
+		promtool check config deploy/prometheus/prometheus.yml && promtool test rules deploy/prometheus/alerts_test.yml; \
+	} > .venv/promtool.log 2>&1 || { cat .venv/promtool.log; exit 1; }
+	@POSTGRES_PASSWORD=x RABBITMQ_PASSWORD=x REDIS_PASSWORD=x FLOWER_PASSWORD=x GRAFANA_PASSWORD=x \
+		docker-compose --env-file /dev/null --profile '*' config -q
 
 format: .venv/.dev ## put the code into its format
 	@ruff check --quiet --fix . ; ruff format --quiet .
@@ -52,8 +57,12 @@ documents: .venv/.demo embedder ## what reading and searching documents needs: i
 env-example: .venv/.demo
 	@python -c 'from runtime.settings import env_example; print(env_example(), end="")' > .env.example
 
+dashboard: .venv/.demo ## Grafana's dashboard from deploy/grafana/panels.toml, the table of metrics in docs/operations.md
+	@python -m scripts.dashboard > deploy/grafana/dashboards/stoker.json
+	@python -m scripts.metrics_table
+
 # `make bench-cache`, `make bench-dispatch` and `make chaos` are of other questions; the table shows their last results.
-BENCHES := bench-end-to-end bench-front-end bench-pipeline bench-growth bench-submit bench-gateway bench-order bench-refill bench-endpoints bench-knee bench-express
+BENCHES := bench-end-to-end bench-front-end bench-pipeline bench-growth bench-submit bench-gateway bench-order bench-refill bench-endpoints bench-knee bench-express bench-observability bench-takeover
 bench: .venv/.dev ## all ratios anew (about 2 hours), one table of them, README.md and docs/benchmarks.md
 	@failed=; for bench in $(BENCHES); do \
 		echo "== make $$bench"; $(MAKE) --no-print-directory $$bench || failed="$$failed $$bench"; \
@@ -86,6 +95,9 @@ nginx: .venv/.dev
 chromium: .venv/.dev
 	@python -m tests.support.packages chromium || true # the page's tests say that they are skipped
 
+prometheus: .venv/.dev
+	@python -m tests.support.packages promtool || true # what needs it says that it is skipped
+
 rabbitmq: .venv/.dev
 	@python -m tests.support.packages rabbitmq-server
 
@@ -101,11 +113,17 @@ bench-break-even: .venv/.dev rabbitmq engine-vllm checkpoint ## a batch on a rea
 bench-knee: .venv/.dev engine-vllm checkpoint ## how many requests at once endpoints bear, and whether the window finds it: scripted ones, a real engine
 	@python -m benchmarks.knee
 
+bench-takeover: .venv/.dev rabbitmq ## how long schedules are not looked for when the leading beat is killed, or Redis emptied
+	@python -m benchmarks.takeover
+
 bench-refill: .venv/.dev rabbitmq ## starvation and tail of scripted engines, one of them with 2,048 slots
 	@python -m benchmarks.refill
 
 bench-endpoints: .venv/.dev rabbitmq ## 20,000 jobs on four endpoints: slow, rate-limited, failing, dying and returning
 	@python -m benchmarks.endpoints
+
+bench-observability: .venv/.dev nginx rabbitmq engine-vllm checkpoint ## throughput with traces, metrics and Flower on, beside none of them
+	@python -m benchmarks.observability
 
 bench-cache: .venv/.dev embedder gptcache engine-vllm checkpoint ## the cache: hits, errors, GPTCache, lookups, duplicates, a real engine: FOLDER=banking77 is a folder with its train.csv and test.csv
 	@OPENBLAS_NUM_THREADS=1 python -m benchmarks.cache --folder $(FOLDER)

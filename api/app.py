@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import batches, express, files, inspection, models, page
+from api.counted import Counted
 from api.errors import ApiError, not_found
 from api.gateway import Gateway
 from runtime.errors import NotFound, ServiceUnreachable
@@ -75,6 +76,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.add_exception_handler(HTTPException, _answer)
     app.add_exception_handler(Exception, _answer)
     app.add_middleware(WithHeaders, most_bytes=gateway.settings.gateway.request_bytes)
+    app.add_middleware(Counted)
     return app
 
 

@@ -24,6 +24,7 @@ from pipeline.serving import live_workers
 from pipeline.webhooks import check_url
 from runtime.clock import uuid7
 from runtime.errors import BadInput
+from runtime.tracing import batch_span
 from store.batches import BatchProgress, batch_progress, latest_batches, request_cancel, resume
 from store.budgets import open_batch_budget
 from store.database import Session
@@ -173,11 +174,12 @@ def _begin(session: Session, principal: Principal, body: CreateBatch, entry: Fil
         priority=body.extras.priority,
         weight=body.extras.weight,
     )
-    begin_request(session, batch)
-    if body.extras.budget_tokens is not None:
-        open_batch_budget(session, batch.id, body.extras.budget_tokens)
-    if body.extras.budget_money is not None:
-        open_batch_money(session, batch.id, nanos_of(body.extras.budget_money))
+    with batch_span("submit", batch.id, kind="server"):
+        begin_request(session, batch)
+        if body.extras.budget_tokens is not None:
+            open_batch_budget(session, batch.id, body.extras.budget_tokens)
+        if body.extras.budget_money is not None:
+            open_batch_money(session, batch.id, nanos_of(body.extras.budget_money))
     return batch.id
 
 

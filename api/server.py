@@ -16,7 +16,10 @@ from api.uploads import UploadSlots
 from runtime.errors import BadInput, StokerError
 from runtime.kept_process import KeptProcess
 from runtime.logs import configure_logs, get_logger
+from runtime.metrics import metrics_served
+from runtime.redaction import secrets_of
 from runtime.settings import Settings, load_settings
+from runtime.tracing import start_tracing, stop_tracing
 from store.blobs import Blobs
 from store.database import Database
 from store.presence import PresenceBoard
@@ -74,8 +77,11 @@ def main() -> None:
 
 def _serve() -> None:
     settings = load_settings()
-    configure_logs(settings.log)
+    configure_logs(settings.log, secrets=secrets_of(settings))
     with ExitStack() as stack:
+        stack.enter_context(metrics_served(settings.metrics))
+        start_tracing(settings, process="gateway")
+        stack.callback(stop_tracing)
         app = create_app(open_gateway(settings, stack))
         for _ in range(settings.gateway.validators):
             validator = KeptProcess("api.validator", name="validator", env=os.environ, grace_s=GRACE_S)

@@ -9,17 +9,23 @@ from contextlib import ExitStack
 from api.server import open_gateway
 from pipeline.validate import run_validator, start_aftercare
 from runtime.logs import configure_logs
+from runtime.metrics import metrics_served
+from runtime.redaction import secrets_of
 from runtime.settings import load_settings
+from runtime.tracing import start_tracing, stop_tracing
 
 
 def main() -> None:
     """Validate and take care until SIGTERM; a batch that is being read is put back for the next validator."""
     settings = load_settings()
-    configure_logs(settings.log)
+    configure_logs(settings.log, secrets=secrets_of(settings))
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     with ExitStack() as stack:
+        stack.enter_context(metrics_served(settings.metrics))  # with the gateway's
+        start_tracing(settings, process="validator")
+        stack.callback(stop_tracing)
         gateway = open_gateway(settings, stack)
         start_aftercare(gateway.database, gateway.blobs, settings, stop)
         run_validator(gateway.database, gateway.blobs, gateway.board, settings, stop)

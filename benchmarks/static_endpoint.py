@@ -138,6 +138,7 @@ http {{
         location = /health {{ return 200 ''; }}
         location = /v1/models {{ return 200 '{models}'; }}
         location = /v1/chat/completions {{ return 200 '{json.dumps(ANSWER)}'; }}
+        location = /v1/traces {{ return 200 ''; }}
     }}
 }}
 """

@@ -20,11 +20,12 @@ from typing import Any, Literal
 from inference.adapters import adapter_digests, adapter_flags
 from inference.checkpoints import alias_of, digest_of, is_packed, quantization_of, quantized_sibling
 from runtime.errors import BadInput
+from runtime.metrics_folder import FOLDER_VARIABLE
 from runtime.settings import EngineSettings, made
 
 CHECKPOINTS = Path(".checkpoints")
 DEFAULT_FOLDER = "smollm2-135m-w8a8"
-_OUR_VARIABLES = ("STOKER_", "POSTGRES_", "RABBITMQ_", "REDIS_")
+_OUR_VARIABLES = ("STOKER_", "POSTGRES_", "RABBITMQ_", "REDIS_", FOLDER_VARIABLE)  # vLLM would count there too
 _KEY_VARIABLES = ("_API_KEY", "_API_TOKEN")
 _SECRET_FLAG = re.compile(r"(--\S*(?:key|token|password)(?!s)\S*?)(=|\s+)\S+")
 DEFAULT_GGUF = "smollm2-135m-gguf/*.gguf"

@@ -29,6 +29,7 @@ from inference.endpoint import (
     Stalled,
     Throttled,
 )
+from inference.observed import Sending, billed
 from inference.replies import usage_of
 from inference.routes import Route
 from inference.terms import PLAIN, Limits, Terms
@@ -165,7 +166,8 @@ class Router:
     async def _to_engine(self, engine: Route, path: str, body: bytes, *, request_id: str) -> Reply:
         engine.running += 1
         try:
-            return await engine.endpoint.post(path, body, request_id=request_id)
+            with Sending(engine, path, body, request_id=request_id) as sending:
+                return sending.answered(await engine.endpoint.post(path, body, request_id=request_id))
         except EndpointDown:
             engine.is_down = True
             raise
@@ -332,7 +334,10 @@ class Router:
         spent = paid  # unless it is known better: it may have run
         try:
             model = None if route.spec is None else route.spec.models[wish.model]
-            reply = await route.endpoint.post(wish.path, wish.body, request_id=wish.request_id, model=model)
+            with Sending(route, wish.path, wish.body, request_id=wish.request_id) as sending:
+                reply = sending.answered(
+                    await route.endpoint.post(wish.path, wish.body, request_id=wish.request_id, model=model)
+                )
             usage = Usage() if route.spec is None else _usage_in(reply)  # of the engine nothing is counted here
             used = usage.prompt_tokens + usage.completion_tokens or None
             self._answered(route, usage, seconds=time.monotonic() - began)
@@ -350,6 +355,7 @@ class Router:
             route.end(wish.tokens)
             if paid and wish.terms.payer is not None:
                 wish.terms.payer.ended(paid, spent=spent)
+                billed(route, spent)
             self._wake()
             if grant is not None:
                 await self._settled(route, grant, tokens=used)

@@ -69,6 +69,7 @@ class EngineSupervisor:
     def __init__(self, plan: EnginePlan, *, log_file: Path, start_timeout_s: float, stall_s: float) -> None:
         self.plan = plan
         self.readings = NOT_KNOWN
+        self.metrics_text = ""  # that the readings are from
         self.is_healthy = False
         self.restarts = 0
         self.version: str | None = None
@@ -141,7 +142,7 @@ class EngineSupervisor:
             self.is_healthy = False
             log.error("engine_restarts", engine=self.plan.kind, reason=reason, restarts=self.restarts)
             self._end_child()
-            self.readings = NOT_KNOWN
+            self.readings, self.metrics_text = NOT_KNOWN, ""
             await self._sleep(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])
             self.restarts += 1
             try:
@@ -201,6 +202,7 @@ class EngineSupervisor:
                 text = await endpoint.text("/metrics") if self.is_healthy else ""
         except StokerError:  # it died, or was too busy, between the two
             self.is_healthy, text = False, ""
+        self.metrics_text = text
         gpu_use = self._gpus.read()
         if self.is_healthy:
             self._healthy_at = now

@@ -14,6 +14,11 @@ def batch_name(batch_id: UUID) -> str:
     return PREFIX + batch_id.hex
 
 
+def short_name(batch_id: UUID) -> str:
+    """Its beginning, which stands for it: the millisecond that it was made in."""
+    return batch_name(batch_id)[:18]
+
+
 def batch_hex(name: str) -> str:
     """The hex digits that a whole or shortened name states; dashes and the prefix may be there or not."""
     return name.strip().lower().removeprefix(PREFIX).replace("-", "")

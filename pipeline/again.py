@@ -26,7 +26,7 @@ from store.open_shards import CutJob, newest_shard
 from store.submissions import Filled, NewBatch, extend_lease, insert_shards
 
 # Options that say what became of the earlier batch's own file.
-FOUND_AT_SUBMIT = frozenset({"reused", "order", "pilot"})
+FOUND_AT_SUBMIT = frozenset({"reused", "order", "pilot", "idempotency_key", "asked"})
 
 
 def retry_batch(

@@ -22,6 +22,7 @@ from pipeline.steps import StepFailed, Steps
 from pipeline.validated import validated
 from runtime.clock import utc_now
 from runtime.errors import StokerError, Stopped
+from runtime.tracing import span
 from store.shards import Claim, Retry
 
 
@@ -61,8 +62,9 @@ async def _ask_in_steps(context: FeedContext, attempt: Attempt, job: Job) -> lis
         served=context.pace.served,
     )
     try:
-        async with steps:
-            return [await _done_in(steps, context, attempt.claim, job)]
+        with span("job", attributes={"stoker.job.seq": job.seq}):
+            async with steps:
+                return [await _done_in(steps, context, attempt.claim, job)]
     except StepFailed as error:
         return [error.result]
     except BudgetWaits as error:

@@ -18,6 +18,7 @@ from pipeline.budgets import WAIT_S as BUDGET_WAIT_S
 from pipeline.budgets import Cover, Funding, Funds
 from pipeline.cached import Looked
 from pipeline.purse import Purse
+from pipeline.traced import shard_traced
 from runtime.clock import utc_now
 from store.shards import Claim, LoadedJobs, Retry
 from store.steps import FinishedStep
@@ -55,6 +56,8 @@ class Attempt:
 
     def __init__(self, claim: Claim, loaded: LoadedJobs) -> None:
         self.claim = claim
+        self.claimed_at = time.monotonic()
+        self.span, self.context = shard_traced(claim, jobs=len(loaded.jobs))
         self.looked = Looked()
         self.held_bytes = 0  # of bodies and finished steps: the requests to keep hold theirs until the shard is over
         self.repeated: dict[int, bool] = {}  # of jobs that were asked twice: whether the answers were the same

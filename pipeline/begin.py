@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID
 
-from runtime.errors import StokerError
+from models.names import batch_name
+from runtime.errors import BadInput, StokerError
+from runtime.tracing import batch_span
 from store.database import Database
 from store.submissions import (
     Filled,
@@ -47,11 +49,14 @@ class Submitted:
     notices: tuple[str, ...] = ()
 
 
-def same_submit(database: Database, *, tenant: str, submit_digest: str) -> Submitted | None:
-    """The batch of the same submit within the hour, while it runs or if it was completed."""
+def same_submit(database: Database, *, tenant: str, submit_digest: str, asked: str | None = None) -> Submitted | None:
+    """The batch of the same submit within the hour, while it runs or if it was completed; the batch of a key always.
+
+    Raises BadInput if a key's batch was made of anything else than what is `asked` now.
+    """
     with database.transaction() as session:
         earlier = find_same_submit(session, tenant=tenant, submit_digest=submit_digest, younger_than=REUSE_FOR)
-    return None if earlier is None else _earlier(earlier)
+    return None if earlier is None else _earlier(earlier, asked=asked)
 
 
 def begin_batch(
@@ -62,13 +67,16 @@ def begin_batch(
     `fill` must extend the lease in each of its transactions. With `reuse`, if the same submit was quicker, its
     batch is the answer. Any error, Ctrl-C included, deletes what was stored; after a kill the leader does.
     """
-    try:
-        with database.transaction() as session:
-            insert_validating(session, batch, lease=LEASE)
-        return _set_going(database, batch, fill(), window=window, reuse=reuse)
-    except BaseException:
-        _delete(database, batch.id)
-        raise
+    with batch_span("submit", batch.id) as span:
+        try:
+            with database.transaction() as session:
+                insert_validating(session, batch, lease=LEASE)
+            submitted = _set_going(database, batch, fill(), window=window, reuse=reuse)
+        except BaseException:
+            _delete(database, batch.id)
+            raise
+        span.set({"stoker.jobs": submitted.total, "stoker.skipped": submitted.skipped})
+    return submitted
 
 
 def _set_going(database: Database, batch: NewBatch, filled: Filled, *, window: timedelta, reuse: bool) -> Submitted:
@@ -93,10 +101,15 @@ def _set_going(database: Database, batch: NewBatch, filled: Filled, *, window: t
             notices=filled.notices,
         )
     _delete(database, batch.id)
-    return _earlier(earlier)
+    return _earlier(earlier, asked=batch.options.get("asked"))
 
 
-def _earlier(found: SameSubmit) -> Submitted:
+def _earlier(found: SameSubmit, *, asked: str | None) -> Submitted:
+    if found.asked != asked:
+        raise BadInput(
+            f"{batch_name(found.id)[:18]} was submitted with this idempotency key, but of another file or with other "
+            "options; use a new key for another batch"
+        )
     return Submitted(
         found.id, found.total, reused=True, skipped=found.skipped, taken=found.taken, followers=found.followers
     )

@@ -14,11 +14,15 @@ from typing import Protocol
 from uuid import UUID
 
 from models.states import Ending
+from pipeline.counting import count_ended
 from pipeline.fairness import FairShare, to_recall
+from pipeline.leading import Leading
 from pipeline.spill import SpillWatch
+from pipeline.traced import trace_end
 from runtime.clock import utc_now
 from runtime.errors import ServiceUnreachable
 from runtime.logs import get_logger
+from runtime.metrics import HINTS_READY, HINTS_RESENT, LEASES_RECOVERED, SWEEP_SECONDS, is_counting
 from runtime.settings import Settings
 from store.answers import delete_expired
 from store.batches import (
@@ -99,14 +103,18 @@ def dispatch_until(
             with leadership(database) as lead:
                 while not stop.is_set():
                     if not lead.acquire(silent_s=silent_s):
+                        dispatcher.leading.end()
                         stop.wait(SWEEP_S)
                         continue
+                    dispatcher.leading.begin()
                     dispatcher.tick()
                     stop.wait(WAKE_REST_S)
                     lead.wait(SWEEP_S)
         except ServiceUnreachable as error:
+            dispatcher.leading.end()
             log.warning("dispatch_waits", error=str(error))
             stop.wait(SWEEP_S)
+    dispatcher.leading.end()
 
 
 class Dispatcher:
@@ -119,6 +127,7 @@ class Dispatcher:
         self._settings = settings
         self._fairness = FairShare(settings.dispatch.tenant_weights)
         self._spill = SpillWatch()
+        self.leading = Leading()
         self._window = self._readers = BLIND_WINDOW
         self._beside = 0
         self._unsent: list[tuple[int, UUID]] = []
@@ -131,6 +140,7 @@ class Dispatcher:
         if now >= self._sweep_at:
             self._sweep_at = now + SWEEP_S
             self.sweep()
+            SWEEP_SECONDS.observe(time.monotonic() - now)
         self.finish_batches()
         self.fill_window()
 
@@ -168,6 +178,7 @@ class Dispatcher:
                 log.error("results_missing", batch_id=str(batch_id), jobs=missing)
             else:
                 log.info("batch_ended", batch_id=str(batch_id))
+                trace_end(self._database, batch_id)
 
     def sweep(self) -> None:
         """Once a second: presence, dead leases, expiry, winding down, screening, spilling, lost hints, partitions."""
@@ -180,8 +191,18 @@ class Dispatcher:
         with self._database.transaction() as session:
             self._spill.sweep(session)
         self._send_lost_hints()
+        self._state_figures()
         self._invite_readers()
         self._keep_house()
+
+    def _state_figures(self) -> None:
+        self.leading.state(self._database, window=self._window)
+        if not is_counting():  # the broker is asked for nobody else
+            return
+        try:
+            HINTS_READY.set(self._publisher.ready_count())
+        except ServiceUnreachable as error:
+            log.warning("broker_unreachable", error=str(error))
 
     def _read_presence(self) -> None:
         try:
@@ -192,10 +213,12 @@ class Dispatcher:
         self._window = _children(workers, "generation") or BLIND_WINDOW
         self._beside = min(MOST_BESIDE, max((len(worker.endpoints) for worker in workers), default=0))
         self._readers = _children(workers, "documents") or BLIND_WINDOW
+        self.leading.see(workers)
 
     def _recover(self) -> None:
         with self._database.transaction() as session:
             recovered = recover_dead_leases(session, lease_s=self._settings.worker.lease_s)
+        LEASES_RECOVERED.add(len(recovered))
         for shard in recovered:
             log.warning("lease_recovered", shard_id=shard.shard_id, crashes=shard.crashes)
             if shard.crashes >= CRASHES_TO_HALVE:
@@ -203,6 +226,7 @@ class Dispatcher:
 
     def _isolate(self, shard: Recovered) -> None:
         """Split a shard whose attempts keep dying; a job that is alone and kills again ends as poison."""
+        ended = 0
         with self._database.transaction() as session:
             taken = claim(
                 session, shard.shard_id, holder=HOLDER, lease_s=self._settings.worker.lease_s, states=("pending",)
@@ -214,7 +238,7 @@ class Dispatcher:
                 give_back(session, taken, wait_s=0.0)
                 return
             if left == 1:
-                end_unfinished(
+                ended = end_unfinished(
                     session,
                     shard_id=taken.shard_id,
                     fence=taken.fence,
@@ -223,6 +247,7 @@ class Dispatcher:
                     f"at least {CRASHES_TO_POISON - CRASHES_TO_HALVE} of them while it was alone",
                 )
             close(session, taken)
+        count_ended(ended)
 
     def _wind_down(self) -> None:
         with self._database.transaction() as session:
@@ -238,6 +263,7 @@ class Dispatcher:
             rows = shards_to_wind_down(session, limit=WIND_DOWN_SHARDS)
         for shard_id, ending in rows:
             code, message = _ENDINGS[ending]
+            ended = 0
             with self._database.transaction() as session:
                 taken = claim(
                     session,
@@ -247,8 +273,9 @@ class Dispatcher:
                     states=("pending", "dispatched"),
                 )
                 if taken is not None:
-                    end_unfinished(session, shard_id=shard_id, fence=taken.fence, code=code, message=message)
+                    ended = end_unfinished(session, shard_id=shard_id, fence=taken.fence, code=code, message=message)
                     close(session, taken)
+            count_ended(ended)
         return bool(rows)
 
     def _send_lost_hints(self) -> None:
@@ -265,6 +292,7 @@ class Dispatcher:
         if ready < dispatched:
             log.warning("hints_sent_again", shards=len(stale), ready=ready, dispatched=dispatched)
             self._send(stale)
+            HINTS_RESENT.add(len(stale))
             with self._database.transaction() as session:
                 touch_dispatched(session, [shard_id for shard_id, _ in stale])
 

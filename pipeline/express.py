@@ -22,6 +22,7 @@ from models.states import Outcome, Trust
 from pipeline.purse import KeyPurse
 from runtime.errors import Permanent, ServiceUnreachable, Stopped, Transient
 from runtime.logs import get_logger
+from runtime.metrics import SINGLE_SECONDS, SINGLES
 from store.express import RENEW_S, ClaimedRequest, ExpressQueue
 
 log = get_logger(__name__)
@@ -123,11 +124,14 @@ class Answering:
         task.add_done_callback(ended)
 
     async def _answer(self, claimed: ClaimedRequest) -> None:
+        began = asyncio.get_running_loop().time()
         try:
             answer = await self._outcome(claimed)
         except Stopped:  # it was not sent, and is another's now
             await self._give_back([claimed])
             return
+        SINGLES.add(1, outcome=_counted_as(answer))
+        SINGLE_SECONDS.observe(asyncio.get_running_loop().time() - began)
         try:
             await self._context.queue.answer(claimed, msgspec.json.encode(answer))
         except ServiceUnreachable as error:  # its lease ends, and it is run again
@@ -205,3 +209,9 @@ class Answering:
                 if claimed.id not in kept and not task.done():
                     log.info("express_cancelled", request=claimed.id)
                     task.cancel()
+
+
+def _counted_as(answer: SingleAnswer) -> str:
+    if answer.code is None:
+        return "ok"
+    return "down" if answer.code in ("unavailable", ENGINE_DIED) else "failed"

@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from inference.embeddings import PATH as EMBEDDINGS
@@ -29,10 +29,12 @@ from pipeline.lookups import Lookups
 from pipeline.purse import Purse
 from pipeline.quarantine import DEATHS_TO_QUARANTINE, isolate
 from pipeline.retry import after_engine_death, after_failure
+from pipeline.traced import end_shard
 from pipeline.writing import Writer
 from runtime.clock import utc_now
 from runtime.errors import LostFence, Permanent, ServiceUnreachable, Transient
 from runtime.logs import get_logger
+from runtime.metrics import FENCES_LOST, SHARD_SECONDS, SHARDS_RUNNING
 from store.database import Session
 from store.shards import (
     Claim,
@@ -44,6 +46,7 @@ from store.shards import (
 )
 
 log = get_logger(__name__)
+T = TypeVar("T")
 
 TICK_S = 0.2  # how soon a drain, a due write or a newly dispatched shard is noticed while nothing else happens
 MOST_ATTEMPTS, LEAST_STARTED = 8, 8  # at once in a child with endpoints beside its engine; jobs of each under way
@@ -98,6 +101,8 @@ class _Feeder:
             for attempt in self._attempts.values():  # after a defect only: their leases end and are recovered
                 self._context.heartbeat.remove(attempt.claim)
                 attempt.lose()
+                end_shard(attempt.span, is_lost=True)
+            SHARDS_RUNNING.set(0)
             await self._lookups.finish()
         return self._report
 
@@ -223,9 +228,13 @@ class _Feeder:
             if attempt.wants_write():
                 self._write_wanted.set()
 
-        task = self._loop.create_task(work)
+        task = self._loop.create_task(work, context=attempt.context.copy())
         attempt.in_flight.add(task)
         task.add_done_callback(ended)
+
+    async def _within(self, attempt: Attempt, work: Coroutine[Any, Any, T]) -> T:
+        """Work of the feed's own for an attempt, as its jobs do theirs: its ids are on what is logged."""
+        return await self._loop.create_task(work, context=attempt.context.copy())
 
     async def _run_unit(self, attempt: Attempt, unit: Unit) -> None:
         jobs = unit.jobs if isinstance(unit, Pack) else (unit,)
@@ -331,19 +340,21 @@ class _Feeder:
 
         self._context.heartbeat.add(claimed, on_beat)
         try:
-            looked = await self._lookups.look_up(claimed, loaded)
+            looked = await self._within(attempt, self._lookups.look_up(claimed, loaded))
             if claimed.budgeted and claimed.runnable:
                 looked = await self._funded(attempt, looked)
             is_plain = claimed.runnable and not claimed.runs_alone
             attempt.begin(looked, self._units(claimed, looked.jobs) if is_plain else ())
         except BaseException:  # nobody knows of it yet: its lease must end
             self._context.heartbeat.remove(claimed)
+            end_shard(attempt.span, is_lost=True)
             raise
         if claimed.runnable and claimed.runs_alone:
             for other in self._attempts.values():
                 other.stop()
             self._spawn(attempt, self._run_alone(attempt, looked.jobs))
         self._attempts[claimed.key] = attempt
+        SHARDS_RUNNING.set(len(self._attempts))
         self._report.shards += 1
         self._write_wanted.set()
         return True
@@ -397,7 +408,7 @@ class _Feeder:
             self._write_wanted.clear()
             for attempt in list(self._attempts.values()):
                 if attempt.wants_write():
-                    await self._write_and_end(attempt)
+                    await self._within(attempt, self._write_and_end(attempt))
             await _wait(self._write_wanted, timeout_s=TICK_S)
 
     async def _write_and_end(self, attempt: Attempt) -> None:
@@ -406,6 +417,8 @@ class _Feeder:
         try:
             if not attempt.is_lost:
                 await self._writer.write(attempt, unwritten, is_over=is_over, patience=self._is_patient)
+                if is_over:
+                    SHARD_SECONDS.observe(time.monotonic() - attempt.claimed_at)
                 self._report.jobs += len(unwritten.results)
                 self._go_on(attempt)
                 self._lookups.begin_chores(attempt.claim)
@@ -413,8 +426,11 @@ class _Feeder:
             attempt.lose()
             log.warning("fence_lost", shard_id=attempt.claim.shard_id, fence=attempt.claim.fence)
         if attempt.is_lost or is_over:
+            FENCES_LOST.add(attempt.is_lost)
             self._context.heartbeat.remove(attempt.claim)
             self._attempts.pop(attempt.claim.key, None)
+            SHARDS_RUNNING.set(len(self._attempts))
+            end_shard(attempt.span, is_lost=attempt.is_lost)
             self._wake.set()
 
 

@@ -18,12 +18,14 @@ from urllib.parse import urlsplit
 
 from cache.index import Index
 from documents.passages import Passage, Splitter, embedded_text
+from models.states import DocumentState
 from pipeline.heartbeat import Heartbeat
 from pipeline.indexing import sync_index
 from pipeline.retry import BASE_S, CAP_S, RETRY_AFTER_CAP_S
 from pipeline.semantic import Embedder
 from runtime.errors import Deadlocked, Fatal, LostFence, Permanent, ServiceUnreachable, Transient
 from runtime.logs import get_logger
+from runtime.metrics import DOCUMENTS, PASSAGES
 from runtime.settings import Settings
 from store.database import Database
 from store.documents import (
@@ -146,6 +148,8 @@ async def _read_claimed(context: IngestContext, claim: DocumentClaim, report: In
         await asyncio.to_thread(_write, context, claim, cut)
         report.documents += 1
         report.passages += len(cut.passages)
+        DOCUMENTS.add(1, outcome=DocumentState.READY)
+        PASSAGES.add(len(cut.passages))
     except LostFence:
         log.warning("document_lost", document=claim.id, fence=claim.fence)
     except Transient as error:
@@ -225,6 +229,7 @@ def _fail(context: IngestContext, claim: DocumentClaim, code: str, message: str)
     storable = message.replace("\0", "").encode(errors="ignore").decode()  # a server's words may be in it
     with context.database.transaction() as session:
         fail_document(session, claim, code=code, message=storable)
+    DOCUMENTS.add(1, outcome=DocumentState.FAILED)
 
 
 def _give_back(context: IngestContext, claim: DocumentClaim, *, wait_s: float) -> None:

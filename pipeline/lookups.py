@@ -6,6 +6,7 @@ Only a lookup of steps waits for Postgres; a cache that fails answers nothing an
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,11 +16,13 @@ from models.line_settings import read_settings
 from pipeline.budgets import charge_ahead
 from pipeline.cached import ExactCache, Looked, WithPassages
 from pipeline.context import FeedContext
+from pipeline.counting import count_lookups
 from pipeline.retry import after_failure
 from pipeline.steps import kept_tokens
 from runtime.clock import utc_now
 from runtime.errors import LostFence, ServiceUnreachable, Transient
 from runtime.logs import get_logger
+from runtime.tracing import NOTHING, Value, span
 from store.namespaces import count_unlooked
 from store.shards import Claim, LoadedJobs
 from store.steps import FinishedStep, steps_of, write_steps
@@ -41,7 +44,11 @@ class Lookups:
         """What is known of the shard's jobs before they run."""
         steps = await self._finished_steps(claimed, loaded.jobs)
         ready = await self._retrieve(claimed, loaded.jobs)
-        looked = await self._ask_caches(claimed, ready)
+        with span("cache lookup") if self._context.cache is not None else NOTHING as seen:
+            looked = await self._ask_caches(claimed, ready)
+            if seen.is_recorded:
+                seen.set(_told(ready, looked))
+        count_lookups(looked)
         return replace(looked, results=[*ready.results, *looked.results], retrieved=ready.retrieved, steps=steps)
 
     async def _retrieve(self, claimed: Claim, jobs: list[Job]) -> Looked:
@@ -52,7 +59,8 @@ class Lookups:
         wanting = [job for job in jobs if job.stoker and _wants_passages(job.stoker)]
         if not wanting or not claimed.runnable:
             return Looked(jobs=jobs)
-        found = await self._passages(claimed, wanting)
+        with span("retrieve", attributes={"stoker.jobs": len(wanting)}) as seen:
+            found = await self._passages(claimed, wanting)
         retrieved, results = {}, []
         for job in wanting:
             one = found[job.seq]
@@ -63,6 +71,7 @@ class Lookups:
                 results.append(one)
             else:
                 retrieved[job.seq] = one
+        seen.set({"stoker.passages": sum(len(one.told) for one in retrieved.values())})
         return Looked(
             results=results,
             jobs=[
@@ -181,3 +190,13 @@ def _wants_passages(stoker: str) -> bool:
     """Whether its prompt is to have some; a conversation finds them turn by turn."""
     settings = read_settings(stoker)
     return settings.collection is not None and not settings.has_steps
+
+
+def _told(asked: Looked, found: Looked) -> dict[str, Value]:
+    """What a lookup's span states: how many jobs were looked up, and how many of them each cache answered."""
+    sources = Counter(result.source for result in found.results if isinstance(result, JobResult))
+    return {
+        "stoker.jobs": len(asked.jobs),
+        **{f"stoker.found.{source.value}": count for source, count in sources.items()},
+        "stoker.missed": len(found.jobs),
+    }

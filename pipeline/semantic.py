@@ -27,10 +27,11 @@ from cache.policy import Limits, Policy
 from cache.score import NEIGHBOURS, Vectors, overlap, words
 from models.jobs import Job
 from models.names import request_name
-from models.states import Source
+from models.states import Outcome, Source
 from pipeline.cached import Looked, Place, Request, served
 from runtime.errors import LostFence, Permanent, ServiceUnreachable, Transient
 from runtime.logs import get_logger
+from runtime.metrics import JOBS
 from runtime.settings import CacheSettings
 from store.answers import answers_of, template_scope
 from store.database import Database, Session
@@ -281,6 +282,7 @@ class SemanticCache:
             audits = sum(one.decided.audited for one in made)
             added = Round(len(made), len(served_seqs), audits, saved_tokens)
             store_policy(session, namespace.id, after.encode(), made=added, news=news)
+        JOBS.add(len(served_seqs), outcome=Outcome.SUCCEEDED, source=Source.SEMANTIC)
         if is_fit_due(after):
             self._to_fit[namespace.id] = namespace
         return _left(looked, unserved, served_seqs, ask_twice=held.asked_twice < ASKED_TWICE)

@@ -39,7 +39,7 @@ from runtime.settings import Settings, ShardSettings
 from store.budgets import open_batch_budget
 from store.database import Database
 from store.money import open_batch_money
-from store.submissions import Filled, NewBatch, copy_jobs, extend_lease, insert_shards, set_going
+from store.submissions import Filled, NewBatch, copy_jobs, digest_of_key, extend_lease, insert_shards, set_going
 
 CHUNK_BYTES = 256 * 1024 * 1024
 ORDERED = "prompts that begin alike run together, not in the file's order; results are in it, and --order file keeps it"
@@ -88,33 +88,30 @@ def submit_file(
     tenant: str = TENANT,
     wishes: Wishes = NO_WISHES,
     about: Mapping[str, Any] = NOTHING,
+    key: str | None = None,
 ) -> Submitted:
     """Store the file as a batch and set it going; return once all of it is committed.
 
     With `reuse` the same file and options within an hour give the batch that runs or was completed, also when two
-    race. `about` is kept with the batch's options. `on_progress` hears (bytes validated, bytes of the file). With
-    `on_skipped` bad lines are left out and it hears of each, in their order; without, one refuses the file. Any error,
-    Ctrl-C included, leaves no rows; a kill leaves a validating batch for `delete_abandoned_batches`. Raises
-    InvalidFile, BadInput, ServiceUnreachable.
+    race; with a `key` its one batch, for as long as that is kept. `about` is kept with the batch's options.
+    `on_progress` hears (bytes validated, bytes of the file). With `on_skipped` bad lines are left out and it hears of
+    each, in their order; without, one refuses the file. Any error, Ctrl-C included, leaves no rows; a kill leaves a
+    validating batch for `delete_abandoned_batches`. Raises InvalidFile, BadInput, ServiceUnreachable.
     """
     window = timedelta(seconds=settings.limits.window_s)
     with opened(path) as file:
         source = _source(file, options, settings, served_models, on_progress, on_skipped)
         input_digest = source.digest()
         skip_bad = on_skipped is not None
-        submit_digest = _submit_digest(input_digest, options, window, wishes, skip_bad=skip_bad, about=about)
-        if reuse and (earlier := same_submit(database, tenant=tenant, submit_digest=submit_digest)):
+        digest = _submit_digest(input_digest, options, window, wishes, skip_bad=skip_bad, about=about)
+        digest, keyed = (digest, NOTHING) if key is None else _keyed(digest, key)
+        if reuse and (earlier := same_submit(database, tenant=tenant, submit_digest=digest, asked=keyed.get("asked"))):
             return earlier
         lines = iter(source)
         first = next(lines)  # states the endpoint; a file without a good line ends here, before any row
         if wishes.results_of is not None:
-            check_reusable(
-                database,
-                wishes.results_of,
-                endpoint=first.url,
-                validate_answers=options.validate_answers,
-                tenant=tenant,
-            )
+            validated = options.validate_answers
+            check_reusable(database, wishes.results_of, endpoint=first.url, validate_answers=validated, tenant=tenant)
         name = input_name or path.name
         manifest = {"file_name": name, "file_bytes": source.size_bytes, "file_sha256": input_digest}
         batch = NewBatch(
@@ -123,8 +120,8 @@ def submit_file(
             endpoint=first.url,
             input_name=name,
             input_digest=input_digest,
-            submit_digest=submit_digest,
-            options=options.model_dump() | manifest | dict(about),
+            submit_digest=digest,
+            options=options.model_dump() | manifest | dict(about) | dict(keyed),
             max_output_tokens=options.max_output_tokens,
             priority=wishes.priority,
             weight=wishes.weight,
@@ -245,6 +242,11 @@ def _submit_digest(
     asked = options.model_dump() | {"window_s": window.total_seconds(), "skip_bad": skip_bad, "wishes": wishes, **about}
     canonical = msgspec.json.encode(asked, order="deterministic")
     return hashlib.sha256(input_digest.encode() + b"\n" + canonical).hexdigest()
+
+
+def _keyed(digest: str, key: str) -> tuple[str, Mapping[str, Any]]:
+    """The digest that stands for a key, and what is kept with its batch: by which file and options it was made."""
+    return digest_of_key(key), {"idempotency_key": key, "asked": digest}
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,12 @@ from pipeline.cutting import for_workers
 from pipeline.made_files import count_next
 from pipeline.serving import live_workers, served_models
 from pipeline.submit import fill_held
+from pipeline.traced import trace_end
 from pipeline.webhooks import deliver_due
 from runtime.errors import BadInput, BlobGone, InvalidFile, LostFence, Problem, ServiceUnreachable
 from runtime.logs import get_logger
 from runtime.settings import Settings
+from runtime.tracing import batch_span
 from store.blobs import UNFINISHED, Blobs
 from store.database import Database
 from store.files import forget_file, gone_blobs, unknown_blobs
@@ -109,10 +111,12 @@ def validate_next(
             raise _Stopping
 
     try:
-        problems = _problems(database, blobs, board, settings, held, go_on)
+        with batch_span("validate", held.id):
+            problems = _problems(database, blobs, board, settings, held, go_on)
     except LostFence:
         with database.transaction() as session:  # cancelled meanwhile; if another holds it, nothing happens
             end_cancelled(session, held)
+        trace_end(database, held.id)
         return True
     except _Stopping:
         _put_back(database, held, wait=timedelta(0), is_tried=False)
@@ -132,6 +136,7 @@ def validate_next(
         with database.transaction() as session:
             refuse(session, held, problems)
         log.info("batch_refused", batch_id=str(held.id), code=problems[0].code)
+        trace_end(database, held.id)
     return True
 
 

@@ -26,6 +26,7 @@ from models.states import DeliveryState
 from runtime.clock import utc_now
 from runtime.errors import Permanent, Transient
 from runtime.logs import get_logger
+from runtime.metrics import WEBHOOKS
 from runtime.public_http import (
     REDIRECTS,
     Address,
@@ -58,6 +59,11 @@ URL_CHARS: Final = 2048
 ERROR_CHARS: Final = 300
 _ENDS_IT: Final = ("bad_url", "private_address")  # all else may be mended within hours, an expired certificate too
 _GONE: Final = 410
+_OUTCOMES: Final = {
+    DeliveryState.DELIVERED: "delivered",
+    DeliveryState.PENDING: "again",
+    DeliveryState.FAILED: "failed",
+}
 _UNFIT: Final = re.compile(r"[\x00-\x20\x7f\ud800-\udfff]")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")  # a receiver's words are anything, and Postgres takes no NUL
 
@@ -131,6 +137,8 @@ def deliver_due(database: Database, settings: Settings, *, try_s: float = TRY_S)
             with database.transaction() as session:
                 for future in done:
                     record(session, running.pop(future), future.result())
+            for future in done:
+                WEBHOOKS.add(1, outcome=_OUTCOMES[future.result().state])
 
 
 def _taken(database: Database, running: Iterable[TakenDelivery]) -> list[tuple[TakenDelivery, list[bytes]]]:

@@ -6,6 +6,7 @@ It must not decide when; that is the feed's (pipeline/feed.py).
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,9 +14,12 @@ from models.jobs import JobResult, failed
 from models.states import Source
 from pipeline.attempt import Attempt, Unwritten
 from pipeline.context import FeedContext
+from pipeline.counting import count_written, followers_written
 from pipeline.lookups import Lookups
 from runtime.errors import LostFence, ServiceUnreachable, Unstorable
 from runtime.logs import get_logger
+from runtime.metrics import WRITE_SECONDS
+from runtime.tracing import span
 from store.database import Session
 from store.shards import close, give_back, quarantine, write_results, write_retries
 from store.steps import delete_steps, write_steps
@@ -49,12 +53,15 @@ class Writer:
                 await asyncio.sleep(1.0)
 
     def _write(self, attempt: Attempt, unwritten: Unwritten, *, is_over: bool) -> None:
-        try:
-            self._transact(attempt, unwritten, is_over=is_over)
-        except Unstorable:
-            for result in unwritten.results:
-                self._write_alone(attempt, result)
-            self._transact(attempt, replace(unwritten, results=[]), is_over=is_over)
+        with span("write") as seen:
+            if seen.is_recorded:
+                seen.set({"stoker.results": len(unwritten.results), "stoker.bytes": _bytes_of(unwritten)})
+            try:
+                self._transact(attempt, unwritten, is_over=is_over)
+            except Unstorable:
+                for result in unwritten.results:
+                    self._write_alone(attempt, result)
+                self._transact(attempt, replace(unwritten, results=[]), is_over=is_over)
 
     def _write_alone(self, attempt: Attempt, result: JobResult) -> None:
         try:
@@ -70,9 +77,11 @@ class Writer:
         """
         cache, semantic, kept = self._context.cache, self._context.semantic, None
         ended = [result.seq for result in unwritten.results if result.seq in attempt.looked.steps]
+        began = time.monotonic()
         with attempt.stating(unwritten), self._context.database.transaction() as session:
             if not self._write_under_fence(session, attempt, unwritten):
                 raise LostFence
+            followers = followers_written(session, attempt.claim, unwritten.results)
             charged = delete_steps(session, attempt.claim.batch_id, ended) if ended else {}
             if cache is not None:
                 kept = cache.keep(session, attempt.claim, attempt.looked, unwritten.results, attempt.repeated)
@@ -87,6 +96,8 @@ class Writer:
                 close(session, attempt.claim) or give_back(session, attempt.claim, wait_s=attempt.give_back_s)
             ):
                 raise LostFence
+        count_written(unwritten.results, retries=len(unwritten.retries), followers=followers)
+        WRITE_SECONDS.observe(time.monotonic() - began)
         if self._context.steps is not None:
             self._context.steps.forget(attempt.claim.batch_id, ended)
         if cache is None or kept is None:
@@ -108,3 +119,8 @@ class Writer:
             if steps and not write_steps(session, held, steps, lease_s=lease_s):
                 return False
         return not unwritten.retries or write_retries(session, held, unwritten.retries)
+
+
+def _bytes_of(unwritten: Unwritten) -> int:
+    answers = sum(len(result.response or "") for result in unwritten.results)
+    return answers + sum(len(step.reply) for step in unwritten.steps)

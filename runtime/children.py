@@ -91,17 +91,19 @@ def spawn(
     guard_s: float | None = None,
     account: str | None = None,
     stdout: int | None = None,
+    stderr: int | None = None,
+    folder: Path | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start `command`, which dies with the calling *thread*; raise FileNotFoundError if it does not exist.
 
     The kernel ties the child to the thread, not to the process: call this from a thread that lives as long
     as the child should (the main thread, as a rule), not from a pool. `death_signal` is what the child then
     gets; on systems other than Linux it gets nothing. stdout and stderr are appended to `log`; without one
-    the child shares ours. `stdout` may be subprocess.PIPE: the log then has stderr alone. `session` shields
-    the child from the terminal's Ctrl-C and from signals to our group. With `guard_s` it has a session, and
-    on Linux what is left of it is killed when our process and the child have ended, or so long after our end:
-    for a child that may ignore its signal, or has children of its own. With `account` it runs as that user,
-    which needs root.
+    the child shares ours. `stdout` and `stderr` may be subprocess.PIPE: the log has not that one then. It begins
+    in `folder`, or in ours. `session` shields the child from the terminal's Ctrl-C and from signals to our group.
+    With `guard_s` it has a session, and on Linux what is left of it is killed when our process and the child have
+    ended, or so long after our end: for a child that may ignore its signal, or has children of its own. With
+    `account` it runs as that user, which needs root.
     """
     program = shutil.which(command[0], path=env.get("PATH", os.defpath))
     if program is None:
@@ -113,9 +115,10 @@ def spawn(
         return subprocess.Popen(
             [*trampoline, *map(str, orders), *command[1:]],
             env=dict(env),
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=output if stdout is None else stdout,
-            stderr=output,
+            stderr=output if stderr is None else stderr,
             start_new_session=session or guard_s is not None,
         )
     finally:

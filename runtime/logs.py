@@ -1,22 +1,25 @@
 """structlog set up once per process: JSON lines, or colours on a terminal; always stderr.
 
-Never log a prompt, a response or a secret: ids, counts and durations only.
+Never log a prompt, a response or a secret: ids, counts and durations only. What others log goes through
+runtime/redaction.py, and so do texts of exceptions.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterable
 
 import structlog
 
+from runtime.redaction import Redaction
 from runtime.settings import LogSettings
 
 Logger = structlog.stdlib.BoundLogger
 
 
-def configure_logs(settings: LogSettings) -> None:
-    """Route structlog and the standard library's logging to stderr in one format."""
+def configure_logs(settings: LogSettings, *, secrets: Iterable[str] = ()) -> None:
+    """Route structlog and the standard library's logging to stderr in one format, without these secrets."""
     human = settings.format == "human" or (settings.format == "auto" and sys.stderr.isatty())
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -30,22 +33,28 @@ def configure_logs(settings: LogSettings) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
-    final: list[structlog.typing.Processor] = (
-        [structlog.dev.ConsoleRenderer()]
+    # No pretty traceback on a terminal either: it would show what the variables hold.
+    renderer: structlog.typing.Processor = (
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
         if human
-        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        else structlog.processors.JSONRenderer()
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *final],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.format_exc_info,
+                Redaction(secrets),
+                renderer,
+            ],
         )
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.level.upper())
-    for name in ("amqp", "kombu", "celery.redirected", "alembic", "httpx"):
+    for name in ("amqp", "kombu", "celery.redirected", "alembic", "httpx", "tornado.access"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

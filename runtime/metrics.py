@@ -7,20 +7,25 @@ Postgres is the truth of what was done: a process that is killed between a commi
 
 from __future__ import annotations
 
+import http.client
 import os
-import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from http import HTTPStatus
 from typing import Any, Final, Literal
 
 from runtime.logs import get_logger
+from runtime.metrics_folder import FOLDER_VARIABLE, MetricsFolder, families_in, is_metrics_folder
+from runtime.metrics_http import PATH, MetricsHttp
 from runtime.settings import MetricsSettings
 
 log = get_logger(__name__)
 
-FOLDER_VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"  # the client's own: children that are started find it there
+LOOK_S: Final = 2.0  # for an answer, which takes some ten ms
 
+_OF_A_PROCESS: Final = ("python_", "process_")  # of the engine's; they would pass for ours
 _SECONDS: Final = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900)
 
 
@@ -41,17 +46,20 @@ class Metric:
     def add(self, amount: float = 1, **labels: str) -> None:
         """Count so much more, of a counter; a gauge goes up, or down."""
         if _counting:
-            _child(self, labels).inc(amount)
+            with _lock:
+                _child(self, labels).inc(amount)
 
     def set(self, value: float, **labels: str) -> None:
         """What a gauge stands at now, in this process."""
         if _counting:
-            _child(self, labels).set(value)
+            with _lock:
+                _child(self, labels).set(value)
 
     def observe(self, value: float, **labels: str) -> None:
         """One more value of a histogram."""
         if _counting:
-            _child(self, labels).observe(value)
+            with _lock:
+                _child(self, labels).observe(value)
 
 
 def _counter(name: str, text: str, *labels: str) -> Metric:
@@ -113,6 +121,7 @@ SLACK = _gauge(
     over="livemostrecent",
 )
 PAUSED = _gauge("stoker_batches_paused", "Batches that were paused because their first jobs failed.")
+WORKERS = _gauge("stoker_workers", "Live workers, by node; of the generation node those whose engine answers.", "node")
 WINDOW = _gauge("stoker_dispatch_window", "Hints that may wait with the broker: children of live workers.")
 HINTS_READY = _gauge("stoker_hints_ready", "Hints in the broker that no worker has.")
 HINTS_RESENT = _counter("stoker_hints_resent_total", "Hints that were lost and sent again.")
@@ -149,7 +158,7 @@ CATALOGUE: Final[Sequence[Metric]] = tuple(value for value in list(globals().val
 class MetricsServer:
     """Answers at /metrics for a tree of processes, from a thread of the one that began it."""
 
-    def __init__(self, folder: tempfile.TemporaryDirectory[str], server: Any) -> None:
+    def __init__(self, folder: MetricsFolder, server: MetricsHttp) -> None:
         self._folder = folder
         self._server = server
 
@@ -157,41 +166,50 @@ class MetricsServer:
         """Answer no more, and forget the numbers."""
         self._server.shutdown()
         self._server.server_close()
-        self._folder.cleanup()
+        self._folder.remove()
 
 
-def open_metrics(settings: MetricsSettings) -> tempfile.TemporaryDirectory[str] | None:
+def open_metrics(settings: MetricsSettings) -> MetricsFolder | None:
     """Count from now on, in this process and in those that it forks or starts with its environment.
 
     The folder of the numbers where this process is the first of its tree, whose end it must not outlive; None where
     another began, or where no port is set: then nothing is counted.
     """
     folder = None
-    if FOLDER_VARIABLE not in os.environ:
+    if not is_metrics_folder(os.environ.get(FOLDER_VARIABLE)):
         if settings.port is None:
             return None
-        folder = tempfile.TemporaryDirectory(prefix="stoker-metrics-")
-        os.environ[FOLDER_VARIABLE] = folder.name
+        folder = MetricsFolder()
+        os.environ[FOLDER_VARIABLE] = folder.path
+    if not _counting:
+        os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
     _counting.append(True)
     return folder
 
 
+def is_counting() -> bool:
+    """Whether this process counts: for figures that cost something."""
+    return bool(_counting)
+
+
 def serve_metrics(
     settings: MetricsSettings,
-    folder: tempfile.TemporaryDirectory[str],
+    folder: MetricsFolder,
     *,
+    refresh: Callable[[], None] = lambda: None,
     foreign: Callable[[], str] = str,
 ) -> MetricsServer | None:
     """Answer for the whole tree; call it after the fork. None, and a warning, if the port cannot be had.
 
-    `foreign` gives the metrics of others, such as the engine's, in Prometheus's text format; they come along.
+    `refresh` is called before each answer, to set what this process knows at any moment. `foreign` gives the metrics of
+    others, such as the engine's, in Prometheus's text format; they come along. Neither may wait for anything.
     """
-    from prometheus_client import CollectorRegistry, start_http_server  # noqa: PLC0415  # after the folder is known
+    from prometheus_client import CollectorRegistry, generate_latest  # noqa: PLC0415
 
     registry = CollectorRegistry()
-    registry.register(_Tree(folder.name, foreign))
+    registry.register(_Tree(folder.path, refresh, foreign))
     try:
-        server, _ = start_http_server(settings.port or 0, addr=settings.host, registry=registry)
+        server = MetricsHttp(settings.host, settings.port or 0, lambda: generate_latest(registry))
     except OSError as error:
         log.warning("metrics_not_served", host=settings.host, port=settings.port, error=str(error))
         return None
@@ -199,12 +217,41 @@ def serve_metrics(
     return MetricsServer(folder, server)
 
 
+def answers_metrics(host: str, port: int) -> bool:
+    """Whether somebody answers at /metrics there; one that listens everywhere is asked on this machine."""
+    address = host if host not in ("0.0.0.0", "::") else "127.0.0.1"  # noqa: S104
+    connection = http.client.HTTPConnection(address, port, timeout=LOOK_S)
+    try:
+        connection.request("GET", PATH)
+        return connection.getresponse().status == HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+@contextmanager
+def metrics_served(settings: MetricsSettings) -> Iterator[None]:
+    """Count in this block, and answer for it unless another process of this tree does."""
+    folder = open_metrics(settings)
+    server = None if folder is None else serve_metrics(settings, folder)
+    try:
+        yield
+    finally:
+        if server is not None:
+            server.stop()
+        elif folder is not None:
+            folder.remove()
+
+
 class _Tree:
     """What all processes of a tree counted, those that have ended included; of gauges only the living."""
 
-    def __init__(self, folder: str, foreign: Callable[[], str]) -> None:
+    def __init__(self, folder: str, refresh: Callable[[], None], foreign: Callable[[], str]) -> None:
         self._folder = folder
+        self._refresh = refresh
         self._foreign = foreign
+        self._lock = threading.Lock()
 
     def describe(self) -> list[Any]:
         """Nothing in advance: names depend on what was counted."""
@@ -212,22 +259,26 @@ class _Tree:
 
     def collect(self) -> Iterator[Any]:
         """Every metric family."""
-        from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead  # noqa: PLC0415
         from prometheus_client.parser import text_string_to_metric_families  # noqa: PLC0415
 
-        for pid in {int(file.stem.rpartition("_")[2]) for file in Path(self._folder).glob("gauge_live*.db")}:
-            if not Path(f"/proc/{pid}").exists() and Path("/proc").exists():
-                mark_process_dead(pid, self._folder)  # type: ignore[no-untyped-call]
-        yield from MultiProcessCollector(None, self._folder).collect()  # type: ignore[no-untyped-call]
+        with self._lock:  # several may ask at once, and the files of the dead are put together
+            self._refresh()
+            yield from families_in(self._folder)
         try:
-            yield from list(text_string_to_metric_families(self._foreign()))
+            foreign = list(text_string_to_metric_families(self._foreign()))
         except ValueError as error:
             log.warning("foreign_metrics_unreadable", error=str(error))
+            return
+        yield from (family for family in foreign if not family.name.startswith(_OF_A_PROCESS))
 
 
 _counting: list[bool] = []
 _made: dict[str, Any] = {}
 _children: dict[tuple[str, ...], Any] = {}
+
+# The client's own locks are only held under this one, which no other thread holds at a fork: a pool forks again when a
+# child has died, and its new child would wait for ever.
+_lock = threading.Lock()
 
 
 def _child(metric: Metric, labels: dict[str, str]) -> Any:
@@ -241,8 +292,12 @@ def _child(metric: Metric, labels: dict[str, str]) -> Any:
 
 
 def _client_metric(metric: Metric) -> Any:
-    import prometheus_client  # noqa: PLC0415  # it looks at its folder when it is imported
+    import prometheus_client  # noqa: PLC0415
+    from prometheus_client import values  # noqa: PLC0415
 
+    # It looks for its folder when it is imported, and Celery's command imports Flower's plugin, and that the client.
+    if not values.ValueClass._multiprocess:
+        values.ValueClass = values.MultiProcessValue()  # type: ignore[no-untyped-call]
     registry = prometheus_client.CollectorRegistry()
     if metric.kind == "counter":
         return prometheus_client.Counter(metric.name, metric.help, metric.labels, registry=registry)

@@ -258,7 +258,7 @@ class FlowerSettings(_Group):
     host: str = Field("127.0.0.1", description="address it listens on; it can stop workers: never publish it")
     port: Annotated[int, Field(ge=0, le=65_535)] = Field(5555, description="its port")
     user: str = Field("stoker", description="who may enter")
-    password: str | None = Field(None, description="and with what; unset: `stoker up` makes one, in home/flower")
+    password: str | None = Field(None, description="with what; unset: `stoker up` makes one, in home/flower-password")
 
 
 class ScheduleSettings(_Group):
@@ -266,6 +266,7 @@ class ScheduleSettings(_Group):
 
     tick_s: Seconds = Field(5, description="how often the beat lets due schedules be looked for")
     run_s: Seconds = Field(21_600, description="how long one run may take; then it has failed (6 h)")
+    lease_s: Seconds = Field(30, description="how long a run is kept for a worker that is silent; then it is run again")
     missed_after_s: Seconds = Field(300, description="a run that begins so late was missed: see --missed")
     keep_runs: Count = Field(100, description="runs of each schedule that are remembered")
 

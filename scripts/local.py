@@ -20,14 +20,16 @@ from typing import Any, Literal
 
 from runtime.children import birth_of, spawn, stop
 from runtime.errors import BadInput, ServiceUnreachable
+from runtime.home import default_home
 from runtime.settings import Settings, environment_of
-from scripts.embedded import default_home, embedded_services, is_answering
+from scripts.embedded import embedded_services, is_answering
+from scripts.metrics_places import with_metrics_of
 from scripts.terminal import bar
 from store.database import Database
 from store.presence import PresenceBoard
 from store.schema import migrate
 
-Node = Literal["generation", "documents"]
+Node = Literal["generation", "documents", "control"]
 
 STOP_MARGIN_S = 30.0  # beyond the grace: the pool's end, the engine's, the dispatcher's
 GATEWAY_START_S = 60.0
@@ -158,20 +160,30 @@ def local_worker(
 
     Raises ServiceUnreachable with the end of its log if it does not come up.
     """
+    with begun_worker(settings, name=name, node=node) as worker:
+        _wait_announced(settings, worker.process, name=_celery_name(name), log=worker.log, on_wait=on_wait)
+        yield worker
+
+
+@contextmanager
+def begun_worker(settings: Settings, *, name: str, node: Node) -> Iterator[LocalProcess]:
+    """A worker process of a node for this block, which is not waited for. Ended by SIGTERM, so it drains."""
     log = home_of(settings) / "logs" / ("worker.log" if name == "local" else f"worker-{name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    name = f"{name}-{os.getpid()}@{os.uname().nodename}"
     worker = spawn(
-        [sys.executable, "-m", "celery", "-A", "worker.main", "worker", "-n", name],
-        env={**os.environ, **environment_of(settings), "STOKER_WORKER__NODE": node},
+        [sys.executable, "-m", "celery", "-A", "worker.main", "worker", "-n", _celery_name(name)],
+        env={**os.environ, **environment_of(with_metrics_of(settings, node)), "STOKER_WORKER__NODE": node},
         log=log,
         session=True,
     )
     try:
-        _wait_announced(settings, worker, name=name, log=log, on_wait=on_wait)
         yield LocalProcess(process=worker, log=log)
     finally:
         stop(worker, grace_s=settings.worker.grace_s + STOP_MARGIN_S)
+
+
+def _celery_name(name: str) -> str:
+    return f"{name}-{os.getpid()}@{os.uname().nodename}"
 
 
 def has_gateway_parts() -> bool:
@@ -190,7 +202,7 @@ def local_gateway(settings: Settings) -> Iterator[LocalProcess]:
     log = home_of(settings) / "logs" / "gateway.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "api.server"]
-    child = spawn(command, env=gateway_environment(settings), log=log, session=True)
+    child = spawn(command, env=gateway_environment(with_metrics_of(settings, "gateway")), log=log, session=True)
     gateway = LocalProcess(process=child, log=log, what="gateway")
     end = time.monotonic() + GATEWAY_START_S
     try:

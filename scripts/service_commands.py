@@ -16,12 +16,15 @@ import click
 from pipeline.keys import ensure_first_key
 from runtime.errors import BadInput
 from runtime.logs import configure_logs
+from runtime.redaction import secrets_of
 from runtime.settings import Settings, environment_of
 from scripts.embedded import HomeInUse, free_port, home_owner, is_answering
+from scripts.flower_command import has_flower, local_flower
 from scripts.local import (
     GatewayPlace,
     LocalProcess,
     announce_gateway,
+    begun_worker,
     connected,
     gateway_environment,
     gateway_is_coming,
@@ -36,6 +39,7 @@ from scripts.local import (
     running_gateway,
 )
 from scripts.lookup import opened_database
+from scripts.metrics_places import PARTS, Part, metrics_told, require_metrics_ports
 from scripts.terminal import bar, emit, emit_json, emit_table, say
 from worker.dispatcher import run_dispatcher
 from worker.doctor import examine
@@ -49,8 +53,9 @@ WITHOUT_GATEWAY_S = 30.0  # an `up` says that its gateway is coming once its ser
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.option(
     "--node",
-    type=click.Choice(["generation", "documents"]),
-    help="generation: an engine and its batches; documents: reading documents. Default: STOKER_WORKER__NODE.",
+    type=click.Choice(["generation", "documents", "control"]),
+    help="generation: an engine and its batches; documents: reading documents; control: running schedules. Default: "
+    "STOKER_WORKER__NODE.",
 )
 @click.argument("celery_options", nargs=-1, type=click.UNPROCESSED)
 @click.pass_obj
@@ -66,8 +71,9 @@ def worker(settings: Settings, node: str | None, celery_options: tuple[str, ...]
 @click.pass_obj
 def dispatch(settings: Settings) -> None:
     """Run a dispatch loop: leads, or stands by while another one leads. Every worker has one too."""
-    configure_logs(settings.log)
-    run_dispatcher(connected(settings))
+    served = connected(settings)
+    configure_logs(served.log, secrets=secrets_of(served))
+    run_dispatcher(served)
 
 
 @click.command()
@@ -105,6 +111,7 @@ def _run_everything(settings: Settings, stop: threading.Event, *, as_json: bool)
     if settings.is_embedded and not with_chroma:
         say(f"without Chroma: the semantic cache needs its libraries and an embedder in {settings.cache.embedder}")
     with local_services(settings, with_chroma=with_chroma) as served:
+        require_metrics_ports(served)
         if has_gateway_parts():
             announce_gateway(served, None)
         prepare_schema(served)
@@ -113,13 +120,21 @@ def _run_everything(settings: Settings, stop: threading.Event, *, as_json: bool)
                 started = [stack.enter_context(local_worker(_with_express(served), on_wait=show))]
             if has_reading_parts(served):
                 started.append(stack.enter_context(local_worker(served, name="documents", node="documents")))
+            started.append(stack.enter_context(begun_worker(served, name="control", node="control")))
             page = _start_gateway(served, stack, started, as_json=as_json)
+            page += metrics_told(served, [part for part in PARTS if _runs(part, served)])
+            if has_flower():
+                page += stack.enter_context(local_flower(served))
             stack.callback(say, "stopping")
             say(
                 f"up; logs in {home_of(settings) / 'logs'} ({', '.join(one.log.name for one in started)})\n{page}"
                 "submit from another terminal: stoker submit FILE.jsonl; stop with Ctrl-C"
             )
             _wait_while_alive(started, stop)
+
+
+def _runs(part: Part, settings: Settings) -> bool:
+    return {"documents": has_reading_parts(settings), "gateway": has_gateway_parts()}.get(part, True)
 
 
 def _with_express(settings: Settings) -> Settings:

@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +65,8 @@ def with_source(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def inner(*args: Any, **given: Any) -> Any:
-        stated = _Stated(**{name: given.pop(name) for name in _Stated.__dataclass_fields__})
-        return command(*args, source=_source(stated), **given)
+        stated = {name: given.pop(name) for name in _Stated.__dataclass_fields__}
+        return command(*args, source=source_of(stated), **given)
 
     for option in reversed(_OPTIONS):
         inner = option(inner)
@@ -112,7 +112,9 @@ class _Stated:
     options: tuple[str, ...]
 
 
-def _source(stated: _Stated) -> Source:
+def source_of(params: Mapping[str, Any]) -> Source:
+    """The source that a command's parameters name. Raises UsageError and BadInput for what is wrong with it."""
+    stated = _Stated(**{name: params[name] for name in _Stated.__dataclass_fields__})
     if (stated.recipe is None) == (stated.file is None):
         raise click.UsageError("give either FILE, with --prompt if it is a table, or --recipe with --documents")
     if bool(stated.recipe) != bool(stated.documents):

@@ -13,6 +13,7 @@ import click
 
 from runtime.errors import BadInput, InvalidFile, NotFound, StokerError
 from runtime.logs import configure_logs
+from runtime.redaction import secrets_of
 from runtime.settings import LogSettings, load_settings
 from scripts.terminal import say
 
@@ -34,15 +35,19 @@ COMMANDS: Final = {
     "worker": "service_commands",
     "dispatch": "service_commands",
     "gateway": "service_commands",
+    "flower": "flower_command",
     "up": "service_commands",
     "migrate": "service_commands",
     "doctor": "service_commands",
     "cache": "cache_commands",
     "cost": "cost_commands",
+    "trace": "trace_command",
     "documents": "documents_commands",
     "endpoints": "endpoints_commands",
     "keys": "keys_commands",
+    "purge": "purge_command",
     "recipes": "recipe_source",
+    "schedule": "schedule_commands",
     "quantize": "quantize_command",
     "webhooks": "webhooks_commands",
 }
@@ -76,7 +81,8 @@ def cli(context: click.Context) -> None:
     Every job ends with exactly one result or one stated error, whatever dies in between.
     """
     context.obj = load_settings()
-    configure_logs(LogSettings(level="warning", format=context.obj.log.format))
+    warnings = LogSettings(level="warning", format=context.obj.log.format)
+    configure_logs(warnings, secrets=secrets_of(context.obj))
 
 
 def main() -> None:

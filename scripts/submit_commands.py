@@ -17,6 +17,7 @@ from pipeline.cutting import for_workers
 from pipeline.serving import served_models
 from pipeline.submit import Submitted, Wishes, dry_run, submit_file
 from runtime.settings import Settings
+from runtime.tracing import start_tracing
 from scripts.local import connected, ensure_node, local_services, prepare_schema
 from scripts.lookup import TENANT, named_batch, opened_database
 from scripts.skipped_lines import SkippedLines, skipped_file, skipped_lines
@@ -29,6 +30,7 @@ from scripts.submit_options import (
     WEIGHT_OPTION,
     WINDOW_OPTION,
     How,
+    IdempotencyKey,
     with_how,
     with_window,
 )
@@ -116,6 +118,14 @@ def run(
 @with_how
 @click.option("--dry-run", is_flag=True, help="Check every line and estimate tokens; store nothing.")
 @click.option("--force", is_flag=True, help="A new batch although the same was submitted within the hour.")
+@click.option(
+    "--idempotency-key",
+    "key",
+    metavar="KEY",
+    type=IdempotencyKey(),
+    help="A second submit with KEY is the first one, whenever it comes and however that ended; of anything else it is "
+    "refused.",
+)
 @click.option("--skip-bad", is_flag=True, help="Leave bad lines out and store the others.")
 @click.option(
     "--skipped",
@@ -133,6 +143,7 @@ def submit(
     how: How,
     dry_run: bool,
     force: bool,
+    key: str | None,
     skip_bad: bool,
     skipped: Path | None,
     reuse: str | None,
@@ -143,6 +154,8 @@ def submit(
     Answers with the batch's id, and every job will end. The same file with the same options within an hour is the same
     batch, while it is live or completed.
     """
+    if force and key is not None:
+        raise click.UsageError("--force makes a new batch and --idempotency-key must not: leave one of them out")
     if not isinstance(source, FileSource) and (dry_run or skip_bad or skipped):
         raise click.UsageError(
             "--dry-run and --skip-bad are for a FILE of lines; `stoker run --preview N` tries a table"
@@ -159,8 +172,10 @@ def submit(
         begin = _Begin(served, stack.enter_context(opened_database(served)), source, how)
         results_of = named_batch(begin.database, reuse) if reuse else None
         with begin.lines() as lines:
-            submitted = begin.batch(lines, how.wishes(results_of=results_of), reuse=not force, report=report)
-    if submitted.reused:
+            submitted = begin.batch(lines, how.wishes(results_of=results_of), reuse=not force, report=report, key=key)
+    if submitted.reused and key is not None:
+        say(f"submitted with this key already: same batch ({submitted.total:,} jobs)")
+    elif submitted.reused:
         again = "submitted within the last hour already, with these options: same batch"
         say(f"{again} ({submitted.total:,} jobs); --force makes a new one")
     else:
@@ -201,6 +216,7 @@ def retry(
     allowed to cost is not taken over. A second retry within an hour is the first one, while that is live or completed.
     """
     served = connected(settings)
+    start_tracing(served, process="command")
     with opened_database(served) as database:
         submitted = retry_batch(
             database,
@@ -224,6 +240,7 @@ class _Begin:
     """Begins batches of one source."""
 
     def __init__(self, settings: Settings, database: Database, source: Source, how: How) -> None:
+        start_tracing(settings, process="command")
         self.database = database
         self._source, self._how = source, how
         self._workers = _workers(settings)
@@ -244,7 +261,13 @@ class _Begin:
         return self._source.lines(terms)
 
     def batch(
-        self, lines: Lines, wishes: Wishes, *, reuse: bool = False, report: SkippedLines | None = None
+        self,
+        lines: Lines,
+        wishes: Wishes,
+        *,
+        reuse: bool = False,
+        report: SkippedLines | None = None,
+        key: str | None = None,
     ) -> Submitted:
         """Store lines as a batch and set it going."""
         with bar("storing", total=lines.path.stat().st_size) as show:
@@ -261,6 +284,7 @@ class _Begin:
                 on_skipped=report,
                 tenant=TENANT,
                 on_progress=lambda done_bytes, _: show(done_bytes),
+                key=key,
             )
 
     def wishes_after(self, previewed: BatchProgress) -> Wishes:

@@ -18,6 +18,7 @@ from pipeline.submit import Wishes
 from runtime.settings import LEAST_WEIGHT, MOST_WEIGHT, Settings
 from scripts.terminal import say
 
+LONGEST_KEY = 255
 _AMOUNT = TypeAdapter(Amount)
 _WINDOW_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -49,6 +50,20 @@ class MoneyAmount(click.ParamType[int]):
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             self.fail(f"{value!r:.80} is no amount of money ({reason}); write 5 or 0.25", param, ctx)
+
+
+class IdempotencyKey(click.ParamType[str]):
+    """A name that stands for one batch."""
+
+    name = "KEY"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        key = str(value)
+        if not 0 < len(key) <= LONGEST_KEY or not key.isprintable():
+            self.fail(
+                f"{value!r:.80} is no key; write 1 to {LONGEST_KEY} letters, such as orders-2026-11-29", param, ctx
+            )
+        return key
 
 
 class Weight(click.ParamType[float]):
@@ -185,22 +200,28 @@ def with_how(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def inner(*args: Any, **given: Any) -> Any:
-        how = How(**{name: given.pop(name) for name in How.__dataclass_fields__})
-        if how.budget_nanos is not None and how.trust != Trust.EXTERNAL:
-            raise click.UsageError(
-                "--budget-money would never be used, as prompts stay on own endpoints: add --trust external, or leave "
-                "it out"
-            )
-        if how.trust == Trust.EXTERNAL and how.budget_nanos is None:
-            say(
-                "note: without --budget-money, or a key's, endpoints that bill tokens are not used; jobs whose model "
-                "only these serve end as budget_exceeded"
-            )
+        how = how_of({name: given.pop(name) for name in How.__dataclass_fields__})
         return command(*args, how=how, **given)
 
     for option in reversed(_OPTIONS):
         inner = option(inner)
     return inner
+
+
+def how_of(params: Mapping[str, Any]) -> How:
+    """What a command's parameters say of how its batch is to run. Raises UsageError where they contradict."""
+    how = How(**{name: params[name] for name in How.__dataclass_fields__})
+    if how.budget_nanos is not None and how.trust != Trust.EXTERNAL:
+        raise click.UsageError(
+            "--budget-money would never be used, as prompts stay on own endpoints: add --trust external, or leave it "
+            "out"
+        )
+    if how.trust == Trust.EXTERNAL and how.budget_nanos is None:
+        say(
+            "note: without --budget-money, or a key's, endpoints that bill tokens are not used; jobs whose model only "
+            "these serve end as budget_exceeded"
+        )
+    return how
 
 
 def with_window(settings: Settings, window_s: float | None) -> Settings:

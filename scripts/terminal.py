@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.tree import Tree
 
 from models.money import money, shown
 from models.names import batch_name
@@ -55,9 +56,18 @@ def emit_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
         table.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
-    if not stdout.is_terminal and "COLUMNS" not in os.environ:
+    _print(table)
+
+
+def emit_tree(tree: Tree) -> None:
+    """A tree to stdout, each line whole."""
+    _print(tree)
+
+
+def _print(shown: Table | Tree) -> None:
+    if not stdout.is_terminal and (isinstance(shown, Tree) or "COLUMNS" not in os.environ):
         stdout.width = WIDE  # a program reads it: nothing is folded
-    stdout.print(table)
+    stdout.print(shown, soft_wrap=isinstance(shown, Tree))
 
 
 _NUMBERS = frozenset(

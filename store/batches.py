@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -121,6 +122,16 @@ def batch_progress(session: Session, batch_id: UUID, *, tenant: str) -> BatchPro
     if row is None:
         raise NotFound(f"no {batch_name(batch_id)}")
     return _progress(row)
+
+
+def progress_of_batches(session: Session, batch_ids: Sequence[UUID], *, tenant: str) -> dict[UUID, BatchProgress]:
+    """Those of these batches that the tenant has."""
+    ids = list(batch_ids)
+    condition = "b.id = ANY(:ids)"
+    rows = session.execute(
+        text(_PROGRESS.format(condition=condition)), {"tenant": tenant, "ids": ids, "limit": len(ids)}
+    )
+    return {batch.id: batch for batch in map(_progress, rows)} if ids else {}
 
 
 def latest_batches(session: Session, *, tenant: str, limit: int, before: UUID | None = None) -> list[BatchProgress]:

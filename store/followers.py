@@ -119,6 +119,17 @@ def leaders_among(session: Session, batch_id: UUID, seqs: Sequence[int]) -> set[
     )
 
 
+def count_followers(session: Session, batch_id: UUID, leaders: Sequence[int]) -> dict[int, int]:
+    """How many jobs follow each of these, of those that have some."""
+    rows = session.execute(
+        text("""
+        SELECT u.seq, x.n FROM unnest(CAST(:seqs AS int4[])) AS u (seq) CROSS JOIN LATERAL (
+            SELECT count(*) AS n FROM followers WHERE batch_id = :batch AND leader = u.seq) AS x WHERE x.n > 0"""),
+        {"batch": batch_id, "seqs": list(leaders)},
+    )
+    return {seq: count for seq, count in rows}
+
+
 def settings_of_followers(session: Session, batch_id: UUID, leaders: Sequence[int]) -> dict[int, list[str]]:
     """The `stoker` objects of the lines that follow these, by leader."""
     found: dict[int, list[str]] = {}

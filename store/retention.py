@@ -38,6 +38,9 @@ _PARTS = (
     ("job_steps", "seq"),
     ("shards", "id"),
 )
+_PAST = """state = ANY(:ended) AND deleted_at IS NULL
+    AND ended_at < clock_timestamp() - make_interval(secs => :age)
+    AND (CAST(:tenant AS text) IS NULL OR tenant = :tenant)"""
 # But for an audit that its policy has not heard of: without it the certificate would be false.
 _GONE = {"cache_lookups": "AND (folded OR NOT audited)"}
 # One whose shards are gone is deleted but for such audits: its row stays as long as they do, so that they are found.
@@ -64,20 +67,29 @@ def delete_past_retention(database: Database, *, retention_s: float) -> bool:
     return True
 
 
-def mark_deleted(session: Session, *, retention_s: float) -> int:
-    """Put batches that ended longer ago than this out of everybody's sight; how many."""
+def mark_deleted(session: Session, *, retention_s: float, tenant: str | None = None) -> int:
+    """Put batches that ended longer ago than this out of everybody's sight, a tenant's or all; how many of 500."""
     marked = session.scalars(
-        text("""
+        text(f"""
         UPDATE batches SET deleted_at = clock_timestamp() WHERE id IN (
-            SELECT id FROM batches WHERE state = ANY(:ended) AND deleted_at IS NULL
-              AND ended_at < clock_timestamp() - make_interval(secs => :age)
-            ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED)
+            SELECT id FROM batches WHERE {_PAST} ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED)
         RETURNING id"""),
-        {"ended": [state.value for state in TERMINAL], "age": retention_s, "limit": MARKED_AT_ONCE},
+        {**_past(retention_s, tenant), "limit": MARKED_AT_ONCE},
     ).all()
     if marked:
         log.info("batches_past_retention", batches=len(marked))
     return len(marked)
+
+
+def count_past(session: Session, *, retention_s: float, tenant: str | None = None) -> int:
+    """How many batches `mark_deleted` would find."""
+    return int(
+        session.execute(text(f"SELECT count(*) FROM batches WHERE {_PAST}"), _past(retention_s, tenant)).scalar_one()
+    )
+
+
+def _past(retention_s: float, tenant: str | None) -> dict[str, object]:
+    return {"ended": [state.value for state in TERMINAL], "age": retention_s, "tenant": tenant}
 
 
 def delete_some(session: Session) -> bool:

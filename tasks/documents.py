@@ -12,8 +12,8 @@ from runtime.logs import get_logger
 log = get_logger(__name__)
 
 
-def read_documents(context: IngestContext, runner: asyncio.Runner, message: Ingest) -> None:
-    """Read the documents that are due, and tell Chroma what it lacks.
+def read_documents(context: IngestContext, runner: asyncio.Runner, message: Ingest) -> str:
+    """Read the documents that are due, and tell Chroma what it lacks; says what it did.
 
     Safe to run twice and to die at any line: the message is only a hint, a document's fence guards its rows, and an
     unfinished one's lease runs out. Always ends so that the message is acknowledged.
@@ -27,3 +27,4 @@ def read_documents(context: IngestContext, runner: asyncio.Runner, message: Inge
         passages=report.passages,
         seconds=round(time.monotonic() - started, 2),
     )
+    return f"documents: {report.documents}, failed: {report.failed}, passages: {report.passages}"

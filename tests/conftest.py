@@ -30,7 +30,7 @@ RUN = f"stoker_test_{uuid4().hex[:8]}"
 REDIS_DATABASES = range(15, 0, -1)  # 0 is everybody's
 REDIS_OWNER = "stoker:test:owner"
 REDIS_HOURS_KEPT = 2  # for a run that was killed; its number is free again then
-QUEUES = ("generation", "documents", "express", "stoker.dead")
+QUEUES = ("generation", "documents", "express", "control", "stoker.dead")
 
 hypothesis.settings.register_profile("stoker", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("stoker")

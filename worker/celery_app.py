@@ -6,22 +6,28 @@ no result backend, no countdowns or retries. Recovery is the lease's, in Postgre
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery, signals
 from celery.worker.consumer.consumer import Consumer as CeleryConsumer
 
-from models.messages import AnswerSingle, Ingest, RunShard
+from models.messages import AnswerSingle, Ingest, LookAtSchedules, RunSchedule, RunShard
 from runtime.logs import configure_logs
+from runtime.redaction import secrets_of
 from runtime.settings import Settings
+from runtime.tracing import TRACEPARENT
+from tasks.control import look_at_schedules, run_one
 from tasks.express import answer_singles
 from tasks.generation import run_shard
 from worker.child import Child
+from worker.control import ControlChild
 from worker.express import ExpressChild
+from worker.metrics import MetricsStep, WorkerMetrics
 from worker.queues import node_queue
 from worker.shared import SharedState
-from worker.steps import DispatchStep, EngineStep, ExpressStep, WorkerParts
+from worker.steps import BeatStep, DispatchStep, EngineStep, ExpressStep, WorkerParts
 
 if TYPE_CHECKING:
     from worker.reader import Reader
@@ -76,44 +82,71 @@ def _wire(app: Celery, parts: WorkerParts) -> None:
     child: list[Child] = []
     express: list[ExpressChild] = []
     reader: list[Reader] = []
+    control: list[ControlChild] = []
 
     @app.task(name=RunShard.wire_name, shared=False)  # type: ignore[untyped-decorator]
-    def _run_shard(**message: Any) -> None:
-        run_shard(child[0].context, child[0].runner, RunShard.model_validate(message))
+    def _run_shard(**message: Any) -> str:
+        traceparent = app.current_task.request.get(TRACEPARENT)
+        return run_shard(child[0].context, child[0].runner, RunShard.model_validate(message), traceparent=traceparent)
 
     @app.task(name=Ingest.wire_name, shared=False)  # type: ignore[untyped-decorator]
-    def _ingest(**message: Any) -> None:
+    def _ingest(**message: Any) -> str:
         from tasks.documents import read_documents  # noqa: PLC0415  # its libraries are an extra
 
-        read_documents(reader[0].context, reader[0].runner, Ingest.model_validate(message))
+        return read_documents(reader[0].context, reader[0].runner, Ingest.model_validate(message))
 
-    @app.task(name=AnswerSingle.wire_name, shared=False)  # type: ignore[untyped-decorator]
+    # No events: as many as single requests come, they would fill Flower's memory of tasks and say nothing.
+    @app.task(name=AnswerSingle.wire_name, shared=False, send_events=False)  # type: ignore[untyped-decorator]
     def _answer_singles(**message: Any) -> None:
         answer_singles(express[0].answering, express[0].loop, AnswerSingle.model_validate(message))
+
+    # No events here either: one comes every few seconds.
+    @app.task(name=LookAtSchedules.wire_name, shared=False, send_events=False)  # type: ignore[untyped-decorator]
+    def _look_at_schedules(**message: Any) -> None:
+        look_at_schedules(control[0].context, LookAtSchedules.model_validate(message))
+
+    @app.task(name=RunSchedule.wire_name, shared=False)  # type: ignore[untyped-decorator]
+    def _run_schedule(**message: Any) -> str | None:
+        return run_one(control[0].context, RunSchedule.model_validate(message))
 
     starts: dict[str, Callable[[], None]] = {
         "generation": lambda: child.append(Child(parts)),
         "documents": lambda: reader.append(_reader(parts)),
         "express": lambda: express.append(ExpressChild(parts)),
+        "control": lambda: control.append(ControlChild(parts, app)),
     }
 
     def end_child(**_: Any) -> None:
-        for held in (child, express, reader):
+        for held in (child, express, reader, control):
             while held:
                 held.pop().close()
 
     def size_pool(conf: Any, **_: Any) -> None:
         """Only a worker plans an engine: dispatchers and publishers, which use the app too, may have no checkpoint."""
+        parts.metrics = WorkerMetrics(parts.settings.metrics)  # before the fork: its children count there
         conf.worker_concurrency = parts.children
 
     signals.celeryd_init.connect(size_pool, weak=False)
-    signals.setup_logging.connect(lambda **_: configure_logs(parts.settings.log), weak=False)
+    signals.setup_logging.connect(lambda **_: _configure_logs(parts.settings), weak=False)
     signals.worker_process_init.connect(lambda **_: starts[parts.settings.worker.node](), weak=False)
     signals.worker_process_shutdown.connect(end_child, weak=False)
     signals.worker_shutting_down.connect(lambda **_: parts.drain(), weak=False)
     signals.worker_shutdown.connect(lambda **_: parts.end(), weak=False)
-    app.steps["worker"].update({EngineStep, DispatchStep, ExpressStep})
+    app.steps["worker"].update({MetricsStep, EngineStep, DispatchStep, ExpressStep, BeatStep})
     app.stoker_parts = parts
+
+
+def _configure_logs(settings: Settings) -> None:
+    configure_logs(settings.log, secrets=secrets_of(settings))
+    for name in ("celery.worker.strategy", "celery.app.trace"):
+        logging.getLogger(name).addFilter(_says_something)
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    """Not that a look began and ended well, every few seconds."""
+    about: object = getattr(record, "data", None)
+    is_look = isinstance(about, dict) and about.get("name") == LookAtSchedules.wire_name
+    return not is_look or record.levelno > logging.INFO
 
 
 def _reader(parts: WorkerParts) -> Reader:

@@ -16,6 +16,7 @@ from pipeline.feed import FeedContext
 from pipeline.heartbeat import Heartbeat
 from pipeline.pace import Pace
 from runtime.children import die_with_parent
+from runtime.tracing import start_tracing, stop_tracing
 from store.database import Database
 from store.recent import RecentAnswers
 from store.step_states import StepStates
@@ -31,6 +32,7 @@ class Child:
     def __init__(self, parts: WorkerParts) -> None:
         die_with_parent()
         settings = parts.settings
+        start_tracing(settings, process="worker")
         self.runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         self._database = Database(settings.require_postgres(), pool_size=settings.postgres.pool_size, by_key=True)
         self._heartbeat = Heartbeat(
@@ -100,6 +102,7 @@ class Child:
         self._cache.close()
         self._steps.close()
         self._database.close()
+        stop_tracing()
 
 
 def _engine_name(url: str) -> str:

@@ -7,7 +7,10 @@ import threading
 
 from pipeline.dispatch import dispatch_until
 from runtime.logs import configure_logs
+from runtime.metrics import metrics_served
+from runtime.redaction import secrets_of
 from runtime.settings import Settings, load_settings
+from runtime.tracing import start_tracing, stop_tracing
 from store.database import Database
 from store.presence import PresenceBoard
 from worker.celery_app import make_app
@@ -19,18 +22,21 @@ def run_dispatcher(settings: Settings) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    start_tracing(settings, process="dispatcher")
     database = Database(settings.require_postgres(), pool_size=2, by_key=True)
     board = PresenceBoard(settings.require_redis())
     publisher = HintPublisher(make_app(settings), delivery_limit=settings.broker.delivery_limit)
     try:
-        dispatch_until(stop, database=database, publisher=publisher, board=board, settings=settings)
+        with metrics_served(settings.metrics):
+            dispatch_until(stop, database=database, publisher=publisher, board=board, settings=settings)
     finally:
         publisher.close()
         board.close()
         database.close()
+        stop_tracing()
 
 
 if __name__ == "__main__":
     loaded = load_settings()
-    configure_logs(loaded.log)
+    configure_logs(loaded.log, secrets=secrets_of(loaded))
     run_dispatcher(loaded)

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from inference.engines import plan_engine
+from pipeline.due_times import due_times, zone_of
 from pipeline.endpoints import known_endpoints
 from pipeline.identity import identify_endpoint
 from pipeline.probing import EndpointLook, reach
+from runtime.clock import utc_now
 from runtime.errors import BadInput, ServiceUnreachable, StokerError
+from runtime.metrics import answers_metrics
 from runtime.settings import Settings
+from runtime.tracing import ask_receiver
 from store.database import Database
 from store.documents import tally_of
 from store.health import has_dispatch_leader, postgres_version, probe_write
+from store.looks import LookBoard
 from store.presence import PresenceBoard, WorkerPresence
+from store.schedules import StoredSchedule, schedules_of_all
 from store.schema import schema_revisions
 from store.validating import waiting_s
 from worker.celery_app import make_app
@@ -24,6 +32,7 @@ from worker.queues import HintPublisher
 from worker.semantic import embedder_of, index_of
 
 LONG_WAIT_S = 60.0
+METRICS_PORTS = 4  # that `stoker up` uses
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +62,9 @@ def examine(settings: Settings) -> list[Finding]:
         ("semantic cache", _semantic_cache),
         ("documents", _documents),
         ("gateway", _gateway),
+        ("traces", _traces),
+        ("schedules", _schedules),
+        ("metrics", _metrics),
     )
     findings: list[Finding] = []
     for what, check in checks:
@@ -208,6 +220,64 @@ def _gateway(settings: Settings) -> list[Finding]:
     return [Finding("gateway", f"the oldest batch waits for {waited_s:.0f} s to be validated", remedy)]
 
 
+def _schedules(settings: Settings) -> list[Finding]:
+    """How many there are, which are overdue, and whether anybody runs them."""
+    database = Database(settings.require_postgres(), pool_size=1)
+    board, looks = PresenceBoard(settings.require_redis()), LookBoard(settings.require_redis())
+    try:
+        with database.transaction() as session:
+            schedules = schedules_of_all(session)
+        runners, looked = board.workers(node="control"), looks.last()
+    finally:
+        looks.close()
+        board.close()
+        database.close()
+    if not schedules:
+        return [Finding("schedules", "none")]
+    now = utc_now()
+    overdue = [schedule.name for schedule in schedules if _is_overdue(schedule, now)]
+    found = (
+        f"{len(schedules)}, {len(overdue)} overdue{_some(overdue)}, {len(runners)} workers run them; last looked for "
+    )
+    found += "at no known time" if looked is None else f"{(now - looked).total_seconds():.0f} s ago"
+    is_late = looked is None or (now - looked).total_seconds() > LONG_WAIT_S
+    remedy = ""
+    if not runners:
+        remedy = "start a control worker: `stoker worker --node control`"
+    elif overdue or is_late:
+        remedy = (
+            "see the control workers' logs; if all their children are busy, give them more: STOKER_WORKER__CHILDREN"
+        )
+    return [Finding("schedules", found, remedy)]
+
+
+def _is_overdue(schedule: StoredSchedule, now: datetime) -> bool:
+    """Whether a time that is due has not been seen to for a while."""
+    due = next(due_times(schedule.cron, zone_of(schedule.timezone), after=schedule.due_until), now)
+    return (now - due).total_seconds() > LONG_WAIT_S
+
+
+def _some(names: list[str]) -> str:
+    return f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""
+
+
+def _metrics(settings: Settings) -> list[Finding]:
+    """Whether the processes of this machine answer; whether others do is Prometheus's to say."""
+    first, host = settings.metrics.port, settings.metrics.host
+    if first is None:
+        return [Finding("metrics", "off: STOKER_METRICS__PORT is not set")]
+    found = [port for port in range(first, first + METRICS_PORTS) if answers_metrics(host, port)]
+    if found:
+        return [Finding("metrics", ", ".join(f"http://{host}:{port}/metrics" for port in found) + " answers")]
+    board = PresenceBoard(settings.require_redis())
+    try:
+        is_here = any(worker.name.endswith(f"@{os.uname().nodename}") for worker in board.workers(node=None))
+    finally:
+        board.close()
+    remedy = "start the workers of this machine with STOKER_METRICS__PORT; their logs say why if they cannot answer"
+    return [Finding("metrics", f"nothing answers at {host}:{first} on this machine", remedy if is_here else "")]
+
+
 def _semantic_cache(settings: Settings) -> list[Finding]:
     """Off is a fault only where it is the default mode."""
     cache = settings.cache
@@ -218,3 +288,16 @@ def _semantic_cache(settings: Settings) -> list[Finding]:
     index_of(cache).probe()
     found = "an endpoint" if endpoints else str(cache.embedder)
     return [Finding("semantic cache", f"Chroma answers at {cache.chroma_url}; embedder {embed.id} ({found})")]
+
+
+def _traces(settings: Settings) -> list[Finding]:
+    """Where spans go, and whether they would be taken there now."""
+    if settings.trace.to == "off":
+        return [Finding("traces", "off")]
+    receiver, fault = ask_receiver(settings)
+    if fault is not None:
+        remedy = "work goes on without: look at the receiver, at STOKER_TRACE__URL and STOKER_TRACE__API_KEY"
+        return [Finding("traces", f"{receiver}: {fault}", remedy, unreachable=True)]
+    share = "" if settings.trace.sample == 1 else f", {settings.trace.sample:.3g} of all batches"
+    said = "; prompts and answers go with them" if settings.trace.prompts else ""
+    return [Finding("traces", f"to {receiver}{share}{said}")]

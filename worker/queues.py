@@ -14,9 +14,10 @@ from kombu import Connection, Producer, Queue
 from kombu.exceptions import OperationalError
 from kombu.transport import pyamqp
 
-from models.messages import AnswerSingle, Ingest, RunShard
+from models.messages import AnswerSingle, Hint, Ingest, LookAtSchedules, RunSchedule, RunShard
 from runtime.errors import ServiceUnreachable
 from runtime.settings import without_secrets
+from runtime.tracing import SHARD_ID, TRACEPARENT, Value, batch_span
 
 DEAD_QUEUE = "stoker.dead"
 # Waits of a leader that has leases to recover meanwhile. The sum of any two stays near 10 s.
@@ -84,7 +85,7 @@ class HintPublisher:
         self._app = app
         self._queues = {
             name: node_queue(name, delivery_limit=delivery_limit)
-            for name in (RunShard.queue, Ingest.queue, AnswerSingle.queue)
+            for name in (RunShard.queue, Ingest.queue, AnswerSingle.queue, LookAtSchedules.queue)
         } | {DEAD_QUEUE: dead_queue()}
         self._address = without_secrets(app.conf.broker_url)
         self._connection: Connection | None = None
@@ -95,7 +96,14 @@ class HintPublisher:
         """One hint a shard; mandatory, so that a queue that is gone is an error and not a loss."""
         with self._channel() as connection, connection.Producer(serializer="json") as producer:
             for shard_id, batch_id in shards:
-                self._send(producer, RunShard(shard_id=shard_id, batch_id=str(batch_id)), name=str(shard_id))
+                hint = RunShard(shard_id=shard_id, batch_id=str(batch_id))
+                told: dict[str, Value] = {
+                    "messaging.system": "celery",
+                    "messaging.destination.name": hint.queue,
+                    SHARD_ID: shard_id,
+                }
+                with batch_span("publish generation", batch_id, kind="producer", attributes=told) as span:
+                    self._send(producer, hint, name=str(shard_id), traceparent=span.header)
 
     def invite(self, readers: int) -> None:
         """Let so many hints wait for readers of documents, those that are there included."""
@@ -105,7 +113,17 @@ class HintPublisher:
         """Let a hint wait for who answers single requests, if there is none: what was put before it is seen."""
         self._let_wait(AnswerSingle(), 1, name="single")
 
-    def _let_wait(self, hint: Ingest | AnswerSingle, count: int, *, name: str) -> None:
+    def look_at_schedules(self) -> None:
+        """Let a hint wait for who looks for due schedules, unless one waits there: all children are busy then."""
+        self._let_wait(LookAtSchedules(), 1, name="look")
+
+    def run_schedules(self, due: Sequence[RunSchedule]) -> None:
+        """One hint a run."""
+        with self._channel() as connection, connection.Producer(serializer="json") as producer:
+            for run in due:
+                self._send(producer, run, name=f"{run.schedule}-{run.run_id}")
+
+    def _let_wait(self, hint: Hint, count: int, *, name: str) -> None:
         missing = count - self.ready_count(hint.queue)
         with self._channel() as connection, connection.Producer(serializer="json") as producer:
             for _ in range(missing):
@@ -151,9 +169,14 @@ class HintPublisher:
                 self._rests_until = time.monotonic() + BACKOFF_S
             raise ServiceUnreachable(self._failure) from error
 
-    def _send(self, producer: Producer, hint: RunShard | Ingest | AnswerSingle, *, name: str) -> None:
+    def _send(self, producer: Producer, hint: Hint, *, name: str, traceparent: str | None = None) -> None:
         message = self._app.amqp.create_task_message(
-            f"{name}-{secrets.token_hex(4)}", hint.wire_name, kwargs=hint.model_dump(), ignore_result=True
+            f"{name}-{secrets.token_hex(4)}",
+            hint.wire_name,
+            kwargs=hint.model_dump(),
+            ignore_result=True,
+            argsrepr=hint.shown,  # the two are for Flower alone
+            kwargsrepr="",
         )
         producer.publish(
             message.body,
@@ -161,7 +184,7 @@ class HintPublisher:
             routing_key=hint.queue,
             mandatory=True,
             confirm_timeout=CONFIRM_S,
-            headers=message.headers,
+            headers=message.headers | ({} if traceparent is None else {TRACEPARENT: traceparent}),
             **message.properties,
         )
 

@@ -29,6 +29,7 @@ from runtime.settings import Settings, environment_of
 from store.presence import ANNOUNCE_S, PresenceBoard, WorkerPresence
 from worker.announced import NOTHING_ANNOUNCED, Announcement, require_endpoints
 from worker.engine_hours import EngineHours, MetricsReader
+from worker.metrics import MetricsStep, WorkerMetrics
 from worker.shared import SharedState
 
 log = get_logger(__name__)
@@ -38,6 +39,8 @@ REGISTERED_CHILDREN = 1  # without an engine; two would look for the knee of one
 LLAMACPP_CHILDREN = 1  # two would send two groups of prompts by turns to slots that keep a cache each
 SLOTS_A_CHILD = 512
 DISPATCH_GRACE_S = 5.0
+CONTROL_CHILDREN = 4  # commands of schedules at once; each is a process that mostly waits
+BEAT_GRACE_S = 5.0
 EXPRESS_GRACE_S = 10.0  # beyond that of its requests: the end of its pool
 
 
@@ -53,8 +56,10 @@ class WorkerParts:
         self.engine: EngineSupervisor | None = None
         self.dispatcher: KeptProcess | None = None
         self.express: KeptProcess | None = None
+        self.beat: KeptProcess | None = None
         self.presence: PresenceThread | None = None
         self.hours: EngineHours | None = None
+        self.metrics: WorkerMetrics | None = None
         self._owner = 0
 
     @property
@@ -98,6 +103,8 @@ class WorkerParts:
             return 1
         if self.settings.worker.children:
             return self.settings.worker.children
+        if self.settings.worker.node == "control":
+            return CONTROL_CHILDREN
         if not self.has_engine:
             return os.cpu_count() or 1
         if not self.engine_url:
@@ -140,6 +147,8 @@ class WorkerParts:
         """End everything that was started; called when the pool has drained, and once more is harmless."""
         if self._owner not in (0, os.getpid()):
             return
+        if self.beat is not None:
+            self.beat.stop()
         if self.express is not None:
             self.express.stop()
         if self.presence is not None:
@@ -150,6 +159,8 @@ class WorkerParts:
             self.dispatcher.stop()
         if self.engine is not None:
             self.engine.stop()
+        if self.metrics is not None:
+            self.metrics.stop()
         if self._folder is not None:
             self._folder.cleanup()
 
@@ -157,7 +168,7 @@ class WorkerParts:
 class EngineStep(StartStopStep):  # type: ignore[misc]  # celery has no types
     """Starts the engine, if its node has one, waits until it is healthy, registers it, and announces the worker."""
 
-    requires = {Pool}  # noqa: RUF012  # celery's own protocol
+    requires = {Pool, MetricsStep}  # noqa: RUF012  # celery's own protocol
 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
@@ -175,7 +186,8 @@ class EngineStep(StartStopStep):  # type: ignore[misc]  # celery has no types
             models = identify_endpoint(parts.engine_url, plan=None, settings=parts.settings).models
             announcement, label = Announcement(parts.settings, own_models=models), "answers single requests"
         else:
-            announcement, label = None, "reads documents"
+            announcement = None
+            label = "runs schedules" if parts.settings.worker.node == "control" else "reads documents"
         parts.presence = PresenceThread(parts, worker.hostname, announcement=announcement, engine=label)
         parts.presence.start()
 
@@ -231,6 +243,21 @@ class DispatchStep(StartStopStep):  # type: ignore[misc]
         env = {**os.environ, **environment_of(parts.settings)}
         parts.dispatcher = KeptProcess("worker.dispatcher", name="dispatcher", env=env, grace_s=DISPATCH_GRACE_S)
         parts.dispatcher.start()
+
+
+class BeatStep(StartStopStep):  # type: ignore[misc]
+    """Runs the beat beside a control worker: each has one, and one of them leads."""
+
+    requires = {Pool, EngineStep}  # noqa: RUF012
+
+    def start(self, worker: Any) -> None:
+        """Start it; it dies with this process."""
+        parts: WorkerParts = worker.app.stoker_parts
+        if parts.settings.worker.node != "control":
+            return
+        env = {**os.environ, **environment_of(parts.settings)}
+        parts.beat = KeptProcess("worker.beat", name="beat", env=env, grace_s=BEAT_GRACE_S)
+        parts.beat.start()
 
 
 class ExpressStep(StartStopStep):  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import signal
 import subprocess
@@ -88,8 +89,9 @@ def test_up_serves_other_terminals_until_ctrl_c(
 ) -> None:
     mark = new_mark()
     elsewhere = {"STOKER_HOME": str(home), "COLUMNS": "200"}
-    port = free_port()
-    with Command("up", env=env | {"STOKER_GATEWAY__PORT": str(port)}, mark=mark) as up:
+    port, flower = free_port(), free_port()
+    ports = {"STOKER_GATEWAY__PORT": str(port), "STOKER_FLOWER__PORT": str(flower)}
+    with Command("up", env=env | ports, mark=mark) as up:
         wait_until(lambda: _is_up(up, elsewhere), UP_S, "stoker up is up")
         submitted = stoker("submit", prompts_file, "--max-output-tokens", "8", env=elsewhere)
         assert submitted.returncode == 0, submitted.stderr
@@ -100,8 +102,18 @@ def test_up_serves_other_terminals_until_ctrl_c(
         assert ids_of(lines) == ids_of(parse_lines(prompts_file.read_text()))
         wait_until(lambda: _get(port, "/") is not None, UP_S, "the page is there")
         key = (home / "key").read_text().strip()
-        newest, *_ = json.loads(_get(port, "/v1/batches", key) or b"")["data"]
+        newest, *_ = _batches(port, key)
         assert (newest["id"], newest["status"]) == (batch, "completed"), "its first key sees what commands submit"
+        wait_until(lambda: _get(flower, "/healthcheck") is not None, UP_S, "Flower is there")
+        assert (home / "flower-password").stat().st_mode & 0o777 == 0o600
+        password = (home / "flower-password").read_text().strip()
+        queues = json.loads(_get(flower, "/api/queues/length", login=f"stoker:{password}") or b"{}")["active_queues"]
+        assert {"generation", "stoker.dead"} <= {queue["name"] for queue in queues}, "on Valkey too"
+        added = stoker(
+            *("schedule", "add", "each-new-year", "--cron", "@yearly", "--", "submit", prompts_file), env=elsewhere
+        )
+        assert added.returncode == 0 and stoker("schedule", "run", "each-new-year", env=elsewhere).returncode == 0
+        wait_until(lambda: len(_batches(port, key)) == 2, UP_S, "its control worker has submitted the file again")
         told = json.loads(stoker("up", "--json", env=elsewhere).stdout)
         assert told == {"url": f"http://127.0.0.1:{port}/v1", "key_file": str(home / "key")}, "no second one is started"
         asked = "import stoker_client; print(stoker_client.run(['Hi.'], max_output_tokens=4, progress=False)[0].source)"
@@ -130,9 +142,15 @@ def _is_up(up: Command, env: dict[str, str]) -> bool:
     return '"worker ' in found.stdout
 
 
-def _get(port: int, path: str, key: str = "") -> bytes | None:
-    """What the gateway answers; None while it does not."""
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"Authorization": f"Bearer {key}"})
+def _batches(port: int, key: str) -> list[dict[str, str]]:
+    """All, the newest first."""
+    return list(json.loads(_get(port, "/v1/batches", key) or b'{"data": []}')["data"])
+
+
+def _get(port: int, path: str, key: str = "", *, login: str = "") -> bytes | None:
+    """What the gateway answers who has a key, or Flower who has a name and password; None while it does not."""
+    shown = f"Basic {base64.b64encode(login.encode()).decode()}" if login else f"Bearer {key}"
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"Authorization": shown})
     try:
         with urllib.request.urlopen(request, timeout=10.0) as answer:
             return bytes(answer.read())

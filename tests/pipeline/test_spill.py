@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.spill import LEAST_JOBS, LEAST_S, WINDOW_S, SpillWatch, spill_jobs
+from pipeline.rates import LEAST_JOBS, LEAST_S, WINDOW_S
+from pipeline.spill import SpillWatch, spill_jobs
 from store.database import Database
 from store.engines import register_engine
 from store.money import open_batch_money

@@ -406,6 +406,44 @@ def test_a_batch_that_completed_is_reused(database: Database, write: Callable[..
     assert submit(database, path).reused
 
 
+def test_a_key_is_one_batch_however_it_ended_and_whenever_it_was(
+    database: Database, write: Callable[..., Path]
+) -> None:
+    path = write(line(1))
+    first = submit(database, path, key="orders-1")
+    rows(database, "UPDATE batches SET state = 'failed', created_at = now() - interval '3 days' RETURNING 1")
+    again = submit(database, path, key="orders-1")
+    assert (again.batch_id, again.reused) == (first.batch_id, True)
+    assert not submit(database, path, key="orders-2").reused  # another key is another batch of the same file
+    assert not submit(database, path).reused  # and so is none
+    assert not submit(database, path, key="orders-1", tenant="acme").reused
+    options = rows(database, "SELECT options ->> 'idempotency_key' FROM batches ORDER BY id LIMIT 1")
+    assert options == [("orders-1",)]
+
+
+def test_a_key_for_another_file_is_refused(database: Database, write: Callable[..., Path]) -> None:
+    submit(database, write(line(1)), key="orders-1")
+    with pytest.raises(BadInput, match="was submitted with this idempotency key"):
+        submit(database, write(line(2)), key="orders-1")
+    with pytest.raises(BadInput, match="use a new key"):
+        submit(database, write(line(1)), key="orders-1", wishes=Wishes(weight=2))
+    assert stored(database) == (1, 1, 1)
+
+
+def test_of_racing_submits_with_a_key_one_makes_the_batch(database: Database, write: Callable[..., Path]) -> None:
+    path = write(*(line(number) for number in range(300)))
+    barrier = threading.Barrier(4)
+
+    def race(_: int) -> Submitted:
+        barrier.wait()
+        return submit(database, path, key="orders-1")
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(race, range(4)))
+    assert len({answer.batch_id for answer in answers}) == 1
+    assert stored(database)[:2] == (1, 300)
+
+
 def test_of_racing_submits_one_makes_the_batch(database: Database, write: Callable[..., Path]) -> None:
     path = write(*(line(number) for number in range(3000)))
     barrier = threading.Barrier(4)

@@ -20,7 +20,8 @@ import redis
 
 from runtime.children import RememberedChild, birth_of, end_remembered, remember, spawn, stop
 from runtime.errors import BadInput, ServiceUnreachable
-from scripts.embedded import EmbeddedServices, HomeInUse, clear_leftovers, default_home, embedded_services
+from runtime.home import default_home
+from scripts.embedded import EmbeddedServices, HomeInUse, clear_leftovers, embedded_services
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 30.0

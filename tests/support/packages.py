@@ -15,6 +15,11 @@ from pathlib import Path
 PACKAGES: dict[str, tuple[str, str | None, str]] = {
     "chromium": ("chromium", None, "install your system's chromium; without it the page's tests are skipped"),
     "nginx": ("nginx-light", "nginx", "install your system's nginx-light, stopped"),
+    "promtool": (
+        "prometheus",
+        "prometheus",
+        "install your system's prometheus, stopped; without it this check is skipped",
+    ),
     "rabbitmq-server": (
         "rabbitmq-server",
         "rabbitmq-server",

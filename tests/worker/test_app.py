@@ -12,7 +12,7 @@ from models.messages import RunShard
 from runtime.settings import BrokerSettings, EngineSettings, Settings, WorkerSettings
 from worker.celery_app import make_app
 from worker.shared import SharedState
-from worker.steps import LEAST_CHILDREN, MOST_CHILDREN, SLOTS_A_CHILD, WorkerParts
+from worker.steps import CONTROL_CHILDREN, LEAST_CHILDREN, MOST_CHILDREN, SLOTS_A_CHILD, WorkerParts
 
 ELSEWHERE = "http://127.0.0.1:1"
 
@@ -49,6 +49,15 @@ def test_an_app_runs_its_own_task_beside_another_app() -> None:
 def test_children_that_are_set_need_no_plan_of_an_engine(tmp_path: Path) -> None:
     with parts(EngineSettings(checkpoint=tmp_path / "none.gguf"), children=3) as found:
         assert found.children == 3
+
+
+def test_a_control_worker_runs_four_commands_at_once_and_no_engine(tmp_path: Path) -> None:
+    engine = EngineSettings(checkpoint=tmp_path / "none.gguf")
+    settings = Settings.model_construct(engine=engine, worker=WorkerSettings(node="control"))
+
+    found = WorkerParts(settings=settings, shared=SharedState())
+
+    assert (found.children, found.has_engine) == (CONTROL_CHILDREN, False)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,56 @@
+"""What `stoker doctor` says of schedules."""
+
+from __future__ import annotations
+
+import pytest
+
+from models.states import Missed, Overlap
+from pipeline.schedules import put_schedule
+from runtime.clock import utc_now
+from runtime.settings import BrokerSettings, EngineSettings, PostgresSettings, RedisSettings, Settings
+from store.database import Database
+from store.looks import LookBoard
+from store.presence import PresenceBoard, WorkerPresence
+from store.schedules import NewSchedule
+from tests.support.batches import execute
+from worker.doctor import Finding, examine
+
+
+@pytest.fixture
+def settings(postgres_url: str, broker_url: str, redis_url: str) -> Settings:
+    return Settings.model_construct(
+        postgres=PostgresSettings(url=postgres_url),
+        broker=BrokerSettings(url=broker_url),
+        redis=RedisSettings(url=redis_url),
+        engine=EngineSettings(kind="none"),
+    )
+
+
+def of_schedules(settings: Settings) -> Finding:
+    (found,) = [finding for finding in examine(settings) if finding.what == "schedules"]
+    return found
+
+
+def test_doctor_says_which_schedules_are_overdue_and_whether_anybody_runs_them(
+    settings: Settings, database: Database
+) -> None:
+    assert (of_schedules(settings).found, of_schedules(settings).remedy) == ("none", "")
+
+    new = NewSchedule("local", "nightly", "0 2 * * *", "Europe/Berlin", ["cost"], "/", Missed.ONCE, Overlap.SKIP)
+    put_schedule(database, new, now=utc_now(), replace=False)
+    nobody = of_schedules(settings)
+    assert nobody.found == "1, 0 overdue, 0 workers run them; last looked for at no known time"
+    assert "stoker worker --node control" in nobody.remedy
+
+    board, looks = PresenceBoard(settings.require_redis()), LookBoard(settings.require_redis())
+    runner = WorkerPresence(name="one", node="control", children=4, models=[], engine="runs schedules", healthy=True)
+    board.announce(runner)
+    looks.note()
+    assert of_schedules(settings).is_well
+
+    execute(database, "UPDATE schedules SET due_until = now() - interval '2 d'")
+    late = of_schedules(settings)
+    assert late.found.startswith("1, 1 overdue (nightly), 1 workers run them; last looked for ")
+    assert "STOKER_WORKER__CHILDREN" in late.remedy
+    looks.close()
+    board.close()

@@ -1,0 +1,197 @@
+"""Flower on our Celery app: `python -m worker.flower`, started by `stoker flower` and `stoker up`.
+
+It only looks: what it does not see, or that it is down, costs no job. Its library is an extra, so nothing but the
+process itself may import this module. Flower shows /metrics and error pages to anybody; here nothing but /healthcheck
+is answered without the password.
+"""
+
+from __future__ import annotations
+
+import base64
+import hmac
+import signal
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from celery import Celery
+from celery.events.state import Task
+from flower.api.tasks import GetQueueLengths
+from flower.app import Flower
+from flower.urls import settings as flower_settings
+from flower.views.broker import BrokerView
+from flower.views.error import NotFoundErrorHandler
+from tornado.httputil import HTTPHeaders, HTTPServerRequest
+from tornado.options import options
+from tornado.web import OutputTransform, RequestHandler, url
+
+from runtime.errors import BadInput
+from runtime.logs import configure_logs, get_logger
+from runtime.redaction import secrets_of
+from runtime.settings import FlowerSettings, Settings, load_settings
+from worker.celery_app import make_app
+from worker.queues import DEAD_QUEUE
+
+log = get_logger(__name__)
+
+OPEN = "/healthcheck"
+EXIT_USAGE = 2
+TASKS_KEPT = 10_000  # in memory: 30 MB of shards that ended, the newest
+COLUMNS = "name,args,state,result,runtime,worker,received,uuid"
+
+
+def run_flower(settings: Settings) -> None:
+    """Serve Flower until SIGTERM or SIGINT. Raises BadInput if nobody could enter, or its port is taken."""
+    app = make_flower(make_app(settings), settings.flower)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: app.io_loop.add_callback_from_signal(app.stop))
+    try:
+        port = app.start_http_server()
+    except OSError as error:
+        raise BadInput(
+            f"Flower cannot listen on {settings.flower.host}:{settings.flower.port}: {error}; set STOKER_FLOWER__PORT"
+        ) from error
+    log.info("flower_serves", host=settings.flower.host, port=port)
+    app.start()
+
+
+def make_flower(celery: Celery, settings: FlowerSettings) -> GuardedFlower:
+    """Flower for an app. Raises BadInput without a password: whoever enters can stop workers."""
+    if not settings.password:
+        raise BadInput("Flower needs a password: set STOKER_FLOWER__PASSWORD; `stoker up` makes one itself")
+    if ":" in settings.user or not f"{settings.user}{settings.password}".isascii():
+        raise BadInput("STOKER_FLOWER__USER and STOKER_FLOWER__PASSWORD must be ASCII, the user's name without a colon")
+    options.address, options.port = settings.host, settings.port
+    options.basic_auth = [f"{settings.user}:{settings.password}"]  # what its own checks look at, those of CSRF too
+    options.max_tasks = TASKS_KEPT
+    options.enable_events = False  # ours send them without being told
+    options.tasks_columns = COLUMNS
+    options.format_task = _readable
+    app = GuardedFlower(options=options, capp=celery, **flower_settings)
+    app.close_doors(settings)
+    return app
+
+
+class GuardedFlower(Flower):  # type: ignore[misc]  # flower has no types
+    """Flower that answers nobody without the password, and asks the broker for queues in the broker's own language."""
+
+    _expected = b""
+
+    def close_doors(self, settings: FlowerSettings) -> None:
+        """Set who may enter, and replace what is not fit to be shown."""
+        login = base64.b64encode(f"{settings.user}:{settings.password}".encode()).decode()
+        self._expected = f"Basic {login}".encode()
+        self.add_transform(Unframed)
+        handlers = [
+            (r"/metrics", NotFoundErrorHandler),  # of Flower's own process; ours are elsewhere and of everything
+            url(r"/broker", Queues, name="broker"),
+            (r"/api/queues/length", QueueLengths),
+        ]
+        self.add_handlers(r".*", handlers)
+
+    def find_handler(self, request: HTTPServerRequest, **options: Any) -> Any:
+        """Its handler; one that refuses for whoever does not show the password, whatever is asked for."""
+        shown = request.headers.get("Authorization", "").encode()
+        if request.path == OPEN or hmac.compare_digest(shown, self._expected):
+            return super().find_handler(request, **options)
+        return self.get_handler_delegate(request, Refusal)
+
+
+class Refusal(RequestHandler):  # type: ignore[misc]
+    """401, also for what does not exist."""
+
+    def check_xsrf_cookie(self) -> None:
+        """Nothing to guard."""
+
+    def prepare(self) -> None:
+        """Ask for the password."""
+        self.set_status(401)
+        self.set_header("WWW-Authenticate", 'Basic realm="Stoker\'s Flower", charset="UTF-8"')
+        self.finish("a name and a password are needed: STOKER_FLOWER__USER and STOKER_FLOWER__PASSWORD\n")
+
+
+class Unframed(OutputTransform):  # type: ignore[misc]
+    """Lets no other site show these pages in a frame: a click there could stop a worker."""
+
+    def transform_first_chunk(
+        self, status_code: int, headers: HTTPHeaders, chunk: bytes, finishing: bool
+    ) -> tuple[int, HTTPHeaders, bytes]:
+        """The same answer with two more headers."""
+        del finishing
+        headers["X-Frame-Options"] = "DENY"
+        headers["Content-Security-Policy"] = "frame-ancestors 'none'"
+        return status_code, headers, chunk
+
+
+class _Lengths:
+    """A broker as Flower's pages ask it. Flower would ask RabbitMQ's management plugin, which need not be there."""
+
+    def __init__(self, app: GuardedFlower) -> None:
+        self._app = app
+
+    async def queues(self, names: Iterable[str]) -> list[dict[str, Any]]:
+        """What waits in each of these queues and in that of dead hints, as far as they exist."""
+        found: list[dict[str, Any]] = await self._app.blocking_runner.run(
+            "queue lengths",
+            "broker",
+            self._measure,
+            sorted({*names, DEAD_QUEUE}),
+            connection_errors=self._app.capp.connection_for_read().connection_errors,
+        )
+        return found
+
+    def _measure(self, names: list[str]) -> list[dict[str, Any]]:
+        found = []
+        with self._app.capp.connection_for_read() as connection:
+            has_consumers = connection.transport.driver_type == "amqp"  # on Redis an empty queue is none, too
+            for name in names:
+                try:
+                    with connection.channel() as channel:
+                        declared = channel.queue_declare(name, passive=True)
+                    waits, consumers = declared.message_count, declared.consumer_count
+                except connection.channel_errors:
+                    if has_consumers:
+                        continue
+                    waits, consumers = 0, 0
+                shown = consumers if has_consumers else None
+                found.append({"name": name, "messages": waits, "messages_ready": waits, "consumers": shown})
+        return found
+
+
+class _AsksHere:
+    """For a handler that asks for queues."""
+
+    def get_broker(self) -> _Lengths:
+        """Whom it asks."""
+        app: GuardedFlower = self.application  # type: ignore[attr-defined]  # of the handler
+        return _Lengths(app)
+
+
+class Queues(_AsksHere, BrokerView):  # type: ignore[misc]
+    """The page of queues."""
+
+
+class QueueLengths(_AsksHere, GetQueueLengths):  # type: ignore[misc]
+    """The same as JSON."""
+
+
+def _readable(task: Task) -> Task:
+    """A task whose result is the text that it is, not its representation."""
+    if task.result:
+        task.result = task.result.strip("'")
+    return task
+
+
+def main() -> None:
+    """Run it with this process's settings; an expected error is one line and an exit code."""
+    try:
+        settings = load_settings()
+        configure_logs(settings.log, secrets=secrets_of(settings))
+        run_flower(settings)
+    except BadInput as error:
+        print(f"stoker: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(EXIT_USAGE)
+
+
+if __name__ == "__main__":
+    main()
