@@ -34,7 +34,8 @@ from benchmarks.workloads import WORKLOADS, Workload, write_workload
 from inference.engines import plan_engine
 from inference.supervisor import EngineSupervisor
 from runtime.settings import Settings, load_settings
-from scripts.local import local_flower, local_worker
+from scripts.flower_command import local_flower
+from scripts.local import local_worker
 from tests.support.own_services import free_port
 
 PLAIN: Final = "plain"
@@ -187,7 +188,7 @@ def rows(found: Mapping[str, Any]) -> list[Row]:
     ratio = Ratio.of(vllm["jobs_per_s"][SEEN], vllm["jobs_per_s"][PLAIN])
     shown = [
         Row(
-            f"traces of every job, metrics, Flower and a beat ÷ none of them: {vllm['jobs']:,} chats of 64 tokens on vLLM",
+            f"traces of every job, metrics, Flower, a beat ÷ none of them: {vllm['jobs']:,} chats of 64 tokens on vLLM",
             bold(ratio),
             COMMAND,
             headline=True,
