@@ -57,7 +57,10 @@ class Recorded(Protocol):
 
 
 class Recorder(Protocol):
-    """Begins spans, and takes those that have ended to where they go. `sessions`: what its receiver has for SESSION besides."""
+    """Begins spans, and takes those that have ended to where they go.
+
+    `sessions`: what its receiver has for SESSION besides.
+    """
 
     prompts: bool
     sample: float
