@@ -187,7 +187,7 @@ class FileExporter(SpanExporter):
 
 
 class OtlpExporter(OTLPSpanExporter):
-    """OTLP over HTTP, which remembers what its receiver answered last. No redirect is followed: it would get the key."""
+    """OTLP over HTTP, which remembers its receiver's last answer. No redirect is followed: it would get the key."""
 
     def __init__(self, target: Target) -> None:
         self.status: int | None = None
