@@ -204,7 +204,7 @@ def rows(found: Mapping[str, Any]) -> list[Row]:
 
 
 def _outside_us(found: Mapping[str, Any], side: str) -> float:
-    return statistics.median(leg["cpu_us_outside"] for leg in found["legs"][side])
+    return float(statistics.median(leg["cpu_us_outside"] for leg in found["legs"][side]))
 
 
 if __name__ == "__main__":
