@@ -19,9 +19,7 @@ from store.deadlines import RunningBatch, running_batches
 
 log = get_logger(__name__)
 
-HOLD_S: Final = (
-    10.0  # chosen: so long a batch must be short of time before anybody is told; paces jump at the beginning
-)
+HOLD_S: Final = 10.0  # chosen: a batch must be short of time for so long; paces jump at the beginning
 SHARE: Final = 0.02  # of the leader's time at most: a look sums up all shards of large batches
 MOST_REST_S: Final = 30.0
 

@@ -46,20 +46,17 @@ class Metric:
     def add(self, amount: float = 1, **labels: str) -> None:
         """Count so much more, of a counter; a gauge goes up, or down."""
         if _counting:
-            with _lock:
-                _child(self, labels).inc(amount)
+            _count(self, labels, amount, "inc")
 
     def set(self, value: float, **labels: str) -> None:
         """What a gauge stands at now, in this process."""
         if _counting:
-            with _lock:
-                _child(self, labels).set(value)
+            _count(self, labels, value, "set")
 
     def observe(self, value: float, **labels: str) -> None:
         """One more value of a histogram."""
         if _counting:
-            with _lock:
-                _child(self, labels).observe(value)
+            _count(self, labels, value, "observe")
 
 
 def _counter(name: str, text: str, *labels: str) -> Metric:
@@ -279,6 +276,15 @@ _children: dict[tuple[str, ...], Any] = {}
 # The client's own locks are only held under this one, which no other thread holds at a fork: a pool forks again when a
 # child has died, and its new child would wait for ever.
 _lock = threading.Lock()
+
+
+def _count(metric: Metric, labels: dict[str, str], value: float, how: Literal["inc", "set", "observe"]) -> None:
+    try:
+        with _lock:
+            getattr(_child(metric, labels), how)(value)
+    except (OSError, ValueError) as error:  # its folder is gone or its disk full: the counting ends, and no work
+        _counting.clear()
+        log.warning("metrics_end", metric=metric.name, error=str(error))
 
 
 def _child(metric: Metric, labels: dict[str, str]) -> Any:

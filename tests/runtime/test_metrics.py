@@ -128,3 +128,17 @@ def test_the_folder_of_a_killed_process_goes_with_the_next_start(
     other.remove()
     living.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_gone_ends_the_counting_and_no_work() -> None:
+    command = (
+        "import os, shutil; from runtime.metrics import JOBS, SHARD_SECONDS, is_counting, open_metrics\n"
+        "from runtime.settings import MetricsSettings\n"
+        "folder = open_metrics(MetricsSettings(port=1)); shutil.rmtree(folder.path)\n"
+        "JOBS.add(1, outcome='succeeded', source='engine'); SHARD_SECONDS.observe(1); print(is_counting())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", command], cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.stdout.splitlines()[-1:] == ["False"], done.stderr
+    assert (done.stdout + done.stderr).count("metrics_end") == 1
