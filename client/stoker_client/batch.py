@@ -64,10 +64,7 @@ class Batch:
                 ended = _followed(gateway, self.id, form=form, lines=lines, stop=self._stop, progress=self._progress)
                 answers = _answers(gateway, ended, table=self._table, form=form, lines=lines)
         except KeyboardInterrupt:
-            self._progress.say(
-                f"{self.id} goes on at the gateway; the same call again follows it, submit(…) of the same with "
-                f".cancel(), or `stoker cancel {self.id[:18]}`, ends it"
-            )
+            say_left(self._progress, self.id)
             raise
         finally:
             self._progress.close()
@@ -91,6 +88,14 @@ class Batch:
         if self._asked.errors == "raise" and failed:
             raise _jobs_failed(failed, results, total=self._lines.count, cache=self._asked.cache)
         return results
+
+
+def say_left(progress: Progress, batch_id: str) -> None:
+    """What to do with a batch that nobody here waits for any more."""
+    progress.say(
+        f"{batch_id} goes on at the gateway; the same call again follows it, submit(…) of the same with "
+        f".cancel(), or `stoker cancel {batch_id[:18]}`, ends it"
+    )
 
 
 def begin(gateway: Gateway, asked: Asked, *, form: Form, shared: LineForm, lines: Lines, progress: Progress) -> str:

@@ -19,7 +19,7 @@ from stoker_client.asking import (
     stated_place,
     template_for,
 )
-from stoker_client.batch import Batch, begin
+from stoker_client.batch import Batch, begin, say_left
 from stoker_client.errors import BadInput
 from stoker_client.gateway import Gateway, Place
 from stoker_client.lines import check_rows, write_lines
@@ -148,6 +148,7 @@ def _submitted(asked: Asked, stop: Stop) -> Batch:
     def place() -> Place:
         return stated if stated is not None else embedded.place(stop=stop, progress=progress)
 
+    batch_id = None
     try:
         with Gateway(place, stop=stop, progress=progress) as gateway:
             model = asked.model or _only_model(gateway)
@@ -155,6 +156,10 @@ def _submitted(asked: Asked, stop: Stop) -> Batch:
             lines = write_lines(table, shared, skipped=skipped, stop=stop)
             with lines.file:
                 batch_id = begin(gateway, asked, form=form, shared=shared, lines=lines, progress=progress)
+    except KeyboardInterrupt:
+        if batch_id is not None:
+            say_left(progress, batch_id)
+        raise
     finally:
         progress.close()
     return Batch(batch_id, asked=asked, table=table, form=form, lines=lines, place=place, stop=stop, progress=progress)

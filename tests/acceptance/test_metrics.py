@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -40,9 +41,9 @@ class Scraped:
 @pytest.fixture
 def env(services: dict[str, str], tmp_path: Path) -> Iterator[dict[str, str]]:
     """A worker with an engine of its own, and metrics."""
-    (tmp_path / "tmp").mkdir()
     engine = install(tmp_path, journal=tmp_path / "journal", latency_s=0.01)
-    yield services | engine | {"STOKER_METRICS__PORT": str(free_port()), "TMPDIR": str(tmp_path / "tmp")}
+    with tempfile.TemporaryDirectory(prefix="st-") as short:  # a unix socket's path is in it
+        yield services | engine | {"STOKER_METRICS__PORT": str(free_port()), "TMPDIR": short}
 
 
 def test_workers_and_gateways_count_what_was_done_and_leave_nothing(
@@ -85,4 +86,4 @@ def test_workers_and_gateways_count_what_was_done_and_leave_nothing(
         gateway.process.send_signal(signal.SIGTERM)
         gateway.process.wait(20)
         assert worker.terminate(20) == 0
-    assert list((tmp_path / "tmp").iterdir()) == []
+    assert list(Path(env["TMPDIR"]).iterdir()) == []

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from models.names import batch_name
+from models.names import batch_name, short_name
 from pipeline.schedules import Ran, look, run_schedule
 from runtime.errors import BadInput, NotFound
 from runtime.settings import PostgresSettings, RedisSettings, ScheduleSettings, Settings
@@ -27,6 +27,7 @@ def invoke(postgres_url: str, redis_url: str, tmp_path: Path, monkeypatch: pytes
     """Runs a command of `stoker schedule` in a folder with a batch file."""
     (tmp_path / "q.jsonl").write_text("{}\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COLUMNS", raising=False)  # a table of 80 would fold what is looked for
     settings = Settings.model_construct(
         postgres=PostgresSettings(url=postgres_url), redis=RedisSettings(url=redis_url), schedule=ScheduleSettings()
     )
@@ -51,7 +52,7 @@ def test_a_schedule_is_added_listed_run_shown_and_removed(invoke: Invoke, databa
     done = Ran(0, f"2 jobs stored\n{batch_name(batch_id)}", batch_id)
     run_schedule(database, run, execute=lambda _, __: done, settings=ScheduleSettings())
     shown = invoke("show", "nightly").stdout
-    assert "(asked for)" in shown and "in_progress, 0 of 2 jobs done" in shown and batch_name(batch_id)[:18] in shown
+    assert "(asked for)" in shown and "in_progress, 0 of 2 jobs done" in shown and short_name(batch_id) in shown
     (figures,) = json.loads(invoke("show", "nightly", "--json").stdout)["runs"]
     assert figures["batch_counts"] == {"state": "in_progress", "jobs": 2, "done": 0, "failed": 0}
     assert "0 of 2 jobs done" in invoke("list").stdout
