@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Final
 
@@ -11,6 +12,7 @@ from runtime.metrics import HTTP_REQUESTS, HTTP_SECONDS
 
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _NO_ROUTE: Final = "none"
+_DEFECT: Final = "500"  # that answer is made outside of here, or by the server
 _GONE: Final = "499"  # nginx's: the client went before there was an answer
 
 
@@ -26,7 +28,7 @@ class Counted:
             await self._app(scope, receive, send)
             return
         began = time.monotonic()
-        status = _GONE
+        status: str | None = None
 
         async def send_and_look(message: Message) -> None:
             nonlocal status
@@ -36,11 +38,11 @@ class Counted:
 
         try:
             await self._app(scope, receive, send_and_look)
-        except Exception:
-            status = "500"  # that answer is made outside of here
+        except asyncio.CancelledError:
+            status = status or _GONE
             raise
         finally:
             route = getattr(scope.get("route"), "path", _NO_ROUTE)
             method = scope["method"] if scope["method"] in _METHODS else "other"
-            HTTP_REQUESTS.add(1, method=method, route=route, status=status)
+            HTTP_REQUESTS.add(1, method=method, route=route, status=status or _DEFECT)
             HTTP_SECONDS.observe(time.monotonic() - began, route=route)

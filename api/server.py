@@ -13,7 +13,7 @@ import uvicorn
 from api.app import create_app
 from api.gateway import Gateway
 from api.uploads import UploadSlots
-from runtime.errors import BadInput, StokerError
+from runtime.errors import BadInput, StokerError, exit_code_of
 from runtime.kept_process import KeptProcess
 from runtime.logs import configure_logs, get_logger
 from runtime.metrics import metrics_served
@@ -28,7 +28,6 @@ from worker.inviting import Inviter
 
 log = get_logger(__name__)
 
-EXIT_USAGE, EXIT_UNREACHABLE = 2, 3
 GRACE_S = 30
 IDLE_S = 75  # longer than proxies keep a connection, so that they end it and not we
 
@@ -72,7 +71,7 @@ def main() -> None:
         _serve()
     except StokerError as error:
         print(f"stoker: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(EXIT_USAGE if isinstance(error, BadInput) else EXIT_UNREACHABLE)
+        sys.exit(exit_code_of(error))
 
 
 def _serve() -> None:

@@ -67,7 +67,8 @@ def plan_engine(settings: EngineSettings, *, socket: Path, policy: Policy = "fcf
         return None
     checkpoint = settings.checkpoint or _default_checkpoint(settings)
     if not checkpoint.exists():
-        raise BadInput(f"no checkpoint at {checkpoint}: run `make checkpoint`, or set STOKER_ENGINE__CHECKPOINT")
+        made_by = "checkpoint-gguf" if checkpoint.suffix == ".gguf" else "checkpoint"
+        raise BadInput(f"no checkpoint at {checkpoint}: run `make {made_by}`, or set STOKER_ENGINE__CHECKPOINT")
     kind = _kind(settings, checkpoint)
     alias = settings.alias or alias_of(checkpoint)
     if kind == "llamacpp":

@@ -51,7 +51,7 @@ def usage_of(raw: msgspec.Raw) -> Usage:
     """The counts; zeros where they are missing or absurd, for a good answer is not lost over its bill."""
     try:
         counts = _COUNTS_DECODER.decode(raw)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         return Usage()
     cached = counts.prompt_tokens_details
     reasoning = counts.completion_tokens_details

@@ -6,7 +6,7 @@ Only for who asks for them to be seen (STOKER_TRACE__PROMPTS). It must not raise
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 MOST_BYTES: Final = 16 * 1024
@@ -17,27 +17,40 @@ _MOST_MESSAGES: Final = 64
 
 def messages_json(body: bytes) -> str:
     """What a request says, as JSON; "" for one that says nothing."""
-    fields = _fields(body)
-    if isinstance(messages := fields.get("messages"), list):
-        return _encoded([_message(one, "user") for one in messages])
-    prompt = fields.get("prompt", fields.get("input"))
-    if prompt is None:
-        return ""
-    texts = prompt if isinstance(prompt, list) else [prompt]
-    return _encoded([{"role": "user", "parts": _parts(one)} for one in texts])
+    return _encoded(body, _messages)
 
 
 def answers_json(body: bytes) -> str:
     """What an answer's choices say, as JSON; "" for one without any, such as vectors."""
-    choices = _fields(body).get("choices")
-    if not isinstance(choices, list):
+    return _encoded(body, _answers)
+
+
+def _encoded(body: bytes, said_in: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> str:
+    try:
+        said = said_in(_fields(body))
+        return _within_bound(said) if said else ""
+    except RecursionError:  # so deep that it could just be read
         return ""
+
+
+def _messages(fields: dict[str, Any]) -> list[dict[str, Any]]:
+    if isinstance(messages := fields.get("messages"), list):
+        return [_message(one, "user") for one in messages]
+    prompt = fields.get("prompt", fields.get("input"))
+    if prompt is None:
+        return []
+    texts = prompt if isinstance(prompt, list) else [prompt]
+    return [{"role": "user", "parts": _parts(one)} for one in texts]
+
+
+def _answers(fields: dict[str, Any]) -> list[dict[str, Any]]:
+    choices = fields.get("choices")
     said = []
-    for one in choices:
+    for one in choices if isinstance(choices, list) else []:
         choice = one if isinstance(one, dict) else {}
         message = choice.get("message", {"content": choice.get("text")})
         said.append(_message(message, "assistant") | {"finish_reason": choice.get("finish_reason") or "stop"})
-    return _encoded(said)
+    return said
 
 
 def _fields(body: bytes) -> dict[str, Any]:
@@ -76,7 +89,7 @@ def _parts(content: Any) -> list[dict[str, str]]:
     ]
 
 
-def _encoded(messages: Sequence[dict[str, Any]]) -> str:
+def _within_bound(messages: Sequence[dict[str, Any]]) -> str:
     """The JSON within MOST_BYTES: of many messages the first and the last ones, of long texts their beginnings."""
     kept = list(messages)
     if len(kept) > _MOST_MESSAGES:

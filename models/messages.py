@@ -68,7 +68,8 @@ class RunSchedule(Hint):
 
     run_id: int
     schedule: str
-    due_at: str
+    due_at: str  # in the schedule's zone
+    sent_at: str  # by Postgres's clock
 
     @property
     def shown(self) -> str:

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from models.names import batch_name
+from models.names import short_name
 from models.states import TERMINAL, JobOrder, Priority, Trust
 from pipeline.arrange import cut_again
 from pipeline.begin import CHUNK_JOBS, LEASE, TENANT, Submitted, begin_batch, same_submit
@@ -91,12 +91,12 @@ def check_reusable(database: Database, batch_id: UUID, *, endpoint: str, validat
         earlier = read_earlier(session, batch_id, tenant=tenant)
     if earlier.endpoint != endpoint:
         raise BadInput(
-            f"--reuse {batch_name(batch_id)[:18]}: its lines have {earlier.endpoint}, these have {endpoint}; "
+            f"--reuse {short_name(batch_id)}: its lines have {earlier.endpoint}, these have {endpoint}; "
             "name a batch with the same endpoint"
         )
     if validate_answers and not earlier.options.get("validate_answers"):
         raise BadInput(
-            f"--reuse {batch_name(batch_id)[:18]}: its answers were not validated, as these are to be; name another"
+            f"--reuse {short_name(batch_id)}: its answers were not validated, as these are to be; name another"
         )
 
 
@@ -106,14 +106,14 @@ def _options(earlier: EarlierBatch, *, trust: Trust | None, has_money: bool) -> 
         options["trust"] = trust.value
     if has_money and options.get("trust") != Trust.EXTERNAL:
         raise BadInput(
-            f"{batch_name(earlier.id)[:18]} stays on own endpoints, so a budget of money would never be used: add "
+            f"{short_name(earlier.id)} stays on own endpoints, so a budget of money would never be used: add "
             "--trust external, or leave it out"
         )
     return options
 
 
 def _check_retryable(earlier: EarlierBatch) -> None:
-    name = batch_name(earlier.id)[:18]
+    name = short_name(earlier.id)
     if earlier.state not in TERMINAL:
         raise BadInput(
             f"{name} still runs ({earlier.state.value}): wait with `stoker watch {name}`, or `stoker cancel {name}`, "

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID
 
-from models.names import batch_name
+from models.names import short_name
 from runtime.errors import BadInput, StokerError
 from runtime.tracing import batch_span
 from store.database import Database
@@ -107,7 +107,7 @@ def _set_going(database: Database, batch: NewBatch, filled: Filled, *, window: t
 def _earlier(found: SameSubmit, *, asked: str | None) -> Submitted:
     if found.asked != asked:
         raise BadInput(
-            f"{batch_name(found.id)[:18]} was submitted with this idempotency key, but of another file or with other "
+            f"{short_name(found.id)} was submitted with this idempotency key, but of another file or with other "
             "options; use a new key for another batch"
         )
     return Submitted(

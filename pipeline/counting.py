@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from models.jobs import JobResult
 from models.states import Outcome, Source
@@ -17,27 +18,38 @@ from store.followers import count_followers
 from store.shards import Claim
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a transaction wrote: results, with how many jobs took each as theirs, and tries of jobs that go on."""
+
+    results: Sequence[JobResult]
+    followers: Mapping[int, int]
+    retries: int
+
+
 def followers_written(session: Session, claim: Claim, results: Sequence[JobResult]) -> Mapping[int, int]:
-    """How many jobs took each of these results as theirs, by seq; for `count_written`, in the transaction before it."""
+    """How many jobs took each of these results as theirs, by seq; in the transaction that writes them."""
     if not (results and claim.followers and is_counting()):
         return {}
     return count_followers(session, claim.batch_id, [result.seq for result in results])
 
 
-def count_written(results: Sequence[JobResult], *, retries: int = 0, followers: Mapping[int, int]) -> None:
-    """Count results that are committed, with those of their followers, and failed tries of jobs that go on."""
+def count_written(written: Sequence[Written]) -> None:
+    """Count what is committed and will not be written again."""
     if not is_counting():
         return
+    results = [result for one in written for result in one.results]
     jobs = Counter((result.outcome, result.source) for result in results)
-    for result in results:
-        if (count := followers.get(result.seq)) is not None:
-            jobs[result.outcome, Source.DUPLICATE] += count
+    for one in written:
+        for result in one.results:
+            if (count := one.followers.get(result.seq)) is not None:
+                jobs[result.outcome, Source.DUPLICATE] += count
     for (outcome, source), count in jobs.items():
         JOBS.add(count, outcome=outcome, source=source)
     TOKENS.add(sum(result.usage.prompt_tokens for result in results), kind="prompt")
     TOKENS.add(sum(result.usage.completion_tokens for result in results), kind="completion")
     TOKENS.add(sum(result.usage.cached_tokens for result in results), kind="cached")
-    RETRIES.add(retries)
+    RETRIES.add(sum(one.retries for one in written))
 
 
 def count_lookups(looked: Looked) -> None:

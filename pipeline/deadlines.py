@@ -32,7 +32,7 @@ def slack_s(remaining: int, *, rate: float, time_left_s: float, window_s: float)
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
-    """What a look showed; `least_slack_s` is None while no pace is known."""
+    """What a look showed; `unfinished` leaves paused batches out, `least_slack_s` is None while no pace is known."""
 
     unfinished: int = 0
     at_risk: int = 0
@@ -70,7 +70,7 @@ class DeadlineWatch:
         self._short_since = {batch: since for batch, since in self._short_since.items() if batch in ids}
         slacks = [slack for batch in live if (slack := self._slack(batch)) is not None]
         return Deadlines(
-            unfinished=sum(batch.unfinished for batch in live),
+            unfinished=sum(batch.unfinished for batch in live if not batch.is_paused),
             at_risk=len(self._at_risk),
             least_slack_s=min(slacks, default=None),
         )

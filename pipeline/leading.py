@@ -24,6 +24,7 @@ from runtime.metrics import (
     SLACK,
     WINDOW,
     WORKERS,
+    is_counting,
 )
 from store.database import Database
 from store.deadlines import live_counts
@@ -69,13 +70,15 @@ class Leading:
             WORKERS.set(live[node], node=node)
 
     def state(self, database: Database, *, window: int) -> None:
-        """Once a second: how many batches and jobs there are, and whether they will be done in time."""
+        """Once a second: whether batches will be done in time, and for who counts how many there are."""
+        found = self._deadlines.look(database)
+        if not is_counting():
+            return
         with database.transaction() as session:
             counts = live_counts(session)
         for state in _LIVE:
             BATCHES.set(counts.get(state, (0, 0))[0], state=state)
         PAUSED.set(sum(paused for _, paused in counts.values()))
-        found = self._deadlines.look(database)
         JOBS_LEFT.set(found.unfinished)
         AT_RISK.set(found.at_risk)
         SLACK.set(math.nan if found.least_slack_s is None else found.least_slack_s)

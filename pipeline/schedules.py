@@ -15,13 +15,14 @@ from datetime import UTC, datetime
 from typing import Final
 from uuid import UUID
 
+from models.messages import RunSchedule
 from models.names import batch_name
 from models.states import Missed, Overlap, RunState
-from pipeline.due_times import checked_cron, due_times, owed, zone_of
+from pipeline.begin import TENANT
+from pipeline.due_times import Owed, checked_cron, due_times, owed, zone_of
 from pipeline.heartbeat import Heartbeat
 from runtime import metrics
-from runtime.clock import utc_now
-from runtime.errors import BadInput
+from runtime.errors import EXIT_UNREACHABLE, EXIT_USAGE, BadInput, ServiceUnreachable
 from runtime.logs import get_logger
 from runtime.settings import ScheduleSettings
 from store.batches import BatchProgress, progress_of_batches
@@ -30,6 +31,7 @@ from store.schedules import (
     ClaimedRun,
     NewSchedule,
     RunRow,
+    SentRun,
     StoredSchedule,
     add_schedule,
     advance_schedule,
@@ -45,12 +47,14 @@ from store.schedules import (
     last_runs,
     latest_runs,
     prune_runs,
+    put_off_run,
     replace_schedule,
     runs_to_send,
     schedules_of_all,
     schedules_of_tenant,
     skip_run,
     take_back_runs,
+    waiting_runs,
 )
 from store.submissions import batch_of_key
 
@@ -58,8 +62,8 @@ log = get_logger(__name__)
 
 BEATS_A_LEASE: Final = 3  # two may be missed
 MOST_TRIES: Final = 3  # of a run whose worker dies, or whose services do not answer
-EXIT_USAGE: Final = 2
-EXIT_UNREACHABLE: Final = 3
+MOST_WAITING: Final = 100  # runs of a schedule, as many as one look makes of what was missed
+WRITE_AGAIN_S: Final = 1.0
 TOLD_CHARACTERS: Final = 4_000
 SUBMIT: Final = "submit"
 KEY_OPTION: Final = "--idempotency-key"
@@ -69,32 +73,21 @@ _DUE = re.compile(r"\{due:([^{}]*%[^{}]*)\}")
 
 
 @dataclass(frozen=True, slots=True)
-class DueRun:
-    """A run whose hint is to be sent; the time in its schedule's zone."""
-
-    run_id: int
-    schedule: str
-    due_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
 class TakenRun:
     """A run to be carried out: the command line after `stoker`, filled in, and where it is run."""
 
-    run_id: int
-    fence: int
-    schedule: str
-    tenant: str
     command: list[str]
     folder: str
-    due_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """What became of the command; `told` is the end of what it said. `given_back`: it was ended, to begin again."""
+    """What became of the command; `told` is the end of what it said. `given_back`: it was ended, to begin again.
 
-    exit_code: int
+    Without an exit code nobody saw it end.
+    """
+
+    exit_code: int | None
     told: str
     batch_id: UUID | None = None
     given_back: bool = False
@@ -128,8 +121,8 @@ class ScheduleView:
         return self.schedule.name
 
 
-def look(database: Database, *, settings: ScheduleSettings, now: datetime | None = None) -> list[DueRun]:
-    """Make runs of what is due, take back those of dead workers: the runs whose hint is to be sent now.
+def look(database: Database, *, settings: ScheduleSettings, now: datetime | None = None) -> list[RunSchedule]:
+    """Make runs of what is due, take back those of dead workers: the hints that are to be sent now.
 
     Many may look at once: a due time has one run, and a hint is noted as sent by one of them. One that is noted and
     never sent is noted again a minute later. `now` is Postgres's clock unless given.
@@ -143,15 +136,23 @@ def look(database: Database, *, settings: ScheduleSettings, now: datetime | None
         except BadInput as error:  # such as a zone that this machine does not know: no other schedule waits for it
             log.warning("schedule_unreadable", schedule=schedule.name, error=str(error))
     with database.transaction() as session:
-        taken_back = take_back_runs(session, lease_s=settings.lease_s, most_tries=MOST_TRIES)
-    for run in taken_back:
-        log.warning("schedule_run_taken_back", schedule=run.schedule, run=run.id, state=run.state.value)
-        if run.state is RunState.FAILED:
-            metrics.SCHEDULE_RUNS.add(1, schedule=run.schedule, outcome=run.state.value)
+        taken_back = take_back_runs(session, lease_s=settings.lease_s)
+    for run_id, name in taken_back:
+        log.warning("schedule_run_taken_back", schedule=name, run=run_id)
     with database.transaction() as session:
         sent = runs_to_send(session, now=moment)
     metrics.SCHEDULE_LOOK.set(time.time())
-    return [DueRun(run.id, run.schedule, _local(run.due_at, run.timezone)) for run in sent]
+    return [_hint(run, sent_at=moment) for run in sent]
+
+
+def _hint(run: SentRun, *, sent_at: datetime) -> RunSchedule:
+    due = _local(run.due_at, run.timezone)
+    return RunSchedule(
+        run_id=run.id,
+        schedule=run.schedule,
+        due_at=due.isoformat(timespec="minutes"),
+        sent_at=sent_at.isoformat(timespec="milliseconds"),
+    )
 
 
 def _make_runs(database: Database, schedule: StoredSchedule, *, settings: ScheduleSettings, now: datetime) -> None:
@@ -169,40 +170,52 @@ def _make_runs(database: Database, schedule: StoredSchedule, *, settings: Schedu
     with database.transaction() as session:
         if not advance_schedule(session, schedule, until=now):
             return
-        if found.let_go is not None:
-            since = schedule.due_until.astimezone(zone)
-            told = (
-                f"missed: nobody looked in time, for this or any due time before it since {since:%Y-%m-%d %H:%M %Z} "
-                f"(--missed {schedule.missed.value})"
-            )
-            insert_missed(session, schedule.id, found.let_go, told=told)
-        insert_runs(session, schedule.id, found.runs)
-    if found.let_go is not None:
+        room = max(MOST_WAITING - waiting_runs(session, schedule.id), 0)
+        missed = _missed(schedule, found, room=room)
+        for due_at, told in missed:
+            insert_missed(session, schedule.id, due_at, told=told)
+        insert_runs(session, schedule.id, found.runs[:room])  # after them: the newest run is the one that is shown
+        if missed:  # else a schedule whose runs wait for ever would have a row of each due time
+            prune_runs(session, schedule.id, keep=settings.keep_runs)
+    for due_at, told in missed:
         metrics.SCHEDULE_RUNS.add(1, schedule=schedule.name, outcome=RunState.SKIPPED.value)
-        log.warning("schedule_missed", schedule=schedule.name, last=str(found.let_go.astimezone(zone)))
+        log.warning("schedule_missed", schedule=schedule.name, last=str(due_at.astimezone(zone)), why=told)
 
 
-def run_schedule(database: Database, run_id: int, *, execute: Execute, settings: ScheduleSettings) -> str | None:
+def _missed(schedule: StoredSchedule, found: Owed, *, room: int) -> list[tuple[datetime, str]]:
+    """The last due time of those that are let go, for each reason that there is, and what is said of it."""
+    missed = []
+    if found.let_go is not None:
+        since = _local(schedule.due_until, schedule.timezone)
+        told = (
+            f"missed: nobody looked in time, for this or any due time before it since {since:%Y-%m-%d %H:%M %Z} "
+            f"(--missed {schedule.missed.value})"
+        )
+        missed.append((found.let_go, told))
+    if found.runs[room:]:
+        since = _local(found.runs[room], schedule.timezone)
+        told = f"missed: {MOST_WAITING} runs of it wait already, so none is made from {since:%Y-%m-%d %H:%M %Z} to now"
+        missed.append((found.runs[-1], told))
+    return missed
+
+
+def run_schedule(database: Database, hint: RunSchedule, *, execute: Execute, settings: ScheduleSettings) -> str | None:
     """Carry out a run that waits: a line that says what came of it, None if there was nothing to do.
 
-    Its lease is kept while `execute` works, whose second argument says whether the run is still ours: once it is not,
-    the command is to be ended, and what it did is not written. An error of `execute` leaves the run to its lease.
+    Its lease is kept until its outcome is written. The second argument of `execute` says whether the run is still ours:
+    once it is not, the command is to be ended, and what it did is not written. An error of `execute` leaves the run to
+    its lease.
     """
-    claimed = _claim(database, run_id, settings=settings)
+    claimed = _claim(database, hint.run_id, settings=settings)
     if claimed is None or isinstance(claimed, str):
         return claimed
+    if (late := late_s(claimed, hint)) is not None:
+        metrics.SCHEDULE_LATE.observe(late)
     began = time.monotonic()
-    try:
-        ran = _batch_of_before(database, claimed)
-        if ran is None:
-            taken = _taken(claimed)
-            with _Lease(database, claimed, lease_s=settings.lease_s) as lease:
-                ran = execute(taken, lease.is_ours)
-    except BadInput as error:
-        ran = Ran(EXIT_USAGE, str(error))
-    became = _write(database, claimed, ran, keep_runs=settings.keep_runs)
-    due = _local(claimed.due_at, claimed.schedule.timezone)
-    return f"{claimed.schedule.name} due {due:%Y-%m-%d %H:%M %Z}: {became}, after {time.monotonic() - began:.1f} s"
+    with _Lease(database, claimed, lease_s=settings.lease_s) as lease:
+        ran = _ran(database, claimed, execute, lease.is_ours)
+        became = _write_patiently(database, claimed, ran, keep_runs=settings.keep_runs, patience=lease.is_ours)
+    return f"{became}, after {time.monotonic() - began:.1f} s"
 
 
 def _claim(database: Database, run_id: int, *, settings: ScheduleSettings) -> ClaimedRun | str | None:
@@ -212,7 +225,7 @@ def _claim(database: Database, run_id: int, *, settings: ScheduleSettings) -> Cl
         if schedule is None:
             return None
         if schedule.overlap is Overlap.ALLOW or not is_behind(session, run_id):
-            return _counted(claim_run(session, run_id, schedule, lease_s=settings.lease_s))
+            return claim_run(session, run_id, schedule, lease_s=settings.lease_s)
         if schedule.overlap is Overlap.WAIT or not skip_run(session, run_id, told=f"{_BEHIND} (--overlap skip)"):
             return None
         prune_runs(session, schedule.id, keep=settings.keep_runs)
@@ -221,10 +234,32 @@ def _claim(database: Database, run_id: int, *, settings: ScheduleSettings) -> Cl
     return f"{schedule.name}: skipped, as {_BEHIND}"
 
 
-def _counted(run: ClaimedRun | None) -> ClaimedRun | None:
-    if run is not None and run.tries == 1 and not run.asked_for:
-        metrics.SCHEDULE_LATE.observe((run.started_at - run.due_at).total_seconds())
-    return run
+def late_s(run: ClaimedRun, hint: RunSchedule) -> float | None:
+    """How long a run waited for a worker after its hint was sent; None of one that has begun before."""
+    if run.fence > 1:
+        return None
+    return max((run.started_at - datetime.fromisoformat(hint.sent_at)).total_seconds(), 0.0)
+
+
+def _ran(database: Database, run: ClaimedRun, execute: Execute, is_ours: IsOurs) -> Ran:
+    """What became of its command, or why that is not run: it was, it died too often, or it cannot be."""
+    try:
+        _expect_local(run.schedule.tenant)
+        before = _batch_of_before(database, run)
+        if before is not None:
+            return before
+        if run.tries > MOST_TRIES:
+            return Ran(None, f"its worker died at try {MOST_TRIES}, the last; see the log of the control workers")
+        return execute(_taken(run), is_ours)
+    except BadInput as error:
+        return Ran(EXIT_USAGE, str(error))
+
+
+def _expect_local(tenant: str) -> None:
+    if tenant != TENANT:
+        raise BadInput(
+            f"a schedule's command runs as the tenant {TENANT}, who is at this machine: there can be none of {tenant!r}"
+        )
 
 
 def _batch_of_before(database: Database, run: ClaimedRun) -> Ran | None:
@@ -250,7 +285,7 @@ def _taken(run: ClaimedRun) -> TakenRun:
     command = filled_in(schedule.command, due)
     if command[:1] == [SUBMIT]:
         command = [SUBMIT, KEY_OPTION, _key(run.id), *command[1:]]
-    return TakenRun(run.id, run.fence, schedule.name, schedule.tenant, command, schedule.folder, due)
+    return TakenRun(command, schedule.folder)
 
 
 def filled_in(command: Sequence[str], due: datetime) -> list[str]:
@@ -293,20 +328,35 @@ class _Lease:
             self._lost.set()
 
 
+def _write_patiently(database: Database, run: ClaimedRun, ran: Ran, *, keep_runs: int, patience: IsOurs) -> str:
+    """As `_write`, again and again while Postgres is away, as a command is not to be run twice for that."""
+    while True:
+        try:
+            return _write(database, run, ran, keep_runs=keep_runs)
+        except ServiceUnreachable as error:
+            if not patience():
+                raise
+            log.warning("schedule_write_waits", schedule=run.schedule.name, run=run.id, error=str(error))
+            time.sleep(WRITE_AGAIN_S)
+
+
 def _write(database: Database, run: ClaimedRun, ran: Ran, *, keep_runs: int) -> str:
     """Write what became of a run, under its fence; in a word or two."""
     schedule = run.schedule
     told = ran.told[-TOLD_CHARACTERS:].replace("\x00", "").encode(errors="replace").decode()  # as Postgres takes it
     if ran.given_back:
-        return _give_back(database, run, told=told, tries=run.tries - 1, sent_at=None)
+        with database.transaction() as session:
+            return _given_back(run, give_back_run(session, run, told=told))
     batch_id = ran.batch_id
     if batch_id is None and schedule.command[:1] == [SUBMIT]:
         batch_id = _batch_of(database, run)  # a command that was killed may have said nothing of what it stored
     if ran.exit_code == EXIT_UNREACHABLE and batch_id is None and run.tries < MOST_TRIES:
-        return _give_back(database, run, told=told, tries=run.tries, sent_at=utc_now())
+        with database.transaction() as session:
+            return _given_back(run, put_off_run(session, run, told=told))
     state = RunState.SUCCEEDED if ran.exit_code == 0 or batch_id is not None else RunState.FAILED
+    tries = min(run.tries, MOST_TRIES)  # the one after them only ends it
     with database.transaction() as session:
-        if not end_run(session, run, state, exit_code=ran.exit_code, batch_id=batch_id, told=told):
+        if not end_run(session, run, state, tries=tries, exit_code=ran.exit_code, batch_id=batch_id, told=told):
             return _lost(run)
         prune_runs(session, schedule.id, keep=keep_runs)
     metrics.SCHEDULE_RUNS.add(1, schedule=schedule.name, outcome=state.value)
@@ -315,12 +365,10 @@ def _write(database: Database, run: ClaimedRun, ran: Ran, *, keep_runs: int) -> 
     else:
         log.warning("schedule_run_failed", schedule=schedule.name, run=run.id, exit_code=ran.exit_code)
     batch = "" if batch_id is None else f", {batch_name(batch_id)}"
-    return f"{state.value}{batch}" if ran.exit_code == 0 else f"{state.value} (exit code {ran.exit_code}){batch}"
+    return f"{state.value} (exit code {ran.exit_code}){batch}" if ran.exit_code else f"{state.value}{batch}"
 
 
-def _give_back(database: Database, run: ClaimedRun, *, told: str, tries: int, sent_at: datetime | None) -> str:
-    with database.transaction() as session:
-        given = give_back_run(session, run, told=told, tries=tries, sent_at=sent_at)
+def _given_back(run: ClaimedRun, given: bool) -> str:
     return "given back, to be run again" if given else _lost(run)
 
 
@@ -380,8 +428,23 @@ def _run_view(run: RunRow, schedule: StoredSchedule, batches: dict[UUID, BatchPr
     return RunView(run, _local(run.due_at, schedule.timezone), batch)
 
 
-def put_schedule(database: Database, new: NewSchedule, *, now: datetime, replace: bool) -> datetime:
-    """Store a schedule: when it is due first. Raises BadInput for what is wrong with it, or if its name is taken."""
+def put_schedule(database: Database, new: NewSchedule, *, now: datetime) -> None:
+    """Store a schedule. Raises BadInput for what is wrong with it, or if its name is taken."""
+    _check(new, now=now)
+    with database.transaction() as session:
+        if not add_schedule(session, new):
+            raise BadInput(f"there is a schedule {new.name} already; --replace puts this one in its place")
+
+
+def change_schedule(database: Database, new: NewSchedule, *, now: datetime) -> None:
+    """Store a schedule in the place of the one of its name, if there is one. Raises BadInput for what is wrong."""
+    _check(new, now=now)
+    with database.transaction() as session:
+        replace_schedule(session, new)
+
+
+def _check(new: NewSchedule, *, now: datetime) -> None:
+    _expect_local(new.tenant)
     if not _NAME.fullmatch(new.name):
         raise BadInput(
             f"{new.name!r:.80} is no name of a schedule: write 1 to 64 of a-z, 0-9 and -, such as nightly-report"
@@ -390,11 +453,4 @@ def put_schedule(database: Database, new: NewSchedule, *, now: datetime, replace
         raise BadInput(
             "--missed all runs several at once, which --overlap skip would skip: take --overlap wait or allow"
         )
-    zone = zone_of(new.timezone)
-    first = checked_cron(new.cron, zone, after=now)
-    with database.transaction() as session:
-        if replace:
-            replace_schedule(session, new)
-        elif not add_schedule(session, new):
-            raise BadInput(f"there is a schedule {new.name} already; --replace puts this one in its place")
-    return first.astimezone(zone)
+    checked_cron(new.cron, zone_of(new.timezone), after=now)

@@ -282,6 +282,7 @@ class SemanticCache:
             audits = sum(one.decided.audited for one in made)
             added = Round(len(made), len(served_seqs), audits, saved_tokens)
             store_policy(session, namespace.id, after.encode(), made=added, news=news)
+        # Nobody follows them: leaders are not decided.
         JOBS.add(len(served_seqs), outcome=Outcome.SUCCEEDED, source=Source.SEMANTIC)
         if is_fit_due(after):
             self._to_fit[namespace.id] = namespace

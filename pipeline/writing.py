@@ -14,7 +14,7 @@ from models.jobs import JobResult, failed
 from models.states import Source
 from pipeline.attempt import Attempt, Unwritten
 from pipeline.context import FeedContext
-from pipeline.counting import count_written, followers_written
+from pipeline.counting import Written, count_written, followers_written
 from pipeline.lookups import Lookups
 from runtime.errors import LostFence, ServiceUnreachable, Unstorable
 from runtime.logs import get_logger
@@ -57,20 +57,20 @@ class Writer:
             if seen.is_recorded:
                 seen.set({"stoker.results": len(unwritten.results), "stoker.bytes": _bytes_of(unwritten)})
             try:
-                self._transact(attempt, unwritten, is_over=is_over)
+                written = [self._transact(attempt, unwritten, is_over=is_over)]
             except Unstorable:
-                for result in unwritten.results:
-                    self._write_alone(attempt, result)
-                self._transact(attempt, replace(unwritten, results=[]), is_over=is_over)
+                written = [self._write_alone(attempt, result) for result in unwritten.results]
+                written.append(self._transact(attempt, replace(unwritten, results=[]), is_over=is_over))
+        count_written(written)  # not before the last: all begins again where Postgres goes in between
 
-    def _write_alone(self, attempt: Attempt, result: JobResult) -> None:
+    def _write_alone(self, attempt: Attempt, result: JobResult) -> Written:
         try:
-            self._transact(attempt, Unwritten([result]), is_over=False)
+            return self._transact(attempt, Unwritten([result]), is_over=False)
         except Unstorable as error:
             refused = failed(result.seq, code="unstorable_response", message=str(error), source=Source.ENGINE)
-            self._transact(attempt, Unwritten([refused]), is_over=False)
+            return self._transact(attempt, Unwritten([refused]), is_over=False)
 
-    def _transact(self, attempt: Attempt, unwritten: Unwritten, *, is_over: bool) -> None:
+    def _transact(self, attempt: Attempt, unwritten: Unwritten, *, is_over: bool) -> Written:
         """One transaction: results, retries, steps, suspects apart, and the end of the attempt if it is over.
 
         Raises LostFence if another attempt owns the shard; nothing was written then.
@@ -96,16 +96,15 @@ class Writer:
                 close(session, attempt.claim) or give_back(session, attempt.claim, wait_s=attempt.give_back_s)
             ):
                 raise LostFence
-        count_written(unwritten.results, retries=len(unwritten.retries), followers=followers)
         WRITE_SECONDS.observe(time.monotonic() - began)
         if self._context.steps is not None:
             self._context.steps.forget(attempt.claim.batch_id, ended)
-        if cache is None or kept is None:
-            return
-        with self._lookups.never_stopping(attempt.claim):
-            cache.publish(kept)
-            if semantic is not None and kept.entries:
-                semantic.add(kept.entries)
+        if cache is not None and kept is not None:
+            with self._lookups.never_stopping(attempt.claim):
+                cache.publish(kept)
+                if semantic is not None and kept.entries:
+                    semantic.add(kept.entries)
+        return Written(unwritten.results, followers, len(unwritten.retries))
 
     def _write_under_fence(self, session: Session, attempt: Attempt, unwritten: Unwritten) -> bool:
         held, lease_s = attempt.claim, self._context.settings.worker.lease_s

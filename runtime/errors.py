@@ -21,6 +21,11 @@ psycopg's, redis's or httptools's errors.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+EXIT_USAGE: Final = 2
+EXIT_UNREACHABLE: Final = 3
+EXIT_INTERRUPTED: Final = 130  # as shells have it: 128 and the number of SIGINT
 
 
 class StokerError(Exception):
@@ -108,3 +113,8 @@ class LostFence(StokerError):
 
 class Fatal(StokerError):
     """This process cannot go on."""
+
+
+def exit_code_of(error: StokerError) -> int:
+    """What a process that ends with this error exits with."""
+    return EXIT_USAGE if isinstance(error, BadInput | NotFound) else EXIT_UNREACHABLE

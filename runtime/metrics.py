@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -108,7 +109,7 @@ GPU_USE = _gauge("stoker_gpu_use_ratio", "Of the GPUs' time, the mean, 0 to 1.",
 # What the dispatch leader knows; other processes have no such series.
 LEADER = _gauge("stoker_dispatch_leader", "1 in the process that leads dispatch.")
 BATCHES = _gauge("stoker_batches", "Batches that have not ended.", "state")
-JOBS_LEFT = _gauge("stoker_jobs_unfinished", "Jobs of live batches without a result.")
+JOBS_LEFT = _gauge("stoker_jobs_unfinished", "Jobs without a result, of batches in progress that are not paused.")
 AT_RISK = _gauge(
     "stoker_batches_at_risk", "Batches that will not be done in their window at the pace of the last minute."
 )
@@ -138,7 +139,7 @@ PASSAGES = _counter("stoker_passages_total", "Passages stored.")
 
 # Schedules.
 SCHEDULE_RUNS = _counter("stoker_schedule_runs_total", "Runs that ended.", "schedule", "outcome")
-SCHEDULE_LATE = _seconds("stoker_schedule_late_seconds", "From a due time to the begin of its run.")
+SCHEDULE_LATE = _seconds("stoker_schedule_late_seconds", "From the hint of a run to its begin.")
 SCHEDULE_SUCCESS = _gauge(
     "stoker_schedule_last_success_timestamp_seconds", "When a run last succeeded.", "schedule", over="livemax"
 )
@@ -163,23 +164,30 @@ class MetricsServer:
         """Answer no more, and forget the numbers."""
         self._server.shutdown()
         self._server.server_close()
-        self._folder.remove()
+        _forget(self._folder)
 
 
 def open_metrics(settings: MetricsSettings) -> MetricsFolder | None:
     """Count from now on, in this process and in those that it forks or starts with its environment.
 
     The folder of the numbers where this process is the first of its tree, whose end it must not outlive; None where
-    another began, or where no port is set: then nothing is counted.
+    another began; or where no port is set or there is no room for it: then nothing is counted.
     """
     folder = None
     if not is_metrics_folder(os.environ.get(FOLDER_VARIABLE)):
         if settings.port is None:
             return None
-        folder = MetricsFolder()
+        try:
+            folder = MetricsFolder()
+        except OSError as error:
+            log.warning("metrics_not_kept", error=str(error))
+            return None
         os.environ[FOLDER_VARIABLE] = folder.path
-    if not _counting:
+        _made.clear()
+        _children.clear()
+    if not _holds_at_forks:
         os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+        _holds_at_forks.append(True)
     _counting.append(True)
     return folder
 
@@ -238,7 +246,7 @@ def metrics_served(settings: MetricsSettings) -> Iterator[None]:
         if server is not None:
             server.stop()
         elif folder is not None:
-            folder.remove()
+            _forget(folder)
 
 
 class _Tree:
@@ -263,13 +271,14 @@ class _Tree:
             yield from families_in(self._folder)
         try:
             foreign = list(text_string_to_metric_families(self._foreign()))
-        except ValueError as error:
+        except (ValueError, LookupError) as error:  # the parser cuts lines without looking
             log.warning("foreign_metrics_unreadable", error=str(error))
             return
         yield from (family for family in foreign if not family.name.startswith(_OF_A_PROCESS))
 
 
 _counting: list[bool] = []
+_holds_at_forks: list[bool] = []
 _made: dict[str, Any] = {}
 _children: dict[tuple[str, ...], Any] = {}
 
@@ -277,19 +286,36 @@ _children: dict[tuple[str, ...], Any] = {}
 # child has died, and its new child would wait for ever.
 _lock = threading.Lock()
 
+# What the client can raise where its folder is gone, its disk full or a file of it is not what it was.
+_ITS_ERRORS: Final = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, struct.error)
+
 
 def _count(metric: Metric, labels: dict[str, str], value: float, how: Literal["inc", "set", "observe"]) -> None:
-    try:
-        with _lock:
-            getattr(_child(metric, labels), how)(value)
-    except (OSError, ValueError) as error:  # its folder is gone or its disk full: the counting ends, and no work
-        _counting.clear()
-        log.warning("metrics_end", metric=metric.name, error=str(error))
-
-
-def _child(metric: Metric, labels: dict[str, str]) -> Any:
-    """The client's object, made at its first use: one that a process never uses is none of its."""
+    if len(labels) != len(metric.labels):
+        raise ValueError(f"{metric.name} has the labels {metric.labels}, not {tuple(labels)}")
     key = (metric.name, *(labels[name] for name in metric.labels))
+    with _lock:
+        if not _counting:
+            return
+        try:
+            getattr(_child(metric, key), how)(value)
+        except _ITS_ERRORS as error:  # the counting ends, and no work
+            _counting.clear()
+            why = f"{type(error).__name__}: {error}"
+        else:
+            return
+    log.warning("metrics_end", metric=metric.name, error=why)
+
+
+def _forget(folder: MetricsFolder) -> None:
+    """The numbers go, so nothing more is counted."""
+    with _lock:
+        _counting.clear()
+    folder.remove()
+
+
+def _child(metric: Metric, key: tuple[str, ...]) -> Any:
+    """The client's object, made at its first use: one that a process never uses is none of its."""
     found = _children.get(key)
     if found is None:
         made = _made.get(metric.name) or _made.setdefault(metric.name, _client_metric(metric))
@@ -301,9 +327,13 @@ def _client_metric(metric: Metric) -> Any:
     import prometheus_client  # noqa: PLC0415
     from prometheus_client import values  # noqa: PLC0415
 
+    from runtime.metrics_files import ReservedFile  # noqa: PLC0415
+
     # It looks for its folder when it is imported, and Celery's command imports Flower's plugin, and that the client.
-    if not values.ValueClass._multiprocess:
+    # Each folder has a class of its own, which is made with its first metric.
+    if not (_made and values.ValueClass._multiprocess):
         values.ValueClass = values.MultiProcessValue()  # type: ignore[no-untyped-call]
+    vars(values)["MmapedDict"] = ReservedFile
     registry = prometheus_client.CollectorRegistry()
     if metric.kind == "counter":
         return prometheus_client.Counter(metric.name, metric.help, metric.labels, registry=registry)

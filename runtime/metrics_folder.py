@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from runtime.children import birth_of
+from runtime.logs import get_logger
+
+log = get_logger(__name__)
 
 FOLDER_VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"  # the client's own: children that are started find it there
 
@@ -84,17 +87,29 @@ def _forget_dead(folder: Path) -> None:
 
 
 def _bury(folder: Path, files: Iterable[Path]) -> None:
-    """Drop a dead process's gauges, and add its counts to those of the dead."""
-    from prometheus_client.mmap_dict import MmapedDict  # noqa: PLC0415
-
+    """Drop a dead process's gauges, and add its counts to those of the dead; without room for that, they stay."""
     for file in files:
         kind = file.stem.partition("_")[0]
         if kind != "gauge" and file.stat().st_size:
-            kept = MmapedDict(str(folder / f"{kind}_{_THE_DEAD}.db"))  # type: ignore[no-untyped-call]
-            for key, value, *_ in MmapedDict.read_all_values_from_file(str(file)):  # type: ignore[no-untyped-call]
-                kept.write_value(key, kept.read_value(key)[0] + value, 0.0)  # type: ignore[no-untyped-call]
-            kept.close()  # type: ignore[no-untyped-call]
+            try:
+                _add(file, folder / f"{kind}_{_THE_DEAD}.db")
+            except OSError as error:
+                log.warning("metrics_of_dead_stay", file=file.name, error=str(error))
+                continue
         file.unlink()
+
+
+def _add(file: Path, dead: Path) -> None:
+    from runtime.metrics_files import ReservedFile  # noqa: PLC0415
+
+    kept = ReservedFile(str(dead))
+    try:
+        added = [*ReservedFile.read_all_values_from_file(str(file))]  # type: ignore[no-untyped-call]
+        sums = {key: kept.read_value(key)[0] + value for key, value, *_ in added}  # type: ignore[no-untyped-call]
+        for key, value in sums.items():  # each has its place by now: all are added, or none
+            kept.write_value(key, value, 0.0)  # type: ignore[no-untyped-call]
+    finally:
+        kept.close()  # type: ignore[no-untyped-call]
 
 
 def _sweep(parent: Path) -> None:

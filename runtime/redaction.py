@@ -25,16 +25,17 @@ _NAMES = (
 )
 _TELLING = re.compile(rf"(?:^|.*[._-])(?:{_NAMES})", re.IGNORECASE)
 
-# A secret or a text that stands in another one: each with the group that stays before it.
+# A secret or a text that stands in another one: each with the group that stays before it. What begins one is passed at
+# once, whether or not its end is found: else a line of nothing but beginnings takes seconds.
 _VALUES = re.compile(
     r"""
       (?P<url>   \b[a-z][a-z0-9+.-]{0,20}://[^\s/:@'"]*:) [^\s/'"]+ (?=@)
     | (?P<scheme>\b(?:Bearer|Basic)\s+) [A-Za-z0-9._~+/=:-]{6,}
     | (?P<named> \b(?:api[_-]?key|x-api-key|password|passwd|secret|token)["']?\s*[=:]\s*["']?) [^\s"',;&)}\]]{4,}
     | (?P<key>   \b(?:sk|pk|rk|whsec|hf|lsv2|xox[a-z]|gh[ops])[-_]) [A-Za-z0-9_-]{12,}
-    | (?P<pydantic> \binput_value=) .*? (?=,\ input_type=)
+    | (?P<pydantic> \binput_value=) (?: .{0,512}? (?=,\ input_type=) | .{1,512} )
     | (?P<postgres> ^(?:DETAIL:|CONTEXT:\ +COPY)\ +) (?s:.*?) (?=\n(?:HINT|CONTEXT):|\n\[SQL|\n\n|\Z)
-    | (?P<alchemy>  \[parameters:\ ) .*? (?=\]$)
+    | (?P<alchemy>  \[parameters:\ ) .+
     """,
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )

@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from runtime.errors import BadInput
 
@@ -243,6 +243,11 @@ class TraceSettings(_Group):
     prompts: bool = Field(False, description="put prompts and answers into spans too, which leave this machine")
 
 
+# What `stoker up` starts, in the order of the ports at which each answers /metrics.
+MetricsPart = Literal["generation", "documents", "gateway", "control"]
+METRICS_PARTS: tuple[MetricsPart, ...] = get_args(MetricsPart)
+
+
 class MetricsSettings(_Group):
     """Prometheus metrics: each worker, dispatcher and gateway answers at /metrics on a port of its own."""
 
@@ -336,6 +341,8 @@ def load_settings() -> Settings:
     """
     try:
         settings = Settings()
+    except SettingsError as error:  # such as STOKER_TRACE=otlp
+        raise BadInput(f"settings: {error}; a group's settings are named as in STOKER_TRACE__TO") from error
     except ValidationError as error:
         faults = "; ".join(
             f"STOKER_{'__'.join(str(part) for part in fault['loc']).upper()}: {fault['msg']}"

@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -80,7 +80,6 @@ class SdkRecorder:
         )
         self._provider.add_span_processor(processor)
         self._tracer = self._provider.get_tracer("stoker")
-        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL + 1)  # Watched says it, and once
 
     def begin(
         self,
@@ -111,6 +110,7 @@ class SdkRecorder:
 
     def stop(self) -> None:
         """Hand over what is left, for STOP_S at most."""
+        self._exporter.give_up()
         ending = threading.Thread(target=self._provider.shutdown, name="spans-end", daemon=True)
         ending.start()
         ending.join(STOP_S)
@@ -169,6 +169,11 @@ class Watched(SpanExporter):
                 log.warning("spans_lost", receiver=self._name, reason=fault)
         return SpanExportResult.SUCCESS if fault is None else SpanExportResult.FAILURE
 
+    def give_up(self) -> None:
+        """The process ends: try nothing again that cannot be reached."""
+        if isinstance(self._inner, OtlpExporter):
+            self._inner.give_up()
+
     def shutdown(self) -> None:
         """Nothing more comes."""
         self._inner.shutdown()
@@ -186,37 +191,58 @@ class FileExporter(SpanExporter):
         return SpanExportResult.SUCCESS
 
 
+class _Session(requests.Session):
+    """A session that follows no redirect, as it would carry the key, and can give up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.max_redirects = 0
+        self.status: int | None = None
+        self.gives_up: Callable[[], None] | None = None
+
+    def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
+        """Send it and remember the answer's status; the exporter tries nothing again once it gives up."""
+        try:
+            answer = super().send(request, **options)
+        except requests.ConnectionError:
+            if self.gives_up is not None:
+                self.gives_up()
+            raise
+        self.status = answer.status_code
+        return answer
+
+
 class OtlpExporter(OTLPSpanExporter):
-    """OTLP over HTTP, which remembers its receiver's last answer. No redirect is followed: it would get the key."""
+    """OTLP over HTTP, which remembers its receiver's last answer."""
 
     def __init__(self, target: Target) -> None:
-        self.status: int | None = None
-        session = requests.Session()
-        session.max_redirects = 0
-        session.hooks["response"].append(self._note)
-        super().__init__(endpoint=target.url, headers=dict(target.headers), timeout=EXPORT_S, session=session)
+        self.session = _Session()
+        super().__init__(endpoint=target.url, headers=dict(target.headers), timeout=EXPORT_S, session=self.session)
 
-    def _note(self, answer: requests.Response, *_: Any, **__: Any) -> None:
-        self.status = answer.status_code
+    def give_up(self) -> None:
+        """A receiver that refuses connections is not asked again, as this process ends."""
+        self.session.gives_up = self.shutdown
 
 
 def fault_of(exporter: SpanExporter, spans: Sequence[ReadableSpan]) -> str | None:
     """Hand spans over, none to ask whether any would be taken: why not, fit for logs, or None."""
     if isinstance(exporter, OtlpExporter):
-        exporter.status = None
+        exporter.session.status = None
     try:
         if exporter.export(spans) is SpanExportResult.SUCCESS:
             return None
     except Exception as error:  # such as a full disk; no defect of it may reach the work
         return f"{type(error).__name__}: {error}"[:200]
-    status = exporter.status if isinstance(exporter, OtlpExporter) else None
+    status = exporter.session.status if isinstance(exporter, OtlpExporter) else None
     if status is None:
         return "it does not answer"
-    return f"it answered {status}; look at STOKER_TRACE__API_KEY and STOKER_TRACE__URL"
+    setting = "STOKER_TRACE__URL" if status in (404, 405) else "STOKER_TRACE__API_KEY and STOKER_TRACE__URL"
+    return f"it answered {status}; look at {setting}"
 
 
 def exporter_of(settings: Settings) -> SpanExporter:
     """What hands spans over as the settings say. Raises BadInput that names what is missing."""
+    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL + 1)  # what it says is said here, and once
     target = _target(settings)
     return FileExporter(folder_of(settings)) if target is None else OtlpExporter(target)
 

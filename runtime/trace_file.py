@@ -33,7 +33,9 @@ def append(folder: Path, line: bytes) -> None:
         _make_room(folder, len(line))
         if line:
             with _open(folder / NAMES[0]) as file:
+                before_bytes = os.fstat(file.fileno()).st_size
                 if file.write(line + b"\n") <= len(line):
+                    os.ftruncate(file.fileno(), before_bytes)  # else the next line would be lost with this one
                     raise OSError(errno.ENOSPC, "the disk is full")
 
 

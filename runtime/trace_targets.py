@@ -9,6 +9,7 @@ import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
+from urllib.parse import urlsplit
 
 from runtime.errors import BadInput
 from runtime.settings import TraceSettings, without_secrets
@@ -45,6 +46,8 @@ def target_of(settings: TraceSettings) -> Target:
         raise BadInput("STOKER_TRACE__URL is not set; an otlp receiver's is such as http://collector:4318/v1/traces")
     if not url.startswith(("http://", "https://")):
         raise BadInput("STOKER_TRACE__URL must begin with http:// or https://, such as http://collector:4318/v1/traces")
+    if settings.to == "otlp" and urlsplit(url).path in ("", "/"):
+        url = f"{url.rstrip('/')}/v1/traces"  # as OTEL_EXPORTER_OTLP_ENDPOINT is meant
     return Target(url, _headers(settings), _resource(settings), _SESSIONS.get(settings.to, ()))
 
 

@@ -11,7 +11,7 @@ from uuid import UUID
 import click
 
 from models.money import money, shown
-from models.names import batch_name
+from models.names import batch_name, short_name
 from models.states import BudgetPeriod, Outcome
 from pipeline.export import follow_lines, write_lines
 from runtime.errors import BadInput
@@ -239,7 +239,7 @@ def _show_batches(database: Database, *, limit: int, as_json: bool) -> None:
         ("batch", "state", "jobs", "done", "failed", "truncated", "tokens out", "seconds", "input"),
         [
             (
-                batch_name(p.id)[:18],
+                short_name(p.id),
                 "paused" if p.paused_reason else p.state.value,
                 p.total,
                 p.done,
@@ -264,7 +264,7 @@ def _show_dead(database: Database, name: str | None, *, limit: int, as_json: boo
     emit_table(
         "jobs that ended as poison_job",
         ("batch", "line", "custom_id", "message"),
-        [(batch_name(job.batch_id)[:18], job.seq + 1, job.custom_id, job.message) for job in dead],
+        [(short_name(job.batch_id), job.seq + 1, job.custom_id, job.message) for job in dead],
     )
 
 

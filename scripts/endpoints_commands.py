@@ -14,7 +14,7 @@ from models.endpoints import EndpointSpec, Prices, RatesSeen
 from models.states import Trust
 from pipeline.endpoints import KEY_REMEDY, KnownEndpoint, directory, endpoints_in, read_endpoint
 from pipeline.probing import EndpointLook, look_at
-from runtime.errors import BadInput, NotFound, ServiceUnreachable
+from runtime.errors import EXIT_UNREACHABLE, BadInput, NotFound, ServiceUnreachable
 from runtime.settings import Settings
 from scripts.local import connected
 from scripts.lookup import opened_database
@@ -22,7 +22,6 @@ from scripts.terminal import emit, emit_json, emit_table, say
 from store.endpoints import add_endpoint, remove_endpoint, replace_endpoint
 from store.presence import PresenceBoard
 
-EXIT_UNREACHABLE: Final = 3
 _as_json = click.option("--json", "as_json", is_flag=True)
 
 

@@ -16,12 +16,11 @@ from runtime.errors import BadInput
 from runtime.kept_process import KeptProcess
 from runtime.settings import Settings, environment_of
 from scripts.embedded import free_port, is_answering
-from scripts.local import connected, home_of
+from scripts.local import LONGEST_PAUSE_S, connected, home_of
 
 MODULE = "worker.flower"
 PASSWORD_BYTES = 16
 GRACE_S = 5.0  # of a process that holds nothing
-LONGEST_PAUSE_S = 60.0  # between starts of one that cannot run
 
 
 @click.command()

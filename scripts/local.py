@@ -21,6 +21,7 @@ from typing import Any, Literal
 from runtime.children import birth_of, spawn, stop
 from runtime.errors import BadInput, ServiceUnreachable
 from runtime.home import default_home
+from runtime.kept_process import KeptProcess
 from runtime.settings import Settings, environment_of
 from scripts.embedded import embedded_services, is_answering
 from scripts.metrics_places import with_metrics_of
@@ -31,6 +32,8 @@ from store.schema import migrate
 
 Node = Literal["generation", "documents", "control"]
 
+SHARED = ("trace", "metrics")  # settings of a `stoker up` that hold for commands in other terminals too
+LONGEST_PAUSE_S = 60.0  # between starts of a worker that cannot run
 STOP_MARGIN_S = 30.0  # beyond the grace: the pool's end, the engine's, the dispatcher's
 GATEWAY_START_S = 60.0
 LOG_TAIL_LINES = 15
@@ -76,7 +79,8 @@ def local_services(settings: Settings, *, with_chroma: bool = False) -> Iterator
         if services.chroma_url is not None:
             addresses["chroma"] = services.chroma_url
         announcement = _announcement(settings)
-        _announce(settings, {"pid": os.getpid(), "birth": birth_of(os.getpid()), "addresses": addresses})
+        told = {group: getattr(settings, group).model_dump(mode="json") for group in SHARED}
+        _announce(settings, {"pid": os.getpid(), "birth": birth_of(os.getpid()), "addresses": addresses, "told": told})
         _forget_workers(services.redis_url)
         try:
             yield _with_addresses(settings, addresses)
@@ -160,26 +164,45 @@ def local_worker(
 
     Raises ServiceUnreachable with the end of its log if it does not come up.
     """
-    with begun_worker(settings, name=name, node=node) as worker:
-        _wait_announced(settings, worker.process, name=_celery_name(name), log=worker.log, on_wait=on_wait)
-        yield worker
+    log, environment = _worker_place(settings, name, node)
+    command = [sys.executable, "-m", "celery", *_worker_arguments(name)]
+    child = spawn(command, env=environment, log=log, session=True)
+    try:
+        _wait_announced(settings, child, name=_celery_name(name), log=log, on_wait=on_wait)
+        yield LocalProcess(process=child, log=log)
+    finally:
+        stop(child, grace_s=settings.worker.grace_s + STOP_MARGIN_S)
 
 
 @contextmanager
-def begun_worker(settings: Settings, *, name: str, node: Node) -> Iterator[LocalProcess]:
-    """A worker process of a node for this block, which is not waited for. Ended by SIGTERM, so it drains."""
+def kept_worker(settings: Settings, *, name: str, node: Node) -> Iterator[None]:
+    """A worker of a node for this block, which is not waited for and is started again whenever it dies."""
+    log, environment = _worker_place(settings, name, node)
+    kept = KeptProcess(
+        "celery",
+        name=name,
+        env=environment,
+        grace_s=settings.worker.grace_s + STOP_MARGIN_S,
+        arguments=_worker_arguments(name),
+        log_file=log,
+        longest_pause_s=LONGEST_PAUSE_S,
+    )
+    kept.start()
+    try:
+        yield
+    finally:
+        kept.stop()
+
+
+def _worker_place(settings: Settings, name: str, node: Node) -> tuple[Path, dict[str, str]]:
+    """Its log and its environment."""
     log = home_of(settings) / "logs" / ("worker.log" if name == "local" else f"worker-{name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    worker = spawn(
-        [sys.executable, "-m", "celery", "-A", "worker.main", "worker", "-n", _celery_name(name)],
-        env={**os.environ, **environment_of(with_metrics_of(settings, node)), "STOKER_WORKER__NODE": node},
-        log=log,
-        session=True,
-    )
-    try:
-        yield LocalProcess(process=worker, log=log)
-    finally:
-        stop(worker, grace_s=settings.worker.grace_s + STOP_MARGIN_S)
+    return log, {**os.environ, **environment_of(with_metrics_of(settings, node)), "STOKER_WORKER__NODE": node}
+
+
+def _worker_arguments(name: str) -> list[str]:
+    return ["-A", "worker.main", "worker", "-n", _celery_name(name)]
 
 
 def _celery_name(name: str) -> str:
@@ -272,7 +295,14 @@ def _forget_workers(redis_url: str) -> None:
 
 def _running_services(settings: Settings) -> Settings | None:
     found = _announced(settings)
-    return None if found is None else _with_addresses(settings, found["addresses"])
+    return None if found is None else _with_addresses(_as_told(settings, found.get("told", {})), found["addresses"])
+
+
+def _as_told(settings: Settings, told: dict[str, Any]) -> Settings:
+    """With what was set where the services run, unless it is set here too."""
+    groups = {group: getattr(settings, group) for group in told if group in SHARED}
+    changed = {name: type(group).model_validate(told[name]) for name, group in groups.items() if group == type(group)()}
+    return settings.model_copy(update=changed)
 
 
 def _announced(settings: Settings) -> dict[str, Any] | None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Literal
+from typing import Final
 
 from runtime.errors import BadInput
-from runtime.settings import Settings
+from runtime.settings import METRICS_PARTS, MetricsPart, Settings
 from scripts.embedded import is_answering
 
-Part = Literal["generation", "documents", "gateway", "control"]
-
-PARTS: Final[tuple[Part, ...]] = ("generation", "documents", "gateway", "control")  # in the order of their ports
 _LAST_PORT: Final = 65_535
 
 
@@ -20,7 +17,7 @@ def require_metrics_ports(settings: Settings) -> None:
     first, host = settings.metrics.port, settings.metrics.host
     if first is None:
         return
-    ports = range(first, first + len(PARTS))
+    ports = range(first, first + len(METRICS_PARTS))
     taken = [port for port in ports if port > _LAST_PORT or is_answering(host, port)]
     if taken:
         raise BadInput(
@@ -29,16 +26,16 @@ def require_metrics_ports(settings: Settings) -> None:
         )
 
 
-def with_metrics_of(settings: Settings, part: Part) -> Settings:
+def with_metrics_of(settings: Settings, part: MetricsPart) -> Settings:
     """Settings of a part, with its own port."""
     port = settings.metrics.port
     if port is None:
         return settings
-    metrics = settings.metrics.model_copy(update={"port": port + PARTS.index(part)})
+    metrics = settings.metrics.model_copy(update={"port": port + METRICS_PARTS.index(part)})
     return settings.model_copy(update={"metrics": metrics})
 
 
-def metrics_told(settings: Settings, parts: Sequence[Part]) -> str:
+def metrics_told(settings: Settings, parts: Sequence[MetricsPart]) -> str:
     """A line that says where these parts answer; empty where metrics are off."""
     if settings.metrics.port is None:
         return ""

@@ -26,7 +26,7 @@ import click
 from inference.checkpoints import has_experts, quantization_of
 from inference.engines import has_gpu
 from runtime.children import spawn, stop
-from runtime.errors import BadInput, Fatal, StokerError
+from runtime.errors import EXIT_INTERRUPTED, BadInput, Fatal, StokerError
 from runtime.settings import EngineSettings, Settings
 from scripts.calibration import LEAST_CHARACTERS, LEAST_LINES, Sample, read_samples, split, write_samples
 from scripts.checkpoint_card import Card, not_measured, rows_of, size_of, write_card
@@ -36,7 +36,6 @@ from scripts.terminal import bar, emit_table, say, stderr
 
 REPOSITORY = Path(__file__).parent.parent
 QUANTIZER = ".venv-quantize/bin/python"
-EXIT_INTERRUPTED = 130
 LOG_TAIL_LINES = 15
 # Without progress bars, and never to a network. The log stays on: GPTQ needs the level that it defines.
 CHILD_ENV = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import click
 
-from models.names import batch_name
+from models.names import batch_name, short_name
 from models.states import Missed, Overlap, RunState
-from pipeline.due_times import checked_cron, zone_of
-from pipeline.schedules import RunView, ScheduleView, put_schedule, runs_of, schedules_of
+from pipeline.due_times import checked_cron, due_times, zone_of
+from pipeline.schedules import (
+    RunView,
+    ScheduleView,
+    change_schedule,
+    filled_in,
+    has_slots,
+    put_schedule,
+    runs_of,
+    schedules_of,
+)
 from runtime.clock import utc_now
 from runtime.errors import NotFound
 from runtime.settings import Settings
@@ -25,6 +36,7 @@ from store.presence import PresenceBoard
 from store.schedules import NewSchedule, ask_run, remove_schedule
 
 TOLD_CHARACTERS = 120
+NEXT_TIMES = 3  # that are told: one shows that */90 is each hour
 NODE = "control"
 
 json_option = click.option("--json", "as_json", is_flag=True)
@@ -86,14 +98,18 @@ def add(
     policy = overlap or (Overlap.WAIT if missed == Missed.ALL else Overlap.SKIP)
     new = NewSchedule(TENANT, name, cron, timezone, line, str(folder.resolve()), Missed(missed), Overlap(policy))
     served = connected(settings)
+    put = change_schedule if replace else put_schedule
     with opened_database(served) as database:
-        put_schedule(database, new, now=now, replace=replace)
+        put(database, new, now=now)
         view = _named(database, name)
     if as_json:
         emit_json(_figures(view))
         return
     emit(name)
-    say(f"due first at {_shown(view.next_at)}, run in {view.schedule.folder}")
+    coming = [_shown(due.astimezone(zone)) for due in islice(due_times(cron, zone, after=now), NEXT_TIMES)]
+    say(f"due at {', '.join(coming)}, …; run in {view.schedule.folder}")
+    if has_slots(line):
+        say(f"at first as: {shlex.join(filled_in(line, first.astimezone(zone)))}")
     _say_if_nobody_runs(served)
 
 
@@ -118,13 +134,17 @@ def list_(settings: Settings, as_json: bool) -> None:
 @schedule.command()
 @click.argument("name")
 @click.option("-n", "--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="So many runs.")
+@click.option("--run", "run_id", type=int, metavar="N", help="Only this run: all that is kept of what it said.")
 @json_option
 @click.pass_obj
-def show(settings: Settings, name: str, limit: int, as_json: bool) -> None:
-    """A schedule and its last runs, the newest first: what became of each, and what its command said."""
+def show(settings: Settings, name: str, limit: int, run_id: int | None, as_json: bool) -> None:
+    """A schedule and its last runs, the newest first: what became of each, and the last of what its command said."""
     with opened_database(connected(settings)) as database:
         view = _named(database, name)
-        runs = runs_of(database, view.schedule, limit=limit)
+        runs = runs_of(database, view.schedule, limit=limit if run_id is None else settings.schedule.keep_runs)
+    if run_id is not None:
+        _emit_said(runs, run_id, name)
+        return
     if as_json:
         emit_json(_figures(view) | {"runs": [_run_figures(run) for run in runs]})
         return
@@ -132,7 +152,7 @@ def show(settings: Settings, name: str, limit: int, as_json: bool) -> None:
     shown = ("command", "cron", "timezone", "folder", "missed", "overlap")
     emit_table(name, ("figure", "value"), [("next", _shown(view.next_at)), *((key, figures[key]) for key in shown)])
     if runs:
-        emit_table("runs", ("run", "due", "began", "state", "batch", "said"), [_run_row(run) for run in runs])
+        emit_table("runs", ("run", "due", "began", "took", "state", "batch", "said"), [_run_row(run) for run in runs])
 
 
 @schedule.command()
@@ -168,6 +188,13 @@ def run(settings: Settings, name: str, as_json: bool) -> None:
         emit(str(run_id))
         say(f"it begins within {served.schedule.tick_s:g} s; see `stoker schedule show {name}`")
     _say_if_nobody_runs(served)
+
+
+def _emit_said(runs: Sequence[RunView], run_id: int, name: str) -> None:
+    found = next((view for view in runs if view.run.id == run_id), None)
+    if found is None:
+        raise NotFound(f"{name} has no run {run_id}, or not any more; `stoker schedule show {name}` lists them")
+    emit((found.run.told or "").rstrip())
 
 
 def _named(database: Database, name: str) -> ScheduleView:
@@ -216,9 +243,14 @@ def _run_row(view: RunView) -> tuple[object, ...]:
     run = view.run
     due = _shown(view.due_at) + (" (asked for)" if run.asked_for else "")
     began = "" if run.started_at is None else _shown(run.started_at.astimezone(view.due_at.tzinfo))
-    batch = "" if run.batch_id is None else batch_name(run.batch_id)[:18]
-    said = (run.told or "").strip().splitlines()
-    return run.id, due, began, _became(view), batch, said[-1][:TOLD_CHARACTERS] if said else ""
+    batch = "" if run.batch_id is None else short_name(run.batch_id)
+    said = (run.told or "").strip().splitlines() if run.batch_id is None else []  # a submit's is its batch
+    return run.id, due, began, _took(view), _became(view), batch, said[-1][:TOLD_CHARACTERS] if said else ""
+
+
+def _took(view: RunView) -> str:
+    run = view.run
+    return f"{(run.ended_at - run.started_at).total_seconds():.1f} s" if run.ended_at and run.started_at else ""
 
 
 def _figures(view: ScheduleView) -> dict[str, Any]:

@@ -6,6 +6,7 @@ It must know no command itself: click says what a command takes, and the command
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from contextlib import chdir
 from datetime import datetime
@@ -22,6 +23,10 @@ from scripts.submit_options import how_of
 
 RUNNABLE: Final = ("submit", "documents add", "documents rebuild", "cache certify", "cost", "purge")
 _PROGRAM: Final = "stoker"
+_BARE_SLOT: Final = re.compile(r"\{(?:due|date|time|now)\}")
+_SLOT: Final = re.compile(r"\{due:([^{}]*)\}")
+_DIRECTIVE: Final = re.compile(r"%(.?)")
+_DIRECTIVES: Final = "aAbBcdeDfFgGhHIjmMnpRsStTuUVwWxXyYzZ%"
 _STANDARD_INPUT: Final = {"-", "--from-file=-"}
 
 
@@ -40,6 +45,7 @@ def checked_line(words: Sequence[str], *, folder: Path, due: datetime) -> list[s
             f"a schedule runs {', '.join(RUNNABLE[:-1])} or {RUNNABLE[-1]}, not {' '.join(line[:2]) or 'nothing'}; "
             "write it after --, such as: stoker schedule add nightly --cron '0 2 * * *' -- submit questions.jsonl"
         )
+    _check_slots(line)
     path, given = line[: len(name.split())], filled_in(line[len(name.split()) :], due)
     try:
         with chdir(folder):
@@ -47,6 +53,17 @@ def checked_line(words: Sequence[str], *, folder: Path, due: datetime) -> list[s
     except click.UsageError as error:
         raise BadInput(f"stoker {name}: {error.format_message()}") from error
     return line
+
+
+def _check_slots(line: Sequence[str]) -> None:
+    """Raise BadInput for what looks like a due time that is to be filled in, and is none."""
+    for word in line:
+        if _BARE_SLOT.search(word):
+            raise BadInput(f"{word!r}: write {{due:%Y-%m-%d}}, with how the due time is to look")
+        for slot in _SLOT.findall(word):
+            unknown = sorted(set(_DIRECTIVE.findall(slot)) - set(_DIRECTIVES))
+            if unknown:
+                raise BadInput(f"{word!r}: there is no %{unknown[0]}; write such as {{due:%Y-%m-%d}} or {{due:%H%M}}")
 
 
 def _check(path: Sequence[str], given: list[str], *, may_come: bool) -> None:
@@ -79,11 +96,9 @@ def _check_submit(params: dict[str, Any], *, may_come: bool) -> None:
 
 
 def _found(path: Sequence[str]) -> tuple[click.Command, click.Context]:
-    """The command of this path, and the context that it stands in."""
-    from scripts.stoker import cli  # noqa: PLC0415  # it finds this module's command in its turn
-
-    command: click.Command = cli
-    context = click.Context(cli, info_name=_PROGRAM)
+    """The command of this path in the program that we are part of, and the context that it stands in."""
+    context = click.get_current_context().find_root()
+    command = context.command
     for place, word in enumerate(path):
         assert isinstance(command, click.Group)  # noqa: S101  # RUNNABLE names commands of groups
         if place:

@@ -14,17 +14,17 @@ from dataclasses import asdict
 import click
 
 from pipeline.keys import ensure_first_key
-from runtime.errors import BadInput
+from runtime.errors import EXIT_UNREACHABLE, BadInput
 from runtime.logs import configure_logs
 from runtime.redaction import secrets_of
-from runtime.settings import Settings, environment_of
+from runtime.settings import METRICS_PARTS, MetricsPart, Settings, environment_of
+from runtime.tracing import check_tracing
 from scripts.embedded import HomeInUse, free_port, home_owner, is_answering
 from scripts.flower_command import has_flower, local_flower
 from scripts.local import (
     GatewayPlace,
     LocalProcess,
     announce_gateway,
-    begun_worker,
     connected,
     gateway_environment,
     gateway_is_coming,
@@ -32,6 +32,7 @@ from scripts.local import (
     has_reading_parts,
     has_semantic_parts,
     home_of,
+    kept_worker,
     local_gateway,
     local_services,
     local_worker,
@@ -39,12 +40,11 @@ from scripts.local import (
     running_gateway,
 )
 from scripts.lookup import opened_database
-from scripts.metrics_places import PARTS, Part, metrics_told, require_metrics_ports
+from scripts.metrics_places import metrics_told, require_metrics_ports
 from scripts.terminal import bar, emit, emit_json, emit_table, say
 from worker.dispatcher import run_dispatcher
 from worker.doctor import examine
 
-EXIT_UNREACHABLE = 3
 LOOK_S = 0.2
 EXPRESS_SLOTS = 1  # of an `up` whose settings name none: who tries something on a machine does one thing at a time
 WITHOUT_GATEWAY_S = 30.0  # an `up` says that its gateway is coming once its services run, within some seconds
@@ -62,6 +62,8 @@ WITHOUT_GATEWAY_S = 30.0  # an `up` says that its gateway is coming once its ser
 def worker(settings: Settings, node: str | None, celery_options: tuple[str, ...]) -> None:
     """Run a worker with its engine: short for `celery -A worker.main worker`; options go to Celery."""
     served = connected(settings)
+    if (node or served.worker.node) == "generation":
+        check_tracing(served)
     environment = {**os.environ, **environment_of(served)} | ({"STOKER_WORKER__NODE": node} if node else {})
     command = [sys.executable, "-m", "celery", "-A", "worker.main", "worker", *celery_options]
     os.execve(sys.executable, command, environment)  # noqa: S606  # the worker takes this process's place
@@ -88,6 +90,7 @@ def up(settings: Settings, as_json: bool, until_eof: bool) -> None:
     """
     if as_json and not has_gateway_parts():
         raise BadInput("the gateway's libraries are missing: pip install 'stoker[gateway]'")
+    check_tracing(settings)
     stop = threading.Event()
     if until_eof:
         threading.Thread(target=_set_at_eof, args=[stop], daemon=True).start()
@@ -120,20 +123,20 @@ def _run_everything(settings: Settings, stop: threading.Event, *, as_json: bool)
                 started = [stack.enter_context(local_worker(_with_express(served), on_wait=show))]
             if has_reading_parts(served):
                 started.append(stack.enter_context(local_worker(served, name="documents", node="documents")))
-            started.append(stack.enter_context(begun_worker(served, name="control", node="control")))
+            stack.enter_context(kept_worker(served, name="control", node="control"))
             page = _start_gateway(served, stack, started, as_json=as_json)
-            page += metrics_told(served, [part for part in PARTS if _runs(part, served)])
+            page += metrics_told(served, [part for part in METRICS_PARTS if _runs(part, served)])
             if has_flower():
                 page += stack.enter_context(local_flower(served))
             stack.callback(say, "stopping")
             say(
-                f"up; logs in {home_of(settings) / 'logs'} ({', '.join(one.log.name for one in started)})\n{page}"
+                f"up; logs in {home_of(settings) / 'logs'}\n{page}"
                 "submit from another terminal: stoker submit FILE.jsonl; stop with Ctrl-C"
             )
             _wait_while_alive(started, stop)
 
 
-def _runs(part: Part, settings: Settings) -> bool:
+def _runs(part: MetricsPart, settings: Settings) -> bool:
     return {"documents": has_reading_parts(settings), "gateway": has_gateway_parts()}.get(part, True)
 
 

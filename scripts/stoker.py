@@ -11,16 +11,11 @@ from typing import Final
 
 import click
 
-from runtime.errors import BadInput, InvalidFile, NotFound, StokerError
+from runtime.errors import EXIT_INTERRUPTED, EXIT_USAGE, InvalidFile, StokerError, exit_code_of
 from runtime.logs import configure_logs
 from runtime.redaction import secrets_of
 from runtime.settings import LogSettings, load_settings
 from scripts.terminal import say
-
-EXIT_USAGE = 2
-EXIT_UNREACHABLE = 3
-EXIT_INTERRUPTED = 130
-
 
 # A command's module is imported when the command is asked for: all of them together take a second.
 COMMANDS: Final = {
@@ -103,7 +98,7 @@ def main() -> None:
         sys.exit(EXIT_USAGE)
     except StokerError as error:
         say(f"stoker: {error}")
-        sys.exit(_exit_code(error))
+        sys.exit(exit_code_of(error))
 
 
 def _say_problems(error: InvalidFile) -> None:
@@ -112,12 +107,6 @@ def _say_problems(error: InvalidFile) -> None:
     if error.total > len(error.problems):
         say(f"… and {error.total - len(error.problems)} more")
     say(f"stoker: {error}")
-
-
-def _exit_code(error: StokerError) -> int:
-    if isinstance(error, BadInput | NotFound):
-        return EXIT_USAGE
-    return EXIT_UNREACHABLE
 
 
 if __name__ == "__main__":

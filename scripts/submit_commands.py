@@ -10,7 +10,7 @@ from uuid import UUID
 import click
 
 from models.lines import SubmitOptions
-from models.names import batch_name
+from models.names import batch_name, short_name
 from models.states import CacheMode, Priority, Trust
 from pipeline.again import retry_batch
 from pipeline.cutting import for_workers
@@ -308,7 +308,7 @@ class _Begin:
 
 
 def _say_stored(submitted: Submitted, more: str) -> None:
-    name = batch_name(submitted.batch_id)[:18]
+    name = short_name(submitted.batch_id)
     say(f"{submitted.total:,} jobs stored{more}{_following(submitted)}; follow them with `stoker watch {name}`")
     _say_all(submitted.notices)
 
@@ -320,7 +320,7 @@ def _say_others(database: Database, batch_id: UUID) -> None:
     others = [one for one in newest if not one.is_ended and one.id != batch_id]
     if others:
         left = sum(one.total - one.done for one in others)
-        names = ", ".join(batch_name(one.id)[:18] for one in others[:3])
+        names = ", ".join(short_name(one.id) for one in others[:3])
         say(
             f"note: {len(others)} unfinished batches of before run too, {left:,} jobs: {names}; "
             "`stoker cancel` ends one"

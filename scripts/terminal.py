@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from models.money import money, shown
-from models.names import batch_name
+from models.names import batch_name, short_name
 from models.states import Priority
 from runtime.clock import utc_now
 from store.batches import BatchProgress, batch_progress
@@ -150,7 +150,7 @@ def _watch_on_terminal(snapshots: Iterator[BatchProgress]) -> BatchProgress:
         task: TaskID | None = None
         for snapshot in snapshots:
             if task is None:
-                task = shown.add_task(batch_name(snapshot.id)[:18], total=snapshot.total, detail="")
+                task = shown.add_task(short_name(snapshot.id), total=snapshot.total, detail="")
             shown.update(task, completed=snapshot.done, total=snapshot.total, detail=detail(snapshot))
     return snapshot
 
@@ -159,7 +159,7 @@ def _watch_plainly(snapshots: Iterator[BatchProgress]) -> BatchProgress:
     next_line_at = 0.0
     for snapshot in snapshots:
         if time.monotonic() >= next_line_at:
-            say(f"{batch_name(snapshot.id)[:18]} {snapshot.done}/{snapshot.total} {detail(snapshot)}")
+            say(f"{short_name(snapshot.id)} {snapshot.done}/{snapshot.total} {detail(snapshot)}")
             next_line_at = time.monotonic() + PLAIN_LINE_EVERY_S
     return snapshot
 
@@ -260,7 +260,7 @@ def say_failures(database: Database, progress: BatchProgress, *, tenant: str) ->
 def say_paused(progress: BatchProgress) -> None:
     """If the batch is paused: why, and the remedies."""
     if progress.paused_reason is not None:
-        name = batch_name(progress.id)[:18]
+        name = short_name(progress.id)
         say(
             f"paused: {progress.paused_reason}\nlook with `stoker results {name} --errors`, then "
             f"`stoker resume {name}` or `stoker cancel {name}`"

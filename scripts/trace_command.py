@@ -11,8 +11,8 @@ import click
 from rich.text import Text
 from rich.tree import Tree
 
-from models.names import batch_hex, batch_name
-from runtime.errors import NotFound
+from models.names import PREFIX, batch_hex, batch_name
+from runtime.errors import BadInput, NotFound, ServiceUnreachable
 from runtime.settings import Settings
 from runtime.trace_file import attributes_of, folder_of, read_spans
 from runtime.tracing import BATCH_ID, Value
@@ -21,7 +21,7 @@ from scripts.lookup import named_batch, opened_database
 from scripts.terminal import emit_json, emit_tree, say
 
 FIRST_JOBS, FIRST_SHARDS = 3, 20  # that are shown of each; more of either would hide the rest
-_FULL_ID = 32
+_FULL_NAME = len(PREFIX) + 32
 _ROOT = "batch"
 
 
@@ -56,9 +56,9 @@ def trace(settings: Settings, batch: str, show_all: bool, as_json: bool) -> None
 
     Shards have traces of their own; they stand under the batch that they belong to.
     """
-    name = _whole_name(settings, batch)
     served = settings.model_copy(update={"home": home_of(settings)})
-    spans = [_seen(one) for one in read_spans(served, mentioning=name.removeprefix("batch_"))]
+    name = _whole_name(served, batch)
+    spans = [_seen(one) for one in read_spans(served, mentioning=batch_hex(name))]
     mine = [span for span in spans if span.attributes.get(BATCH_ID) == name]
     if not mine:
         raise NotFound(_nothing(served, name))
@@ -89,9 +89,8 @@ def grown(spans: Sequence[Seen]) -> list[Seen]:
         else:
             place.under.append(span)
     root = next((span for span in top if span.name == _ROOT), None)
-    if (
-        root is not None
-    ):  # what a process lost that was killed: its spans' places are gone, and they are still the batch's
+    if root is not None:
+        # Those whose parents were lost with a killed process are still the batch's.
         strays = [span for span in top if span is not root]
         root.under = sorted([*root.under, *strays], key=lambda one: one.started_ns)
         top = [root]
@@ -99,17 +98,32 @@ def grown(spans: Sequence[Seen]) -> list[Seen]:
 
 
 def _whole_name(settings: Settings, batch: str) -> str:
-    """The name that a beginning stands for; a whole one is taken as it is, also of a batch that was deleted."""
-    if len(batch_hex(batch)) == _FULL_ID:
-        return f"batch_{batch_hex(batch)}"
-    with opened_database(connected(settings)) as database:
+    """The name that a beginning stands for: of a batch that is recorded here, else of one that Postgres knows.
+
+    A whole one is taken as it is. Raises NotFound and BadInput as `named_batch`.
+    """
+    begin = PREFIX + batch_hex(batch)
+    if len(begin) == _FULL_NAME:
+        return begin
+    told = (str(attributes_of(span).get(BATCH_ID)) for span in read_spans(settings, mentioning=begin))
+    here = {name for name in told if name.startswith(begin)}
+    if len(here) > 1:
+        raise BadInput(f"{batch} is the beginning of several batches; write more of it")
+    if here:
+        return here.pop()
+    try:
+        served = connected(settings)
+    except ServiceUnreachable:
+        raise NotFound(_nothing(settings, begin)) from None
+    with opened_database(served) as database:
         return batch_name(named_batch(database, batch))
 
 
 def _nothing(settings: Settings, name: str) -> str:
     if settings.trace.to not in ("off", "file"):
         return (
-            f"{name} is not in {folder_of(settings)}: spans go to {settings.trace.to}, look there for trace {name[6:]}"
+            f"{name} is not in {folder_of(settings)}: spans go to {settings.trace.to}, look there for trace "
+            f"{batch_hex(name)}"
         )
     return (
         f"nothing is recorded of {name} in {folder_of(settings)}; set STOKER_TRACE__TO=file where workers and this "

@@ -8,7 +8,7 @@ from uuid import UUID
 
 import click
 
-from models.names import batch_hex, batch_name
+from models.names import batch_hex, batch_name, short_name
 from models.states import DeliveryState
 from pipeline.webhooks import event_name, secret_text
 from runtime.errors import BadInput, NotFound
@@ -95,4 +95,4 @@ def _line(row: DeliveryRow) -> tuple[object, ...]:
     last = row.error or ("" if row.status_code is None else f"answered {row.status_code}")
     if row.state is DeliveryState.PENDING:
         last = f"{last}{'; ' if last else ''}next at {row.next_at:%Y-%m-%d %H:%M:%S} UTC"
-    return batch_name(row.batch_id)[:18], row.event.removeprefix("batch."), row.url, row.state.value, row.tries, last
+    return short_name(row.batch_id), row.event.removeprefix("batch."), row.url, row.state.value, row.tries, last

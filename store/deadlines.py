@@ -13,7 +13,8 @@ from sqlalchemy.orm import Session
 class RunningBatch:
     """A batch in progress. `remaining` of its jobs are to run; `unfinished` have no result, their followers included.
 
-    `done` ran or were served. `is_running`: a worker has a shard of it. A batch without a window has no `time_left_s`.
+    `done` ran or were served. `is_running`: a worker has a shard of it. A batch without a window has no `time_left_s`;
+    one that is paused goes on losing it.
     """
 
     id: UUID
@@ -23,6 +24,7 @@ class RunningBatch:
     time_left_s: float | None
     window_s: float
     is_running: bool
+    is_paused: bool = False
 
 
 def running_batches(session: Session) -> list[RunningBatch]:
@@ -32,7 +34,8 @@ def running_batches(session: Session) -> list[RunningBatch]:
         SELECT b.id, b.total - coalesce(d.with_followers, 0), b.total - b.followers - coalesce(d.done, 0),
             coalesce(d.done, 0), CAST(extract(epoch FROM b.expires_at - clock_timestamp()) AS float8),
             coalesce(CAST(extract(epoch FROM b.expires_at - b.in_progress_at) AS float8), 0),
-            EXISTS (SELECT FROM shards s WHERE s.batch_id = b.id AND s.state = 'running')
+            EXISTS (SELECT FROM shards s WHERE s.batch_id = b.id AND s.state = 'running'),
+            b.paused_reason IS NOT NULL
         FROM batches b CROSS JOIN LATERAL (
             SELECT CAST(sum(done) AS int8) AS done, CAST(sum(done + followers) AS int8) AS with_followers
             FROM shards WHERE batch_id = b.id) AS d

@@ -73,7 +73,6 @@ class ClaimedRun:
     id: int
     fence: int
     tries: int
-    asked_for: bool
     due_at: datetime
     started_at: datetime
     schedule: StoredSchedule
@@ -82,15 +81,6 @@ class ClaimedRun:
     def key(self) -> tuple[int, int]:
         """What tells this attempt from every other."""
         return self.id, self.fence
-
-
-@dataclass(frozen=True, slots=True)
-class TakenBack:
-    """A run whose worker died: it waits again, or has failed where that happened too often."""
-
-    id: int
-    schedule: str
-    state: RunState
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +188,15 @@ def insert_runs(session: Session, schedule_id: int, due_times: Sequence[datetime
         )
 
 
+def waiting_runs(session: Session, schedule_id: int) -> int:
+    """How many runs of a schedule wait."""
+    waiting: int = session.execute(
+        text("SELECT count(*) FROM schedule_runs WHERE schedule_id = :schedule AND state = 'waiting'"),
+        {"schedule": schedule_id},
+    ).scalar_one()
+    return waiting
+
+
 def insert_missed(session: Session, schedule_id: int, due_at: datetime, *, told: str) -> None:
     """A due time that was let go, as a skipped run, so that it can be seen."""
     session.execute(
@@ -220,27 +219,24 @@ def ask_run(session: Session, name: str, *, tenant: str) -> int | None:
     return run_id
 
 
-def take_back_runs(session: Session, *, lease_s: float, most_tries: int) -> list[TakenBack]:
-    """Let runs whose lease is over wait again; one whose workers died so often has failed.
+def take_back_runs(session: Session, *, lease_s: float) -> list[tuple[int, str]]:
+    """Let runs whose lease is over wait again: their ids, with the names of their schedules.
 
     Leases are spared for one lease time after Postgres started; what a write holds waits for the next call.
     """
     rows = session.execute(
         text("""
-        UPDATE schedule_runs r SET fence = fence + 1, lease_until = NULL, sent_at = NULL,
-            state = CASE WHEN tries >= :most THEN 'failed' ELSE 'waiting' END,
-            ended_at = CASE WHEN tries >= :most THEN clock_timestamp() END,
-            told = 'its worker died ' || tries || ' times'
-                || CASE WHEN tries >= :most THEN '; see the log of the control workers' ELSE '' END
+        UPDATE schedule_runs r SET state = 'waiting', fence = fence + 1, lease_until = NULL, sent_at = NULL,
+            told = 'its worker died at try ' || tries
         FROM schedules s
         WHERE s.id = r.schedule_id AND r.id IN (
             SELECT id FROM schedule_runs WHERE state = 'running' AND lease_until < clock_timestamp()
               AND pg_postmaster_start_time() < clock_timestamp() - make_interval(secs => :lease_s)
             ORDER BY id LIMIT 500 FOR UPDATE SKIP LOCKED)
-        RETURNING r.id, s.name, r.state"""),
-        {"lease_s": lease_s, "most": most_tries},
+        RETURNING r.id, s.name"""),
+        {"lease_s": lease_s},
     )
-    return [TakenBack(identifier, name, RunState(state)) for identifier, name, state in rows]
+    return [(identifier, name) for identifier, name in rows]
 
 
 def runs_to_send(session: Session, *, now: datetime) -> list[SentRun]:
@@ -286,13 +282,13 @@ def claim_run(session: Session, run_id: int, schedule: StoredSchedule, *, lease_
         UPDATE schedule_runs SET state = 'running', fence = fence + 1, tries = tries + 1,
             started_at = clock_timestamp(), lease_until = clock_timestamp() + make_interval(secs => :lease_s)
         WHERE id = :run AND state = 'waiting'
-        RETURNING id, fence, tries, asked_for, due_at, started_at"""),
+        RETURNING id, fence, tries, due_at, started_at"""),
         {"run": run_id, "lease_s": lease_s},
     ).one_or_none()
     if row is None:
         return None
-    identifier, fence, tries, asked_for, due_at, started_at = row
-    return ClaimedRun(identifier, fence, tries, asked_for, due_at, started_at, schedule)
+    identifier, fence, tries, due_at, started_at = row
+    return ClaimedRun(identifier, fence, tries, due_at, started_at, schedule)
 
 
 def extend_run_leases(session: Session, fences: Mapping[int, int], *, lease_s: float) -> dict[int, bool]:
@@ -312,6 +308,7 @@ def end_run(
     run: ClaimedRun,
     state: RunState,
     *,
+    tries: int,
     exit_code: int | None,
     batch_id: UUID | None,
     told: str,
@@ -320,12 +317,13 @@ def end_run(
     ours = session.scalar(
         text("""
         UPDATE schedule_runs SET state = :state, fence = fence + 1, lease_until = NULL, ended_at = clock_timestamp(),
-            exit_code = :exit_code, batch_id = :batch_id, told = :told
+            tries = :tries, exit_code = :exit_code, batch_id = :batch_id, told = :told
         WHERE id = :run AND fence = :fence AND state = 'running' RETURNING 1"""),
         {
             "run": run.id,
             "fence": run.fence,
             "state": state.value,
+            "tries": tries,
             "exit_code": exit_code,
             "batch_id": batch_id,
             "told": told,
@@ -334,14 +332,22 @@ def end_run(
     return ours is not None
 
 
-def give_back_run(session: Session, run: ClaimedRun, *, told: str, tries: int, sent_at: datetime | None) -> bool:
-    """Running → waiting, under its fence; False if that is lost. `sent_at` puts off the next hint."""
+def give_back_run(session: Session, run: ClaimedRun, *, told: str) -> bool:
+    """Running → waiting, to begin again at once, as if not tried; under its fence, False if that is lost."""
+    return _let_wait(session, run, "tries = tries - 1, sent_at = NULL", told=told)
+
+
+def put_off_run(session: Session, run: ClaimedRun, *, told: str) -> bool:
+    """Running → waiting, its next hint after RESEND_AFTER_S; under its fence, False if that is lost."""
+    return _let_wait(session, run, "sent_at = clock_timestamp()", told=told)
+
+
+def _let_wait(session: Session, run: ClaimedRun, sets: str, *, told: str) -> bool:
     ours = session.scalar(
-        text("""
-        UPDATE schedule_runs SET state = 'waiting', fence = fence + 1, lease_until = NULL, tries = :tries,
-            sent_at = :sent_at, told = :told
+        text(f"""
+        UPDATE schedule_runs SET state = 'waiting', fence = fence + 1, lease_until = NULL, told = :told, {sets}
         WHERE id = :run AND fence = :fence AND state = 'running' RETURNING 1"""),
-        {"run": run.id, "fence": run.fence, "tries": tries, "sent_at": sent_at, "told": told},
+        {"run": run.id, "fence": run.fence, "told": told},
     )
     return ours is not None
 

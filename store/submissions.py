@@ -123,14 +123,8 @@ def find_same_submit(
 
 def batch_of_key(session: Session, key: str, *, tenant: str) -> UUID | None:
     """The batch that was submitted with this idempotency key, however it ended; None if there is none, or not yet."""
-    found: UUID | None = session.scalar(
-        text(
-            "SELECT id FROM batches WHERE tenant = :tenant AND submit_digest = :digest AND deleted_at IS NULL "
-            "AND state <> 'validating' ORDER BY id DESC LIMIT 1"
-        ),
-        {"tenant": tenant, "digest": digest_of_key(key)},
-    )
-    return found
+    found = find_same_submit(session, tenant=tenant, submit_digest=digest_of_key(key), younger_than=timedelta())
+    return None if found is None else found.id
 
 
 def lock_submit(session: Session, *, tenant: str, submit_digest: str) -> None:

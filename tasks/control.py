@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from models.messages import LookAtSchedules, RunSchedule
-from pipeline.schedules import DueRun, Execute, look, run_schedule
+from pipeline.schedules import Execute, look, run_schedule
 from runtime.errors import ServiceUnreachable
 from runtime.logs import get_logger
 from runtime.settings import ScheduleSettings
@@ -34,9 +34,9 @@ def look_at_schedules(context: ControlContext, message: LookAtSchedules) -> None
     """
     try:
         due = look(context.database, settings=context.settings)
-        context.note_look()
         if due:
-            context.publish([_hint(run) for run in due])
+            context.publish(due)
+        context.note_look()  # last: without Redis hints are sent all the same
     except ServiceUnreachable as error:
         log.warning("schedules_not_seen", hint=message.wire_name, error=str(error))
 
@@ -49,11 +49,7 @@ def run_one(context: ControlContext, message: RunSchedule) -> str | None:
     that the message is acknowledged.
     """
     try:
-        return run_schedule(context.database, message.run_id, execute=context.execute, settings=context.settings)
+        return run_schedule(context.database, message, execute=context.execute, settings=context.settings)
     except ServiceUnreachable as error:
         log.warning("schedule_run_interrupted", schedule=message.schedule, run=message.run_id, error=str(error))
         return None
-
-
-def _hint(run: DueRun) -> RunSchedule:
-    return RunSchedule(run_id=run.run_id, schedule=run.schedule, due_at=run.due_at.isoformat(timespec="minutes"))

@@ -91,6 +91,7 @@ def test_every_alert_says_how_bad_it_is_and_where_its_remedy_stands() -> None:
 def test_every_alert_is_shown_to_fire_and_to_wait() -> None:
     tests = yaml.safe_load(ALERTS.with_name("alerts_test.yml").read_text())["tests"]
     well, *others = tests
+    others = [test for test in others if "," not in test["name"]]
 
     assert [test["name"] for test in others] == [rule["alert"] for rule in alerts()]
     assert [check["exp_samples"] for check in well["promql_expr_test"]] == [[{"labels": "{}", "value": 0}]]

@@ -7,6 +7,7 @@ no result backend, no countdowns or retries. Recovery is the lease's, in Postgre
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,11 @@ from celery import Celery, signals
 from celery.worker.consumer.consumer import Consumer as CeleryConsumer
 
 from models.messages import AnswerSingle, Ingest, LookAtSchedules, RunSchedule, RunShard
+from runtime.errors import EXIT_USAGE, BadInput
 from runtime.logs import configure_logs
 from runtime.redaction import secrets_of
 from runtime.settings import Settings
-from runtime.tracing import TRACEPARENT
+from runtime.tracing import TRACEPARENT, check_tracing
 from tasks.control import look_at_schedules, run_one
 from tasks.express import answer_singles
 from tasks.generation import run_shard
@@ -123,6 +125,7 @@ def _wire(app: Celery, parts: WorkerParts) -> None:
 
     def size_pool(conf: Any, **_: Any) -> None:
         """Only a worker plans an engine: dispatchers and publishers, which use the app too, may have no checkpoint."""
+        _require_tracing(parts)
         parts.metrics = WorkerMetrics(parts.settings.metrics)  # before the fork: its children count there
         conf.worker_concurrency = parts.children
 
@@ -134,6 +137,19 @@ def _wire(app: Celery, parts: WorkerParts) -> None:
     signals.worker_shutdown.connect(lambda **_: parts.end(), weak=False)
     app.steps["worker"].update({MetricsStep, EngineStep, DispatchStep, ExpressStep, BeatStep})
     app.stoker_parts = parts
+
+
+def _require_tracing(parts: WorkerParts) -> None:
+    """End this process with one line if its children are to record spans and cannot: Celery only logs what they raise.
+
+    Only a generation worker's children do.
+    """
+    try:
+        if parts.has_engine:
+            check_tracing(parts.settings)
+    except BadInput as error:
+        print(f"stoker: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(EXIT_USAGE)
 
 
 def _configure_logs(settings: Settings) -> None:

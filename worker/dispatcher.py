@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 
 from pipeline.dispatch import dispatch_until
+from runtime.errors import EXIT_USAGE, BadInput
 from runtime.logs import configure_logs
 from runtime.metrics import metrics_served
 from runtime.redaction import secrets_of
@@ -36,7 +38,16 @@ def run_dispatcher(settings: Settings) -> None:
         stop_tracing()
 
 
+def main() -> None:
+    """Run it with this process's settings; wrong ones are one line and an exit code."""
+    try:
+        settings = load_settings()
+        configure_logs(settings.log, secrets=secrets_of(settings))
+        run_dispatcher(settings)
+    except BadInput as error:
+        print(f"stoker: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(EXIT_USAGE)
+
+
 if __name__ == "__main__":
-    loaded = load_settings()
-    configure_logs(loaded.log, secrets=secrets_of(loaded))
-    run_dispatcher(loaded)
+    main()

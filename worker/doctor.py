@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from inference.engines import plan_engine
+from models.states import RunState
 from pipeline.due_times import due_times, zone_of
 from pipeline.endpoints import known_endpoints
 from pipeline.identity import identify_endpoint
@@ -17,14 +18,14 @@ from pipeline.probing import EndpointLook, reach
 from runtime.clock import utc_now
 from runtime.errors import BadInput, ServiceUnreachable, StokerError
 from runtime.metrics import answers_metrics
-from runtime.settings import Settings
+from runtime.settings import METRICS_PARTS, Settings
 from runtime.tracing import ask_receiver
 from store.database import Database
 from store.documents import tally_of
 from store.health import has_dispatch_leader, postgres_version, probe_write
 from store.looks import LookBoard
 from store.presence import PresenceBoard, WorkerPresence
-from store.schedules import StoredSchedule, schedules_of_all
+from store.schedules import StoredSchedule, last_runs, schedules_of_all
 from store.schema import schema_revisions
 from store.validating import waiting_s
 from worker.celery_app import make_app
@@ -32,7 +33,6 @@ from worker.queues import HintPublisher
 from worker.semantic import embedder_of, index_of
 
 LONG_WAIT_S = 60.0
-METRICS_PORTS = 4  # that `stoker up` uses
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +227,7 @@ def _schedules(settings: Settings) -> list[Finding]:
     try:
         with database.transaction() as session:
             schedules = schedules_of_all(session)
+            last = last_runs(session, [schedule.id for schedule in schedules])
         runners, looked = board.workers(node="control"), looks.last()
     finally:
         looks.close()
@@ -236,8 +237,10 @@ def _schedules(settings: Settings) -> list[Finding]:
         return [Finding("schedules", "none")]
     now = utc_now()
     overdue = [schedule.name for schedule in schedules if _is_overdue(schedule, now)]
+    failed = [one.name for one in schedules if one.id in last and last[one.id].state is RunState.FAILED]
     found = (
-        f"{len(schedules)}, {len(overdue)} overdue{_some(overdue)}, {len(runners)} workers run them; last looked for "
+        f"{len(schedules)}, {len(overdue)} overdue{_some(overdue)}, {len(failed)} failed last{_some(failed)}; "
+        f"run by {len(runners)} control workers; last looked for "
     )
     found += "at no known time" if looked is None else f"{(now - looked).total_seconds():.0f} s ago"
     is_late = looked is None or (now - looked).total_seconds() > LONG_WAIT_S
@@ -248,6 +251,8 @@ def _schedules(settings: Settings) -> list[Finding]:
         remedy = (
             "see the control workers' logs; if all their children are busy, give them more: STOKER_WORKER__CHILDREN"
         )
+    elif failed:
+        remedy = f"`stoker schedule show {failed[0]}` says why"
     return [Finding("schedules", found, remedy)]
 
 
@@ -266,7 +271,7 @@ def _metrics(settings: Settings) -> list[Finding]:
     first, host = settings.metrics.port, settings.metrics.host
     if first is None:
         return [Finding("metrics", "off: STOKER_METRICS__PORT is not set")]
-    found = [port for port in range(first, first + METRICS_PORTS) if answers_metrics(host, port)]
+    found = [port for port in range(first, first + len(METRICS_PARTS)) if answers_metrics(host, port)]
     if found:
         return [Finding("metrics", ", ".join(f"http://{host}:{port}/metrics" for port in found) + " answers")]
     board = PresenceBoard(settings.require_redis())

@@ -1,8 +1,8 @@
 """Flower on our Celery app: `python -m worker.flower`, started by `stoker flower` and `stoker up`.
 
-It only looks: what it does not see, or that it is down, costs no job. Its library is an extra, so nothing but the
-process itself may import this module. Flower shows /metrics and error pages to anybody; here nothing but /healthcheck
-is answered without the password.
+What it does not see, or that it is down, costs no job. It may stop workers, which give back what they have, and
+nothing that could harm a job. Its library is an extra, so nothing but the process itself may import this module.
+Flower shows /metrics and error pages to anybody; here nothing but /healthcheck is answered without the password.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from celery import Celery
 from celery.events.state import Task
+from flower.api.control import TaskRevoke
 from flower.api.tasks import GetQueueLengths
 from flower.app import Flower
 from flower.urls import settings as flower_settings
@@ -25,7 +26,7 @@ from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.options import options
 from tornado.web import OutputTransform, RequestHandler, url
 
-from runtime.errors import BadInput
+from runtime.errors import EXIT_USAGE, BadInput
 from runtime.logs import configure_logs, get_logger
 from runtime.redaction import secrets_of
 from runtime.settings import FlowerSettings, Settings, load_settings
@@ -35,8 +36,11 @@ from worker.queues import DEAD_QUEUE
 log = get_logger(__name__)
 
 OPEN = "/healthcheck"
-EXIT_USAGE = 2
 TASKS_KEPT = 10_000  # in memory: 30 MB of shards that ended, the newest
+# Doors of its API that could harm jobs: a time limit or a kill ends an attempt in its middle, and jobs whose attempts
+# die again and again are taken for poison; a rate limit lets engines run empty, and so does a queue that is taken away;
+# a task made by hand knows no shard; another node's queue holds hints that this one cannot follow.
+HARMFUL = r"/api/(?:task/(?:timeout|rate-limit|apply|async-apply|send-task|abort)|worker/queue)/.*"
 COLUMNS = "name,args,state,result,runtime,worker,received,uuid"
 
 
@@ -86,6 +90,8 @@ class GuardedFlower(Flower):  # type: ignore[misc]  # flower has no types
             (r"/metrics", NotFoundErrorHandler),  # of Flower's own process; ours are elsewhere and of everything
             url(r"/broker", Queues, name="broker"),
             (r"/api/queues/length", QueueLengths),
+            (r"/api/task/revoke/(.+)", Revoke),
+            (HARMFUL, Closed),
         ]
         self.add_handlers(r".*", handlers)
 
@@ -97,17 +103,46 @@ class GuardedFlower(Flower):  # type: ignore[misc]  # flower has no types
         return self.get_handler_delegate(request, Refusal)
 
 
-class Refusal(RequestHandler):  # type: ignore[misc]
-    """401, also for what does not exist."""
+class _DoesNothing(RequestHandler):  # type: ignore[misc]
+    """A handler that only answers, whoever asks and from wherever."""
 
     def check_xsrf_cookie(self) -> None:
         """Nothing to guard."""
+
+
+class Refusal(_DoesNothing):
+    """401, also for what does not exist."""
 
     def prepare(self) -> None:
         """Ask for the password."""
         self.set_status(401)
         self.set_header("WWW-Authenticate", 'Basic realm="Stoker\'s Flower", charset="UTF-8"')
         self.finish("a name and a password are needed: STOKER_FLOWER__USER and STOKER_FLOWER__PASSWORD\n")
+
+
+class Closed(_DoesNothing):
+    """403 for what is not done here."""
+
+    def prepare(self) -> None:
+        """Say what to do instead."""
+        refuse(self)
+
+
+class Revoke(TaskRevoke):  # type: ignore[misc]
+    """Revokes a hint that waits, as another one will be sent; never ends one that runs."""
+
+    async def post(self, taskid: str) -> None:
+        """As Flower does it, without `terminate`."""
+        if self.get_argument("terminate", default=False, type=bool):
+            refuse(self)
+        else:
+            await super().post(taskid)
+
+
+def refuse(handler: RequestHandler) -> None:
+    """Answer 403."""
+    handler.set_status(403)
+    handler.finish("closed, as it could harm jobs: `stoker cancel BATCH` ends a batch, stopping a worker its work\n")
 
 
 class Unframed(OutputTransform):  # type: ignore[misc]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from runtime.settings import load_settings
-from runtime.tracing import check_tracing
 from worker.celery_app import make_app
 
 settings = load_settings()
-check_tracing(settings)
 app = make_app(settings)

@@ -57,6 +57,7 @@ def test_flower_shows_workers_and_readable_tasks_to_who_has_the_password(env: di
             page.goto(f"http://127.0.0.1:{port}/broker")
             expect(page.get_by_role("row").filter(has_text="generation")).to_be_visible()
         _expect_closed_doors(port)
+        _expect_no_harm(port)
         flower.process.send_signal(signal.SIGTERM)
         ended = flower.wait(10)
     assert ended.returncode == 0
@@ -91,6 +92,22 @@ def _expect_closed_doors(port: int) -> None:
     assert (status, headers["X-Frame-Options"]) == (200, "DENY")
     assert {queue["name"] for queue in json.loads(body)["active_queues"]} == {"generation", "stoker.dead"}
     assert _asked(port, "/healthcheck")[0] == 200
+
+
+def _expect_no_harm(port: int) -> None:
+    for path in (
+        *(
+            f"/api/task/{what}/stoker.run_shard"
+            for what in ("timeout", "rate-limit", "apply", "async-apply", "send-task")
+        ),
+        *(f"/api/worker/queue/{what}-consumer/one" for what in ("add", "cancel")),
+        "/api/task/abort/1-a",
+        "/api/task/revoke/1-a?terminate=true",
+    ):
+        status, _, body = _asked(port, path, method="POST", **login())
+        assert (status, b"stoker cancel" in body) == (403, True), path
+    assert _asked(port, "/api/task/revoke/1-a", method="POST", **login())[0] == 200
+    assert _asked(port, "/api/worker/pool/grow/none", method="POST", **login())[0] == 404, "of Flower: no such worker"
 
 
 def _asked(port: int, path: str, *, method: str = "GET", **headers: str) -> tuple[int, http.client.HTTPMessage, bytes]:

@@ -93,7 +93,7 @@ def let_be_due(database: Database, name: str, *, folder: Path) -> None:
     new = NewSchedule(
         "local", name, "0 0 1 1 *", "UTC", ["submit", "in.jsonl"], str(folder), Missed.ONCE, Overlap.ALLOW
     )
-    put_schedule(database, new, now=utc_now(), replace=False)
+    put_schedule(database, new, now=utc_now())
     execute(database, "UPDATE schedules SET due_until = now() - interval '1 year' WHERE name = :name", name=name)
 
 

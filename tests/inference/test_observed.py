@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -11,7 +12,8 @@ from uuid import UUID
 
 import pytest
 
-from inference.endpoint import Endpoint
+from inference.endpoint import Endpoint, Reply
+from inference.observed import Sending
 from inference.router import Router
 from inference.routes import Route
 from inference.spoken import MOST_BYTES, answers_json, messages_json
@@ -56,6 +58,14 @@ def asked(receiver: OtlpReceiver, url: str, path: str, body: dict[str, Any], **t
     stop_tracing()
     (found,) = (span for span in receiver.spans if span.name != "shard")
     return batch_id, found
+
+
+def nested(deep: int, fields: str = "") -> bytes:
+    """A body with these fields, in one of which objects are nested so deep."""
+    inner = '{"a":' * deep + "1" + "}" * deep
+    return (
+        f'{{{fields}"messages": [{{"content": {inner}}}], "choices": [{{"message": {{"content": {inner}}}}}]}}'.encode()
+    )
 
 
 def chat(prompt: str, **fields: Any) -> dict[str, Any]:
@@ -162,9 +172,32 @@ def test_long_prompts_are_cut_and_stay_json(body: dict[str, Any]) -> None:
         b'{"choices": [null, {"message": 3}]}',
         b'{"messages": [{"content": [{"type": "image_url"}, {"text": "\\ud800"}]}]}',
         b'{"messages": [{"tool_calls": [null, {"function": {}}]}]}',
+        b'{"messages": []}',
+        nested(100_000),
     ],
 )
 def test_no_body_makes_it_raise(body: bytes) -> None:
     for text in (messages_json(body), answers_json(body)):
         text.encode()
         assert not text or json.loads(text)
+
+
+def test_nesting_that_can_just_be_read_is_left_out_or_told() -> None:
+    limit = sys.getrecursionlimit()
+    for deep in range(limit - 200, limit):
+        body = nested(deep)
+        for text in (messages_json(body), answers_json(body)):
+            assert not text or "parts" in text
+
+
+def test_nesting_without_end_costs_no_request(receiver: OtlpReceiver) -> None:
+    settings = Settings.model_construct(trace=TraceSettings(to="otlp", url=receiver.url, prompts=True))
+    start_tracing(settings, process="test")
+    route = Route(Endpoint("http://127.0.0.1:1", api_key=None, timeout_s=5.0, connections=1), places=1)
+    body = nested(100_000, '"model": "deep", ')
+    with own_trace("shard", uuid7(), attributes={}), Sending(route, CHAT, body, request_id="") as sending:
+        reply = Reply(status_code=200, body=nested(100_000, '"usage": {}, '), duration_ms=1)
+        assert sending.answered(reply) is reply
+    stop_tracing()
+    (span,) = (span for span in receiver.spans if span.name != "shard")
+    assert span.name == "chat" and span.error is None

@@ -128,6 +128,9 @@ def test_the_leader_looks_at_what_is_left_of_batches_and_seldom_where_that_takes
 
     clock = Clock()
     watch = DeadlineWatch(clock)
+    execute(database, "UPDATE batches SET paused_reason = 'p' WHERE id = :id", id=batch_id)
+    assert watch.look(database).unfinished == 3, "what is paused stands still rightly"
+    execute(database, "UPDATE batches SET paused_reason = NULL")
     assert watch.look(database).unfinished == 10
     clock.look_s = 0.2
     execute(database, "UPDATE batches SET ending = 'cancelled', state = 'cancelling' WHERE id = :id", id=batch_id)

@@ -139,6 +139,13 @@ def test_a_shard_may_be_served_as_a_whole(certified_child: Child, tmp_path: Path
     assert sources(certified_child.database, batch_id)["semantic"] > 0
 
 
+def test_a_job_that_others_follow_is_never_served_by_a_similar_one(certified_child: Child, tmp_path: Path) -> None:
+    """So what is served has no followers, and counts as one job in the metrics."""
+    asked = fresh(60)
+    batch_id = certified_child.run(tmp_path, [*asked, *asked])
+    assert sources(certified_child.database, batch_id) == {"engine": 60, "duplicate": 60}
+
+
 def test_nothing_is_served_across_tenants_checkpoints_or_sampling(certified_child: Child, tmp_path: Path) -> None:
     database = certified_child.database
     other_tenant = certified_child.run(tmp_path, fresh(64), tenant="other")

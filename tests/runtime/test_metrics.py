@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -9,12 +10,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from runtime import metrics
 from runtime.metrics import CATALOGUE, JOBS, is_counting
 from runtime.metrics_folder import MetricsFolder
 from tests.support.counting_tree import SHORT_LIVES
@@ -88,7 +91,10 @@ def test_requests_are_counted_by_their_routes_whatever_comes_of_them(told: dict[
     route = 'route="/v1/batches/{batch_id}"'
     assert sorted(found) == [
         f'stoker_http_requests_total{{method="GET",{route},status="200"}} 1.0',
+        f'stoker_http_requests_total{{method="HEAD",{route},status="500"}} 1.0',
+        f'stoker_http_requests_total{{method="PATCH",{route},status="206"}} 1.0',
         f'stoker_http_requests_total{{method="POST",{route},status="500"}} 1.0',
+        f'stoker_http_requests_total{{method="PUT",{route},status="206"}} 1.0',
         f'stoker_http_requests_total{{method="other",{route},status="499"}} 1.0',
     ]
 
@@ -131,14 +137,80 @@ def test_the_folder_of_a_killed_process_goes_with_the_next_start(
 
 
 def test_a_folder_that_is_gone_ends_the_counting_and_no_work() -> None:
+    """And that it begins anew in the same process is no hindrance to its forks."""
     command = (
-        "import os, shutil; from runtime.metrics import JOBS, SHARD_SECONDS, is_counting, open_metrics\n"
+        "import os, shutil, signal; from runtime.metrics import JOBS, SHARD_SECONDS, is_counting, open_metrics\n"
         "from runtime.settings import MetricsSettings\n"
         "folder = open_metrics(MetricsSettings(port=1)); shutil.rmtree(folder.path)\n"
-        "JOBS.add(1, outcome='succeeded', source='engine'); SHARD_SECONDS.observe(1); print(is_counting())"
+        "JOBS.add(1, outcome='succeeded', source='engine'); SHARD_SECONDS.observe(1); print(is_counting())\n"
+        "os.environ.pop('PROMETHEUS_MULTIPROC_DIR'); again = open_metrics(MetricsSettings(port=1)); signal.alarm(10)\n"
+        "pid = os.fork(); pid and print(os.waitpid(pid, 0)[1], is_counting()); pid and again.remove()"
     )
     done = subprocess.run(
         [sys.executable, "-c", command], cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60
     )
-    assert done.stdout.splitlines()[-1:] == ["False"], done.stderr
+    assert [line for line in done.stdout.splitlines() if "metrics_end" not in line] == ["False", "0 True"], done.stderr
     assert (done.stdout + done.stderr).count("metrics_end") == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of its own, of 256 KB."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "stoker-test", str(tmp_path)]
+    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount a disk")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("free", [0, 150_000])
+def test_a_full_disk_ends_the_counting_and_kills_nobody(small_disk: Path, free: int) -> None:
+    """It is full before the first file or between two of them; and before the counts of the dead are put together."""
+    command = (
+        "import os; from runtime.metrics import JOBS, REQUESTS, SHARD_SECONDS, is_counting, open_metrics\n"
+        "from runtime.metrics_folder import families_in\n"
+        "from runtime.settings import MetricsSettings\n"
+        "folder = open_metrics(MetricsSettings(port=1)); free = int(os.environ['FREE'])\n"
+        "disk = os.statvfs(folder.path); taken = disk.f_bavail * disk.f_frsize - free\n"
+        "open(os.environ['TMPDIR'] + '/filler', 'wb').write(bytes(max(taken, 0)))\n"
+        "def count():\n"
+        "    for at in range(2000):\n"
+        "        REQUESTS.add(1, endpoint=f'endpoint {at}', outcome='ok')\n"
+        "    print(is_counting(), flush=True); os._exit(0)\n"
+        "pid = os.fork(); pid or count(); print(os.waitpid(pid, 0)[1])\n"
+        "JOBS.add(1, outcome='succeeded', source='engine')\n"
+        "for _ in range(2): print(sum(s.value for f in families_in(folder.path) for s in f.samples) > 0)\n"
+        "SHARD_SECONDS.observe(1); print('done'); folder.remove()"
+    )
+    env = {**os.environ, "TMPDIR": str(small_disk), "FREE": str(free)}
+    done = subprocess.run(
+        [sys.executable, "-c", command],
+        cwd=REPOSITORY,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    told = [line for line in done.stdout.splitlines() if "metrics_" not in line]
+    assert told == ["False", "0", *[str(free > 0)] * 2, "done"], done.stdout + done.stderr
+    assert (done.stdout + done.stderr).count("metrics_end") == 2, "one of each process"
+
+
+def test_each_count_has_the_labels_of_its_metric() -> None:
+    """A wrong one is a defect of ours, which no process without a port would notice."""
+    by_name = {name: metric for name, metric in vars(metrics).items() if isinstance(metric, metrics.Metric)}
+    modules = subprocess.check_output(["git", "ls-files", "*.py"], cwd=REPOSITORY, text=True).split()
+    calls = 0
+    for module in modules:
+        text = (REPOSITORY / module).read_text() if (REPOSITORY / module).exists() else ""
+        if "runtime.metrics" not in text:
+            continue
+        for call in ast.walk(ast.parse(text)):
+            match call:
+                case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="add" | "set" | "observe")):
+                    if name in by_name:
+                        calls += 1
+                        labels = sorted(str(keyword.arg) for keyword in call.keywords)
+                        assert labels == sorted(by_name[name].labels), f"{module}:{call.lineno}"
+    assert calls > len(CATALOGUE)

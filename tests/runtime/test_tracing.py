@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import resource
 import stat
 import time
 from collections.abc import Iterator
@@ -115,6 +116,11 @@ def test_a_missing_setting_is_named_and_no_key_is_said(fields: dict[str, Any], r
     assert "secret" not in str(refused.value)
 
 
+def test_an_address_without_a_path_is_that_of_a_collector() -> None:
+    for url in ("http://collector:4318", "http://collector:4318/"):
+        assert target_of(TraceSettings(to="otlp", url=url)).url == "http://collector:4318/v1/traces"
+
+
 def test_a_target_shows_no_key() -> None:
     assert "k-1" not in repr(target_of(TraceSettings(to="otlp", url="http://a", api_key="k-1")))
 
@@ -197,6 +203,8 @@ def test_a_receiver_in_trouble_delays_no_work_and_no_end(receiver: OtlpReceiver,
         began = time.monotonic()
         stop_tracing()
         assert time.monotonic() - began < trace_export.STOP_S + 1.0
+        if trouble != "hangs":  # the SDK asks again meanwhile
+            wait_until(lambda: len(logs) > 0, trace_export.EXPORT_S + 2.0, "it is said")
     said = [entry["event"] for entry in logs]
     assert said == ["spans_lost"] or (trouble == "hangs" and not said), "once, and without a traceback"
 
@@ -249,3 +257,21 @@ def test_the_file_is_for_its_owner_only_and_bounded(tmp_path: Path, monkeypatch:
     assert numbers == list(range(numbers[0], 30)) and numbers[0] > 0
     line = json.loads(files[0].read_text().splitlines()[0])
     assert set(line) == {"resourceSpans"}, "as OpenTelemetry's file receiver reads it"
+
+
+def test_a_line_that_the_disk_did_not_take_whole_harms_no_other(tmp_path: Path) -> None:
+    def line(number: int) -> bytes:
+        return json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": [{"n": number, "p": "-" * 600}]}]}]}).encode()
+
+    trace_file.append(tmp_path / "traces", line(1))
+    file, soft_and_hard = tmp_path / "traces" / trace_file.NAMES[0], resource.getrlimit(resource.RLIMIT_FSIZE)
+    size_bytes = file.stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes + 100, soft_and_hard[1]))
+    try:
+        with pytest.raises(OSError, match="full"):
+            trace_file.append(tmp_path / "traces", line(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, soft_and_hard)
+    assert file.stat().st_size == size_bytes
+    trace_file.append(tmp_path / "traces", line(3))
+    assert [one["n"] for one in read_spans(traced(home=tmp_path), mentioning="spans")] == [1, 3]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -15,6 +16,7 @@ from runtime.errors import BadInput, NotFound
 from runtime.settings import PostgresSettings, RedisSettings, ScheduleSettings, Settings
 from scripts.purge_command import purge
 from scripts.schedule_commands import schedule
+from scripts.stoker import cli
 from store.database import Database
 from tests.support.batches import chats, execute, rows, store_batch
 
@@ -33,7 +35,8 @@ def invoke(postgres_url: str, redis_url: str, tmp_path: Path, monkeypatch: pytes
     )
 
     def invoke(*words: str, of: str = "schedule") -> Result:
-        return CliRunner().invoke(schedule if of == "schedule" else purge, list(words), obj=settings)
+        of_stoker = click.Context(cli, obj=settings)
+        return CliRunner().invoke(schedule if of == "schedule" else purge, list(words), parent=of_stoker)
 
     return invoke
 
@@ -50,7 +53,7 @@ def test_a_schedule_is_added_listed_run_shown_and_removed(invoke: Invoke, databa
     assert due.run_id == run
     batch_id = store_batch(database, tmp_path, chats(2))
     done = Ran(0, f"2 jobs stored\n{batch_name(batch_id)}", batch_id)
-    run_schedule(database, run, execute=lambda _, __: done, settings=ScheduleSettings())
+    run_schedule(database, due, execute=lambda _, __: done, settings=ScheduleSettings())
     shown = invoke("show", "nightly").stdout
     assert "(asked for)" in shown and "in_progress, 0 of 2 jobs done" in shown and short_name(batch_id) in shown
     (figures,) = json.loads(invoke("show", "nightly", "--json").stdout)["runs"]

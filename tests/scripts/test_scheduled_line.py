@@ -5,12 +5,20 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from pathlib import Path
 
+import click
 import pytest
 
 from runtime.errors import BadInput
-from scripts.scheduled_line import checked_line
+from scripts import scheduled_line
+from scripts.stoker import cli
 
 DUE = datetime(2026, 6, 1, tzinfo=UTC)
+
+
+def checked_line(words: list[str], *, folder: Path) -> list[str]:
+    """As `stoker schedule add` checks it."""
+    with click.Context(cli):
+        return scheduled_line.checked_line(words, folder=folder, due=DUE)
 
 
 @pytest.fixture
@@ -39,6 +47,8 @@ def folder(tmp_path: Path) -> Path:
         ("submit q.jsonl --dry-run", "stores nothing"),
         ("submit --help", "No such option"),
         ("submit q-{due:%Y}.jsonl --modle m", "No such option"),
+        ("submit q-{due}.jsonl", "write {due:%Y-%m-%d}, with how"),
+        ("submit q-{due:%Q}.jsonl", "there is no %Q; write such as {due:%Y-%m-%d}"),
         ("submit --recipe nothing --documents x", "nothing"),
         ("documents add nowhere.md -c x", "nowhere.md: no such file"),
         ("documents add a.md", "Missing option '--collection'"),
@@ -51,7 +61,7 @@ def folder(tmp_path: Path) -> Path:
 )
 def test_a_command_that_would_fail_each_night_is_refused(folder: Path, command: str, says: str) -> None:
     with pytest.raises(BadInput, match=says):
-        checked_line(command.split(), folder=folder, due=DUE)
+        checked_line(command.split(), folder=folder)
 
 
 @pytest.mark.parametrize(
@@ -68,4 +78,4 @@ def test_a_command_that_would_fail_each_night_is_refused(folder: Path, command: 
     ],
 )
 def test_a_command_that_can_run_is_taken(folder: Path, command: str) -> None:
-    assert " ".join(checked_line(command.split(), folder=folder, due=DUE)) == command.removeprefix("stoker ")
+    assert " ".join(checked_line(command.split(), folder=folder)) == command.removeprefix("stoker ")

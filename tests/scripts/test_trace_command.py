@@ -115,3 +115,10 @@ def test_a_line_that_a_crash_has_cut_hides_no_other(settings: Settings, tmp_path
     with (tmp_path / "traces" / "spans.jsonl").open("a") as file:
         file.write(f'{{"resourceSpans": [{{"{batch_id.hex}')
     assert shown(settings, batch_id.hex).startswith("batch")
+
+
+def test_the_beginning_of_a_batch_that_is_recorded_here_needs_no_service(settings: Settings) -> None:
+    batch_id = recorded(settings)
+    assert shown(settings, batch_name(batch_id)[:14]).splitlines()[0].endswith(batch_id.hex)
+    missing = CliRunner().invoke(trace, ["batch_ffff"], obj=settings)
+    assert isinstance(missing.exception, NotFound) and "STOKER_TRACE__TO=file" in str(missing.exception)

@@ -116,10 +116,17 @@ def main(port: int) -> dict[str, Any]:
 
 
 async def requests() -> None:
-    """One that is answered, one that ends in a defect, and one whose client has gone; by a method that nobody knows."""
+    """Each as it ends: answered, by a defect, by nothing; by its client who goes before or in the midst of the answer.
+
+    And by a defect in the midst of it. One is of a method that nobody knows.
+    """
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         scope["route"] = SimpleNamespace(path="/v1/batches/{batch_id}")
+        if scope["method"] == "HEAD":
+            return
+        if scope["method"] in {"PUT", "PATCH"}:
+            await send({"type": "http.response.start", "status": 206})
         await receive()
         await send({"type": "http.response.start", "status": 200})
 
@@ -135,7 +142,8 @@ async def requests() -> None:
     async def send(_: Message) -> None:
         return
 
-    for method, received in (("GET", receive), ("POST", broken), ("BREW", gone)):
+    ends = {"GET": receive, "POST": broken, "HEAD": receive, "BREW": gone, "PUT": gone, "PATCH": broken}
+    for method, received in ends.items():
         with suppress(ValueError, asyncio.CancelledError):
             await Counted(app)({"type": "http", "method": method, "path": "/v1/batches/secret"}, received, send)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from models.messages import RunShard
+from runtime.errors import EXIT_USAGE
 from runtime.settings import BrokerSettings, EngineSettings, Settings, WorkerSettings
+from tests.support.processes import REPOSITORY, clean_environment
 from worker.celery_app import make_app
 from worker.shared import SharedState
 from worker.steps import CONTROL_CHILDREN, LEAST_CHILDREN, MOST_CHILDREN, SLOTS_A_CHILD, WorkerParts
@@ -77,3 +81,24 @@ def test_llamacpp_has_one_child(tmp_path: Path) -> None:
 
     with parts(EngineSettings(checkpoint=checkpoint)) as found:
         assert found.children == 1
+
+
+def test_a_worker_that_could_record_no_spans_says_so_in_one_line_and_ends() -> None:
+    services = {
+        "STOKER_POSTGRES__URL": "postgresql://nobody@127.0.0.1:1/none",
+        "STOKER_BROKER__URL": "amqp://guest@127.0.0.1:1//",
+        "STOKER_REDIS__URL": "redis://127.0.0.1:1/0",
+    }
+
+    ended = subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "worker.main", "worker"],
+        cwd=REPOSITORY,
+        env=clean_environment() | services | {"STOKER_TRACE__TO": "langsmith"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+    assert ended.returncode == EXIT_USAGE
+    assert ended.stderr == "stoker: STOKER_TRACE__API_KEY is not set; langsmith takes no spans without one\n"

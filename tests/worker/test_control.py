@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import os
 import time
-from datetime import UTC, datetime
+from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from pipeline.schedules import TakenRun
+from models.messages import LookAtSchedules, RunSchedule
+from models.states import Missed, Overlap
+from pipeline.schedules import TakenRun, put_schedule
+from runtime.clock import utc_now
 from runtime.settings import ScheduleSettings, Settings, WorkerSettings
+from store.database import Database
+from store.looks import LookBoard
+from store.schedules import NewSchedule
+from tasks.control import ControlContext, look_at_schedules
 from tests.acceptance.chats import prompts, write_chats
+from tests.support.batches import execute
+from tests.support.own_services import free_port
 from tests.support.processes import seen_processes
 from worker.control import NO_FOLDER, TIMED_OUT, Commands
 
@@ -19,15 +29,7 @@ ENDS_S = 5.0
 
 
 def taken(folder: Path, *command: str) -> TakenRun:
-    return TakenRun(
-        run_id=1,
-        fence=1,
-        schedule="nightly",
-        tenant="local",
-        command=list(command),
-        folder=str(folder),
-        due_at=datetime(2026, 1, 1, tzinfo=UTC),
-    )
+    return TakenRun(command=list(command), folder=str(folder))
 
 
 def commands(*, run_s: float = 60, is_draining: bool = False) -> Commands:
@@ -86,3 +88,20 @@ def test_a_folder_that_is_on_another_machine_is_told_of(tmp_path: Path) -> None:
 
     assert ran.exit_code == NO_FOLDER
     assert "elsewhere" in ran.told
+
+
+def test_hints_of_runs_are_sent_though_redis_is_away(database: Database) -> None:
+    new = NewSchedule("local", "nightly", "* * * * *", "UTC", ["cost"], "/", Missed.ONCE, Overlap.SKIP)
+    put_schedule(database, new, now=utc_now())
+    execute(database, "UPDATE schedules SET due_until = now() - :ago", ago=timedelta(minutes=2))
+    sent: list[RunSchedule] = []
+    with closing(LookBoard(f"redis://127.0.0.1:{free_port()}/0")) as away:
+        context = ControlContext(
+            database=database,
+            settings=ScheduleSettings(),
+            publish=sent.extend,
+            execute=commands().run,
+            note_look=away.note,
+        )
+        look_at_schedules(context, LookAtSchedules())
+    assert {hint.schedule for hint in sent} == {"nightly"}

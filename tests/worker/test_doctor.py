@@ -37,9 +37,9 @@ def test_doctor_says_which_schedules_are_overdue_and_whether_anybody_runs_them(
     assert (of_schedules(settings).found, of_schedules(settings).remedy) == ("none", "")
 
     new = NewSchedule("local", "nightly", "0 2 * * *", "Europe/Berlin", ["cost"], "/", Missed.ONCE, Overlap.SKIP)
-    put_schedule(database, new, now=utc_now(), replace=False)
+    put_schedule(database, new, now=utc_now())
     nobody = of_schedules(settings)
-    assert nobody.found == "1, 0 overdue, 0 workers run them; last looked for at no known time"
+    assert nobody.found == "1, 0 overdue, 0 failed last; run by 0 control workers; last looked for at no known time"
     assert "stoker worker --node control" in nobody.remedy
 
     board, looks = PresenceBoard(settings.require_redis()), LookBoard(settings.require_redis())
@@ -47,10 +47,12 @@ def test_doctor_says_which_schedules_are_overdue_and_whether_anybody_runs_them(
     board.announce(runner)
     looks.note()
     assert of_schedules(settings).is_well
+    execute(database, "INSERT INTO schedule_runs (schedule_id, due_at, state) SELECT id, now(), 'failed' FROM schedules")
+    assert of_schedules(settings).remedy == "`stoker schedule show nightly` says why"
 
     execute(database, "UPDATE schedules SET due_until = now() - interval '2 d'")
     late = of_schedules(settings)
-    assert late.found.startswith("1, 1 overdue (nightly), 1 workers run them; last looked for ")
+    assert late.found.startswith("1, 1 overdue (nightly), 1 failed last (nightly); run by 1 control workers; last ")
     assert "STOKER_WORKER__CHILDREN" in late.remedy
     looks.close()
     board.close()
