@@ -47,7 +47,9 @@ def test_doctor_says_which_schedules_are_overdue_and_whether_anybody_runs_them(
     board.announce(runner)
     looks.note()
     assert of_schedules(settings).is_well
-    execute(database, "INSERT INTO schedule_runs (schedule_id, due_at, state) SELECT id, now(), 'failed' FROM schedules")
+    execute(
+        database, "INSERT INTO schedule_runs (schedule_id, due_at, state) SELECT id, now(), 'failed' FROM schedules"
+    )
     assert of_schedules(settings).remedy == "`stoker schedule show nightly` says why"
 
     execute(database, "UPDATE schedules SET due_until = now() - interval '2 d'")
