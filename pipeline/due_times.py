@@ -59,8 +59,8 @@ def checked_cron(cron: str, zone: ZoneInfo, *, after: datetime) -> datetime:
         due = next(due_times(cron, zone, after=after), None)
     except CronSimError as error:
         raise BadInput(
-            f"--cron {cron!r}: {str(error).lower()}; the fields are minute hour day month weekday, of 0-59 0-23 1-31 1-12 "
-            f"0-7, such as '0 2 * * *', or it is one of {', '.join(_NAMED)}"
+            f"--cron {cron!r}: {str(error).lower()}; the fields are minute hour day month weekday, of 0-59 0-23 1-31 "
+            f"1-12 0-7, such as '0 2 * * *', or it is one of {', '.join(_NAMED)}"
         ) from error
     if due is None:
         raise BadInput(f"--cron {cron!r}: no such time comes in the next 50 years")
