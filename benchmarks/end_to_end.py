@@ -124,7 +124,7 @@ def _room(cores: str, options: argparse.Namespace) -> Iterator[tuple[Room, dict[
     planned = asked.model_copy(update={"max_num_seqs": options.slots, "url": None, "args": f"{asked.args} {FLAG}"})
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="stoker-bench-")))
-        plan = _planned_on(planned, folder / "engine.sock", engines)
+        plan = planned_on(planned, folder / "engine.sock", engines)
         this = stack.enter_context(kept_on(set(ours), {}))  # and what it starts: the worker, the servers
         place = stack.enter_context(own_place())
         room, said = _started(stack, place, plan, planned=planned, folder=folder)
@@ -139,7 +139,7 @@ def _room(cores: str, options: argparse.Namespace) -> Iterator[tuple[Room, dict[
         yield room, said
 
 
-def _planned_on(planned: EngineSettings, socket: Path, cores: list[int]) -> EnginePlan:
+def planned_on(planned: EngineSettings, socket: Path, cores: list[int]) -> EnginePlan:
     """The engine's plan, with all of its processes and its OpenMP threads on these cores."""
     plan = plan_engine(planned, socket=socket)
     if plan is None or plan.kind != "vllm":

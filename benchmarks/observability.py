@@ -6,8 +6,8 @@ Services of its own. Each leg starts a worker, warms it up and gives it one batc
 batch to an OpenTelemetry receiver (nginx, which says 200 and keeps nothing), counts for Prometheus and is scraped every
 5 s with its engine's metrics, sends its events to a Flower that runs, and has a control node with its beat beside it.
 First on vLLM with answers of 64 tokens, which is what the system is for; then on an endpoint that costs nothing, which
-shows what a job costs in CPU. There a row more samples one batch in a hundred. Everything on all cores. About 20
-minutes. Writes benchmarks/results/observability.json.
+shows what a job costs in CPU. There a row more samples one batch in a hundred. The engine, and that endpoint, have the
+first core, everything else the second, as end to end. About 20 minutes. Writes benchmarks/results/observability.json.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.batch_lines import write_batch
+from benchmarks.cores import kept_on, two_cores
+from benchmarks.end_to_end import planned_on
 from benchmarks.legs import Leg, run_ours
 from benchmarks.paired import Ratio, by_turns, keep_run, made_with
 from benchmarks.place import Place, own_place
 from benchmarks.rows import Row, at_least, bold
 from benchmarks.static_endpoint import MODEL, StaticEndpoint
 from benchmarks.workloads import WORKLOADS, Workload, write_workload
-from inference.engines import plan_engine
 from inference.supervisor import EngineSupervisor
 from runtime.settings import Settings, load_settings
 from scripts.flower_command import local_flower
@@ -126,10 +127,16 @@ def main() -> None:
     parser.add_argument("--leg-s", type=float, default=15, help="how long a leg is to take")
     options = parser.parse_args()
     found: dict[str, Any] = {}
-    with own_place() as place, tempfile.TemporaryDirectory() as folder, StaticEndpoint(core=None) as static:
-        found["servers"] = place.versions()
+    cores = two_cores()
+    with (
+        own_place() as place,
+        tempfile.TemporaryDirectory() as folder,
+        kept_on({cores[1]}, place.servers) as pinned,
+        StaticEndpoint(core=cores[0]) as static,
+    ):
+        found |= {"servers": place.versions(), "pinned": {"engine": cores[0], "all else": cores[1], "what": pinned}}
         print("on vLLM, answers of 64 tokens")
-        with _vllm_room(place, Path(folder), static) as room:
+        with _vllm_room(place, Path(folder), static, core=cores[0]) as room:
             found["vllm"] = _measured(room, (PLAIN, SEEN), options)
         print("on an endpoint that costs nothing")
         room = Room(place, Path(folder), static.url, static.pid, static, _static_batch, SLOTS, 256)
@@ -140,11 +147,9 @@ def main() -> None:
 
 
 @contextmanager
-def _vllm_room(place: Place, folder: Path, receiver: StaticEndpoint) -> Iterator[Room]:
+def _vllm_room(place: Place, folder: Path, receiver: StaticEndpoint, *, core: int) -> Iterator[Room]:
     asked = load_settings().engine.model_copy(update={"max_num_seqs": SLOTS, "url": None})
-    plan = plan_engine(asked, socket=folder / "engine.sock")
-    if plan is None or plan.kind != "vllm":
-        raise SystemExit("vLLM is missing: `make engine-vllm checkpoint`")
+    plan = planned_on(asked, folder / "engine.sock", [core])
     workload = next(one for one in WORKLOADS if one.name == "64 tokens")
     log, model = folder / "engine.log", plan.alias
     with EngineSupervisor(plan, log_file=log, start_timeout_s=asked.start_timeout_s, stall_s=asked.stall_s) as engine:
