@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, cast
 from uuid import uuid4
@@ -38,6 +37,7 @@ PLACE_WAIT_S: Final = 0.05  # to look for a place again; nobody can know when on
 TIMEOUT_S: Final = 2.0  # a child's loop may be busy for a part of it
 REST_S: Final = 5.0
 WARN_EVERY_S: Final = 60.0
+CANCEL_S: Final = 0.5  # a call of Redis that ends at the same moment swallows a cancellation: then once more
 CONNECTIONS: Final = 8
 UNLIMITED: Final = Grant(0.0)
 
@@ -248,10 +248,9 @@ class EndpointLimits:
 
     async def close(self) -> None:
         """Close the connections. Places that are still held end by themselves."""
-        if self._renewing is not None:
+        while self._renewing is not None and not self._renewing.done():
             self._renewing.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._renewing
+            await asyncio.wait([self._renewing], timeout=CANCEL_S)
         await self._redis.aclose()
         await self._pool.disconnect()
 
