@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 # A visibility timeout above the longest task (yield after 10 min, then a request of at most 15 min); the two
 # sweeps bring a killed worker's hint back in 6.7 s instead of 96 s. Read only by the Redis transport.
+# Celery kills a child that is not up in 4 s and forks another, on a busy machine for ever.
+PROC_START_S = 60.0
 _REDIS_TRANSPORT = {"visibility_timeout": 1800, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
 
 
@@ -66,6 +68,7 @@ def make_app(settings: Settings, *, shared: SharedState | None = None) -> Celery
         task_create_missing_queues=False,
         task_queues=[node_queue(queue, delivery_limit=settings.broker.delivery_limit)],
         worker_pool="prefork",
+        worker_proc_alive_timeout=PROC_START_S,
         worker_consumer="worker.celery_app:Consumer",
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
