@@ -34,10 +34,9 @@ from worker.steps import BeatStep, DispatchStep, EngineStep, ExpressStep, Worker
 if TYPE_CHECKING:
     from worker.reader import Reader
 
+PROC_START_S = 60.0  # Celery kills a child that is not up in 4 s and forks another, on a busy machine for ever
 # A visibility timeout above the longest task (yield after 10 min, then a request of at most 15 min); the two
 # sweeps bring a killed worker's hint back in 6.7 s instead of 96 s. Read only by the Redis transport.
-# Celery kills a child that is not up in 4 s and forks another, on a busy machine for ever.
-PROC_START_S = 60.0
 _REDIS_TRANSPORT = {"visibility_timeout": 1800, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
 
 

@@ -142,7 +142,8 @@ def test_a_folder_that_is_gone_ends_the_counting_and_no_work() -> None:
         "import os, shutil, signal; from runtime.metrics import JOBS, SHARD_SECONDS, is_counting, open_metrics\n"
         "from runtime.settings import MetricsSettings\n"
         "folder = open_metrics(MetricsSettings(port=1)); shutil.rmtree(folder.path)\n"
-        "JOBS.add(1, outcome='succeeded', source='engine'); SHARD_SECONDS.observe(1); print(is_counting(), flush=True)\n"
+        "JOBS.add(1, outcome='succeeded', source='engine'); SHARD_SECONDS.observe(1)\n"
+        "print(is_counting(), flush=True)\n"
         "os.environ.pop('PROMETHEUS_MULTIPROC_DIR'); again = open_metrics(MetricsSettings(port=1)); signal.alarm(10)\n"
         "pid = os.fork(); pid and print(os.waitpid(pid, 0)[1], is_counting()); pid and again.remove()"
     )
