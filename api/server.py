@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,12 +12,12 @@ import uvicorn
 from api.app import create_app
 from api.gateway import Gateway
 from api.uploads import UploadSlots
-from runtime.errors import BadInput, StokerError, exit_code_of
+from runtime.entry import run_process
+from runtime.errors import BadInput
 from runtime.kept_process import KeptProcess
-from runtime.logs import configure_logs, get_logger
+from runtime.logs import get_logger
 from runtime.metrics import metrics_served
-from runtime.redaction import secrets_of
-from runtime.settings import Settings, load_settings
+from runtime.settings import Settings
 from runtime.tracing import start_tracing, stop_tracing
 from store.blobs import Blobs
 from store.database import Database
@@ -65,27 +64,15 @@ def files_url(settings: Settings) -> str:
     return str(Path(settings.home) / "files")
 
 
-def main() -> None:
-    """Serve until SIGTERM or SIGINT; requests under way may end. An expected error is one line and an exit code."""
-    try:
-        _serve()
-    except StokerError as error:
-        print(f"stoker: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(exit_code_of(error))
-
-
-def _serve() -> None:
-    settings = load_settings()
-    configure_logs(settings.log, secrets=secrets_of(settings))
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT; requests under way may end."""
     with ExitStack() as stack:
         stack.enter_context(metrics_served(settings.metrics))
         start_tracing(settings, process="gateway")
         stack.callback(stop_tracing)
         app = create_app(open_gateway(settings, stack))
         for _ in range(settings.gateway.validators):
-            validator = KeptProcess("api.validator", name="validator", env=os.environ, grace_s=GRACE_S)
-            validator.start()
-            stack.callback(validator.stop)
+            stack.enter_context(KeptProcess("api.validator", name="validator", env=os.environ, grace_s=GRACE_S))
         for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again once it has ended; then we clean up
             signal.signal(number, lambda *_: None)
         log.info("gateway_up", url=f"http://{settings.gateway.host}:{settings.gateway.port}")
@@ -106,4 +93,4 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_process(serve)

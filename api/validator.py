@@ -8,17 +8,14 @@ from contextlib import ExitStack
 
 from api.server import open_gateway
 from pipeline.validate import run_validator, start_aftercare
-from runtime.logs import configure_logs
+from runtime.entry import run_process
 from runtime.metrics import metrics_served
-from runtime.redaction import secrets_of
-from runtime.settings import load_settings
+from runtime.settings import Settings
 from runtime.tracing import start_tracing, stop_tracing
 
 
-def main() -> None:
+def validate(settings: Settings) -> None:
     """Validate and take care until SIGTERM; a batch that is being read is put back for the next validator."""
-    settings = load_settings()
-    configure_logs(settings.log, secrets=secrets_of(settings))
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -32,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_process(validate)

@@ -18,7 +18,7 @@ import tempfile
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -60,8 +60,8 @@ class Room:
     endpoint_pid: int
     receiver: StaticEndpoint
     write: Callable[[Path, int, int], Path]  # (path, jobs, leg)
-    slots: int
     warm_up_jobs: int
+    probe_jobs: int
     legs: dict[str, list[Leg]] = field(default_factory=dict)
     leg: int = 0
 
@@ -71,7 +71,7 @@ class Room:
         file = self.write(self.folder / f"{self.leg}.jsonl", jobs, self.leg)
         warm_up = self.write(self.folder / f"{self.leg}-warm.jsonl", self.warm_up_jobs, 10_000 + self.leg)
         settings = self._settings(side)
-        with _observers(settings) if side != PLAIN else ExitStack():
+        with _observers(settings) if side != PLAIN else nullcontext():
             leg = run_ours(settings, file, self.place.servers, warm_up=warm_up, endpoint_pid=self.endpoint_pid)
         for written in (file, warm_up):
             written.unlink()
@@ -81,7 +81,7 @@ class Room:
 
     def _settings(self, side: str) -> Settings:
         base = self.place.settings
-        engine = base.engine.model_copy(update={"url": self.url, "max_num_seqs": self.slots})
+        engine = base.engine.model_copy(update={"url": self.url, "max_num_seqs": SLOTS})
         settings = base.model_copy(update={"engine": engine})
         if side == PLAIN:
             return settings
@@ -139,7 +139,7 @@ def main() -> None:
         with _vllm_room(place, Path(folder), static, core=cores[0]) as room:
             found["vllm"] = _measured(room, (PLAIN, SEEN), options)
         print("on an endpoint that costs nothing")
-        room = Room(place, Path(folder), static.url, static.pid, static, _static_batch, SLOTS, 256)
+        room = Room(place, Path(folder), static.url, static.pid, static, _static_batch, 256, PROBE_JOBS)
         found["static"] = _measured(room, (PLAIN, SEEN, SAMPLED), options)
     report = {"made_with": made_with("celery", "opentelemetry-sdk", "prometheus-client", "flower"), **found}
     report |= {"options": vars(options), "table": [row.as_json() for row in rows(found)]}
@@ -168,8 +168,8 @@ def _static_batch(path: Path, jobs: int, leg: int) -> Path:
 
 def _measured(room: Room, sides: tuple[str, ...], options: argparse.Namespace) -> dict[str, Any]:
     """Every side's legs by turns; all have as many jobs as a probe of the plain one says."""
-    probe = room.run(PLAIN, PROBE_JOBS if room.warm_up_jobs == 256 else 4 * room.slots)
-    jobs = max(2 * room.slots, round(probe.jobs_per_s * options.leg_s))
+    probe = room.run(PLAIN, room.probe_jobs)
+    jobs = max(2 * SLOTS, round(probe.jobs_per_s * options.leg_s))
     room.legs.clear()
     turns = {side: partial(_rate, room, side, jobs) for side in sides}
     rates = by_turns(turns, pairs=options.pairs)

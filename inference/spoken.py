@@ -56,7 +56,7 @@ def _answers(fields: dict[str, Any]) -> list[dict[str, Any]]:
 def _fields(body: bytes) -> dict[str, Any]:
     try:
         found = json.loads(body)
-    except (ValueError, RecursionError):
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 

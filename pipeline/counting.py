@@ -54,7 +54,7 @@ def count_written(written: Sequence[Written]) -> None:
 
 def count_lookups(looked: Looked) -> None:
     """Count what was found of the jobs of a shard that caches were asked for; what is served semantically has left."""
-    if not looked.requests:
+    if not (looked.requests and is_counting()):
         return
     left = {job.seq for job in looked.jobs if job.seq in looked.requests}
     exact = sum(isinstance(result, JobResult) and result.source is Source.EXACT for result in looked.results)

@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from runtime.children import spawn, stop
 from runtime.logs import get_logger
@@ -66,6 +68,15 @@ class KeptProcess(threading.Thread):
                 log.error(f"{self._what}_restarts", status=child.returncode)
                 is_steady = time.monotonic() - began >= STEADY_S
                 pause_s = 0.0 if is_steady else min(self._longest_pause_s, max(POLL_S, 2 * pause_s))
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
 
     def stop(self) -> None:
         """End the process and the thread."""

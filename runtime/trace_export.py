@@ -13,7 +13,7 @@ import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, Protocol, cast
 
 import msgspec
 import requests
@@ -59,10 +59,10 @@ class SdkRecorder:
     def __init__(self, settings: Settings, *, process: str) -> None:
         """Raises BadInput that names a setting which is missing or wrong."""
         self.prompts, self.sample = settings.trace.prompts, settings.trace.sample
-        target = _target(settings)
-        self.sessions = () if target is None else target.sessions
+        receiver = receiver_of(settings)
+        self.sessions = receiver.sessions
         queued = QUEUED_WITH_PROMPTS if self.prompts else QUEUED
-        self._exporter = Watched(exporter_of(settings), name=receiver_of(settings), queued=queued)
+        self._exporter = Watched(receiver, queued=queued)
         processor = BatchSpanProcessor(
             self._exporter,
             max_queue_size=queued,
@@ -73,7 +73,7 @@ class SdkRecorder:
             "service.name": "stoker",
             "service.instance.id": f"{socket.gethostname()}:{os.getpid()}",
             "stoker.process": process,
-            **({} if target is None else target.resource),
+            **receiver.resource,
         }
         self._provider = TracerProvider(
             resource=Resource(resource), sampler=ALWAYS_ON, id_generator=_Ids(), shutdown_on_exit=False
@@ -110,7 +110,7 @@ class SdkRecorder:
 
     def stop(self) -> None:
         """Hand over what is left, for STOP_S at most."""
-        self._exporter.give_up()
+        self._exporter.receiver.give_up()
         ending = threading.Thread(target=self._provider.shutdown, name="spans-end", daemon=True)
         ending.start()
         ending.join(STOP_S)
@@ -145,9 +145,9 @@ class Watched(SpanExporter):
     Of the `ended` spans those that were neither handed over nor can be in the queue have been pushed out of it.
     """
 
-    def __init__(self, inner: SpanExporter, *, name: str, queued: int) -> None:
+    def __init__(self, receiver: Receiver, *, queued: int) -> None:
         self.ended = 0
-        self._inner, self._name, self._queued = inner, name, queued
+        self.receiver, self._queued = receiver, queued
         self._handed = self._pushed_out = 0
         self._fails = False
 
@@ -158,25 +158,40 @@ class Watched(SpanExporter):
             SPANS_LOST.add(pushed_out - self._pushed_out)
             self._pushed_out = pushed_out
         self._handed += len(spans)
-        fault = fault_of(self._inner, spans)
+        fault = fault_of(self.receiver, spans)
         if fault is not None:
             SPANS_LOST.add(len(spans))
         if (fault is not None) != self._fails:
             self._fails = fault is not None
             if fault is None:
-                log.warning("spans_taken_again", receiver=self._name)
+                log.warning("spans_taken_again", receiver=self.receiver.name)
             else:
-                log.warning("spans_lost", receiver=self._name, reason=fault)
+                log.warning("spans_lost", receiver=self.receiver.name, reason=fault)
         return SpanExportResult.SUCCESS if fault is None else SpanExportResult.FAILURE
-
-    def give_up(self) -> None:
-        """The process ends: try nothing again that cannot be reached."""
-        if isinstance(self._inner, OtlpExporter):
-            self._inner.give_up()
 
     def shutdown(self) -> None:
         """Nothing more comes."""
-        self._inner.shutdown()
+        self.receiver.shutdown()
+
+
+class Receiver(Protocol):
+    """Where spans go: an exporter of the SDK with a name that is fit for logs, and what its spans are to state.
+
+    `status`: what it answered last, where it answers. `give_up`: the process ends, what refuses is not tried again.
+    """
+
+    name: str
+    sessions: Sequence[str]
+    resource: Mapping[str, Value]
+
+    @property
+    def status(self) -> int | None: ...
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult: ...
+
+    def give_up(self) -> None: ...
+
+    def shutdown(self) -> None: ...
 
 
 class FileExporter(SpanExporter):
@@ -184,6 +199,13 @@ class FileExporter(SpanExporter):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.name = str(folder)
+        self.sessions: Sequence[str] = ()
+        self.resource: Mapping[str, Value] = {}
+        self.status = None
+
+    def give_up(self) -> None:
+        """Nothing is tried twice."""
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Append one line, or none of no spans. Raises OSError, as where the disk is full."""
@@ -213,48 +235,49 @@ class _Session(requests.Session):
 
 
 class OtlpExporter(OTLPSpanExporter):
-    """OTLP over HTTP, which remembers its receiver's last answer."""
+    """OTLP over HTTP."""
 
     def __init__(self, target: Target) -> None:
-        self.session = _Session()
-        super().__init__(endpoint=target.url, headers=dict(target.headers), timeout=EXPORT_S, session=self.session)
+        self.name, self.resource = target.name, target.resource
+        self.sessions: Sequence[str] = target.sessions
+        self._asked = _Session()
+        super().__init__(endpoint=target.url, headers=dict(target.headers), timeout=EXPORT_S, session=self._asked)
+
+    @property
+    def status(self) -> int | None:
+        """What the last request was answered; None if it was not."""
+        return self._asked.status
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Post them."""
+        self._asked.status = None
+        return super().export(spans)
 
     def give_up(self) -> None:
-        """A receiver that refuses connections is not asked again, as this process ends."""
-        self.session.gives_up = self.shutdown
+        """If it refuses connections it is not asked again, as this process ends."""
+        self._asked.gives_up = self.shutdown
 
 
-def fault_of(exporter: SpanExporter, spans: Sequence[ReadableSpan]) -> str | None:
+def fault_of(receiver: Receiver, spans: Sequence[ReadableSpan]) -> str | None:
     """Hand spans over, none to ask whether any would be taken: why not, fit for logs, or None."""
-    if isinstance(exporter, OtlpExporter):
-        exporter.session.status = None
     try:
-        if exporter.export(spans) is SpanExportResult.SUCCESS:
+        if receiver.export(spans) is SpanExportResult.SUCCESS:
             return None
     except Exception as error:  # such as a full disk; no defect of it may reach the work
         return f"{type(error).__name__}: {error}"[:200]
-    status = exporter.session.status if isinstance(exporter, OtlpExporter) else None
+    status = receiver.status
     if status is None:
         return "it does not answer"
     setting = "STOKER_TRACE__URL" if status in (404, 405) else "STOKER_TRACE__API_KEY and STOKER_TRACE__URL"
     return f"it answered {status}; look at {setting}"
 
 
-def exporter_of(settings: Settings) -> SpanExporter:
-    """What hands spans over as the settings say. Raises BadInput that names what is missing."""
+def receiver_of(settings: Settings) -> Receiver:
+    """Where the settings let spans go. Raises BadInput that names what is missing."""
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL + 1)  # what it says is said here, and once
-    target = _target(settings)
-    return FileExporter(folder_of(settings)) if target is None else OtlpExporter(target)
-
-
-def receiver_of(settings: Settings) -> str:
-    """Where spans go, fit for logs."""
-    target = _target(settings)
-    return str(folder_of(settings)) if target is None else target.name
-
-
-def _target(settings: Settings) -> Target | None:
-    return None if settings.trace.to == "file" else target_of(settings.trace)
+    if settings.trace.to == "file":
+        return FileExporter(folder_of(settings))
+    return OtlpExporter(target_of(settings.trace))
 
 
 _wanted: contextvars.ContextVar[Place | None] = contextvars.ContextVar("stoker_place", default=None)

@@ -7,7 +7,6 @@ which keeps and sends them, is runtime/trace_export.py's; it must not know what 
 
 from __future__ import annotations
 
-import atexit
 import contextvars
 import hashlib
 import re
@@ -200,28 +199,28 @@ _recorders: list[Recorder] = []
 def start_tracing(settings: Settings, *, process: str) -> None:
     """From now on record spans, if the settings ask for it; call it after the fork. Once more is harmless.
 
+    Who calls it calls `stop_tracing` at the end: an exit handler could not, which may start no thread (Python 3.12).
     `process` says which part of Stoker this is. Raises BadInput that names a setting which is missing or wrong.
     """
     if settings.trace.to == "off" or _recorders:
         return
     _recorders.append(_export().SdkRecorder(settings, process=process))
-    atexit.register(stop_tracing)
 
 
 def check_tracing(settings: Settings) -> None:
     """Raise BadInput if spans could not be recorded as the settings say; for a process whose children record them."""
     if settings.trace.to != "off":
-        _export().exporter_of(settings).shutdown()
+        _export().receiver_of(settings).shutdown()
 
 
 def ask_receiver(settings: Settings) -> tuple[str, str | None]:
     """(where spans go, why they would not be taken there now or None). Raises BadInput as `start_tracing`."""
     export = _export()
-    exporter = export.exporter_of(settings)
+    receiver = export.receiver_of(settings)
     try:
-        return export.receiver_of(settings), export.fault_of(exporter, ())
+        return receiver.name, export.fault_of(receiver, ())
     finally:
-        exporter.shutdown()
+        receiver.shutdown()
 
 
 def stop_tracing() -> None:

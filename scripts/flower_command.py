@@ -62,14 +62,10 @@ def local_flower(settings: Settings) -> Iterator[str]:
     if password is None:
         password, known = _made_password(settings), f"its password is in {_password_file(settings)}"
     environment = _environment(settings, password, port)
-    kept = KeptProcess(
+    with KeptProcess(
         MODULE, name="flower", env=environment, grace_s=GRACE_S, log_file=log, longest_pause_s=LONGEST_PAUSE_S
-    )
-    kept.start()
-    try:
+    ):
         yield f"Flower: http://{host}:{port}/ as {settings.flower.user}; {known}\n"
-    finally:
-        kept.stop()
 
 
 def _environment(settings: Settings, password: str, port: int) -> dict[str, str]:

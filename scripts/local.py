@@ -178,7 +178,7 @@ def local_worker(
 def kept_worker(settings: Settings, *, name: str, node: Node) -> Iterator[None]:
     """A worker of a node for this block, which is not waited for and is started again whenever it dies."""
     log, environment = _worker_place(settings, name, node)
-    kept = KeptProcess(
+    with KeptProcess(
         "celery",
         name=name,
         env=environment,
@@ -186,12 +186,8 @@ def kept_worker(settings: Settings, *, name: str, node: Node) -> Iterator[None]:
         arguments=_worker_arguments(name),
         log_file=log,
         longest_pause_s=LONGEST_PAUSE_S,
-    )
-    kept.start()
-    try:
+    ):
         yield
-    finally:
-        kept.stop()
 
 
 def _worker_place(settings: Settings, name: str, node: Node) -> tuple[Path, dict[str, str]]:

@@ -15,6 +15,7 @@ from runtime.errors import EXIT_INTERRUPTED, EXIT_USAGE, InvalidFile, StokerErro
 from runtime.logs import configure_logs
 from runtime.redaction import secrets_of
 from runtime.settings import LogSettings, load_settings
+from runtime.tracing import stop_tracing
 from scripts.terminal import say
 
 # A command's module is imported when the command is asked for: all of them together take a second.
@@ -99,6 +100,8 @@ def main() -> None:
     except StokerError as error:
         say(f"stoker: {error}")
         sys.exit(exit_code_of(error))
+    finally:
+        stop_tracing()
 
 
 def _say_problems(error: InvalidFile) -> None:

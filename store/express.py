@@ -7,17 +7,14 @@ lost here its gateway puts again, for as long as the client waits; so a request 
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import redis
 from redis import asyncio as aioredis
 
-from runtime.errors import ServiceUnreachable
 from runtime.settings import without_secrets
+from store.redis_errors import redis_errors
 
 PREFIX: Final = "stoker:express:"
 WAITING: Final = PREFIX + "waiting"
@@ -157,7 +154,7 @@ class ExpressQueue:
 
     async def collect(self, id_: str) -> bytes | None:
         """The answer, which is then forgotten; None if there is none."""
-        with self._translated():
+        with redis_errors(self._address):
             answer: bytes | None = await self._redis.getdel(f"{PREFIX}answer:{id_}")
             return answer
 
@@ -167,7 +164,7 @@ class ExpressQueue:
 
     async def told(self, door: str) -> AsyncIterator[str]:
         """The ids of requests that are answered, as it happens; what is told meanwhile is lost."""
-        with self._translated():
+        with redis_errors(self._address):
             async with self._redis.pubsub(ignore_subscribe_messages=True) as pubsub:
                 await pubsub.subscribe(f"{PREFIX}door:{door}")
                 while True:
@@ -184,14 +181,5 @@ class ExpressQueue:
         return {id_.decode() for id_ in await self._run(_EXTEND, lease_s, *pairs)}
 
     async def _run(self, script: str, *arguments: Any) -> Any:
-        with self._translated():
+        with redis_errors(self._address):
             return await self._scripts[script](keys=[WAITING], args=[PREFIX, *arguments])
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except (redis.RedisError, asyncio.IncompleteReadError) as error:
-            raise ServiceUnreachable(
-                f"Redis at {self._address} does not answer: {error}; check STOKER_REDIS__URL and that it runs"
-            ) from error

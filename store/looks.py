@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 
 import redis
 
-from runtime.errors import ServiceUnreachable
 from runtime.settings import without_secrets
+from store.redis_errors import redis_errors
 
 KEY = "stoker:schedules:looked"
 
@@ -35,16 +33,3 @@ class LookBoard:
     def close(self) -> None:
         """Close the connections."""
         self._redis.close()
-
-
-@contextmanager
-def redis_errors(address: str) -> Iterator[None]:
-    """What Redis's library raises becomes ServiceUnreachable, a lock that was lost included."""
-    try:
-        yield
-    except redis.exceptions.LockError as error:
-        raise ServiceUnreachable(f"Redis at {address} was emptied or slow, and the lead is lost: {error}") from error
-    except redis.RedisError as error:
-        raise ServiceUnreachable(
-            f"Redis at {address} does not answer: {error}; check STOKER_REDIS__URL and that it runs"
-        ) from error

@@ -5,14 +5,13 @@ Nothing durable depends on it: without it dispatch keeps a small window and subm
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import redis
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from runtime.errors import ServiceUnreachable
 from runtime.settings import without_secrets
+from store.redis_errors import redis_errors
 
 KEY_PREFIX = "stoker:worker:"
 TTL_S = 15
@@ -58,17 +57,17 @@ class PresenceBoard:
 
     def announce(self, presence: WorkerPresence) -> None:
         """Say that this worker lives; forgotten after 15 s."""
-        with self._translated():
+        with redis_errors(self._address):
             self._redis.set(KEY_PREFIX + presence.name, presence.model_dump_json(), ex=TTL_S)
 
     def withdraw(self, name: str) -> None:
         """Say that this worker has ended."""
-        with self._translated():
+        with redis_errors(self._address):
             self._redis.delete(KEY_PREFIX + name)
 
     def workers(self, *, node: str | None = "generation") -> list[WorkerPresence]:
         """Every live worker of a node; None: of all."""
-        with self._translated():
+        with redis_errors(self._address):
             keys = list(self._redis.scan_iter(match=KEY_PREFIX + "*", count=1000))
             values = self._redis.mget(keys) if keys else []
         found = [worker for worker in _parsed(values) if node in (None, worker.node)]
@@ -77,15 +76,6 @@ class PresenceBoard:
     def close(self) -> None:
         """Close the connections."""
         self._redis.close()
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except redis.RedisError as error:
-            raise ServiceUnreachable(
-                f"Redis at {self._address} does not answer: {error}; check STOKER_REDIS__URL and that it runs"
-            ) from error
 
 
 def _parsed(values: Sequence[bytes | str | None]) -> list[WorkerPresence]:

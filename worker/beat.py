@@ -21,11 +21,11 @@ from celery.signals import beat_init
 from redbeat.schedulers import RedBeatScheduler, acquire_distributed_beat_lock
 
 from models.messages import LookAtSchedules
+from runtime.entry import run_process
 from runtime.errors import ServiceUnreachable
-from runtime.logs import configure_logs, get_logger
-from runtime.redaction import secrets_of
-from runtime.settings import Settings, load_settings, without_secrets
-from store.looks import redis_errors
+from runtime.logs import get_logger
+from runtime.settings import Settings, without_secrets
+from store.redis_errors import redis_errors
 from worker.celery_app import make_app
 from worker.queues import HintPublisher
 
@@ -60,6 +60,7 @@ class Metronome(RedBeatScheduler):  # type: ignore[misc]  # redbeat has no types
 
 def run_beat(settings: Settings) -> None:
     """Lead or stand by until SIGTERM; begin anew when Redis was away, or was emptied and the lead is lost."""
+    logging.getLogger("celery.beat").setLevel(logging.WARNING)  # it tells of every look
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _exit)
     app = make_app(settings)
@@ -111,13 +112,5 @@ def _exit(*_: Any) -> NoReturn:
     raise SystemExit
 
 
-def main() -> None:
-    """Run it until SIGTERM."""
-    settings = load_settings()
-    configure_logs(settings.log, secrets=secrets_of(settings))
-    logging.getLogger("celery.beat").setLevel(logging.WARNING)  # it tells of every look
-    run_beat(settings)
-
-
 if __name__ == "__main__":
-    main()
+    run_process(run_beat)

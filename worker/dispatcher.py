@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 
 from pipeline.dispatch import dispatch_until
-from runtime.errors import EXIT_USAGE, BadInput
-from runtime.logs import configure_logs
+from runtime.entry import run_process
 from runtime.metrics import metrics_served
-from runtime.redaction import secrets_of
-from runtime.settings import Settings, load_settings
+from runtime.settings import Settings
 from runtime.tracing import start_tracing, stop_tracing
 from store.database import Database
 from store.presence import PresenceBoard
@@ -38,16 +35,5 @@ def run_dispatcher(settings: Settings) -> None:
         stop_tracing()
 
 
-def main() -> None:
-    """Run it with this process's settings; wrong ones are one line and an exit code."""
-    try:
-        settings = load_settings()
-        configure_logs(settings.log, secrets=secrets_of(settings))
-        run_dispatcher(settings)
-    except BadInput as error:
-        print(f"stoker: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(EXIT_USAGE)
-
-
 if __name__ == "__main__":
-    main()
+    run_process(run_dispatcher)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hmac
 import signal
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,10 +25,10 @@ from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.options import options
 from tornado.web import OutputTransform, RequestHandler, url
 
-from runtime.errors import EXIT_USAGE, BadInput
-from runtime.logs import configure_logs, get_logger
-from runtime.redaction import secrets_of
-from runtime.settings import FlowerSettings, Settings, load_settings
+from runtime.entry import run_process
+from runtime.errors import BadInput
+from runtime.logs import get_logger
+from runtime.settings import FlowerSettings, Settings
 from worker.celery_app import make_app
 from worker.queues import DEAD_QUEUE
 
@@ -217,16 +216,5 @@ def _readable(task: Task) -> Task:
     return task
 
 
-def main() -> None:
-    """Run it with this process's settings; an expected error is one line and an exit code."""
-    try:
-        settings = load_settings()
-        configure_logs(settings.log, secrets=secrets_of(settings))
-        run_flower(settings)
-    except BadInput as error:
-        print(f"stoker: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(EXIT_USAGE)
-
-
 if __name__ == "__main__":
-    main()
+    run_process(run_flower)

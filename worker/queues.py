@@ -94,7 +94,7 @@ class HintPublisher:
 
     def publish(self, shards: Sequence[tuple[int, UUID]]) -> None:
         """One hint a shard; mandatory, so that a queue that is gone is an error and not a loss."""
-        with self._channel() as connection, connection.Producer(serializer="json") as producer:
+        with self._producer() as producer:
             for shard_id, batch_id in shards:
                 hint = RunShard(shard_id=shard_id, batch_id=str(batch_id))
                 told: dict[str, Value] = {
@@ -119,13 +119,13 @@ class HintPublisher:
 
     def run_schedules(self, due: Sequence[RunSchedule]) -> None:
         """One hint a run."""
-        with self._channel() as connection, connection.Producer(serializer="json") as producer:
+        with self._producer() as producer:
             for run in due:
                 self._send(producer, run, name=f"{run.schedule}-{run.run_id}")
 
     def _let_wait(self, hint: Hint, count: int, *, name: str) -> None:
         missing = count - self.ready_count(hint.queue)
-        with self._channel() as connection, connection.Producer(serializer="json") as producer:
+        with self._producer() as producer:
             for _ in range(missing):
                 self._send(producer, hint, name=name)
 
@@ -147,6 +147,11 @@ class HintPublisher:
         if self._connection is not None:
             self._connection.release()
             self._connection = None
+
+    @contextmanager
+    def _producer(self) -> Iterator[Producer]:
+        with self._channel() as connection, connection.Producer(serializer="json") as producer:
+            yield producer
 
     @contextmanager
     def _channel(self) -> Iterator[Connection]:

@@ -147,20 +147,10 @@ class WorkerParts:
         """End everything that was started; called when the pool has drained, and once more is harmless."""
         if self._owner not in (0, os.getpid()):
             return
-        if self.beat is not None:
-            self.beat.stop()
-        if self.express is not None:
-            self.express.stop()
-        if self.presence is not None:
-            self.presence.stop()
-        if self.hours is not None:
-            self.hours.stop()
-        if self.dispatcher is not None:
-            self.dispatcher.stop()
-        if self.engine is not None:
-            self.engine.stop()
-        if self.metrics is not None:
-            self.metrics.stop()
+        parts = (self.beat, self.express, self.presence, self.hours, self.dispatcher, self.engine, self.metrics)
+        for part in parts:  # in this order
+            if part is not None:
+                part.stop()
         if self._folder is not None:
             self._folder.cleanup()
 

@@ -13,6 +13,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as WireSpan
 
+from tests.support.serving import serving
+
 
 @dataclass(frozen=True, slots=True)
 class ReceivedSpan:
@@ -89,15 +91,8 @@ class _Handler(BaseHTTPRequestHandler):
 def receiving_spans() -> Iterator[OtlpReceiver]:
     """A receiver for the block."""
     receiver = OtlpReceiver()
-    thread = threading.Thread(target=receiver.serve_forever, args=[0.01])
-    thread.start()
-    try:
+    with serving(receiver, receiver.is_over):
         yield receiver
-    finally:
-        receiver.is_over.set()
-        receiver.shutdown()
-        thread.join()
-        receiver.server_close()
 
 
 def spans_in(body: bytes) -> list[ReceivedSpan]:

@@ -15,6 +15,7 @@ from runtime.clock import uuid7
 from store.database import Database
 from store.deliveries import announce_end
 from tests.support.batches import execute
+from tests.support.serving import serving
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +72,8 @@ class _Handler(BaseHTTPRequestHandler):
 def receiving() -> Iterator[Receiver]:
     """A receiver for the block."""
     receiver = Receiver()
-    thread = threading.Thread(target=receiver.serve_forever, args=[0.01])
-    thread.start()
-    try:
+    with serving(receiver, receiver.is_over):
         yield receiver
-    finally:
-        receiver.is_over.set()
-        receiver.shutdown()
-        thread.join()
-        receiver.server_close()
 
 
 def stored_request(database: Database, url: str | None, *, state: str, tenant: str = "local") -> UUID:
