@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import uvicorn
@@ -13,7 +13,7 @@ from api.app import create_app
 from api.gateway import Gateway
 from api.uploads import UploadSlots
 from runtime.entry import run_process
-from runtime.errors import BadInput
+from runtime.errors import BadInput, ServiceUnreachable
 from runtime.kept_process import KeptProcess
 from runtime.logs import get_logger
 from runtime.metrics import metrics_served
@@ -23,6 +23,7 @@ from store.blobs import Blobs
 from store.database import Database
 from store.presence import PresenceBoard
 from store.rate_limits import RateLimits
+from store.revisions import await_schema
 from worker.inviting import Inviter
 
 log = get_logger(__name__)
@@ -70,7 +71,10 @@ def serve(settings: Settings) -> None:
         stack.enter_context(metrics_served(settings.metrics))
         start_tracing(settings, process="gateway")
         stack.callback(stop_tracing)
-        app = create_app(open_gateway(settings, stack))
+        gateway = open_gateway(settings, stack)
+        with suppress(ServiceUnreachable):  # until Postgres is there it answers 503
+            await_schema(gateway.database)
+        app = create_app(gateway)
         for _ in range(settings.gateway.validators):
             stack.enter_context(KeptProcess("api.validator", name="validator", env=os.environ, grace_s=GRACE_S))
         for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again once it has ended; then we clean up

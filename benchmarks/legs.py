@@ -68,14 +68,14 @@ def run_ours(
             ended(database, stored(database, warm_up, settings), poll_s=POLL_S)
             checkpoint(settings)
             cut = as_submitted(settings)
-            before = _cpu_s(pid, servers, endpoint_pid)
+            before = cpu_s_of(pid, servers, endpoint_pid)
             submit_s = time.process_time()
             batch_id = stored(database, file, cut)
             submit_s = time.process_time() - submit_s
             if meanwhile is not None:
                 meanwhile(children_of(pid)[0])
             progress = ended(database, batch_id, poll_s=POLL_S)
-            after = _cpu_s(pid, servers, endpoint_pid)
+            after = cpu_s_of(pid, servers, endpoint_pid)
     finally:
         database.close()
     answered = progress.succeeded + progress.truncated  # cut where a length is fixed
@@ -97,7 +97,8 @@ def children_of(worker: int) -> list[int]:
     return sorted(process.pid for process in found if "worker.dispatcher" not in process.command)
 
 
-def _cpu_s(worker: int, servers: dict[str, int], endpoint_pid: int) -> dict[str, float]:
+def cpu_s_of(worker: int, servers: dict[str, int], endpoint_pid: int) -> dict[str, float]:
+    """CPU seconds by stage: the worker's parent, its children, the dispatcher, and the servers."""
     everyone = processes()
     below = [process for process in everyone.values() if process.parent == worker]
     dispatchers = [process.pid for process in below if "worker.dispatcher" in process.command]

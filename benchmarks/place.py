@@ -9,9 +9,12 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
 
 import psycopg
 
@@ -22,15 +25,18 @@ from store.presence import ANNOUNCE_S, PresenceBoard
 from tests.support.own_services import OwnPostgres, OwnRabbitMQ, OwnRedis, server_folder
 
 ANNOUNCED_S = 2 * ANNOUNCE_S
+DEFAULTS: Final[Mapping[str, str]] = MappingProxyType({})
 MAX_CONNECTIONS = 300  # a Celery worker of 128 processes has one each
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Settings with these services' addresses; `servers` has the pid at the root of each."""
+    """Settings with these services' addresses; `servers` has the pid at the root of each, `folder` room for files."""
 
     settings: Settings
     servers: dict[str, int]
+    folder: Path
+    postgres_log: Path
 
     def versions(self) -> dict[str, str]:
         """Of the servers that say it cheaply."""
@@ -58,9 +64,10 @@ def as_submitted(settings: Settings, *, is_fresh: bool = False) -> Settings:
 
 
 @contextmanager
-def own_place() -> Iterator[Place]:
+def own_place(*, programs: Path | None = None, postgres: Mapping[str, str] = DEFAULTS) -> Iterator[Place]:
     """Services of this block's own, the schema in place; they start on the cores that this thread has.
 
+    `programs` are of another Postgres than the system's, `postgres` its settings.
     From now on a SIGTERM ends the benchmark as Ctrl-C does, so that nothing it started stays.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -69,14 +76,17 @@ def own_place() -> Iterator[Place]:
     settings = load_settings()
     with (
         server_folder() as folder,
-        OwnPostgres(folder / "postgres", max_connections=MAX_CONNECTIONS) as postgres,
+        OwnPostgres(
+            folder / "postgres", max_connections=MAX_CONNECTIONS, programs=programs, settings=postgres
+        ) as server,
         OwnRedis(folder / "redis") as redis,
         OwnRabbitMQ(folder / "rabbitmq") as rabbitmq,
     ):
-        urls = {"postgres": postgres.url, "broker": rabbitmq.url, "redis": redis.url}
+        urls = {"postgres": server.url, "broker": rabbitmq.url, "redis": redis.url}
         groups = {name: getattr(settings, name).model_copy(update={"url": url}) for name, url in urls.items()}
         home = folder / "home"
         home.mkdir()
         own = settings.model_copy(update={"home": home, **groups})
         prepare_schema(own)
-        yield Place(own, {"postgres": postgres.pid, "rabbitmq": rabbitmq.pid, "redis": redis.pid})
+        servers = {"postgres": server.pid, "rabbitmq": rabbitmq.pid, "redis": redis.pid}
+        yield Place(own, servers, folder, server.log)

@@ -20,6 +20,7 @@ import httpx
 import numpy as np
 from chromadb.config import Settings as ChromaSettings
 from chromadb.errors import ChromaError, NotFoundError
+from chromadb.utils.embedding_functions import known_embedding_functions, sparse_known_embedding_functions
 from numpy.typing import NDArray
 
 from cache.score import Floats, Vectors
@@ -128,6 +129,10 @@ class Index:
             # chromadb sets no timeout and has no setting for one: its first requests go, at once, only to a server that
             # has just answered, and the rest have ours.
             httpx.get(f"{self._url}/api/v2/heartbeat", timeout=self._timeout_s).raise_for_status()
+            # A collection may name a class which the client makes here, with arguments that stand there too: who writes
+            # to Chroma would run code in this process. We embed ourselves, so no name leads to a class.
+            known_embedding_functions.clear()
+            sparse_known_embedding_functions.clear()
             client = chromadb.HttpClient(**self._place, settings=ChromaSettings(anonymized_telemetry=False))
             client._server._session.timeout = httpx.Timeout(self._timeout_s)
             self._client = client

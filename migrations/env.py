@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from alembic import context
 from sqlalchemy import Connection, create_engine
 
 from models import cost_rows, document_rows, gateway_rows, schedule_rows  # noqa: F401  # their tables belong to the metadata
 from models.rows import Base
+
+# Who waits for a table stops everybody who comes after. Below Postgres's deadlock_timeout of 1 s, so that it is never
+# a worker's transaction that is ended for a migration.
+LOCK_TIMEOUT: Final = "500ms"
 
 
 def _not_a_partition(obj: Any, name: str | None, kind: str, reflected: bool, compare_to: Any) -> bool:
@@ -25,7 +29,7 @@ def _run(connection: Connection) -> None:
         compare_type=True,
     )
     with context.begin_transaction():
-        connection.exec_driver_sql("SET LOCAL lock_timeout = '5s'")
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
         context.run_migrations()
 
 

@@ -13,7 +13,8 @@ from models.names import short_name
 class Hint(BaseModel):
     """A message that asks for one task; losing or repeating it harms nothing."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A field that a newer version adds has a default there, and is none to us.
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     wire_name: ClassVar[str]
     queue: ClassVar[str]

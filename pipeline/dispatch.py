@@ -47,6 +47,7 @@ from store.documents import recover_documents, waiting_documents
 from store.notifications import leadership
 from store.presence import PresenceBoard, WorkerPresence
 from store.retention import delete_past_retention
+from store.revisions import await_schema
 from store.schema import make_partitions
 from store.shards import (
     CRASHES_TO_HALVE,
@@ -100,6 +101,7 @@ def dispatch_until(
     silent_s = LEADER_SILENT_LEASES * settings.worker.lease_s
     while not stop.is_set():
         try:
+            await_schema(database, stop)
             with leadership(database) as lead:
                 while not stop.is_set():
                     if not lead.acquire(silent_s=silent_s):

@@ -6,7 +6,8 @@
     ├── NotFound             no such batch for this tenant (exit code 2)
     ├── ServiceUnreachable   Postgres, the broker, Redis or the engine does not answer (exit code 3)
     │   ├── BlobGone         the bytes of an upload are not where they were put
-    │   └── Deadlocked       Postgres ended this transaction, another could not go on: it may be done again at once
+    │   ├── Deadlocked       Postgres ended this transaction, another could not go on: it may be done again at once
+    │   └── LockHeld         others hold what this transaction needs, and it waits no longer: it may be done again later
     ├── Transient            try the job again later: the row of its tries says when
     ├── Permanent            the job ends with this error as its result
     ├── Unstorable           Postgres refuses a value: that job ends with an error instead
@@ -81,6 +82,10 @@ class BlobGone(ServiceUnreachable):
 
 class Deadlocked(ServiceUnreachable):
     """Two transactions waited for each other, and Postgres ended this one. It may be done again at once."""
+
+
+class LockHeld(ServiceUnreachable):
+    """Others held what this transaction needs for longer than it waits, so that they get on. It may be done later."""
 
 
 class Transient(StokerError):

@@ -35,6 +35,7 @@ COMMANDS: Final = {
     "up": "service_commands",
     "migrate": "service_commands",
     "doctor": "service_commands",
+    "health": "health_command",
     "cache": "cache_commands",
     "cost": "cost_commands",
     "trace": "trace_command",

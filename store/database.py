@@ -18,7 +18,7 @@ from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, InterfaceError,
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session as Session  # callers name it without knowing SQLAlchemy
 
-from runtime.errors import BadInput, Deadlocked, ServiceUnreachable, Unstorable
+from runtime.errors import BadInput, Deadlocked, LockHeld, ServiceUnreachable, Unstorable
 from runtime.settings import without_secrets
 from store import arrays
 
@@ -26,7 +26,7 @@ CONNECT_TIMEOUT_S = 5
 APPLICATION_NAME_MAX = 63  # Postgres cuts longer ones
 # Connection errors, out of resources, operator intervention, and 25 for a server that has turned read-only.
 _OUTAGES = frozenset({"08", "25", "53", "57"})
-_DEADLOCK = "40P01"
+_KINDS = {"40P01": Deadlocked, "55P03": LockHeld}
 _UNMIGRATED = frozenset({"42P01", "42703"})
 # (SQLSTATE, what libpq says where it hands on no SQLSTATE, i.e. while connecting, what is wrong, the remedy).
 _KNOWN = (
@@ -49,10 +49,16 @@ _KNOWN = (
         "free space on the disk of its server, then work goes on by itself, nothing is lost",
     ),
     (
-        _DEADLOCK,
+        "40P01",
         (),
         "ended this transaction, as it and another waited for each other",
         "a worker goes on by itself, a command may be repeated",
+    ),
+    (
+        "55P03",
+        (),
+        "has others' work in the way",
+        "nothing was changed, wait for their end or end them, and repeat it",
     ),
     ("42P01", (), "lacks a table of this version", "run `stoker migrate`"),
     ("42703", (), "lacks a column of this version", "run `stoker migrate`"),
@@ -152,7 +158,7 @@ class Database:
         found = getattr(original, "sqlstate", None)
         for state, sayings, wrong, remedy in _KNOWN:
             if found == state or any(saying in cause for saying in sayings):
-                kind = Deadlocked if found == _DEADLOCK else ServiceUnreachable
+                kind = _KINDS.get(found or "", ServiceUnreachable)
                 return kind(f"Postgres at {self.address} {wrong}: {cause}; {remedy}")
         return ServiceUnreachable(
             f"Postgres at {self.address} does not answer: {cause}; check STOKER_POSTGRES__URL and that the server runs"

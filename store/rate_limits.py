@@ -67,9 +67,15 @@ _UNKNOWN: Final = Allowance(0.0, None)
 
 
 class RateLimits:
-    """The limits of all keys and addresses. Raises nothing; threads share it."""
+    """The limits of all keys and addresses. Raises nothing; threads share it.
 
-    def __init__(self, url: str, *, wrong_keys_per_minute: int = WRONG_KEYS_PER_MINUTE) -> None:
+    `addresses` begins what is remembered of addresses: each door counts its own.
+    """
+
+    def __init__(
+        self, url: str, *, wrong_keys_per_minute: int = WRONG_KEYS_PER_MINUTE, addresses: str = ADDRESS_PREFIX
+    ) -> None:
+        self._addresses = addresses
         self._wrong_keys_per_minute = wrong_keys_per_minute
         self._address = without_secrets(url)
         self._redis = redis.Redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S)
@@ -115,7 +121,7 @@ class RateLimits:
             return self._welcome.get((address, digest), -math.inf) > time.monotonic()
 
     def _failures(self, address: str, *, wanted: int) -> float:
-        bucket = ADDRESS_PREFIX + _network(address)
+        bucket = self._addresses + _network(address)
         return self._ask(
             bucket, per_minute=self._wrong_keys_per_minute, burst=self._wrong_keys_per_minute, wanted=wanted
         ).wait_s

@@ -1,44 +1,58 @@
-"""The schema's migrations and its weekly partitions."""
+"""The schema's migrations, which run while others work, and its weekly partitions."""
 
 from __future__ import annotations
 
+import random
 import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 import migrations
 from runtime.clock import WEEK, utc_now, uuid7_floor, week_start
+from runtime.errors import Deadlocked, LockHeld
 from runtime.logs import get_logger
 from store.database import Database
+from store.revisions import schema_revisions
 
 log = get_logger(__name__)
 
 PARTITIONED = ("jobs", "results")
 WEEKS_AHEAD = 4
+# A revision that waits for a table stops everybody who comes after it for as long as migrations/env.py lets it wait,
+# so between two tries all of them get on with their work.
+PAUSE_S = (1.0, 3.0)
+PATIENCE_S = 120.0
 
 
-def migrate(database: Database) -> None:
-    """Bring the schema to the newest revision, with partitions; safe to call from several processes at once."""
-    with database.transaction() as session:
-        session.execute(text("SELECT pg_advisory_xact_lock(hashtext('stoker_migrate'))"))
-        config = _alembic_config()
-        config.attributes["connection"] = session.connection()
-        command.upgrade(config, "head")
+def migrate(database: Database, *, patience_s: float = PATIENCE_S) -> None:
+    """Bring the schema to the newest revision, with partitions; safe to repeat, and in several processes at once.
+
+    Each revision is a transaction of its own, and is tried again while others hold a table that it needs. Raises
+    LockHeld after so many seconds, saying who did: revisions that were done before stay.
+    """
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            if not _step(database):
+                break
+        except (LockHeld, Deadlocked) as error:
+            holders = _long_transactions(database)
+            if time.monotonic() >= until:
+                told = f"; open for longest: {holders}" if holders else ""
+                raise LockHeld(f"{error}{told}") from error
+            log.warning("migration_waits", error=str(error), open=holders)
+            time.sleep(random.uniform(*PAUSE_S))  # noqa: S311
+    with _alone(database) as session:
         make_partitions(session, now=utc_now())
-
-
-def schema_revisions(session: Session) -> tuple[str | None, str | None]:
-    """(revision of the database or None, newest revision of this code)."""
-    current = MigrationContext.configure(session.connection()).get_current_revision()
-    return current, ScriptDirectory.from_config(_alembic_config()).get_current_head()
 
 
 def make_partitions(session: Session, *, now: datetime) -> None:
@@ -76,6 +90,42 @@ def _make_partition(session: Session, name: str, *, table: str, start: datetime)
             session.execute(text(f"CREATE TABLE IF NOT EXISTS {name} PARTITION OF {table} FOR VALUES {bounds}"))
     except DBAPIError as error:
         log.warning("partition_not_made", name=name, error=str(error.orig))
+
+
+def _step(database: Database) -> bool:
+    """Apply the next revision, if there is one; False once there is none."""
+    with _alone(database) as session:
+        revisions = schema_revisions(session)
+        if revisions.is_ahead:
+            log.warning("schema_is_newer", revision=revisions.current, known=revisions.newest)
+        if not revisions.is_behind:
+            return False
+        config = _alembic_config()
+        config.attributes["connection"] = session.connection()
+        command.upgrade(config, "+1")
+        return True
+
+
+@contextmanager
+def _alone(database: Database) -> Iterator[Session]:
+    """A transaction that no other process which migrates is in."""
+    with database.transaction() as session:
+        session.execute(text("SELECT pg_advisory_xact_lock(hashtext('stoker_migrate'))"))
+        yield session
+
+
+def _long_transactions(database: Database) -> str:
+    """Who has had a transaction open for a second or more, in words: mostly whom a migration waits for."""
+    with database.transaction() as session:
+        rows = session.execute(
+            text("""
+            SELECT coalesce(nullif(application_name, ''), usename) AS name, pid,
+              CAST(extract(epoch FROM clock_timestamp() - xact_start) AS int) AS open_s
+            FROM pg_stat_activity
+            WHERE datname = current_database() AND xact_start < clock_timestamp() - interval '1 s'
+            ORDER BY xact_start LIMIT 3""")
+        ).all()
+    return ", ".join(f"{row.name} (server process {row.pid}, {row.open_s} s)" for row in rows)
 
 
 def _alembic_config() -> Config:

@@ -15,11 +15,13 @@ from celery import Celery, signals
 from celery.worker.consumer.consumer import Consumer as CeleryConsumer
 
 from models.messages import AnswerSingle, Ingest, LookAtSchedules, RunSchedule, RunShard
-from runtime.errors import EXIT_USAGE, BadInput
+from runtime.errors import EXIT_USAGE, BadInput, ServiceUnreachable
 from runtime.logs import configure_logs
 from runtime.redaction import secrets_of
 from runtime.settings import Settings
 from runtime.tracing import TRACEPARENT, check_tracing
+from store.database import Database
+from store.revisions import await_schema
 from tasks.control import look_at_schedules, run_one
 from tasks.express import answer_singles
 from tasks.generation import run_shard
@@ -128,6 +130,7 @@ def _wire(app: Celery, parts: WorkerParts) -> None:
     def size_pool(conf: Any, **_: Any) -> None:
         """Only a worker plans an engine: dispatchers and publishers, which use the app too, may have no checkpoint."""
         _require_tracing(parts)
+        _await_schema(parts.settings)
         parts.metrics = WorkerMetrics(parts.settings.metrics)  # before the fork: its children count there
         conf.worker_concurrency = parts.children
 
@@ -152,6 +155,18 @@ def _require_tracing(parts: WorkerParts) -> None:
     except BadInput as error:
         print(f"stoker: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(EXIT_USAGE)
+
+
+def _await_schema(settings: Settings) -> None:
+    """Begin nothing on a schema that lacks what this version asks for; a Postgres that is away is met later."""
+    _configure_logs(settings)  # Celery has not asked for it yet
+    database = Database(settings.require_postgres(), pool_size=1)
+    try:
+        await_schema(database)
+    except ServiceUnreachable:
+        return
+    finally:
+        database.close()
 
 
 def _configure_logs(settings: Settings) -> None:

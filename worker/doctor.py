@@ -25,8 +25,8 @@ from store.documents import tally_of
 from store.health import has_dispatch_leader, postgres_version, probe_write
 from store.looks import LookBoard
 from store.presence import PresenceBoard, WorkerPresence
+from store.revisions import Revisions, schema_revisions
 from store.schedules import StoredSchedule, last_runs, schedules_of_all
-from store.schema import schema_revisions
 from store.validating import waiting_s
 from worker.celery_app import make_app
 from worker.queues import HintPublisher
@@ -84,23 +84,27 @@ def _postgres(settings: Settings) -> list[Finding]:
     try:
         with database.transaction() as session:
             version = postgres_version(session)
-            current, newest = schema_revisions(session)
+            revisions = schema_revisions(session)
             leads = has_dispatch_leader(session)
     finally:
         database.close()
     return [
         Finding("postgres", f"version {version} at {database.address}"),
-        Finding(
-            "schema",
-            f"revision {current or 'none'}",
-            "" if current == newest else f"run `stoker migrate` (newest is {newest})",
-        ),
+        Finding("schema", f"revision {revisions.current or 'none'}", _schema_remedy(revisions)),
         Finding(
             "dispatch leader",
             "leads" if leads else "none",
             "" if leads else "start a worker (`stoker worker`) or `stoker dispatch`; nothing is sent out without one",
         ),
     ]
+
+
+def _schema_remedy(revisions: Revisions) -> str:
+    if revisions.is_behind:
+        return f"run `stoker migrate` (newest is {revisions.newest})"
+    if revisions.is_ahead:
+        return f"this version knows {revisions.newest}: update it soon, it may run beside newer ones meanwhile"
+    return ""
 
 
 def _postgres_disk(settings: Settings) -> list[Finding]:

@@ -2,13 +2,16 @@
 
 What it does not see, or that it is down, costs no job. It may stop workers, which give back what they have, and
 nothing that could harm a job. Its library is an extra, so nothing but the process itself may import this module.
-Flower shows /metrics and error pages to anybody; here nothing but /healthcheck is answered without the password.
+Flower shows /metrics and error pages to anybody; here nothing but /healthcheck is answered without the password, and an
+address that guesses it is soon no longer heard.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import hmac
+import math
 import signal
 from collections.abc import Iterable
 from typing import Any
@@ -29,12 +32,14 @@ from runtime.entry import run_process
 from runtime.errors import BadInput
 from runtime.logs import get_logger
 from runtime.settings import FlowerSettings, Settings
+from store.rate_limits import RateLimits
 from worker.celery_app import make_app
 from worker.queues import DEAD_QUEUE
 
 log = get_logger(__name__)
 
 OPEN = "/healthcheck"
+ADDRESS_PREFIX = "stoker:limit:flower:"  # wrong passwords of an address, in Redis
 TASKS_KEPT = 10_000  # in memory: 30 MB of shards that ended, the newest
 # Doors of its API that could harm jobs: a time limit or a kill ends an attempt in its middle, and jobs whose attempts
 # die again and again are taken for poison; a rate limit lets engines run empty, and so does a queue that is taken away;
@@ -45,7 +50,8 @@ COLUMNS = "name,args,state,result,runtime,worker,received,uuid"
 
 def run_flower(settings: Settings) -> None:
     """Serve Flower until SIGTERM or SIGINT. Raises BadInput if nobody could enter, or its port is taken."""
-    app = make_flower(make_app(settings), settings.flower)
+    limits = None if settings.redis.url is None else RateLimits(settings.redis.url, addresses=ADDRESS_PREFIX)
+    app = make_flower(make_app(settings), settings.flower, limits=limits)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: app.io_loop.add_callback_from_signal(app.stop))
     try:
@@ -58,8 +64,11 @@ def run_flower(settings: Settings) -> None:
     app.start()
 
 
-def make_flower(celery: Celery, settings: FlowerSettings) -> GuardedFlower:
-    """Flower for an app. Raises BadInput without a password: whoever enters can stop workers."""
+def make_flower(celery: Celery, settings: FlowerSettings, *, limits: RateLimits | None = None) -> GuardedFlower:
+    """Flower for an app; without `limits` passwords may be guessed as fast as it answers.
+
+    Raises BadInput without a password: whoever enters can stop workers.
+    """
     if not settings.password:
         raise BadInput("Flower needs a password: set STOKER_FLOWER__PASSWORD; `stoker up` makes one itself")
     if ":" in settings.user or not f"{settings.user}{settings.password}".isascii():
@@ -71,7 +80,7 @@ def make_flower(celery: Celery, settings: FlowerSettings) -> GuardedFlower:
     options.tasks_columns = COLUMNS
     options.format_task = _readable
     app = GuardedFlower(options=options, capp=celery, **flower_settings)
-    app.close_doors(settings)
+    app.close_doors(settings, limits)
     return app
 
 
@@ -79,11 +88,13 @@ class GuardedFlower(Flower):  # type: ignore[misc]  # flower has no types
     """Flower that answers nobody without the password, and asks the broker for queues in the broker's own language."""
 
     _expected = b""
+    _limits: RateLimits | None = None
 
-    def close_doors(self, settings: FlowerSettings) -> None:
+    def close_doors(self, settings: FlowerSettings, limits: RateLimits | None) -> None:
         """Set who may enter, and replace what is not fit to be shown."""
         login = base64.b64encode(f"{settings.user}:{settings.password}".encode()).decode()
         self._expected = f"Basic {login}".encode()
+        self._limits = limits
         self.add_transform(Unframed)
         handlers = [
             (r"/metrics", NotFoundErrorHandler),  # of Flower's own process; ours are elsewhere and of everything
@@ -96,10 +107,25 @@ class GuardedFlower(Flower):  # type: ignore[misc]  # flower has no types
 
     def find_handler(self, request: HTTPServerRequest, **options: Any) -> Any:
         """Its handler; one that refuses for whoever does not show the password, whatever is asked for."""
-        shown = request.headers.get("Authorization", "").encode()
-        if request.path == OPEN or hmac.compare_digest(shown, self._expected):
+        if request.path == OPEN:
             return super().find_handler(request, **options)
+        shown = request.headers.get("Authorization", "").encode()
+        digest = hashlib.sha256(shown).digest()
+        wait_s = self._limits.refused_s(request.remote_ip, digest) if self._limits is not None and shown else 0.0
+        if wait_s > 0:
+            return self.get_handler_delegate(request, NotHeard, {"wait_s": wait_s})
+        if hmac.compare_digest(shown, self._expected):
+            if self._limits is not None:
+                self._limits.welcome(request.remote_ip, digest)
+            return super().find_handler(request, **options)
+        if shown:
+            self._note_failure(request.remote_ip)
         return self.get_handler_delegate(request, Refusal)
+
+    def _note_failure(self, address: str) -> None:
+        log.warning("flower_password_wrong", address=address)
+        if self._limits is not None:
+            self._limits.failed(address)
 
 
 class _DoesNothing(RequestHandler):  # type: ignore[misc]
@@ -117,6 +143,20 @@ class Refusal(_DoesNothing):
         self.set_status(401)
         self.set_header("WWW-Authenticate", 'Basic realm="Stoker\'s Flower", charset="UTF-8"')
         self.finish("a name and a password are needed: STOKER_FLOWER__USER and STOKER_FLOWER__PASSWORD\n")
+
+
+class NotHeard(_DoesNothing):
+    """429: this address showed too many wrong passwords, and whether this one is right is not said."""
+
+    def initialize(self, wait_s: float) -> None:
+        """Take how long it is not heard."""
+        self._wait_s = wait_s
+
+    def prepare(self) -> None:
+        """Say when it is heard again."""
+        self.set_status(429)
+        self.set_header("Retry-After", str(math.ceil(self._wait_s)))
+        self.finish("too many wrong passwords from this address; wait\n")
 
 
 class Closed(_DoesNothing):

@@ -14,7 +14,6 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.execute("SET LOCAL lock_timeout = '5s'")
     op.add_column('batches', sa.Column('priority', sa.Enum('high', 'normal', 'low', name='priority', native_enum=False, create_constraint=True, length=16), server_default='normal', nullable=False))
     op.add_column('batches', sa.Column('weight', sa.Float(), server_default='1', nullable=False))
     op.create_check_constraint(op.f('ck_batches_weight'), 'batches', 'weight > 0')

@@ -15,7 +15,6 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.execute("SET LOCAL lock_timeout = '5s'")
     op.create_table('collections',
     sa.Column('id', sa.BIGINT(), sa.Identity(always=False), nullable=False),
     sa.Column('tenant', sa.Text(), nullable=False),

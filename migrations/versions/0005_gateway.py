@@ -15,7 +15,6 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.execute("SET LOCAL lock_timeout = '5s'")
     op.create_table('api_keys',
     sa.Column('id', sa.Text(), nullable=False),
     sa.Column('tenant', sa.Text(), nullable=False),

@@ -15,7 +15,6 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.execute("SET LOCAL lock_timeout = '5s'")
     op.create_table('endpoints',
     sa.Column('name', sa.Text(), nullable=False),
     sa.Column('spec', postgresql.JSONB(astext_type=sa.Text()), nullable=False),

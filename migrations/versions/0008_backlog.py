@@ -13,7 +13,6 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.execute("SET LOCAL lock_timeout = '5s'")
     # Of each node: jobs that are due and have no result, and for how long the oldest one that no worker holds has waited.
     # A view is read with its owner's rights: who may read it needs no right to a table, so an autoscaler sees no prompt.
     op.execute("""

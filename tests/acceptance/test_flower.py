@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
+from store.rate_limits import WRONG_KEYS_PER_MINUTE
 from tests.acceptance.chats import prompts, write_chats
 from tests.support.own_services import free_port
 from tests.support.processes import Command, WorkerProcess, stoker
@@ -58,6 +59,7 @@ def test_flower_shows_workers_and_readable_tasks_to_who_has_the_password(env: di
             expect(page.get_by_role("row").filter(has_text="generation")).to_be_visible()
         _expect_closed_doors(port)
         _expect_no_harm(port)
+        _expect_no_guessing(port)
         flower.process.send_signal(signal.SIGTERM)
         ended = flower.wait(10)
     assert ended.returncode == 0
@@ -94,6 +96,16 @@ def _expect_closed_doors(port: int) -> None:
     assert _asked(port, "/healthcheck")[0] == 200
 
 
+def _expect_no_guessing(port: int) -> None:
+    guessing = "127.0.0.2"
+    wrong = [_asked(port, "/api/workers", address=guessing, **login(password=f"guess {n}"))[0] for n in range(40)]
+    assert set(wrong[:WRONG_KEYS_PER_MINUTE]) == {401} and wrong[-1] == 429
+    status, headers, _ = _asked(port, "/api/workers", address=guessing, **login())
+    assert status == 429 and int(headers["Retry-After"]) >= 1, "that it would have been right is not said"
+    assert _asked(port, "/api/workers", address=guessing)[0] == 401, "whoever shows none is asked for one"
+    assert _asked(port, "/api/workers", **login())[0] == 200, "another address"
+
+
 def _expect_no_harm(port: int) -> None:
     for path in (
         *(
@@ -110,8 +122,10 @@ def _expect_no_harm(port: int) -> None:
     assert _asked(port, "/api/worker/pool/grow/none", method="POST", **login())[0] == 404, "of Flower: no such worker"
 
 
-def _asked(port: int, path: str, *, method: str = "GET", **headers: str) -> tuple[int, http.client.HTTPMessage, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+def _asked(
+    port: int, path: str, *, method: str = "GET", address: str = "127.0.0.1", **headers: str
+) -> tuple[int, http.client.HTTPMessage, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10, source_address=(address, 0))
     try:
         connection.request(method, path, headers=headers)
         answer = connection.getresponse()

@@ -12,7 +12,7 @@ TERMINAL = {"completed", "failed", "expired", "cancelled"}
 
 def problems(system: System) -> list[str]:
     """Every broken promise, in words; empty when all hold."""
-    return [*_batch_problems(system), *_shard_problems(system), *_process_problems(system), *_file_problems(system)]
+    return [*batch_problems(system), *shard_problems(system), *process_problems(system), *_file_problems(system)]
 
 
 def lost_and_blamed(system: System) -> tuple[int, int]:
@@ -37,7 +37,7 @@ def is_over(system: System) -> bool:
     return int(rows[0][0]) == 0
 
 
-def _batch_problems(system: System) -> list[str]:
+def batch_problems(system: System) -> list[str]:
     rows = system.query("""
         SELECT b.id, b.state, b.total, b.shards_left,
           (SELECT count(*) FROM jobs j WHERE j.batch_id = b.id),
@@ -63,7 +63,7 @@ def _batch_problems(system: System) -> list[str]:
     return found
 
 
-def _shard_problems(system: System) -> list[str]:
+def shard_problems(system: System) -> list[str]:
     rows = system.query(
         "SELECT id, state, holder, lease_until FROM shards WHERE state <> 'done' AND batch_id <> ALL(%s::uuid[])",
         list(system.never_visible),
@@ -71,7 +71,7 @@ def _shard_problems(system: System) -> list[str]:
     return [f"shard {row}" for row in rows]
 
 
-def _process_problems(system: System) -> list[str]:
+def process_problems(system: System) -> list[str]:
     """Processes of dead workers, and engines beyond one a worker."""
     with suppress(AssertionError):  # listed below, with what runs
         wait_until(lambda: not any(worker.processes() for worker in system.dead), 15, "dead workers leave no process")

@@ -169,14 +169,23 @@ def kill_all(processes: list[SeenProcess], number: int = signal.SIGKILL) -> None
 @contextmanager
 def running_system(*, job_s: float, in_flight: int, shard_jobs: int) -> Iterator[System]:
     """Services, workers and beat, ready; ended with the block."""
+    with served_system(job_s=job_s, in_flight=in_flight, shard_jobs=shard_jobs) as system:
+        database = Database(system.postgres.url)
+        migrate(database)
+        database.close()
+        system.start_workers()
+        system.start_beat()
+        yield system
+
+
+@contextmanager
+def served_system(*, job_s: float, in_flight: int, shard_jobs: int) -> Iterator[System]:
+    """Services of its own, with no schema and no process yet; whatever is started is ended with the block."""
     with ExitStack() as stack:
         folder = stack.enter_context(server_folder())
         rabbitmq = stack.enter_context(OwnRabbitMQ(folder / "rabbitmq"))
         postgres = stack.enter_context(OwnPostgres(folder / "postgres"))
         redis = stack.enter_context(OwnRedis(folder / "redis"))
-        database = Database(postgres.url)
-        migrate(database)
-        database.close()
         env = install(folder, journal=folder / "journal", latency_s=job_s) | {
             "STOKER_POSTGRES__URL": postgres.url,
             "STOKER_BROKER__URL": rabbitmq.url,
@@ -191,6 +200,4 @@ def running_system(*, job_s: float, in_flight: int, shard_jobs: int) -> Iterator
         }
         system = System(folder, postgres, redis, rabbitmq, env, Journal(folder / "journal"))
         stack.callback(system.end)
-        system.start_workers()
-        system.start_beat()
         yield system

@@ -26,7 +26,8 @@ from store.batches import (
     screen,
 )
 from store.database import Database
-from store.schema import make_partitions, migrate, partition_name, schema_revisions
+from store.revisions import schema_revisions
+from store.schema import make_partitions, migrate, partition_name
 from store.shards import Claim, close, extend_leases, give_back, write_results
 from tests.support.batches import (
     LEASE_S,
@@ -257,8 +258,8 @@ def test_partitions_are_made_for_four_weeks_ahead_and_making_them_twice_is_harml
 def test_migrating_twice_is_harmless(database: Database) -> None:
     migrate(database)
     with database.transaction() as session:
-        current, newest = schema_revisions(session)
-    assert current == newest is not None
+        revisions = schema_revisions(session)
+    assert revisions.current == revisions.newest
 
 
 def test_the_migrated_schema_is_the_one_in_models(database: Database) -> None:

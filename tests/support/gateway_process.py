@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from tests.support.own_services import free_port
-from tests.support.processes import MARK, REPOSITORY, clean_environment, kill_marked, new_mark
+from tests.support.processes import MARK, REPOSITORY, code_environment, kill_marked, new_mark
 from tests.support.waiting import wait_until
 
 READY_S = 60.0
@@ -21,18 +21,19 @@ READY_S = 60.0
 class GatewayProcess:
     """`with GatewayProcess(env=env, folder=tmp_path) as gateway: gateway.url`; nothing of it runs after the block."""
 
-    def __init__(self, *, env: Mapping[str, str], folder: Path) -> None:
+    def __init__(self, *, env: Mapping[str, str], folder: Path, code: Path = REPOSITORY) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.mark = new_mark()
-        self._env = {**clean_environment(), **env, "STOKER_GATEWAY__PORT": str(self.port), MARK: self.mark}
+        self._code = code
+        self._env = {**code_environment(code), **env, "STOKER_GATEWAY__PORT": str(self.port), MARK: self.mark}
         self._log_file = folder / f"gateway-{self.mark[:4]}.log"
 
     def __enter__(self) -> Self:
         with self._log_file.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "api.server"],
-                cwd=REPOSITORY,
+                cwd=self._code,
                 env=self._env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

