@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 include engines.mk
 
-.PHONY: help demo up cache documents test test-engine chaos check format env-example dashboard compose-env \
+.PHONY: help demo up cache documents test test-engine chaos check audit format env-example dashboard compose-env \
 	bench bench-submit bench-gateway bench-tables bench-pipeline bench-growth bench-dispatch bench-order bench-break-even bench-endpoints bench-express bench-refill bench-knee bench-observability bench-takeover bench-end-to-end bench-front-end bench-cache nginx rabbitmq chromium prometheus
 
 help: ## show this list
@@ -41,6 +41,9 @@ check: .venv/.dev prometheus ## lint, types, layers, generated files, compose fi
 	} > .venv/promtool.log 2>&1 || { cat .venv/promtool.log; exit 1; }
 	@POSTGRES_PASSWORD=x RABBITMQ_PASSWORD=x REDIS_PASSWORD=x FLOWER_PASSWORD=x GRAFANA_PASSWORD=x \
 		docker-compose --env-file /dev/null --profile '*' config -q
+
+audit: .venv/.dev audit-env ## what is known against each pinned version, and secrets in the tree: asks PyPI, 2 minutes
+	@python -m tests.audit.run
 
 format: .venv/.dev ## put the code into its format
 	@ruff check --quiet --fix . ; ruff format --quiet .

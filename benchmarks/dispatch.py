@@ -1,9 +1,9 @@
 """Cost of the dispatch leader's tick as batches grow, and how long a small batch waits behind a large one.
 
-    python -m benchmarks.dispatch [--shards 10000 100000 1000000]
+    python -m benchmarks.dispatch [--shards 10000 100000 1000000] [--children 80 800]
 
-A database of its own at --postgres; shards are rows only, their jobs are not stored. Prints a table and writes
-benchmarks/results/dispatch.json.
+A database of its own at --postgres; shards are rows only, their jobs are not stored. Last the same with more children
+than CHILDREN, whose window is as long. Prints a table and writes benchmarks/results/dispatch.json.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from store.schema import migrate
 from store.shards import claim_next
 
 CHILDREN = 8
+WIDE_SHARDS = 100_000  # where there are more children
 TICKS = 300
 
 
@@ -52,17 +53,16 @@ def main() -> None:
     parser.add_argument("--postgres", default="postgresql://postgres@127.0.0.1:5432")
     parser.add_argument("--redis", default="redis://127.0.0.1:6379/14")
     parser.add_argument("--shards", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--children", type=int, nargs="*", default=[80, 800])
     options = parser.parse_args()
-    rows = []
-    for shards in options.shards:
-        for done_share in (0.0, 0.9):
-            rows.append(_measured(options, shards=shards, done_share=done_share))
-            Console(stderr=True).print(rows[-1])
-    _print(rows)
-    keep("dispatch", {"made_with": made_with(), "children": CHILDREN, "rows": rows})
+    sizes = [(shards, done_share, CHILDREN) for shards in options.shards for done_share in (0.0, 0.9)]
+    rows = [_measured(options, *size) for size in sizes]
+    wide = [_measured(options, WIDE_SHARDS, 0.0, children) for children in options.children]
+    _print(rows + wide)
+    keep("dispatch", {"made_with": made_with(), "children": CHILDREN, "rows": rows, "more_children": wide})
 
 
-def _measured(options: argparse.Namespace, *, shards: int, done_share: float) -> dict[str, Any]:
+def _measured(options: argparse.Namespace, shards: int, done_share: float, children: int) -> dict[str, Any]:
     name = f"stoker_bench_{uuid4().hex[:8]}"
     url = make_url(options.postgres)
     with psycopg.connect(libpq_url(url.set(database="postgres")), autocommit=True) as admin:
@@ -70,20 +70,22 @@ def _measured(options: argparse.Namespace, *, shards: int, done_share: float) ->
         database = Database(libpq_url(url.set(database=name)))
         try:
             migrate(database)
-            return _rows_of(database, options.redis, shards=shards, done_share=done_share)
+            found = _row_of(database, options.redis, shards=shards, done_share=done_share, children=children)
+            Console(stderr=True).print(found)
+            return found
         finally:
             database.close()
             admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
-def _rows_of(database: Database, redis_url: str, *, shards: int, done_share: float) -> dict[str, Any]:
+def _row_of(database: Database, redis_url: str, *, shards: int, done_share: float, children: int) -> dict[str, Any]:
     big = _store(database, "big", shards=shards)
     board = PresenceBoard(redis_url)
-    board.announce(WorkerPresence(name="bench", children=CHILDREN, models=["m"], engine="none", healthy=True))
+    board.announce(WorkerPresence(name="bench", children=children, models=["m"], engine="none", healthy=True))
     dispatcher = Dispatcher(database, CountingBroker(), board, Settings.model_construct())
     dispatcher.tick()
     _finish_first(database, big, count=int(shards * done_share))
-    fills = [_timed(dispatcher.fill_window, lambda: _claim_some(database)) for _ in range(TICKS)]
+    fills = [_timed(dispatcher.fill_window, lambda: _claim_some(database, children=children)) for _ in range(TICKS)]
     sweeps = [_timed(dispatcher.sweep, lambda: None) for _ in range(20)]
     small = _store(database, "small", shards=2)
     dispatcher.fill_window()
@@ -99,6 +101,7 @@ def _rows_of(database: Database, redis_url: str, *, shards: int, done_share: flo
     return {
         "shards": shards,
         "done_share": done_share,
+        "children": children,
         "fill_ms_median": round(statistics.median(fills) * 1000, 2),
         "fill_ms_p99": round(sorted(fills)[int(len(fills) * 0.99)] * 1000, 2),
         "sweep_ms_median": round(statistics.median(sweeps) * 1000, 2),
@@ -141,7 +144,7 @@ def _finish_first(database: Database, batch_id: UUID, *, count: int) -> None:
         )
 
 
-def _claim_some(database: Database) -> None:
+def _claim_some(database: Database, *, children: int) -> None:
     """Two children end their shards and claim the next; as many run as there are children."""
     with database.transaction() as session:
         session.execute(
@@ -149,7 +152,7 @@ def _claim_some(database: Database) -> None:
             UPDATE shards SET state = 'done', done = 64 WHERE id IN (
                 SELECT id FROM shards WHERE state = 'running' ORDER BY id LIMIT greatest(0, :surplus + (
                     SELECT count(*) FROM shards WHERE state = 'running')))"""),
-            {"surplus": 2 - CHILDREN},
+            {"surplus": 2 - children},
         )
         for _ in range(2):
             claim_next(session, holder="bench", lease_s=600.0)

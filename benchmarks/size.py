@@ -3,7 +3,7 @@
 Two batches of half of them each, whose rows lie in the partitions of two weeks; shards as `stoker submit` cuts them
 where no worker is known. One worker on an endpoint that answers at once, so that all there is to see is ours. Services
 of its own: Postgres 18 on the disk with the settings of docker-compose.yml, pg_stat_statements and auto_explain.
-About 60 GB of disk and 90 minutes on two cores. Writes benchmarks/results/size.json, after each phase what there is.
+About 35 GB of disk and two hours on two cores. Writes benchmarks/results/size.json, after each phase what there is.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ JOBS: Final = 10_000_000
 SAMPLES: Final = 50  # of a run, about
 POLL_S: Final = 1.0
 LONGEST_PAUSE_S: Final = 60.0  # between samples
-NEEDED_BYTES_A_JOB: Final = 5_000  # tables, WAL, a file, a download, a dump, a restore
+NEEDED_BYTES_A_JOB: Final = 3_500  # tables, WAL, a file, a download, a dump, a restore
 
 
 @dataclass(slots=True)

@@ -54,6 +54,7 @@ SHOWN: Final = (
 )
 TOP: Final = 10
 QUERY_CHARACTERS: Final = 300
+NAME_CHARACTERS: Final = 80
 PLAN_LINES: Final = 24
 _PLAN = re.compile(r"duration: ([\d.]+) ms  plan:\n((?:\t.*\n)+)")
 _STATEMENTS = """
@@ -100,6 +101,29 @@ def statements(connection: psycopg.Connection, plans: Mapping[int, dict[str, Any
         rows = connection.cursor(row_factory=dict_row).execute(_STATEMENTS.format(order=order), (TOP,)).fetchall()
         found[kind] = [_statement(row, plans) for row in rows]
     return found
+
+
+def totals(connection: psycopg.Connection) -> dict[str, dict[str, float]]:
+    """Calls, milliseconds and blocks so far of those that took the most; the difference of two samples is of between.
+
+    Blocks that a call looks at do not depend on what else the machine does.
+    """
+    rows = (
+        connection.cursor(row_factory=dict_row).execute(_STATEMENTS.format(order="total_exec_time"), (TOP,)).fetchall()
+    )
+    return {
+        " ".join(row["query"].split())[:NAME_CHARACTERS]: {
+            "calls": int(row["calls"]),
+            "ms": round(row["total_ms"], 1),
+            "blocks": int(row["hit"] + row["read"]),
+        }
+        for row in rows
+    }
+
+
+def connections(connection: psycopg.Connection) -> int:
+    """How many others have one."""
+    return int(_one(connection, "SELECT count(*) - 1 FROM pg_stat_activity WHERE backend_type = 'client backend'"))
 
 
 def tables(connection: psycopg.Connection) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from benchmarks.cores import processes, tree
 from benchmarks.legs import cpu_s_of
 from benchmarks.own_batch import TENANT
 from benchmarks.place import Place
+from benchmarks.size_postgres import connections, totals
 from scripts.local import LocalProcess
 from scripts.metrics_places import with_metrics_of
 from store.batches import batch_progress, latest_batches
@@ -89,6 +90,8 @@ class Sampler:
                 "sweeps": sweeps,
                 "sweep_s": round(sweep_s, 3),
                 "shards": dict(zip(names, shards, strict=True)),
+                "connections": connections(self._connection),
+                "statements": totals(self._connection),
                 "ms": {name: once(self._database, ask) for name, ask in self._asked.items()},
             }
         )

@@ -25,6 +25,9 @@ BOM: Final = b"\xef\xbb\xbf"
 # pyarrow makes a float of an integer beyond 64 bits without a word.
 LONG_INTEGER: Final = re.compile(rb"[:,\[]\s*-?\d{19}")
 LARGEST_INTEGER: Final = (1 << 63) - 1
+# pyarrow makes a row of a null, and where one comes first in a block it ends the process (26.0.1, SIGSEGV).
+NULL_LINE: Final = re.compile(rb"(?:\A|\n)[ \t\r]*null")
+BLANK_LINE: Final = re.compile(rb"\n[ \t\r]*\n")
 
 
 def lines_schema(file: Path) -> tuple[pa.Schema, int]:
@@ -74,7 +77,7 @@ def _extended(file: Path, first_line: int, block: bytes, *, known: pa.Schema) ->
     try:
         if not block.isascii():
             block.decode()
-        table = _table(block)
+        table = _objects(block)
         schema = _with(known, table.schema)
     except UnicodeDecodeError as error:
         line = first_line + block.count(b"\n", 0, error.start)
@@ -83,12 +86,26 @@ def _extended(file: Path, first_line: int, block: bytes, *, known: pa.Schema) ->
         ) from error
     except (pa.ArrowException, Unlike) as error:
         raise _first_bad_line(file, first_line, block, known=known) from error
-    lines = block.count(b"\n")
-    if table.num_rows != lines and table.num_rows != sum(1 for line in block.split(b"\n") if line.strip()):
+    if table.num_rows != _lines_in(block):
         raise _first_bad_line(file, first_line, block, known=known)
     if any(_beyond_64_bits(chunk) for column in table.columns for chunk in column.chunks):
         _check_integers(file, first_line, block)
     return schema, table.num_rows
+
+
+def _objects(block: bytes) -> pa.Table:
+    """As _table, of lines whose types are not known yet. Raises ArrowInvalid for one that is null."""
+    if NULL_LINE.search(block):
+        raise pa.ArrowInvalid("a line is null")
+    return _table(block)
+
+
+def _lines_in(block: bytes) -> int:
+    """How many are not blank."""
+    text = block.removesuffix(b"\n")
+    if not text[:1].strip() or not text[-1:].strip() or BLANK_LINE.search(text):
+        return sum(1 for line in text.split(b"\n") if line.strip())
+    return text.count(b"\n") + 1
 
 
 def _with(known: pa.Schema, found: pa.Schema) -> pa.Schema:
@@ -120,7 +137,7 @@ def _first_bad_line(file: Path, first_line: int, block: bytes, *, known: pa.Sche
         if not isinstance(json.loads(lines[good]), dict):
             return BadInput(f"{place} is no JSON object{_remedy(lines[good])}")
         _with(_with(known, _table(b"\n".join(lines[:good]) + b"\n").schema), _table(lines[good]).schema)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of a number with more digits than Python reads
         return BadInput(f"{place} is no JSON ({error}){_remedy(lines[good])}")
     except Unlike as error:
         return BadInput(f"{place}: {_of_two_types(error)}")
@@ -132,7 +149,7 @@ def _first_bad_line(file: Path, first_line: int, block: bytes, *, known: pa.Sche
 def _fits(lines: list[bytes], *, known: pa.Schema) -> bool:
     """Whether each line is one object, of the same types as the others and as `known`."""
     try:
-        table = _table(b"\n".join(lines))
+        table = _objects(b"\n".join(lines))
         _with(known, table.schema)
     except (pa.ArrowException, Unlike):
         return False

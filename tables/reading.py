@@ -81,6 +81,7 @@ class Table:
         for file in self.files:
             with _translated(file, self.kind):
                 for read in _read(file, self.kind, wanted):
+                    read.validate(full=True)  # offsets beyond the buffers would be read all the same
                     for batch in _cut(read):
                         yield Batch(_conformed(batch, wanted, file).select(names))
 

@@ -55,6 +55,12 @@ WHERE n.nspname <> 'information_schema' AND n.nspname NOT LIKE 'pg\_%'
 END
     )
     [ "$found" = 0 ] || fail "the database $PGDATABASE is not empty: it has $found tables, indexes and the like"
+    others=$(in_database "$PGDATABASE" << 'END'
+SELECT string_agg(coalesce(nullif(application_name, ''), usename), ', ') FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
+END
+    )
+    [ -z "$others" ] || fail "the database $PGDATABASE is in use, stop these: $others"
     [ -n "$files" ] || return 0
     if [ ! -d "$files" ] || [ ! -w "$files" ]; then fail "$files is no folder that $(id -un 2> /dev/null || id -u) may write to"; fi
     [ -z "$(find "$files" -type f | head -n 1)" ] || fail "$files is not empty"
@@ -85,7 +91,7 @@ if [ "$(stated files)" != none ] && [ -z "$files" ]; then say "the backup has fi
 check_target
 restoring=${PGDATABASE}_restoring
 began=$(date -u +%s)
-rename "$PGDATABASE" "$restoring" || fail "the database could not be renamed; are all who use it stopped?"
+rename "$PGDATABASE" "$restoring" || fail "the database could not be renamed: its owner may, who may create databases"
 trap not_finished EXIT
 trap 'exit 1' HUP INT TERM
 

