@@ -30,7 +30,7 @@ JOB_S ?= 0.2
 chaos: .venv/.dev ## real faults on a running system: MINUTES=10 SEED= JOB_S=0.2
 	@python -m tests.chaos.run --minutes $(MINUTES) --job-s $(JOB_S) $(if $(SEED),--seed $(SEED))
 
-check: .venv/.dev prometheus ## lint, types, layers, generated files, compose file, alert rules
+check: .venv/.dev prometheus ## lint, types, layers, generated files, compose file, Kubernetes' manifests, alert rules
 	@ruff format --check --quiet . && ruff check --quiet .
 	@mypy
 	@lint-imports --no-logo > .venv/lint-imports.log || { cat .venv/lint-imports.log; exit 1; }
@@ -41,6 +41,7 @@ check: .venv/.dev prometheus ## lint, types, layers, generated files, compose fi
 	} > .venv/promtool.log 2>&1 || { cat .venv/promtool.log; exit 1; }
 	@POSTGRES_PASSWORD=x RABBITMQ_PASSWORD=x REDIS_PASSWORD=x FLOWER_PASSWORD=x GRAFANA_PASSWORD=x \
 		docker-compose --env-file /dev/null --profile '*' config -q
+	@python -m tests.cluster.manifests
 
 audit: .venv/.dev audit-env ## what is known against each pinned version, and secrets in the tree: asks PyPI, 2 minutes
 	@python -m tests.audit.run

@@ -8,6 +8,9 @@ from typing import Any, Final, Literal
 from fastapi import HTTPException
 from pydantic import BaseModel
 
+MESSAGE_CHARACTERS: Final = 2_000  # both may quote what was sent, which is not sent back whole
+PARAM_CHARACTERS: Final = 200
+
 ErrorKind = Literal[
     "invalid_request_error",
     "authentication_error",
@@ -86,8 +89,14 @@ class ApiError(HTTPException):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        message = _cut(message, MESSAGE_CHARACTERS)
         super().__init__(status_code, message, dict(headers or {}))
-        self.answer = ErrorAnswer(error=ErrorBody(message=message, type=kind, param=param, code=code))
+        shown = None if param is None else _cut(param, PARAM_CHARACTERS)
+        self.answer = ErrorAnswer(error=ErrorBody(message=message, type=kind, param=shown, code=code))
+
+
+def _cut(text: str, characters: int) -> str:
+    return text if len(text) <= characters else text[: characters - 1] + "…"
 
 
 def not_found(what: str) -> ApiError:

@@ -10,6 +10,7 @@ from pathlib import Path
 import uvicorn
 
 from api.app import create_app
+from api.connections import BoundedHeads
 from api.gateway import Gateway
 from api.uploads import UploadSlots
 from runtime.entry import run_process
@@ -85,7 +86,7 @@ def serve(settings: Settings) -> None:
             host=settings.gateway.host,
             port=settings.gateway.port,
             loop="uvloop",
-            http="httptools",
+            http=BoundedHeads,
             log_config=None,
             access_log=False,
             server_header=False,

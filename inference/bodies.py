@@ -18,13 +18,15 @@ OUTPUT_TOKENS: Final = 256
 # What providers count for an image of high detail is 765 to 1,600; its base64 says nothing of it.
 TOKENS_PER_FILE: Final = 1000
 _BASE64: Final = b";base64,"
+# What msgspec raises for bytes; how deep JSON may be depends on the stack, so a body that was read once may be too deep.
+_UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 def model_of(body: bytes) -> str:
     """The body's `model`; "" where there is none, or no JSON."""
     try:
         return _MODEL.decode(body).model
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except _UNREADABLE:
         model = _fields(body).get("model")
         return model if isinstance(model, str) else ""
 
@@ -42,7 +44,7 @@ def addressed(body: bytes, *, model: str | None, streams: bool) -> bytes:
         changes["stream_options"] = {"include_usage": True}
     try:
         fields: dict[str, Any] = dict(_RAW_FIELDS.decode(body))
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except _UNREADABLE:
         fields = _fields(body)  # what Python's json takes and msgspec refuses, such as half of an emoji
         if not fields:
             raise Permanent("the request's body is no JSON object", code="invalid_json") from None
@@ -97,7 +99,7 @@ _ENCODER: Final = msgspec.json.Encoder()
 def _output_tokens(body: bytes) -> int:
     try:
         bounds = _BOUNDS.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except _UNREADABLE:
         return OUTPUT_TOKENS
     if len(bounds.input) and not len(bounds.messages) and bounds.max_output_tokens is None:
         return 0
@@ -112,7 +114,7 @@ def _prompts_in(prompt: msgspec.Raw) -> int:
         return 1
     try:
         return max(len(_PROMPTS.decode(prompt)), 1)
-    except msgspec.MsgspecError:  # token ids: one text, or lists of them, which are rare
+    except _UNREADABLE:  # token ids: one text, or lists of them, which are rare
         return 1
 
 

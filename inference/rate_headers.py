@@ -17,6 +17,8 @@ from models.endpoints import RatesSeen
 from runtime.clock import utc_now
 
 _MINUTE_S: Final = 60.0
+_MOST: Final = 1e15  # a number that Redis's Lua and a timedelta take; a higher one is a mistake
+_LONGEST_WISH_S: Final = 86_400.0  # quotas are of a day at the most; a longer wish is a mistake, such as an epoch
 _STARTS: Final = (b"x-ratelimit-", b"anthropic-ratelimit-", b"ratelimit")
 _UNITS_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
@@ -25,19 +27,9 @@ _PARAMETER: Final = re.compile(r";\s*([a-z]+)=(\d+)")
 
 
 def retry_after_s(answer: Answer) -> float | None:
-    """The wish in `retry-after-ms` (OpenAI, Azure) or `Retry-After` (RFC 9110: seconds or a date)."""
-    milliseconds = _number(answer.header("retry-after-ms"))
-    if milliseconds is not None:
-        return milliseconds / 1000
-    wish = answer.header("Retry-After")
-    seconds = _number(wish)
-    if seconds is not None or wish is None:
-        return seconds
-    try:
-        moment = parsedate_to_datetime(wish)
-    except (ValueError, OverflowError):
-        return None
-    return _until(moment)
+    """The wish in `retry-after-ms` (OpenAI, Azure) or `Retry-After` (RFC 9110: seconds or a date), a day at the most."""
+    wish_s = _wish_s(answer)
+    return None if wish_s is None else min(wish_s, _LONGEST_WISH_S)
 
 
 def rates_seen(answer: Answer) -> RatesSeen | None:
@@ -51,6 +43,21 @@ def rates_seen(answer: Answer) -> RatesSeen | None:
         return None
     seen = (_of_openai(said), _of_anthropic(said), _of_ietf(said))
     return next((rates for rates in seen if rates is not None), None)
+
+
+def _wish_s(answer: Answer) -> float | None:
+    milliseconds = _number(answer.header("retry-after-ms"))
+    if milliseconds is not None:
+        return milliseconds / 1000
+    wish = answer.header("Retry-After")
+    seconds = _number(wish)
+    if seconds is not None or wish is None:
+        return seconds
+    try:
+        moment = parsedate_to_datetime(wish)
+    except (ValueError, OverflowError):
+        return None
+    return _until(moment)
 
 
 def _of_openai(said: Mapping[str, str]) -> RatesSeen | None:
@@ -105,7 +112,8 @@ def _three(said: Mapping[str, str], pattern: str) -> tuple[int | None, int | Non
 
 def _parameters(field: str) -> dict[str, int]:
     """Of the first item of a structured field."""
-    return {name: int(value) for name, value in _PARAMETER.findall(field.partition(",")[0])}
+    found = {name: _count(value) for name, value in _PARAMETER.findall(field.partition(",")[0])}
+    return {name: count for name, count in found.items() if count is not None}
 
 
 def _duration_s(text: str | None) -> float | None:
@@ -113,7 +121,7 @@ def _duration_s(text: str | None) -> float | None:
     if not text:
         return None
     if _DURATION.fullmatch(text):
-        return sum(float(number) * _UNITS_S[unit] for number, unit in _PART.findall(text))
+        return _bounded(sum(float(number) * _UNITS_S[unit] for number, unit in _PART.findall(text)))
     seconds = _number(text)
     if seconds is not None:
         return seconds
@@ -142,4 +150,8 @@ def _number(text: str | None) -> float | None:
         number = float(text or "")
     except ValueError:
         return None
-    return max(0.0, number) if math.isfinite(number) else None
+    return _bounded(number)
+
+
+def _bounded(number: float) -> float | None:
+    return max(0.0, number) if math.isfinite(number) and number <= _MOST else None

@@ -76,7 +76,7 @@ def _said(body: bytes) -> tuple[set[str], str]:
     """(codes in lower case, message) of an error in any of the forms that servers use."""
     try:
         refusal = _REFUSAL.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return set(), body[:_SIZE_READ].decode(errors="replace")
     error = refusal.error
     if isinstance(error, _Error):

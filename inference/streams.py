@@ -6,6 +6,7 @@ Pure functions of bytes. What the pieces hold beside the fields that are known h
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -19,6 +20,7 @@ _GROWING: Final = frozenset({"refusal", "reasoning_content", "reasoning", "argum
 _LISTS_BY_INDEX: Final = frozenset({"tool_calls"})
 _OWN_FIELDS: Final = frozenset({"choices", "usage", "error"})  # of a piece: all other are the answer's
 _OBJECTS: Final = {"chat.completion.chunk": "chat.completion"}
+_STATUS: Final = re.compile(r"[45]\d\d(\.0)?", re.ASCII)  # some servers write it as text, or as a float
 _STATUS_OF_TYPES: Final = {
     "rate_limit": 429,
     "insufficient_quota": 429,
@@ -236,9 +238,8 @@ def _status_of(error: Any) -> int:
         return 500
     words = [error.get(name) for name in ("status", "status_code", "code", "type")]
     for word in words:
-        number = int(word) if isinstance(word, int | float) or (isinstance(word, str) and word.isdecimal()) else 0
-        if 400 <= number < 600:
-            return number
+        if _STATUS.fullmatch(str(word)):
+            return int(float(word))
     said = " ".join(word.lower() for word in words if isinstance(word, str))
     return next((status for kind, status in _STATUS_OF_TYPES.items() if kind in said), 500)
 

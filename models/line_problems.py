@@ -23,7 +23,7 @@ SHOWN_CHARACTERS = 60
 
 _LIMIT_RULE = "must be a whole number of at least 1; left out, --max-output-tokens stands for it"
 _BODY_RULES = {
-    "model": "must be a non-empty string: name a model in the line, or submit with --model NAME",
+    "model": r"must be a non-empty string without \u0000: name a model in the line, or submit with --model NAME",
     "messages": "must be a non-empty list of objects, each with a `role` that is a string",
     "prompt": "must be a string or a non-empty list",
     "input": "must be a string or a non-empty list",
@@ -266,7 +266,7 @@ def _settings_shape_problem(raw: bytes, number: int) -> Problem | None:
         return Problem(number, "invalid_request", "stoker", f"is {_kind(stoker)}; write an object with any of {known}")
     for name in stoker:
         if name not in _SETTINGS_RULES:
-            field = f"stoker.{name[:SHOWN_CHARACTERS]}"
+            field = f"stoker.{_shown(name[:SHOWN_CHARACTERS])[1:-1]}"  # escaped: Postgres stores no NUL
             return Problem(number, "invalid_request", field, f"is unknown; known are {known}")
     for name, value in stoker.items():
         try:

@@ -251,6 +251,8 @@ def _checked(line: _Line, body: bytes, rules: LineRules) -> ParsedLine:
     """Raises msgspec's errors when the body breaks the rules of its endpoint."""
     is_conversation = line.stoker is not None and line.stoker.turns is not None
     fields = _decode_conversation(body) if is_conversation else _decode_body[line.url](body)
+    if "\0" in fields.model:
+        raise msgspec.ValidationError("Holds NUL - at `$.model`")
     cache = rules.cache
     output_tokens, may_share = 0, cache is not _OFF
     kind = type(fields)

@@ -65,10 +65,15 @@ class AnswerSchema:
         except _TooLong:
             return f"takes more than {MOST_STEPS:,} steps to check; ask for less at once, or simplify the schema"
         except (ValueError, RecursionError, Unresolvable) as error:  # the last one is the schema's
-            return str(error)[:SHOWN_CHARACTERS]
+            return _shown(str(error))
         finally:
             _STEPS.reset(steps)
-        return None if found is None else f"{found.json_path}: {found.message}"[:SHOWN_CHARACTERS]
+        return None if found is None else _shown(f"{found.json_path}: {found.message}")
+
+
+def _shown(fault: str) -> str:
+    """As a row takes it: cut, and without NUL, which an answer's names may have."""
+    return fault[:SHOWN_CHARACTERS].replace("\0", " ")
 
 
 @lru_cache(maxsize=KEPT_SCHEMAS)
@@ -190,7 +195,7 @@ def _compiled(pattern: str) -> Any:
     except re2.error as error:
         [fault] = error.args
         raise ValueError(
-            f"schema: the pattern {pattern[:SHOWN_CHARACTERS]!r} is refused ({fault.decode(errors='replace')}); "
+            f"schema: the pattern {pattern[:SHOWN_CHARACTERS]!r} is refused ({_shown(fault.decode(errors='replace'))}); "
             "write it as RE2 takes it, which has no look-around and no back-references"
         ) from error
 
@@ -218,7 +223,7 @@ class _Expansion:
         if not isinstance(reference := part.get("$ref"), str):
             return size
         if reference in above:
-            raise ValueError(f"schema: {reference[:SHOWN_CHARACTERS]} refers to itself; write its levels out")
+            raise ValueError(f"schema: {reference[:SHOWN_CHARACTERS]!r} refers to itself; write its levels out")
         if reference not in self._known:
             self._known[reference] = self.of(self._referred(reference), (*above, reference))
         return size + self._known[reference]
@@ -231,7 +236,7 @@ class _Expansion:
             check_pattern(pattern)
 
     def _referred(self, reference: str) -> Any:
-        shown = reference[:SHOWN_CHARACTERS]
+        shown = repr(reference[:SHOWN_CHARACTERS])  # what a problem says can be stored: no NUL
         if not reference.startswith("#/") or "%" in reference:
             raise ValueError(f"schema: refers to {shown}, which is not fetched; put it under $defs: #/$defs/…")
         found = self._schema

@@ -53,7 +53,7 @@ def arrow_schema(file: Path) -> tuple[pa.Schema, int]:
         if _is_stream(file):
             with pa.ipc.open_stream(source) as stream:
                 schema = stream.schema
-            return schema, sum(batch.num_rows for batch in arrow_batches(file, [schema.names[0]]) if schema.names)
+            return schema, sum(batch.num_rows for batch in arrow_batches(file, schema.names[:1]))
         with pa.ipc.open_file(source) as opened:
             schema = opened.schema
             return schema, sum(batch.num_rows for batch in arrow_batches(file, schema.names[:1]))

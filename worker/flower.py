@@ -26,7 +26,7 @@ from flower.views.broker import BrokerView
 from flower.views.error import NotFoundErrorHandler
 from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.options import options
-from tornado.web import OutputTransform, RequestHandler, url
+from tornado.web import OutputTransform, RequestHandler, stream_request_body, url
 
 from runtime.entry import run_process
 from runtime.errors import BadInput
@@ -128,8 +128,12 @@ class GuardedFlower(Flower):  # type: ignore[misc]  # flower has no types
             self._limits.failed(address)
 
 
+@stream_request_body
 class _DoesNothing(RequestHandler):  # type: ignore[misc]
-    """A handler that only answers, whoever asks and from wherever."""
+    """A handler that only answers, whoever asks and from wherever, and keeps nothing of a body."""
+
+    def data_received(self, chunk: bytes) -> None:
+        """Forget it."""
 
     def check_xsrf_cookie(self) -> None:
         """Nothing to guard."""

@@ -23,6 +23,8 @@ TOKENS: Final = (
     *(b"data: ", b"data: [DONE]\n\n", b"--", b'""', b'"', b",", b":", b"{", b"}", b"[", b"]", b"0", b" ", b"\\"),
 )
 
+PARTS: Final = (b"[", b'{"a":', b"[{},", b"9", b" ", b"\n", b"\\", b'"', b"a.", b"a@", b"-", b"(", b"\xf0\x9f\x98\x80")
+
 
 def mutated(content: bytes, rng: random.Random, *, head_bytes: int, is_json: bool) -> bytes:
     """One to four changes."""
@@ -38,7 +40,9 @@ def stretched(content: bytes, rng: random.Random, *, head_bytes: int, most_bytes
     """The content with a part of it repeated until it is long: what takes time that grows faster than that shows here."""
     head, rest = content[:head_bytes], content[head_bytes:]
     start = rng.randrange(len(rest) + 1)
-    part = rest[start : start + rng.choice((1, 1, 2, 3, 8, 40, len(rest) + 1))] or b"["
+    part = rest[start : start + rng.choice((1, 1, 2, 3, 8, 40, len(rest) + 1))]
+    if not part or rng.random() < 0.2:
+        part = rng.choice(PARTS)
     times = max(1, (most_bytes - len(rest)) // len(part))
     return head + rest[:start] + part * times + rest[start:]
 

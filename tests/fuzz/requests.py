@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from python_multipart.exceptions import MultipartParseError
 
 from api.app import _as_api_error
-from api.errors import ApiError
+from api.errors import MESSAGE_CHARACTERS as SHOWN_CHARACTERS
+from api.errors import PARAM_CHARACTERS, ApiError
 from api.uploads import FIELD_BYTES, MOST_FIELDS, NAME_CHARACTERS, Upload, _Form
 from cache.keys import asks_for_one, is_deterministic, read_body
 from models.batch_requests import CreateBatch
@@ -34,7 +35,7 @@ from pipeline.forms import answer_schema
 from pipeline.validate import submit_options
 from runtime.errors import BadInput, InvalidFile, Problem
 from runtime.settings import Settings
-from tests.fuzz.target import FIELD_CHARACTERS, MESSAGE_CHARACTERS, Target, check_problem, check_text, pieces_of, strict
+from tests.fuzz.target import MESSAGE_CHARACTERS, Target, check_problem, check_text, pieces_of, strict
 
 CHAT, TEXT, EMBEDDINGS = ENDPOINTS
 SETS: Final = {"temperature": 0, "user": "someone"}
@@ -252,9 +253,8 @@ def _encoded(error: ApiError) -> None:
     """What the gateway answers with it; it can be sent, and is not as long as what was sent."""
     body = JSONResponse(error.answer.model_dump(), status_code=error.status_code).body
     told = json.loads(bytes(body))["error"]
-    assert told["message"]
-    check_text(told["message"], most=MESSAGE_CHARACTERS)
-    check_text(told["param"] or "", most=FIELD_CHARACTERS)
+    assert 0 < len(told["message"]) <= SHOWN_CHARACTERS
+    assert len(told["param"] or "") <= PARAM_CHARACTERS
 
 
 def schema(data: bytes) -> None:
@@ -264,11 +264,13 @@ def schema(data: bytes) -> None:
     try:
         form = answer_schema(text)
     except ValueError as error:
-        assert len(str(error)) <= MESSAGE_CHARACTERS
+        check_text(str(error), most=MESSAGE_CHARACTERS)
         return
     fault = form.fault(answer.decode(errors="replace"))
-    assert fault is None or 0 < len(fault) <= MESSAGE_CHARACTERS
-    if fault is None:
+    if fault is not None:
+        assert fault
+        check_text(fault, most=MESSAGE_CHARACTERS)
+    else:
         strict(answer.decode(errors="replace"))
 
 
@@ -352,6 +354,10 @@ _LINES: Final = (
     *(_line(url, body) for url, body in _BODIES),
     *(_line(CHAT, _ASKED, stoker=settings) for settings in _SETTINGS),
 )
+_FORMED: Final = {
+    **_ASKED,
+    "response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#/$defs/a", "$defs": {"a": True}}}},
+}
 _SCHEMA: Final = {
     "type": "object",
     "properties": {"a": {"$ref": "#/$defs/a"}, "b": {"type": "array", "items": {"enum": [1, "x"]}, "uniqueItems": True}},
@@ -382,7 +388,7 @@ TARGETS: Final = {
     "file": Target(
         "a batch file, refused as a whole or with its bad lines left out",
         batch_file,
-        (b"\0" + b"\n".join(_LINES[:2]), b"\2\xef\xbb\xbf" + _LINES[0] + b"\r\n\n" + _LINES[0], b"\4" + _LINES[5]),
+        (b"\0" + b"\n".join(_LINES[:2]), b"\2\xef\xbb\xbf" + _LINES[0] + b"\r\n\n" + _LINES[0], b"\4" + _line(CHAT, _FORMED)),
         s_per_mb=6.0,
     ),
     "single": Target(

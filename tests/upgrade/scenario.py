@@ -146,7 +146,7 @@ class Upgrade:
         if self.old.has_schedules:
             self._controls.append(self._stack.enter_context(self._worker("old-control", self.old, node="control")))
             file = system.write_file("scheduled", SHARD_JOBS)
-            command = ("submit", str(file), "--force")
+            command = ("submit", str(file))
             done = self.old.run("schedule", "add", "minutely", "--cron", EVERY_MINUTE, "--", *command, env=system.env)
             assert done.returncode == 0, done.stderr
 

@@ -1,4 +1,4 @@
-"""deploy/kubernetes is what it says: valid, unprivileged, without secrets, patient with workers, and as compose has it."""
+"""deploy/kubernetes: valid, unprivileged, without secrets, patient with workers, and as compose has it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,17 @@ from api.server import GRACE_S as GATEWAY_GRACE_S
 from inference.supervisor import LEFT_GRACE_S, STOP_GRACE_S
 from runtime.settings import WorkerSettings, env_example
 from scripts.kubernetes_secrets import SECRET, secret
-from tests.kubernetes.manifests import FOLDER, NO_KUSTOMIZE, OVERLAYS, VERSIONS, Manifest, built, fault_of, kustomize, pods
+from tests.cluster.manifests import (
+    FOLDER,
+    NO_KUSTOMIZE,
+    OVERLAYS,
+    VERSIONS,
+    Manifest,
+    built,
+    fault_of,
+    kustomize,
+    pods,
+)
 from tests.support.processes import REPOSITORY
 from worker.control import END_GRACE_S
 from worker.engine_hours import STOP_S
@@ -105,7 +115,9 @@ def test_no_secret_has_a_value_here(manifests: tuple[Manifest, ...]) -> None:
                     assert reference["name"] == SECRET
                     asked.add(reference["key"])
                 else:
-                    assert not re.search(r"PASSWORD|SECRET|TOKEN|API_KEY|(POSTGRES|BROKER|REDIS)__URL", variable["name"]), name
+                    assert not re.search(
+                        r"PASSWORD|SECRET|TOKEN|API_KEY|(POSTGRES|BROKER|REDIS)__URL", variable["name"]
+                    ), name
     made = secret()["stringData"]
     assert isinstance(made, dict)
     assert asked <= made.keys()
@@ -161,7 +173,9 @@ def test_what_a_manifest_names_is_there(manifests: tuple[Manifest, ...]) -> None
 
 def test_what_an_autoscaler_counts_is_not_set_by_an_apply() -> None:
     scaled = {
-        manifest["spec"]["scaleTargetRef"]["name"] for manifest in built("production") if manifest["kind"] == "ScaledObject"
+        manifest["spec"]["scaleTargetRef"]["name"]
+        for manifest in built("production")
+        if manifest["kind"] == "ScaledObject"
     }
     fixed = {
         manifest["metadata"]["name"]
@@ -207,6 +221,8 @@ def test_images_and_settings_of_servers_are_those_of_compose() -> None:
         ours = {one["name"]: one["value"] for one in container.get("env", []) if "value" in one}
         theirs = COMPOSE["services"][name].get("environment", {})
         assert ours == {key: value for key, value in theirs.items() if "$" not in str(value)}, name
+    (backup,) = pods(built("production"))["backup"]["spec"]["containers"]
+    assert backup["image"] == COMPOSE["services"]["backup"]["image"] == COMPOSE["services"]["postgres"]["image"]
     assert templates["postgres"]["spec"]["containers"][0]["args"] == COMPOSE["services"]["postgres"]["command"]
     assert templates["chroma"]["spec"]["containers"][0]["args"] == COMPOSE["services"]["chroma"]["command"]
     ours = templates["redis"]["spec"]["containers"][0]["command"][-1].replace("/run/redis/", "/tmp/")
@@ -217,7 +233,9 @@ def test_rabbitmqs_settings_are_those_of_compose() -> None:
     compose = REPOSITORY / "deploy" / "rabbitmq.conf"
     ours = FOLDER / "services" / "rabbitmq" / "rabbitmq.conf"
 
-    assert ours.read_text() == compose.read_text(), f"cp {compose} {ours}: kustomize reads no file outside of its folder"
+    assert ours.read_text() == compose.read_text(), (
+        f"cp {compose} {ours}: kustomize reads no file outside of its folder"
+    )
 
 
 def containers(template: Manifest) -> Iterator[Manifest]:

@@ -1,6 +1,6 @@
 """What deploy/kubernetes becomes: built by kustomize, and held to the schemas of Kubernetes and of custom resources.
 
-`python -m tests.kubernetes.manifests` does so for `make check`. It applies nothing to a cluster.
+`python -m tests.cluster.manifests` does so for `make check`. It applies nothing to a cluster.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def _custom_schema(api_version: str, kind: str) -> Manifest | None:
         return None
     stored = json.loads(file.read_text())
     assert stored["apiVersion"] == api_version, f"{kind} of {api_version} is not known"
-    return _strict(stored["schema"])
+    schema: Manifest = _strict(stored["schema"])
+    return schema
 
 
 def _strict(schema: Any) -> Any:
