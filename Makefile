@@ -6,8 +6,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 include engines.mk
 
-.PHONY: help demo up cache documents test test-engine chaos check audit format env-example dashboard compose-env \
-	bench bench-submit bench-gateway bench-tables bench-pipeline bench-growth bench-dispatch bench-order bench-break-even bench-endpoints bench-express bench-refill bench-knee bench-observability bench-takeover bench-end-to-end bench-front-end bench-cache nginx rabbitmq chromium prometheus
+.PHONY: help demo up cache documents test test-engine chaos upgrade check audit format env-example dashboard compose-env \
+	bench bench-submit bench-gateway bench-tables bench-pipeline bench-growth bench-size bench-dispatch bench-order bench-break-even bench-endpoints bench-express bench-refill bench-knee bench-observability bench-takeover bench-end-to-end bench-front-end bench-cache nginx rabbitmq chromium prometheus
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ MINUTES ?= 10
 JOB_S ?= 0.2
 chaos: .venv/.dev ## real faults on a running system: MINUTES=10 SEED= JOB_S=0.2
 	@python -m tests.chaos.run --minutes $(MINUTES) --job-s $(JOB_S) $(if $(SEED),--seed $(SEED))
+
+upgrade: .venv/.dev rabbitmq ## the schema migrated under load, old processes replaced by new ones: FROM=COMMIT (without: before each of the last three revisions)
+	@python -m tests.upgrade.run $(if $(FROM),--from $(FROM))
 
 check: .venv/.dev prometheus ## lint, types, layers, generated files, compose file, Kubernetes' manifests, alert rules
 	@ruff format --check --quiet . && ruff check --quiet .
@@ -104,6 +107,10 @@ prometheus: .venv/.dev
 
 rabbitmq: .venv/.dev
 	@python -m tests.support.packages rabbitmq-server
+
+JOBS ?= 10000000
+bench-size: .venv/.dev nginx rabbitmq ## ten million jobs in one Postgres, from submit to retention (two hours, 35 GB of disk): JOBS=10000000
+	@python -m benchmarks.size --jobs $(JOBS)
 
 bench-dispatch: .venv/.dev ## the dispatch leader at 10,000 to 1,000,000 shards, and who waits for whom
 	@python -m benchmarks.dispatch

@@ -17,6 +17,7 @@ HEAD_S: Final = 20.0  # from the first byte, or the connection, to the head's en
 class BoundedHeads(HttpToolsProtocol):
     """Uvicorn's protocol, which would keep a head that does not end until the memory is full."""
 
+    head_s = HEAD_S
     _unread = 0  # bytes of a head, or of what follows a body
     _late: asyncio.TimerHandle | None = None
 
@@ -56,7 +57,7 @@ class BoundedHeads(HttpToolsProtocol):
         super().on_message_complete()
 
     def _await_head(self) -> None:
-        self._late = self.loop.call_later(HEAD_S, self.transport.close)
+        self._late = self.loop.call_later(self.head_s, self.transport.close)
 
     def _stop_waiting(self) -> None:
         if self._late is not None:

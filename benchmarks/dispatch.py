@@ -1,9 +1,11 @@
 """Cost of the dispatch leader's tick as batches grow, and how long a small batch waits behind a large one.
 
-    python -m benchmarks.dispatch [--shards 10000 100000 1000000] [--children 80 800]
+    python -m benchmarks.dispatch [--shards 10000 100000 1000000]
+    python -m benchmarks.dispatch --children 8 80 800
 
-A database of its own at --postgres; shards are rows only, their jobs are not stored. Last the same with more children
-than CHILDREN, whose window is as long. Prints a table and writes benchmarks/results/dispatch.json.
+A database of its own at --postgres; shards are rows only, their jobs are not stored. With --children one batch, and
+windows for so many children instead. Prints a table and writes benchmarks/results/dispatch.json, or
+dispatch_children.json.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from store.schema import migrate
 from store.shards import claim_next
 
 CHILDREN = 8
-WIDE_SHARDS = 100_000  # where there are more children
+WIDE_SHARDS = 100_000  # of the batch with more children
 TICKS = 300
 
 
@@ -53,13 +55,16 @@ def main() -> None:
     parser.add_argument("--postgres", default="postgresql://postgres@127.0.0.1:5432")
     parser.add_argument("--redis", default="redis://127.0.0.1:6379/14")
     parser.add_argument("--shards", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--children", type=int, nargs="*", default=[80, 800])
+    parser.add_argument("--children", type=int, nargs="+", default=[])
     options = parser.parse_args()
-    sizes = [(shards, done_share, CHILDREN) for shards in options.shards for done_share in (0.0, 0.9)]
-    rows = [_measured(options, *size) for size in sizes]
-    wide = [_measured(options, WIDE_SHARDS, 0.0, children) for children in options.children]
-    _print(rows + wide)
-    keep("dispatch", {"made_with": made_with(), "children": CHILDREN, "rows": rows, "more_children": wide})
+    if options.children:
+        rows = [_measured(options, WIDE_SHARDS, 0.0, children) for children in options.children]
+        keep("dispatch_children", {"made_with": made_with(), "rows": rows})
+    else:
+        sizes = [(shards, done_share) for shards in options.shards for done_share in (0.0, 0.9)]
+        rows = [_measured(options, *size, CHILDREN) for size in sizes]
+        keep("dispatch", {"made_with": made_with(), "children": CHILDREN, "rows": rows})
+    _print(rows)
 
 
 def _measured(options: argparse.Namespace, shards: int, done_share: float, children: int) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Writes the main figures into README.md and all into docs/benchmarks.md: `python -m benchmarks.readme`."""
+"""Writes the main figures into README.md, all into docs/benchmarks.md, those of size into docs/scaling.md.
+
+python -m benchmarks.readme
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import argparse
 import re
 from pathlib import Path
 
+from benchmarks import scaling
+from benchmarks.scaling import SCALING
 from benchmarks.table import ORDER, Report, markdown, reports
 
 REPOSITORY = Path(__file__).parents[1]
@@ -21,11 +26,12 @@ something changed, ee415f0 no more than what other benchmarks wrote, which no lo
 
 
 def main() -> None:
-    """Write both."""
+    """Write all three."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     readme, whole = texts()
     README.write_text(readme)
     WHOLE.write_text(whole)
+    SCALING.write_text(scaling.text())
 
 
 def texts() -> tuple[str, str]:

@@ -44,7 +44,12 @@ def _size(report: Mapping[str, Any]) -> str:
     run, retention = report["run"], report["retention"]
     first, last = edges(run["samples"])
     rows = [
-        (f"submit of {one['rows']:,} lines", _s(one["seconds"]), f"{one['rows_per_s']:,} lines/s", f"{one['peak_mb']:.0f} MB")
+        (
+            f"submit of {one['rows']:,} lines",
+            _s(one["seconds"]),
+            f"{one['rows_per_s']:,} lines/s",
+            f"{one['peak_mb']:.0f} MB",
+        )
         for one in report["submit"]["submits"]
     ]
     rows += [
@@ -53,14 +58,26 @@ def _size(report: Mapping[str, Any]) -> str:
         ("the end of each batch: its results counted", ", ".join(f"{s:.1f}" for s in run["finish_s"]) + " s", "", ""),
     ]
     rows += [
-        (f"download of {one['rows']:,} results", _s(one["seconds"]), f"{one['rows_per_s']:,} rows/s", f"{one['peak_mb']:.0f} MB")
+        (
+            f"download of {one['rows']:,} results",
+            _s(one["seconds"]),
+            f"{one['rows_per_s']:,} rows/s",
+            f"{one['peak_mb']:.0f} MB",
+        )
         for one in report["download"]["downloads"]
     ]
     dropped, deleted, dump = retention["dropped"], retention["deleted"], report["dump"]
     rows += [
-        (f"`pg_dump {dump['options'].rpartition(' -f')[0]}`", _s(dump["seconds"]), "", f"{dump['bytes'] / 1e9:.1f} GB"),
+        (f"`pg_dump {dump['options']}`", _s(dump["seconds"]), "", f"{dump['bytes'] / 1e9:.1f} GB"),
         *(
-            [("`pg_restore -j 2` of it", _s(restored["seconds"]), f"{restored['jobs'] / restored['seconds']:,.0f} jobs/s", "")]
+            [
+                (
+                    "`pg_restore -j 2` of it",
+                    _s(restored["seconds"]),
+                    f"{restored['jobs'] / restored['seconds']:,.0f} jobs/s",
+                    "",
+                )
+            ]
             if (restored := report.get("restore"))
             else []
         ),
@@ -157,7 +174,7 @@ def _arithmetic(report: Mapping[str, Any]) -> str:
     wal = (submit["wal_bytes"] + run["wal_bytes"]) / jobs
     transactions = run["transactions"] / jobs
     connections = max(sample["connections"] for sample in run["samples"]) - 1  # the sampler's own other one
-    fills = {row["children"]: row for row in json.loads((RESULTS / "dispatch.json").read_text())["more_children"]}
+    fills = {row["children"]: row for row in json.loads((RESULTS / "dispatch_children.json").read_text())["rows"]}
     submitted = min(one["rows_per_s"] for one in submit["submits"])
     settings = report["postgres"]
     freeze_age = int(settings["autovacuum_freeze_max_age"])
@@ -166,9 +183,13 @@ def _arithmetic(report: Mapping[str, Any]) -> str:
     def row(name: str, how: str, values: Iterable[str]) -> tuple[str, ...]:
         return name, how, *values
 
-    rows = [
+    rows: list[tuple[str, ...]] = [
         row("jobs/s", "assumed", (f"{rate:,}" for *_, rate in cases)),
-        row("cores of Postgres", f"{whole['postgres']:.0f} µs a job", (_cores(rate, whole["postgres"]) for *_, rate in cases)),
+        row(
+            "cores of Postgres",
+            f"{whole['postgres']:.0f} µs a job",
+            (_cores(rate, whole["postgres"]) for *_, rate in cases),
+        ),
         row(
             "cores of all but engines",
             f"{whole['cpu_us']:.0f} µs a job",
@@ -180,7 +201,11 @@ def _arithmetic(report: Mapping[str, Any]) -> str:
             f"{transactions:.3f} a job",
             (f"{rate * transactions:,.1f}" for *_, rate in cases),
         ),
-        row("GB a day in Postgres", f"{stored / jobs:,.0f} bytes a job", (f"{rate * DAY_S * stored / jobs / 1e9:,.1f}" for *_, rate in cases)),
+        row(
+            "GB a day in Postgres",
+            f"{stored / jobs:,.0f} bytes a job",
+            (f"{rate * DAY_S * stored / jobs / 1e9:,.1f}" for *_, rate in cases),
+        ),
         row(
             f"TB at {RETENTION_DAYS} days",
             "",
@@ -199,7 +224,7 @@ def _arithmetic(report: Mapping[str, Any]) -> str:
         row("connections", f"{connections} of one worker", (f"{gpus * connections:,}" for gpus, *_ in cases)),
         row(
             "a fill of the leader's window, ms",
-            "at 8, 80, 800 children",
+            f"at {', '.join(map(str, fills))} children",
             (f"{_fill_ms(fills, gpus):.1f}" for gpus, *_ in cases),
         ),
     ]
@@ -228,8 +253,8 @@ def _load(found: Mapping[str, Any]) -> str:
 def _made(report: Mapping[str, Any]) -> str:
     made, settings = report["made_with"], report["postgres"]
     return (
-        f"On {made['cores']} cores of an {made['cpu']}, {made['date']}, commit {made['commit']}, beside other work; Postgres "
-        f"{settings['server_version']} on the disk, shared_buffers {settings['shared_buffers']}, max_wal_size "
+        f"On {made['cores']} cores of an {made['cpu']}, {made['date']}, commit {made['commit']}, beside other work; "
+        f"Postgres {settings['server_version']} on the disk, shared_buffers {settings['shared_buffers']}, max_wal_size "
         f"{settings['max_wal_size']}, fsync {settings['fsync']}; RabbitMQ {report['servers']['rabbitmq']}."
     )
 

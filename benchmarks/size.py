@@ -1,7 +1,7 @@
 """Ten million jobs in one Postgres: submit, run, ask, download, dump, retention: `python -m benchmarks.size`.
 
-Two batches of half of them each, whose rows lie in the partitions of two weeks; shards as `stoker submit` cuts them
-where no worker is known. One worker on an endpoint that answers at once, so that all there is to see is ours. Services
+Two batches of half of them each, whose rows lie in the partitions of two weeks; shards of --shard jobs, by default as
+large as `stoker submit` cuts them for a worker that is as fast. One worker on an endpoint that answers at once, so that all there is to see is ours. Services
 of its own: Postgres 18 on the disk with the settings of docker-compose.yml, pg_stat_statements and auto_explain.
 About 35 GB of disk and two hours on two cores. Writes benchmarks/results/size.json, after each phase what there is.
 """
@@ -29,6 +29,7 @@ from benchmarks.place import Place, own_place
 from benchmarks.size_report import rows
 from benchmarks.size_samples import Sampler, asked
 from benchmarks.static_endpoint import MODEL, StaticEndpoint
+from pipeline.pace import MOST_JOBS
 from runtime.clock import WEEK, utc_now
 from runtime.settings import Settings, environment_of
 from scripts.local import LocalProcess, local_worker
@@ -73,6 +74,7 @@ def main() -> None:
     """Measure phase by phase, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=JOBS)
+    parser.add_argument("--shard", type=int, default=MOST_JOBS, help="jobs of a shard")
     parser.add_argument("--explain-ms", type=int, default=100, help="statements that take longer show their plans")
     options = parser.parse_args()
     server = size_postgres.server_settings(explain_ms=options.explain_ms)
@@ -107,11 +109,12 @@ def finish(run: Run, parser: argparse.ArgumentParser, options: argparse.Namespac
     keep_run("size", run.report, parser, options)
 
 
-def prepared(place: Place, endpoint: StaticEndpoint) -> Place:
+def prepared(place: Place, endpoint: StaticEndpoint, *, shard_jobs: int) -> Place:
     """With the endpoint, metrics, and partitions of last week, as if the service had run then."""
     metrics = place.settings.metrics.model_copy(update={"port": free_port()})
     engine = place.settings.engine.model_copy(update={"url": endpoint.url})
-    settings = place.settings.model_copy(update={"metrics": metrics, "engine": engine})
+    shard = place.settings.shard.model_copy(update={"max_jobs": shard_jobs})
+    settings = place.settings.model_copy(update={"metrics": metrics, "engine": engine, "shard": shard})
     database = Database(settings.require_postgres(), pool_size=1)
     with database.transaction() as session:
         make_partitions(session, now=utc_now() - WEEK)

@@ -18,7 +18,7 @@ OUTPUT_TOKENS: Final = 256
 # What providers count for an image of high detail is 765 to 1,600; its base64 says nothing of it.
 TOKENS_PER_FILE: Final = 1000
 _BASE64: Final = b";base64,"
-# What msgspec raises for bytes; how deep JSON may be depends on the stack, so a body that was read once may be too deep.
+# What msgspec raises. How deep JSON may be depends on the stack: a body that was read once may be too deep elsewhere.
 _UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 

@@ -27,7 +27,7 @@ _PARAMETER: Final = re.compile(r";\s*([a-z]+)=(\d+)")
 
 
 def retry_after_s(answer: Answer) -> float | None:
-    """The wish in `retry-after-ms` (OpenAI, Azure) or `Retry-After` (RFC 9110: seconds or a date), a day at the most."""
+    """The wish in `retry-after-ms` (OpenAI, Azure) or `Retry-After` (RFC 9110: seconds or a date); a day at most."""
     wish_s = _wish_s(answer)
     return None if wish_s is None else min(wish_s, _LONGEST_WISH_S)
 

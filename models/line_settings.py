@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta, Struct
@@ -52,11 +52,13 @@ class LineSettings(Struct, frozen=True, gc=False, forbid_unknown_fields=True, om
         return self.has_steps or self.collection is not None
 
 
+UNREADABLE: Final = msgspec.ValidationError  # of read_settings, where a newer version has stored them
+
 _DECODER = msgspec.json.Decoder(LineSettings)
 
 
 def read_settings(stoker: str | bytes) -> LineSettings:
-    """The settings as they were stored."""
+    """The settings as they were stored; raises UNREADABLE if this version does not know them."""
     return _DECODER.decode(stoker)
 
 

@@ -12,19 +12,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from models.jobs import Job, JobResult, failed
-from models.line_settings import read_settings
+from models.line_settings import UNREADABLE, read_settings
 from pipeline.budgets import charge_ahead
 from pipeline.cached import ExactCache, Looked, WithPassages
 from pipeline.context import FeedContext
 from pipeline.counting import count_lookups
-from pipeline.retry import after_failure
+from pipeline.retry import after_failure, of_newer_version
 from pipeline.steps import kept_tokens
 from runtime.clock import utc_now
 from runtime.errors import LostFence, ServiceUnreachable, Transient
 from runtime.logs import get_logger
 from runtime.tracing import NOTHING, Value, span
 from store.namespaces import count_unlooked
-from store.shards import Claim, LoadedJobs
+from store.shards import Claim, LoadedJobs, Retry
 from store.steps import FinishedStep, steps_of, write_steps
 
 log = get_logger(__name__)
@@ -42,14 +42,19 @@ class Lookups:
 
     async def look_up(self, claimed: Claim, loaded: LoadedJobs) -> Looked:
         """What is known of the shard's jobs before they run."""
-        steps = await self._finished_steps(claimed, loaded.jobs)
-        ready = await self._retrieve(claimed, loaded.jobs)
+        jobs, later = _readable(loaded.jobs)
+        if later:
+            log.warning("jobs_of_newer_version", batch_id=str(claimed.batch_id), jobs=len(later), error=later[0].error)
+        steps = await self._finished_steps(claimed, jobs)
+        ready = await self._retrieve(claimed, jobs)
         with span("cache lookup") if self._context.cache is not None else NOTHING as seen:
             looked = await self._ask_caches(claimed, ready)
             if seen.is_recorded:
                 seen.set(_told(ready, looked))
         count_lookups(looked)
-        return replace(looked, results=[*ready.results, *looked.results], retrieved=ready.retrieved, steps=steps)
+        return replace(
+            looked, results=[*later, *ready.results, *looked.results], retrieved=ready.retrieved, steps=steps
+        )
 
     async def _retrieve(self, claimed: Claim, jobs: list[Job]) -> Looked:
         """The jobs that may run, with passages in the prompts of those that name a collection; and how others ended.
@@ -184,6 +189,19 @@ class Lookups:
         """Wait for the chores that are under way."""
         if self._chores is not None:
             await self._chores
+
+
+def _readable(jobs: list[Job]) -> tuple[list[Job], list[Retry]]:
+    """The jobs whose settings this version knows; what a newer one took in waits for a worker of it."""
+    readable, later = [], []
+    for job in jobs:
+        try:
+            if job.stoker:
+                read_settings(job.stoker)
+            readable.append(job)
+        except UNREADABLE as error:
+            later.append(of_newer_version(job, str(error), now=utc_now()))
+    return readable, later
 
 
 def _wants_passages(stoker: str) -> bool:

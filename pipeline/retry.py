@@ -13,6 +13,7 @@ from store.shards import Retry
 BASE_S = 1.0
 CAP_S = 60.0
 WAIT_FOR_EQUAL_S = 2.0
+WAIT_FOR_UPDATE_S = 10.0
 RETRY_AFTER_CAP_S = 900.0  # a longer wish is a mistake, such as an epoch
 
 
@@ -54,4 +55,15 @@ def waiting(job: Job, *, now: datetime) -> Retry:
         job.engine_deaths,
         not_before=now + timedelta(seconds=WAIT_FOR_EQUAL_S),
         error="waits for an equal job that runs elsewhere",
+    )
+
+
+def of_newer_version(job: Job, unknown: str, *, now: datetime) -> Retry:
+    """A look later, by a worker that knows the job's settings; no try is counted."""
+    return Retry(
+        job.seq,
+        job.tries,
+        job.engine_deaths,
+        not_before=now + timedelta(seconds=WAIT_FOR_UPDATE_S),
+        error=f"waits for a worker of the version that took it in: {unknown}"[:500],
     )

@@ -370,6 +370,37 @@ def test_a_batch_of_another_tenant_is_not_there(client: TestClient, client_of: C
     assert client.get(f"/v1/batches/{batch}").json()["status"] == "validating"
 
 
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"stoker": {"a\0": 1}}, r"stoker.a\u0000"),
+        ({"body": {"model": "m\0", "messages": [{"role": "user"}]}}, "body.model"),
+        (
+            {
+                "body": {
+                    **{"model": "m", "messages": [{"role": "user"}]},
+                    "response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "\0"}}},
+                }
+            },
+            "body.response_format",
+        ),
+    ],
+)
+def test_what_postgres_cannot_store_of_a_line_is_told_and_ends_no_validator(
+    client: TestClient, validate: Validate, more: dict[str, Any], param: str
+) -> None:
+    made = create(client, upload(client, line(**more)), stoker={"validate_answers": True}).json()
+    assert validate() == 1
+    found = client.get(f"/v1/batches/{made['id']}").json()
+    assert (found["status"], found["errors"]["data"][0]["param"]) == ("failed", param)
+
+
+def test_what_was_sent_is_not_sent_back_whole_with_an_error(client: TestClient) -> None:
+    error = create(client, "file-0", **{"x" * 100_000: 1}).json()["error"]
+    assert error["param"] == "x" * 199 + "…"
+    assert len(error["message"]) <= 2_000
+
+
 def test_the_endpoints_of_a_creation_are_those_of_lines() -> None:
     assert get_args(CreateBatch.model_fields["endpoint"].annotation) == ENDPOINTS
 

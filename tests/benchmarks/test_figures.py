@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import scaling
 from benchmarks.batch_lines import bodies, line
 from benchmarks.cores import kept_on, processes, tree, tree_cpu_s
 from benchmarks.paired import RESULTS, WRITTEN_BY_RUNS, Ratio, commit_of
@@ -83,6 +84,7 @@ def test_what_was_pinned_is_free_again_after_the_block() -> None:
 
 def test_the_figures_that_are_shown_are_those_that_are_kept() -> None:
     assert texts() == (README.read_text(), WHOLE.read_text())
+    assert scaling.text() == scaling.SCALING.read_text()
 
 
 def test_the_readme_shows_every_figure_that_falls_short() -> None:

@@ -26,7 +26,7 @@ ROOT = HOME / "debian"
 STATE = HOME / "docker"
 SUITE = "trixie"  # the first Debian whose engine (26) knows a healthcheck's start_interval
 PACKAGES = ("docker.io", "docker-cli", "containerd", "runc", "iptables", "ca-certificates")
-PROGRAMS = ("debootstrap", "unshare", "nsenter", "ip", "chroot", "mount")
+PROGRAMS = ("debootstrap", "unshare", "nsenter", "ip", "pivot_root", "mount")
 START_S = 60.0
 STOP_S = 30.0
 
@@ -40,8 +40,10 @@ for tree in sys dev; do mount --rbind "/$tree" "$0/$tree"; done
 mount -t tmpfs run "$0/run"
 cat /etc/resolv.conf > "$0/run/resolv.conf" && ln -sf /run/resolv.conf "$0/etc/resolv.conf"
 mkdir -p "$0$1" && mount --bind "$1" "$0$1"
-root=$0; shift
-exec chroot "$root" dockerd "$@"
+cd "$0"; shift
+mkdir -p before && pivot_root . before  # and not chroot: what is run in a container later would begin in this machine's root
+umount -l /before
+exec dockerd "$@"
 """
 # Images are made in this machine's own network, which the engine then leaves as it is.
 _BUILDING = ("--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false")
@@ -69,12 +71,26 @@ class Docker:
         return found
 
     def imported(self, root: Path, tag: str) -> None:
-        """Make an image of a folder."""
+        """Make an image of a Debian's folder, unless it was made of it: what is built on it is built once then."""
+        made_of = root.with_suffix(".complete").read_text().strip()
+        if self("image", "inspect", "--format", "{{.Config.Labels.made_of}}", tag, check=False).strip() == made_of:
+            return
         tar = subprocess.Popen(
-            ["tar", "-C", str(root), "--exclude=./proc/*", "--exclude=./sys/*", "--exclude=./var/cache/apt/*", "-c", "."],
+            [
+                "tar",
+                "-C",
+                str(root),
+                "--exclude=./proc/*",
+                "--exclude=./sys/*",
+                "--exclude=./var/cache/apt/*",
+                "-c",
+                ".",
+            ],
             stdout=subprocess.PIPE,
         )
-        subprocess.run([self._program, "import", "-", tag], env=self.env, stdin=tar.stdout, check=True, capture_output=True)
+        subprocess.run(
+            [self._program, "import", "-", tag], env=self.env, stdin=tar.stdout, check=True, capture_output=True
+        )
         assert tar.wait() == 0
 
 
@@ -122,7 +138,15 @@ def engine(*, building: bool) -> Iterator[Docker]:
     STATE.mkdir(parents=True, exist_ok=True)
     socket, log = STATE / "docker.sock", HOME / "dockerd.log"
     socket.unlink(missing_ok=True)
-    options = ["-H", f"unix://{socket}", "--data-root", str(STATE / "data"), "-l", "warn", *(_BUILDING if building else ())]
+    options = [
+        "-H",
+        f"unix://{socket}",
+        "--data-root",
+        str(STATE / "data"),
+        "-l",
+        "warn",
+        *(_BUILDING if building else ()),
+    ]
     child = spawn(
         ["unshare", "--mount", "--propagation", "private", "sh", "-c", _START, str(ROOT), str(REPOSITORY), *options],
         env=dict(os.environ),
@@ -140,6 +164,17 @@ def engine(*, building: bool) -> Iterator[Docker]:
 
 def in_namespaces(module: str, *words: str) -> int:
     """Run a module in network, mount and process namespaces of its own; its exit code. What it began ends with it."""
-    command = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, "-m", module]
+    command = [
+        "unshare",
+        "--net",
+        "--mount",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "--mount-proc",
+        sys.executable,
+        "-m",
+        module,
+    ]
     child = spawn([*command, *words], env=dict(os.environ), log=None, session=False, death_signal=signal.SIGKILL)
     return child.wait()

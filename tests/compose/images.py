@@ -70,11 +70,17 @@ def _make_bases(docker: Docker) -> None:
     link = PYTHON / "usr" / "local" / "bin" / "python"
     link.unlink(missing_ok=True)
     link.symlink_to("/usr/bin/python3")
-    shutil.copy(CERTIFICATES, PYTHON / CERTIFICATES.relative_to("/"))  # this machine's, which its package index may need
+    shutil.copy(
+        CERTIFICATES, PYTHON / CERTIFICATES.relative_to("/")
+    )  # this machine's, which its package index may need
     (PYTHON / "etc" / "pip.conf").write_text(f"[global]\ncert = {CERTIFICATES}\n")
     for tag in base_images():
-        if tag.startswith("vllm/"):  # the worker is built beside it; at run time this machine's vLLM lies over the place
-            (PYTHON / "usr" / "local" / "lib" / "python3.11" / "dist-packages" / "vllm").mkdir(parents=True, exist_ok=True)
+        if tag.startswith(
+            "vllm/"
+        ):  # the worker is built beside it; at run time this machine's vLLM lies over the place
+            (PYTHON / "usr" / "local" / "lib" / "python3.11" / "dist-packages" / "vllm").mkdir(
+                parents=True, exist_ok=True
+            )
         docker.imported(PYTHON, tag)
     docker.imported(SERVERS, BASE)
 
@@ -84,7 +90,9 @@ def base_images() -> list[str]:
     text = DOCKERFILE.read_text()
     values = dict(re.findall(r"^ARG (\w+)=(\S+)$", text, re.MULTILINE))
     stages = set(re.findall(r"^FROM \S+ AS (\S+)$", text, re.MULTILINE))
-    sources = [re.sub(r"\$\{(\w+)\}", lambda found: values[found[1]], name) for name in re.findall(r"^FROM (\S+)", text, re.M)]
+    sources = [
+        re.sub(r"\$\{(\w+)\}", lambda found: values[found[1]], name) for name in re.findall(r"^FROM (\S+)", text, re.M)
+    ]
     return list(dict.fromkeys(name for name in sources if name not in stages))
 
 

@@ -121,6 +121,14 @@ def ending(container: dict[str, Any], events: list[dict[str, Any]]) -> Ending | 
 def events_between(docker: Docker, since: float, until: float) -> list[dict[str, Any]]:
     """What happened to containers, in order."""
     said = docker(
-        "events", "--since", f"{since:.3f}", "--until", f"{until:.3f}", "--filter", "type=container", "--format", "{{json .}}"
+        "events",
+        "--since",
+        f"{since:.3f}",
+        "--until",
+        f"{until:.3f}",
+        "--filter",
+        "type=container",
+        "--format",
+        "{{json .}}",
     )
     return [json.loads(line) for line in said.splitlines()]

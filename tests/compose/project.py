@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,7 @@ FOLDER = HOME / "project"
 COPIED = ("docker-compose.yml", "deploy", "examples", "scripts/compose_env.py")
 PROFILES = ("cpu", "gpu", "observability", "cli")
 VLLM = REPOSITORY / ".venv-vllm" / "lib"
-# No GPU is asked for, and vLLM for CPUs of this machine's environment lies where the image has vLLM.
-WITHOUT_GPU = {"deploy": {"resources": {"reservations": {"devices": []}}}}
+# There vLLM for CPUs of this machine's environment lies, in place of the image's.
 DIST_PACKAGES = "/usr/local/lib/python3.11/dist-packages"
 
 
@@ -74,18 +74,24 @@ def project(docker: Docker) -> Iterator[Project]:
             shutil.copytree(source, target, ignore=shutil.ignore_patterns(".env*"))
         else:
             shutil.copy(source, target)
-    (FOLDER / "dry.yml").write_text(yaml.safe_dump({"services": {"worker-gpu": _gpu_stand_in()}}))
+    (FOLDER / "dry.yml").write_text(yaml.safe_dump({"services": _changes()}))
     run([sys.executable, "scripts/compose_env.py"], env=dict(os.environ), folder=FOLDER)
     with (FOLDER / "deploy" / ".env").open("a") as file:
         file.write(f"CHECKPOINTS={REPOSITORY / '.checkpoints'}\n")
     made = Project(docker)
+    made("down", "--volumes", "--timeout", "1")  # what a run that was killed has left has other passwords
     try:
         yield made
     finally:
         made("down", "--volumes", "--timeout", "10", check=False)
 
 
-def _gpu_stand_in() -> dict[str, Any]:
+def _changes() -> dict[str, Any]:
+    """What this machine cannot give: a GPU, and more open files than its own limit."""
     packages = next(iter(sorted(VLLM.glob("python3.11/site-packages"))), None)
     volumes = [] if packages is None else [f"{packages}:{DIST_PACKAGES}:ro"]
-    return {**WITHOUT_GPU, "volumes": volumes}
+    most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return {
+        "worker-gpu": {"deploy": {"resources": {"reservations": {"devices": []}}}, "volumes": volumes},
+        "rabbitmq": {"ulimits": {"nofile": min(most_files, 65536)}},
+    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -17,14 +16,25 @@ from models.document_rows import Document
 from models.gateway_rows import StoredFile
 from models.schedule_rows import ScheduleRun
 from models.states import Missed, Overlap, RunState
+from runtime.clock import utc_now
 from store.budgets import lock_budgets, open_batch_budget, settle
 from store.database import Database
 from store.documents import DocumentClaim, NewDocument, add_document, claim_document, hold_document
 from store.money import lock_money, open_batch_money, state_money
 from store.schedules import ClaimedRun, NewSchedule, add_schedule, ask_run, claim_run, end_run, hold_schedule_of
 from store.shards import Claim, close, extend_leases, write_results
+from tests.conftest import empty_database
 from tests.support.backups import SCRIPTS, backed_up, command, empty_again, libpq_environment, restored, script
-from tests.support.batches import answers, chats, claimed, dispatch_all, execute, results_of, rows, shards_of, store_batch
+from tests.support.batches import (
+    answers,
+    chats,
+    claimed,
+    dispatch_all,
+    results_of,
+    rows,
+    shards_of,
+    store_batch,
+)
 from tests.support.waiting import wait_until
 
 LEASE_S = 30.0
@@ -131,10 +141,10 @@ def test_every_lease_is_named_where_they_are_given_back() -> None:
     metadata = Document.metadata  # of all of these: MoneyBudget, StoredFile, ScheduleRun
     assert {MoneyBudget.metadata, StoredFile.metadata, ScheduleRun.metadata} == {metadata}
     leases = {
-        f"{table.name}.{column}"
+        f"{table.name}.{column.name}"
         for table in metadata.sorted_tables
-        for column in table.columns.keys()
-        if re.fullmatch("(lease|counting|fitting|held|taken)_until", column)
+        for column in table.columns
+        if re.fullmatch("(lease|counting|fitting)_until", column.name)
     }
     assert len(leases) >= 6
     assert [one for one in leases if not re.search(r"UPDATE {}\b[^;]*\b{}\b".format(*one.split(".")), statements)] == []
@@ -150,9 +160,9 @@ def test_files_are_copied_once_and_old_backups_go(postgres_url: str, tmp_path: P
     for number in range(3):
         made.append(backed_up(postgres_url, into, files, BACKUP_KEEP="2"))
         (files / f"file-{number}").write_bytes(b"more")
-        wait_until(lambda: not _has_name_of_this_second(into), 5, "another second")
+        wait_until(lambda: not (into / f"stoker-{utc_now():%Y%m%dT%H%M%SZ}").exists(), 5, "another second")
     assert sorted(into.iterdir()) == made[1:]
-    assert sorted(os.listdir(made[2] / "files")) == ["file-0", "file-1", "file-one"]
+    assert names_in(made[2] / "files") == ["file-0", "file-1", "file-one"]
     assert (made[1] / "files" / "file-one").stat().st_ino == (made[2] / "files" / "file-one").stat().st_ino
     assert made[2].stat().st_mode & 0o077 == 0
     assert script("restore.sh", "--check", made[2], url=postgres_url).returncode == 0
@@ -160,12 +170,11 @@ def test_files_are_copied_once_and_old_backups_go(postgres_url: str, tmp_path: P
     assert (refused.returncode, refused.stderr) == (2, "restore: the backup has files: state the gateway's folder\n")
     empty_again(postgres_url)
     restored(made[2], target, url=postgres_url)
-    assert sorted(os.listdir(target)) == ["file-0", "file-1", "file-one"]
+    assert names_in(target) == ["file-0", "file-1", "file-one"]
 
 
-def _has_name_of_this_second(into: Path) -> bool:
-    now = subprocess.run(["date", "-u", "+stoker-%Y%m%dT%H%M%SZ"], capture_output=True, text=True, check=True).stdout
-    return (into / now.strip()).exists()
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def cut_manifest(backup: Path) -> None:
@@ -198,8 +207,6 @@ def leave_it(backup: Path) -> None:
 
 @pytest.fixture(scope="module")
 def made_backup(postgres_template: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.conftest import empty_database  # noqa: PLC0415
-
     with empty_database(postgres_template) as url:
         return backed_up(url, tmp_path_factory.mktemp("backups"))
 

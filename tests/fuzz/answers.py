@@ -337,12 +337,22 @@ TARGETS: Final = {
     "reply": Target(
         "a server's whole answer, or refusal",
         reply,
-        (b"\0" + _json(_CHAT), b"\3" + _json(_PARTS), b"\1" + _json(_TEXT), b"\2" + _json(_VECTORS), b"\x12" + _json(_ERROR)),
+        (
+            b"\0" + _json(_CHAT),
+            b"\3" + _json(_PARTS),
+            b"\1" + _json(_TEXT),
+            b"\2" + _json(_VECTORS),
+            b"\x12" + _json(_ERROR),
+        ),
     ),
     "stream": Target(
         "a server's answer in pieces",
         stream,
-        (_STREAM, b"data: " + _json(_ERROR) + b"\n\n", b'data: {"choices":[{"text":"a","finish_reason":"stop"}]}\r\n\r\n'),
+        (
+            _STREAM,
+            b"data: " + _json(_ERROR) + b"\n\n",
+            b'data: {"choices":[{"text":"a","finish_reason":"stop"}]}\r\n\r\n',
+        ),
         head_bytes=0,
     ),
     "http": Target(
@@ -352,13 +362,17 @@ TARGETS: Final = {
         head_bytes=4,
         is_json=False,
     ),
-    "body": Target("a request's body on its way to an endpoint", body, (b"\3" + _json(_CHAT_BODY), b"\0" + _json(_PARTS))),
+    "body": Target(
+        "a request's body on its way to an endpoint", body, (b"\3" + _json(_CHAT_BODY), b"\0" + _json(_PARTS))
+    ),
     "vectors": Target(
         "embedding jobs in one request, and the reply to them",
         vectors,
         (
-            b"\x40" + b"\n".join((b'{"model":"m","input":"a"}', b'{"model":"m","input":["b"],"encoding_format":"base64"}'))
-            + b"\n" + _json({**_VECTORS, "usage": {"prompt_tokens": 3}}),
+            b"\x40"
+            + b"\n".join((b'{"model":"m","input":"a"}', b'{"model":"m","input":["b"],"encoding_format":"base64"}'))
+            + b"\n"
+            + _json({**_VECTORS, "usage": {"prompt_tokens": 3}}),
         ),
         s_per_mb=4.0,
     ),
@@ -368,5 +382,7 @@ TARGETS: Final = {
         (b"\0" + _json(_CHAT_BODY), b"\1" + _json({"prompt": "x"}), b"\0Say {a} to {b}\nSay 1\nSay 2", b"\0-12.50e3"),
         s_per_mb=6.0,
     ),
-    "page": Target("stored JSON as the page shows it", page, (_json(_CHAT), b"[[[1e999,NaN,123456789012345678]]]"), head_bytes=0),
+    "page": Target(
+        "stored JSON as the page shows it", page, (_json(_CHAT), b"[[[1e999,NaN,123456789012345678]]]"), head_bytes=0
+    ),
 }

@@ -139,17 +139,29 @@ TARGETS: Final = {
         kinds,
         (
             *(b"\5" + _zip("[Content_Types].xml", part) for part in ("word/document.xml", "xl/workbook.xml", "ppt/a")),
-            *(b"\4%PDF-1.4\n1 0 obj\nstartxref\n9\n%%EOF", b"\0<!DOCTYPE html><html>", b"\1\xff\xfea\0,\0b\0", b"\2# a"),
+            *(
+                b"\4%PDF-1.4\n1 0 obj\nstartxref\n9\n%%EOF",
+                b"\0<!DOCTYPE html><html>",
+                b"\1\xff\xfea\0,\0b\0",
+                b"\2# a",
+            ),
         ),
         is_json=False,
     ),
     "csv": Target(
-        "CSV and TSV files", csv_file, (b"\1" + _csv(), b"\1a,b\n1,2\n3,\n", b"\0a\tb\r\n1\t2\r\n"), is_json=False, s_per_mb=6.0
+        "CSV and TSV files",
+        csv_file,
+        (b"\1" + _csv(), b"\1a,b\n1,2\n3,\n", b"\0a\tb\r\n1\t2\r\n"),
+        is_json=False,
+        s_per_mb=6.0,
     ),
     "jsonl": Target(
         "JSONL files",
         jsonl,
-        (b'{"a":1,"b":"x","c":[1,2],"d":{"e":true}}\n{"a":2.5,"b":null,"f":"2026-01-01"}\n', b"\xef\xbb\xbf{\"a\":\"\xc3\xa9\"}\n"),
+        (
+            b'{"a":1,"b":"x","c":[1,2],"d":{"e":true}}\n{"a":2.5,"b":null,"f":"2026-01-01"}\n',
+            b'\xef\xbb\xbf{"a":"\xc3\xa9"}\n',
+        ),
         head_bytes=0,
         s_per_mb=10.0,
     ),

@@ -191,9 +191,7 @@ def _read_skipping(descriptor: int, rules: LineRules) -> tuple[list[ParsedLine],
     heard: list[Problem] = []
     kept: list[ParsedLine] = []
     with _reader(descriptor, 1 << 16) as file:
-        source = SkippingBatchFile(
-            file, rules=rules, served_models=None, on_progress=None, on_skipped=heard.append
-        )
+        source = SkippingBatchFile(file, rules=rules, served_models=None, on_progress=None, on_skipped=heard.append)
         try:
             kept.extend(source)
         except InvalidFile:
@@ -360,7 +358,10 @@ _FORMED: Final = {
 }
 _SCHEMA: Final = {
     "type": "object",
-    "properties": {"a": {"$ref": "#/$defs/a"}, "b": {"type": "array", "items": {"enum": [1, "x"]}, "uniqueItems": True}},
+    "properties": {
+        "a": {"$ref": "#/$defs/a"},
+        "b": {"type": "array", "items": {"enum": [1, "x"]}, "uniqueItems": True},
+    },
     "required": ["a"],
     "$defs": {"a": {"type": "string", "pattern": "^[a-c]+$", "maxLength": 3}},
     "anyOf": [{"minProperties": 1}, {"not": {"const": None}}],
@@ -388,7 +389,11 @@ TARGETS: Final = {
     "file": Target(
         "a batch file, refused as a whole or with its bad lines left out",
         batch_file,
-        (b"\0" + b"\n".join(_LINES[:2]), b"\2\xef\xbb\xbf" + _LINES[0] + b"\r\n\n" + _LINES[0], b"\4" + _line(CHAT, _FORMED)),
+        (
+            b"\0" + b"\n".join(_LINES[:2]),
+            b"\2\xef\xbb\xbf" + _LINES[0] + b"\r\n\n" + _LINES[0],
+            b"\4" + _line(CHAT, _FORMED),
+        ),
         s_per_mb=6.0,
     ),
     "single": Target(

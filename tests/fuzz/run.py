@@ -67,7 +67,9 @@ def main() -> int:
     began = time.monotonic()
     counted = []
     for name in parsers:
-        counted.append(_fuzzed(name, (options.minutes * 60 - contract_s) / len(parsers), kept / name, seed=options.seed))
+        counted.append(
+            _fuzzed(name, (options.minutes * 60 - contract_s) / len(parsers), kept / name, seed=options.seed)
+        )
         print(table_of([asdict(counted[-1])]).splitlines()[-1], file=sys.stderr, flush=True)
     contract = _contract(contract_s, seed=options.seed) if contract_s else None
     report = {

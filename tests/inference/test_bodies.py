@@ -46,7 +46,10 @@ def test_a_body_that_only_python_reads_is_addressed_too() -> None:
     }
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"3"])
+TOO_DEEP = b'{"prompt":' + b"[" * 100_000
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"3", TOO_DEEP])
 def test_what_is_no_object_has_no_model_and_cannot_be_addressed(body: bytes) -> None:
     assert model_of(body) == ""
     assert estimated_tokens(body) >= 0

@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 
 from inference.connections import Answer
-from inference.rate_headers import rates_seen
+from inference.rate_headers import rates_seen, retry_after_s
 from inference.refusals import is_about_quota, is_about_the_key
 from models.endpoints import RatesSeen
 from runtime.clock import utc_now
@@ -41,6 +41,22 @@ def test_durations_are_read_as_they_are_written(reset: str, seconds: float | Non
 
     assert found is not None
     assert found.reset_requests_s == (None if seconds is None else pytest.approx(seconds))
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "1e308", "inf", "nan", "1e16"])
+def test_a_number_beyond_all_limits_says_nothing(number: str) -> None:
+    assert seen(x_ratelimit_limit_requests=number, x_ratelimit_reset_requests=f"{number}h") is None
+    assert retry_after_s(Answer(429, [(b"Retry-After", number.encode())], b"")) is None
+
+
+def test_more_digits_than_python_reads_say_nothing() -> None:
+    digits = "9" * 5000
+    assert seen(RateLimit=f'"x";r={digits};t=7', RateLimit_Policy=f'"x";q={digits};w={digits}') is None
+
+
+def test_a_wish_of_more_than_a_day_is_taken_for_a_day() -> None:
+    an_epoch = b"1764446400"
+    assert retry_after_s(Answer(429, [(b"Retry-After", an_epoch)], b"")) == 86_400
 
 
 def test_a_limit_of_a_day_is_not_taken_for_one_of_a_minute() -> None:
@@ -123,6 +139,7 @@ def test_a_spent_account_is_told_by_its_words(status: int, body: bytes) -> None:
         (400, error(f"cannot read the prompt: '{POOR}'")),
         (500, error(code="insufficient_quota")),
         (429, b"\xff not json"),
+        (429, b'{"error":' * 100_000),
     ],
 )
 def test_too_many_requests_or_a_prompt_about_money_is_no_spent_account(status: int, body: bytes) -> None:

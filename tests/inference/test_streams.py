@@ -184,6 +184,8 @@ def test_a_stream_without_an_end_or_a_form_is_no_answer(answer: Answer) -> None:
         ({"error": {"message": "m", "type": "overloaded_error"}}, 503),
         ({"error": {"message": "m", "type": "BadRequestError"}}, 400),
         ({"object": "error", "message": "m", "code": 400}, 400),
+        ({"error": {"message": "m", "code": 404.0}}, 404),
+        ({"error": {"message": "m", "code": "9" * 5000}}, 500),
         ({"error": "no more"}, 500),
     ],
 )
@@ -192,6 +194,10 @@ def test_an_error_in_the_stream_is_the_answer_with_its_status(error: dict[str, A
 
     assert answer.status == status
     assert json.loads(answer.body) == {"error": error.get("error", error)}
+
+
+def test_an_error_with_a_code_beyond_all_numbers_is_one_of_the_server() -> None:
+    assert whole(Answer(200, EVENTS, b'data: {"error":{"code":1e999}}\n\n')).status == 500
 
 
 def test_only_a_success_in_events_is_a_stream() -> None:

@@ -123,6 +123,13 @@ BAD_LINES = {
         "non-empty list",
     ),
     "no input": (line({"model": "m"}, url="/v1/embeddings"), "invalid_request", "body.input", "is missing"),
+    "NUL in the model": (chat(model="a\0"), "invalid_request", "body.model", r"without \u0000"),
+    "NUL in the name of a setting": (
+        chat().replace(b'"body"', rb'"stoker":{"a\u0000":1},"body"'),
+        "invalid_request",
+        r"stoker.a\u0000",
+        "is unknown",
+    ),
     "a huge number": (GOOD % BODY.replace(b"5", b'5,"top_p":1e999'), "invalid_request", "body.top_p", "at most 1"),
 }
 

@@ -189,6 +189,24 @@ def test_a_job_whose_tries_are_spent_ends_with_an_error(
     assert shards_of(database, batch_id)[0].failed == 1
 
 
+def test_a_job_with_settings_of_a_newer_version_waits_for_a_worker_of_it_and_counts_no_try(
+    database: Database, tmp_path: Path, endpoint: ScriptedEndpoint
+) -> None:
+    batch_id, _ = stored(database, tmp_path, ["newer", "plain"])
+    execute(database, """UPDATE jobs SET stoker = '{"invented_later": 1}' WHERE seq = 0""")
+    fed(database, endpoint.url)
+    assert [result.seq for result in results_of(database, batch_id)] == [1]
+    ((seq, tries, due, error),) = tries_of(database, batch_id)
+    assert (seq, tries) == (0, 0) and due > utc_now()
+    assert "waits for a worker of the version that took it in" in error and "invented_later" in error
+    assert [(shard.state, shard.crashes) for shard in shards_of(database, batch_id)] == [("pending", 0)]
+
+    execute(database, "UPDATE jobs SET stoker = NULL")  # as a newer worker reads it
+    dispatch_now(database)
+    fed(database, endpoint.url)
+    assert [result.outcome for result in results_of(database, batch_id)] == ["succeeded"] * 2
+
+
 def test_a_rejection_is_the_result_with_status_and_body(
     database: Database, tmp_path: Path, endpoint: ScriptedEndpoint
 ) -> None:

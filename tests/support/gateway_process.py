@@ -21,11 +21,13 @@ READY_S = 60.0
 class GatewayProcess:
     """`with GatewayProcess(env=env, folder=tmp_path) as gateway: gateway.url`; nothing of it runs after the block."""
 
-    def __init__(self, *, env: Mapping[str, str], folder: Path, code: Path = REPOSITORY) -> None:
+    def __init__(
+        self, *, env: Mapping[str, str], folder: Path, ready_s: float = READY_S, code: Path = REPOSITORY
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.mark = new_mark()
-        self._code = code
+        self._code, self._ready_s = code, ready_s
         self._env = {**code_environment(code), **env, "STOKER_GATEWAY__PORT": str(self.port), MARK: self.mark}
         self._log_file = folder / f"gateway-{self.mark[:4]}.log"
 
@@ -41,7 +43,7 @@ class GatewayProcess:
                 start_new_session=True,
             )
         try:
-            wait_until(self._answers, READY_S, "the gateway answers")
+            wait_until(self._answers, self._ready_s, "the gateway answers")
         except BaseException:
             print(self.log)
             self._end()

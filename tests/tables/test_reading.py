@@ -177,6 +177,27 @@ def test_a_jsonl_line_that_is_no_one_object_is_refused(tmp_path: Path, text: str
         open_table(written(tmp_path / "t.jsonl", text))
 
 
+def test_an_arrow_file_whose_offsets_lead_beyond_it_is_refused_and_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "t.arrow"
+    batch = pa.record_batch({"a": ["x", "yz"]})
+    with pa.ipc.new_file(file, batch.schema) as writer:
+        writer.write_batch(batch)
+    offsets = b"".join(number.to_bytes(4, "little") for number in (0, 1, 3))
+    content = file.read_bytes()
+    assert content.count(offsets) == 1
+    file.write_bytes(content.replace(offsets, offsets[:-1] + b"\x7f"))
+    with pytest.raises(BadInput, match="damaged"):
+        list(open_table(file).batches())
+
+
+def test_an_arrow_stream_without_columns_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "t.arrow"
+    with pa.ipc.new_stream(file, pa.schema({})) as writer:
+        writer.write_batch(pa.record_batch({}))
+    with pytest.raises(BadInput, match="has no rows"):
+        open_table(file)
+
+
 @pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n\n", "\n  ", "\n \n"])
 def test_blank_lines_of_a_jsonl_file_are_no_rows(tmp_path: Path, end: str) -> None:
     assert open_table(written(tmp_path / "t.jsonl", '\n{"a":1}\n\n{"a":null}' + end)).rows == 2

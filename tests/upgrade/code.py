@@ -31,6 +31,11 @@ class Code:
         """Whether it has control workers."""
         return (self.folder / "worker" / "beat.py").exists()
 
+    @property
+    def knows_of_others(self) -> bool:
+        """Whether it knows that a schema may be newer than itself."""
+        return (self.folder / "store" / "revisions.py").exists()
+
     def run(self, *words: str | Path, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
         """`stoker …` of this code, to its end."""
         return subprocess.run(

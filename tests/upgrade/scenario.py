@@ -83,6 +83,7 @@ class Upgrade:
         self._gateways: list[GatewayProcess] = []
         self._dispatches: list[Dispatch] = []
         self._controls: list[WorkerProcess] = []
+        self._starting: list[threading.Thread] = []
 
     def run(self) -> None:
         """All steps."""
@@ -90,14 +91,16 @@ class Upgrade:
         with self._client() as self.client:
             self._phase("old code, old schema")
             time.sleep(STEADY_S)
-            early = self._start_too_early()
+            self._see_commands(self.new, "new", "old")
+            self._start_too_early()
             self._migrate()
             self._phase("old code, new schema")
             time.sleep(STEADY_S)
             self._restart_old()
+            self._see_commands(self.old, "old", "new")
             time.sleep(STEADY_S)
             self._phase("workers, dispatch: old and new together")
-            self._see_ready(early)
+            self._see_ready()
             self._roll_first()
             time.sleep(MIXED_S)
             self._roll_rest()
@@ -142,7 +145,8 @@ class Upgrade:
         for worker in system.workers:
             self._stack.enter_context(worker)
         self._dispatches.append(Dispatch(self.old, env=system.env, folder=system.folder))
-        self._gateways.append(self._gateway(self.old))
+        gateway = GatewayProcess(env=system.env, folder=system.folder, ready_s=READY_S, code=self.old.folder)
+        self._gateways.append(self._stack.enter_context(gateway))
         if self.old.has_schedules:
             self._controls.append(self._stack.enter_context(self._worker("old-control", self.old, node="control")))
             file = system.write_file("scheduled", SHARD_JOBS)
@@ -155,19 +159,22 @@ class Upgrade:
         assert made.returncode == 0, made.stderr
         return Client(self.system, code=self.old, url=self._gateways[0].url, key=json.loads(made.stdout)["key"])
 
-    def _start_too_early(self) -> tuple[WorkerProcess, threading.Thread]:
-        """New processes before the migration: a command says what is missing, a worker waits for it."""
-        for words in (("status",), ("doctor",)):
-            done = self.new.run(*words, env=self.system.env)
-            self._note_command(f"new `stoker {words[0]}` on the old schema", done)
-            if "Traceback" in done.stderr:
-                self.problems.append(f"new `stoker {words[0]}` on the old schema: {done.stderr[-300:]}")
+    def _start_too_early(self) -> None:
+        """New processes before the migration wait for it."""
+        env, folder = self.system.env, self.system.folder
         worker = self._worker("new0", self.new)
-        thread = threading.Thread(target=self._stack.enter_context, args=[worker])
-        thread.start()
-        wait_until(lambda: worker._log_file.exists() and "schema_waits" in worker.log, READY_S, "a new worker waits")
-        self.notes.append(Note("new worker on the old schema", "logs schema_waits and takes nothing"))
-        return worker, thread
+        gateway = GatewayProcess(env=env, folder=folder, ready_s=READY_S, code=self.new.folder)
+        for part in (worker, gateway):
+            self._starting.append(threading.Thread(target=self._stack.enter_context, args=[part]))
+            self._starting[-1].start()
+        dispatch = Dispatch(self.new, env=env, folder=folder)
+        self.system.workers.append(worker)
+        self._gateways.append(gateway)
+        self._dispatches.append(dispatch)
+        wait_until(
+            lambda: all(_waits(part) for part in (worker, gateway, dispatch)), READY_S, "all of the new code waits"
+        )
+        self.notes.append(Note("new worker, gateway and dispatch on the old schema", "log schema_waits, take nothing"))
 
     def _migrate(self) -> None:
         """With the new code, while somebody reads in a long transaction."""
@@ -210,9 +217,16 @@ class Upgrade:
                 f"ready in {time.monotonic() - began:.1f} s",
             )
         )
-        for words in (("status",), ("doctor",), ("migrate",)):
-            done = self.old.run(*words, env=system.env)
-            self._note_command(f"old `stoker {words[0]}` on the new schema", done)
+
+    def _see_commands(self, code: Code, ours: str, its: str) -> None:
+        """What commands of one code say on the other's schema."""
+        words = ("status", "doctor", "migrate") if code is self.old else ("status", "doctor")
+        for word in words:
+            done = code.run(word, env=self.system.env)
+            what = f"{ours} `stoker {word}` on the {its} schema"
+            self._note_command(what, done)
+            if "Traceback" in done.stderr and code.knows_of_others:
+                self.problems.append(f"{what}: {done.stderr[-300:]}")
 
     def _note_command(self, what: str, done: subprocess.CompletedProcess[str]) -> None:
         """Its exit code, and what it says of the schema."""
@@ -220,17 +234,18 @@ class Upgrade:
         about = next((line for line in told if "revision" in line or "migrate" in line), "nothing of the schema")
         self.notes.append(Note(what, f"exit {done.returncode}; {about}"))
 
-    def _see_ready(self, early: tuple[WorkerProcess, threading.Thread]) -> None:
-        worker, thread = early
-        thread.join(READY_S)
-        assert worker.status is None and f"{worker.name} ready" in worker.log, worker.log
-        self.system.workers.append(worker)
-        self.notes.append(Note("the new worker that waited", "went on by itself after the migration"))
+    def _see_ready(self) -> None:
+        """Those that waited take part by themselves."""
+        for thread in self._starting:
+            thread.join(READY_S)
+        worker, gateway = self.system.workers[-1], self._gateways[-1]
+        assert f"{worker.name} ready" in worker.log, worker.log
+        assert "gateway_up" in gateway.log, gateway.log
+        self.notes.append(Note("those that waited", "went on by themselves after the migration"))
 
     def _roll_first(self) -> None:
-        """One old worker and the old dispatch go, by SIGTERM; the new ones are there before."""
+        """One old worker and the old dispatch go, by SIGTERM."""
         self._stop_worker(self.system.workers[0])
-        self._dispatches.append(Dispatch(self.new, env=self.system.env, folder=self.system.folder))
         self._stop("dispatch", self._dispatches[0].process)
 
     def _roll_rest(self) -> None:
@@ -248,7 +263,6 @@ class Upgrade:
 
     def _roll_gateway(self) -> None:
         assert self.client is not None
-        self._gateways.append(self._gateway(self.new))
         self.client.url, self.client.code = self._gateways[-1].url, self.new
         self._stop("gateway", self._gateways[0].process)
 
@@ -297,7 +311,9 @@ class Upgrade:
         env = {**self.system.env, "STOKER_WORKER__NODE": node}
         return WorkerProcess(name, env=env, folder=self.system.folder, ready_s=READY_S, code=code.folder)
 
-    def _gateway(self, code: Code) -> GatewayProcess:
-        return self._stack.enter_context(
-            GatewayProcess(env=self.system.env, folder=self.system.folder, code=code.folder)
-        )
+
+def _waits(part: WorkerProcess | GatewayProcess | Dispatch) -> bool:
+    try:
+        return "schema_waits" in part.log
+    except FileNotFoundError:  # its thread has not begun
+        return False

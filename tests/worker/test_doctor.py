@@ -58,3 +58,15 @@ def test_doctor_says_which_schedules_are_overdue_and_whether_anybody_runs_them(
     assert "STOKER_WORKER__CHILDREN" in late.remedy
     looks.close()
     board.close()
+
+
+def test_doctor_says_which_way_the_schema_and_this_version_differ(settings: Settings, database: Database) -> None:
+    def remedy() -> str:
+        (found,) = [finding for finding in examine(settings) if finding.what == "schema"]
+        return found.remedy
+
+    assert remedy() == ""
+    execute(database, "UPDATE alembic_version SET version_num = '0007'")
+    assert "run `stoker migrate`" in remedy()
+    execute(database, "UPDATE alembic_version SET version_num = '9999'")
+    assert "update it soon" in remedy() and "migrate" not in remedy()

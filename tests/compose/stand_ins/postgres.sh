@@ -14,4 +14,10 @@ if [ ! -s "$PGDATA/PG_VERSION" ]; then
     createdb -U "$POSTGRES_USER" "$POSTGRES_DB"
     pg_ctl -D "$PGDATA" -m fast -w stop
 fi
+# The wheel's server is built without lz4, the image's with it.
+for word in "$@"; do
+    shift
+    case $word in -cwal_compression=lz4) word=-cwal_compression=pglz ;; esac
+    set -- "$@" "$word"
+done
 exec "$@"

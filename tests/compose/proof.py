@@ -1,0 +1,202 @@
+"""The services used as a user uses them, and their power cut in the middle of a batch."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from tests.compose.project import FOLDER, Project
+from tests.support.waiting import wait_until
+
+ANSWER_S = 300.0
+BACK_S = 300.0
+SLOW_S = 120.0
+
+Step = dict[str, Any]
+
+
+def use(made: Project) -> list[Step]:
+    """What a user does with everything up, step by step: what, how it went, the seconds."""
+    return [
+        _step("`cli doctor` finds all well", lambda: _doctor(made)),
+        _step("`cli submit` of examples/prompts.jsonl, `cli results`: each line has one answer", lambda: _batch(made)),
+        _step(
+            "a key by `cli keys create`, a file and a batch through the gateway's published port",
+            lambda: _gateway(made),
+        ),
+        _step("the gateway refuses who has no key", lambda: _status("http://127.0.0.1:8080/v1/batches") == "401"),
+        _step("Flower asks for its password, and lets in who has it", lambda: _flower(made)),
+        _step("Prometheus finds every target up", _targets),
+        _step("all queues are quorum queues, with their delivery limit and dead letter queue", lambda: _queues(made)),
+        _step("Redis appends to its file", lambda: _redis(made)),
+    ]
+
+
+def cut_power(made: Project, names: Iterable[str]) -> list[Step]:
+    """kill -9 of every container at once while a batch runs: all come back by themselves, and it ends."""
+    batch = _submitted(made, "--set", "max_tokens=96", "--cache", "off")
+    before = {name: made.container(name) for name in names}
+    wait_until(lambda: _done(made, batch) > 0, ANSWER_S, "the first results")
+    done = _done(made, batch)
+    for container in before.values():
+        os.kill(container["State"]["Pid"], signal.SIGKILL)
+    return [
+        _step(
+            f"kill -9 of all {len(before)} containers with {done} of 64 jobs done: each is restarted and healthy again",
+            lambda: _are_back(made, before),
+        ),
+        _step("the batch that ran then ends, each line with one answer", lambda: _is_whole(made, batch)),
+    ]
+
+
+def _step(what: str, shows: Callable[[], object]) -> Step:
+    began = time.monotonic()
+    try:
+        outcome = shows()
+    except (AssertionError, OSError, ValueError, KeyError) as error:
+        outcome, said = False, f"{type(error).__name__}: {error}"
+    else:
+        said = outcome if isinstance(outcome, str) else ""
+    step = {"what": what, "is_well": bool(outcome), "said": said, "seconds": round(time.monotonic() - began, 1)}
+    print(f"{'ok' if step['is_well'] else '!!'} {step['seconds']:6.1f} s  {what}  {said}", flush=True)
+    return step
+
+
+def _doctor(made: Project) -> str:
+    done = made.cli("doctor", "--json")
+    faults = [found for found in json.loads(done.stdout) if found["remedy"]]
+    assert not faults, faults
+    return f"{len(json.loads(done.stdout))} findings"
+
+
+def _submitted(made: Project, *options: str) -> str:
+    done = made.cli("submit", "-", *options, stdin=(FOLDER / "examples" / "prompts.jsonl").read_bytes())
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode().split()[-1]
+
+
+def _batch(made: Project) -> str:
+    return _is_whole(made, _submitted(made))
+
+
+def _done(made: Project, batch: str) -> int:
+    shown = json.loads(made.cli("status", batch, "--json").stdout)
+    return int(shown["counts"]["completed"]) + int(shown["counts"]["failed"])
+
+
+def _is_whole(made: Project, batch: str) -> str:
+    watched = made.cli("watch", batch)
+    assert watched.returncode == 0, watched.stderr.decode()[-500:]
+    lines = [json.loads(line) for line in made.cli("results", batch).stdout.splitlines()]
+    asked = [json.loads(line)["custom_id"] for line in (FOLDER / "examples" / "prompts.jsonl").read_text().splitlines()]
+    assert sorted(line["custom_id"] for line in lines) == sorted(asked)
+    assert all(line["response"]["status_code"] == 200 for line in lines)
+    return f"{len(lines)} answers"
+
+
+def _gateway(made: Project) -> str:
+    key = made.cli("keys", "create", "--scope", "admin").stdout.decode().split()[-1]
+    done = made.cli("keys", "list")
+    assert done.returncode == 0
+    with urllib.request.urlopen(_request("http://127.0.0.1:8080/v1/models", f"Bearer {key}"), timeout=10) as answer:
+        models = [model["id"] for model in json.loads(answer.read())["data"]]
+    assert models
+    body = {"model": models[0], "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 8}
+    request = _request("http://127.0.0.1:8080/v1/chat/completions", f"Bearer {key}", body)
+    with urllib.request.urlopen(request, timeout=SLOW_S) as answer:
+        said = json.loads(answer.read())["choices"][0]["message"]["content"]
+    return f"{', '.join(models)}; a single request said {said!r}"
+
+
+def _flower(made: Project) -> bool:
+    login = base64.b64encode(f"stoker:{made.password('FLOWER_PASSWORD')}".encode()).decode()
+    url = "http://127.0.0.1:5555/workers"
+    return (_status(url), _status(url, f"Basic {login}")) == ("401", "200")
+
+
+def _targets() -> str:
+    targets: list[dict[str, Any]] = []
+
+    def are_up() -> bool:
+        with urllib.request.urlopen("http://127.0.0.1:9090/api/v1/targets", timeout=10) as answer:
+            targets[:] = json.loads(answer.read())["data"]["activeTargets"]
+        return bool(targets) and all(target["health"] == "up" for target in targets)
+
+    try:
+        wait_until(are_up, SLOW_S, "all up")
+    except AssertionError as error:
+        raise AssertionError([(one["scrapeUrl"], one["health"], one["lastError"]) for one in targets]) from error
+    return f"{len(targets)} targets of {', '.join(sorted({target['labels']['job'] for target in targets}))}"
+
+
+def _queues(made: Project) -> str:
+    said = made(
+        "exec",
+        "-T",
+        "rabbitmq",
+        "rabbitmqctl",
+        "-q",
+        "list_queues",
+        "-p",
+        "stoker",
+        "--formatter",
+        "json",
+        "name",
+        "type",
+        "durable",
+        "policy",
+        "arguments",
+    )
+    queues = [queue for queue in json.loads(said) if queue["durable"]]
+    others = [
+        queue["name"]
+        for queue in queues
+        if not str(queue["type"]).endswith("quorum_queue") and queue["type"] != "quorum"
+    ]
+    assert queues and not others, others
+    return ", ".join(sorted(queue["name"] for queue in queues))
+
+
+def _redis(made: Project) -> bool:
+    shown = made("exec", "-T", "redis", "sh", "-c", 'REDISCLI_AUTH="$REDIS_PASSWORD" redis-cli info persistence')
+    return "aof_enabled:1" in shown and "aof_last_write_status:ok" in shown
+
+
+def _are_back(made: Project, before: dict[str, dict[str, Any]]) -> str:
+    def is_back(name: str) -> bool:
+        state = made.container(name)["State"]
+        is_new = state["StartedAt"] != before[name]["State"]["StartedAt"]
+        return bool(is_new and state["Running"] and state.get("Health", {}).get("Status", "healthy") == "healthy")
+
+    missing = set(before)
+
+    def all_are() -> bool:
+        missing.difference_update([name for name in missing if is_back(name)])
+        return not missing
+
+    began = time.monotonic()
+    try:
+        wait_until(all_are, BACK_S, "all back")
+    except AssertionError as error:
+        raise AssertionError(f"not back: {sorted(missing)}") from error
+    return f"after {time.monotonic() - began:.0f} s"
+
+
+def _request(url: str, login: str | None = None, body: object = None) -> urllib.request.Request:
+    headers = {"Content-Type": "application/json", **({"Authorization": login} if login else {})}
+    return urllib.request.Request(url, headers=headers, data=None if body is None else json.dumps(body).encode())
+
+
+def _status(url: str, login: str | None = None) -> str:
+    try:
+        with urllib.request.urlopen(_request(url, login), timeout=10) as answer:
+            return str(answer.status)
+    except urllib.error.HTTPError as error:
+        return str(error.code)
