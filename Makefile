@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 include engines.mk
 
-.PHONY: help demo up cache documents test test-engine chaos upgrade check audit format env-example dashboard compose-env \
+.PHONY: help demo up cache documents test test-engine chaos upgrade fuzz check audit format env-example dashboard compose-env \
 	bench bench-submit bench-gateway bench-tables bench-pipeline bench-growth bench-size bench-dispatch bench-order bench-break-even bench-endpoints bench-express bench-refill bench-knee bench-observability bench-takeover bench-end-to-end bench-front-end bench-cache nginx rabbitmq chromium prometheus
 
 help: ## show this list
@@ -36,6 +36,7 @@ upgrade: .venv/.dev rabbitmq ## the schema migrated under load, old processes re
 check: .venv/.dev prometheus ## lint, types, layers, generated files, compose file, Kubernetes' manifests, alert rules
 	@ruff format --check --quiet . && ruff check --quiet .
 	@mypy
+	@shellcheck deploy/backup/*.sh
 	@lint-imports --no-logo > .venv/lint-imports.log || { cat .venv/lint-imports.log; exit 1; }
 	@python -c 'from runtime.settings import env_example; print(env_example(), end="")' | diff - .env.example
 	@python -m scripts.dashboard | diff - deploy/grafana/dashboards/stoker.json
@@ -46,8 +47,13 @@ check: .venv/.dev prometheus ## lint, types, layers, generated files, compose fi
 		docker-compose --env-file /dev/null --profile '*' config -q
 	@python -m tests.cluster.manifests
 
+fuzz: .venv/.dev ## our parsers and the HTTP contract under inputs that nobody would send (an hour): MINUTES=60
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes -r requirements/fuzz.txt
+	@python -m tests.fuzz.run $(if $(findstring command,$(origin MINUTES)),--minutes $(MINUTES)); code=$$?; \
+		python -m tests.fuzz.table; exit $$code
+
 audit: .venv/.dev audit-env ## what is known against each pinned version, and secrets in the tree: asks PyPI, 2 minutes
-	@python -m tests.audit.run
+	@python -m tests.audit.run; code=$$?; python -m tests.audit.table; exit $$code
 
 format: .venv/.dev ## put the code into its format
 	@ruff check --quiet --fix . ; ruff format --quiet .

@@ -33,7 +33,7 @@ from inference.engines import plan_engine
 from models.names import batch_name
 from runtime.settings import CostSettings, Settings, environment_of
 from scripts.local import local_worker
-from scripts.terminal import seconds_of
+from scripts.shown_batch import seconds_of
 from store.batches import BatchProgress
 from store.database import Database
 

@@ -15,7 +15,7 @@ from benchmarks.own_batch import ended, stored
 from benchmarks.place import as_submitted
 from runtime.settings import Settings
 from scripts.local import local_worker
-from scripts.terminal import seconds_of
+from scripts.shown_batch import seconds_of
 from store.database import Database
 
 POLL_S = 0.25

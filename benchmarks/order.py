@@ -36,7 +36,7 @@ from inference.engines import plan_engine
 from models.states import JobOrder
 from runtime.settings import Settings
 from scripts.local import local_worker
-from scripts.terminal import seconds_of
+from scripts.shown_batch import seconds_of
 from store.database import Database
 
 COMMAND: Final = "`make bench-order`"

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.paired import RESULTS
-from benchmarks.size_report import COUNTED, between, edges
+from benchmarks.size_report import COUNTED, between, edge_samples, edges, least, of
 
 SCALING: Final = Path(__file__).parents[1] / "docs" / "scaling.md"
 PARTS: Final = ("size", "tables", "statements", "arithmetic")
@@ -41,46 +41,50 @@ def text() -> str:
 
 
 def _size(report: Mapping[str, Any]) -> str:
-    run, retention = report["run"], report["retention"]
+    asked = [
+        (name, f"{took['median_ms']:.0f} ms", f"{took['most_ms']:.0f} ms")
+        for name, took in report["full"]["questions"].items()
+    ]
+    return "\n\n".join(
+        (
+            _markdown(("what", "took", "that is", "memory or bytes"), [*_in_and_through(report), *_out(report)]),
+            f"Questions about one batch of {report['jobs'] // 2:,} jobs when all had ended, five times each:",
+            _markdown(("question", "median", "most"), asked),
+            _made(report),
+        )
+    )
+
+
+def _in_and_through(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    run = report["run"]
     first, last = edges(run["samples"])
+    ends = ", ".join(f"{seconds:.1f}" for seconds in run["finish_s"])
+    load = ", ".join(f"{load:.0f}" for load in run["load"])
+    return [
+        *(
+            (f"submit of {one['rows']:,} lines", _s(one["seconds"]), _rate(one, "lines"), f"{one['peak_mb']:.0f} MB")
+            for one in report["submit"]["submits"]
+        ),
+        ("run, from the worker's start", _s(run["seconds"]), f"{run['jobs_per_s']:,} jobs/s", f"load {load}"),
+        _edge("its first tenth", first),
+        _edge("its last tenth", last),
+        ("the end of each batch: its results counted", f"{ends} s", "", ""),
+    ]
+
+
+def _out(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Downloads, the dump, its restore where it was tried, and retention."""
+    dump, dropped, deleted = report["dump"], report["retention"]["dropped"], report["retention"]["deleted"]
     rows = [
-        (
-            f"submit of {one['rows']:,} lines",
-            _s(one["seconds"]),
-            f"{one['rows_per_s']:,} lines/s",
-            f"{one['peak_mb']:.0f} MB",
-        )
-        for one in report["submit"]["submits"]
-    ]
-    rows += [
-        ("run, from the worker's start", _s(run["seconds"]), f"{run['jobs_per_s']:,} jobs/s", _load(run)),
-        *(_edge(name, found) for name, found in (("its first tenth", first), ("its last tenth", last))),
-        ("the end of each batch: its results counted", ", ".join(f"{s:.1f}" for s in run["finish_s"]) + " s", "", ""),
-    ]
-    rows += [
-        (
-            f"download of {one['rows']:,} results",
-            _s(one["seconds"]),
-            f"{one['rows_per_s']:,} rows/s",
-            f"{one['peak_mb']:.0f} MB",
-        )
+        (f"download of {one['rows']:,} results", _s(one["seconds"]), _rate(one, "rows"), f"{one['peak_mb']:.0f} MB")
         for one in report["download"]["downloads"]
     ]
-    dropped, deleted, dump = retention["dropped"], retention["deleted"], report["dump"]
-    rows += [
-        (f"`pg_dump {dump['options']}`", _s(dump["seconds"]), "", f"{dump['bytes'] / 1e9:.1f} GB"),
-        *(
-            [
-                (
-                    "`pg_restore -j 2` of it",
-                    _s(restored["seconds"]),
-                    f"{restored['jobs'] / restored['seconds']:,.0f} jobs/s",
-                    "",
-                )
-            ]
-            if (restored := report.get("restore"))
-            else []
-        ),
+    rows.append((f"`pg_dump {dump['options']}`", _s(dump["seconds"]), "", f"{dump['bytes'] / 1e9:.1f} GB"))
+    if restored := report.get("restore"):
+        rate = f"{restored['jobs'] / restored['seconds']:,.0f} jobs/s, results included"
+        rows.append(("`pg_restore -j 2` of it", _s(restored["seconds"]), rate, ""))
+    return [
+        *rows,
         (
             f"retention: {dropped['rows']:,} rows of last week, dropped",
             _s(dropped["seconds"]),
@@ -90,22 +94,14 @@ def _size(report: Mapping[str, Any]) -> str:
         (
             f"retention: {deleted['rows']:,} rows of this week, deleted",
             _s(deleted["seconds"]),
-            f"{deleted['rows_per_s']:,} rows/s",
-            f"WAL {deleted['wal_bytes'] / 1e6:,.0f} MB; VACUUM {_s(deleted['vacuum_s'])}",
+            _rate(deleted, "rows"),
+            f"WAL {deleted['wal_bytes'] / 1e6:,.0f} MB; then a VACUUM of {_s(deleted['vacuum_s'])}",
         ),
     ]
-    asked = [
-        (name, f"{took['median_ms']:.0f} ms", f"{took['most_ms']:.0f} ms")
-        for name, took in report["full"]["questions"].items()
-    ]
-    return "\n\n".join(
-        (
-            _markdown(("what", "took", "that is", "memory or bytes"), rows),
-            f"Questions about one batch of {report['jobs'] // 2:,} jobs when all had ended, five times each:",
-            _markdown(("question", "median", "most"), asked),
-            _made(report),
-        )
-    )
+
+
+def _rate(found: Mapping[str, Any], what: str) -> str:
+    return f"{found['rows_per_s']:,} {what}/s"
 
 
 def _edge(name: str, found: Mapping[str, float]) -> tuple[str, str, str, str]:
@@ -136,16 +132,12 @@ def _tables(report: Mapping[str, Any]) -> str:
 
 
 def _statements(report: Mapping[str, Any]) -> str:
-    samples = report["run"]["samples"]
-    jobs = samples[-1]["done"]
-    early = next(sample for sample in samples if sample["done"] >= 0.1 * jobs)
-    late = next(sample for sample in reversed(samples) if sample["done"] <= 0.9 * jobs)
-    begun = next(sample for sample in samples if sample["done"] > 0)
-    rows = []
-    for query in sorted(late["statements"], key=lambda name: -late["statements"][name]["ms"]):
-        pairs = [_calls(one, other, query) for one, other in ((begun, early), (late, samples[-2]))]
-        if all(pairs) and len(rows) < SHOWN_STATEMENTS:
-            (_, ms, blocks), (calls, last_ms, last_blocks) = (pair for pair in pairs if pair)
+    begun, early, late, last = edge_samples(report["run"]["samples"])
+    rows: list[tuple[str, ...]] = []
+    for query in sorted(last["statements"], key=lambda name: -last["statements"][name]["ms"]):
+        first_calls, last_calls = _calls(begun, early, query), _calls(late, last, query)
+        if first_calls and last_calls:
+            (_, ms, blocks), (calls, last_ms, last_blocks) = first_calls, last_calls
             rows.append((f"`{query}`", f"{calls:,}", f"{ms:.2f}, {last_ms:.2f}", f"{blocks:.0f}, {last_blocks:.0f}"))
     head = ("statement", "calls of the last tenth", "ms a call, first and last tenth", "blocks a call, the same")
     slowest = [one for one in report["run"]["statements"]["by_total"] if one["slowest_plan"]][:PLANS]
@@ -153,7 +145,8 @@ def _statements(report: Mapping[str, Any]) -> str:
         f"{one['query'][:100]}…\n{one['slowest_plan']['ms']:.0f} ms\n  " + "\n  ".join(one["slowest_plan"]["plan"])
         for one in slowest
     )
-    return f"{_markdown(head, rows)}\n\nThe slowest call of some, as auto_explain saw it:\n\n```\n{plans}\n```"
+    shown = _markdown(head, rows[:SHOWN_STATEMENTS])
+    return f"{shown}\n\nThe slowest call of some, as auto_explain saw it:\n\n```\n{plans}\n```"
 
 
 def _calls(one: Mapping[str, Any], other: Mapping[str, Any], query: str) -> tuple[int, float, float] | None:
@@ -168,68 +161,49 @@ def _calls(one: Mapping[str, Any], other: Mapping[str, Any], query: str) -> tupl
 
 
 def _arithmetic(report: Mapping[str, Any]) -> str:
-    jobs, run, submit = report["jobs"], report["run"], report["submit"]
-    whole = between(run["samples"][0], run["samples"][-1])
-    stored = sum(t["heap_bytes"] + t["index_bytes"] + t["toast_bytes"] for t in report["full"]["tables"])
-    wal = (submit["wal_bytes"] + run["wal_bytes"]) / jobs
+    jobs, run = report["jobs"], report["run"]
+    cost = between(run["samples"][0], run["samples"][-1])
+    stored = sum(of(report["full"]["tables"], "heap_bytes", "index_bytes", "toast_bytes").values()) / jobs
+    wal = (report["submit"]["wal_bytes"] + run["wal_bytes"]) / jobs
     transactions = run["transactions"] / jobs
-    connections = max(sample["connections"] for sample in run["samples"]) - 1  # the sampler's own other one
-    fills = {row["children"]: row for row in json.loads((RESULTS / "dispatch_children.json").read_text())["rows"]}
-    submitted = min(one["rows_per_s"] for one in submit["submits"])
-    settings = report["postgres"]
-    freeze_age = int(settings["autovacuum_freeze_max_age"])
-    cases = [(gpus, each, gpus * each) for each in ASSUMED for gpus in GPUS]
-
-    def row(name: str, how: str, values: Iterable[str]) -> tuple[str, ...]:
-        return name, how, *values
-
-    rows: list[tuple[str, ...]] = [
-        row("jobs/s", "assumed", (f"{rate:,}" for *_, rate in cases)),
-        row(
-            "cores of Postgres",
-            f"{whole['postgres']:.0f} µs a job",
-            (_cores(rate, whole["postgres"]) for *_, rate in cases),
-        ),
-        row(
-            "cores of all but engines",
-            f"{whole['cpu_us']:.0f} µs a job",
-            (_cores(rate, whole["cpu_us"]) for *_, rate in cases),
-        ),
-        row("WAL, MB/s", f"{wal:,.0f} bytes a job", (f"{rate * wal / 1e6:,.2f}" for *_, rate in cases)),
-        row(
-            "transactions/s",
-            f"{transactions:.3f} a job",
-            (f"{rate * transactions:,.1f}" for *_, rate in cases),
-        ),
-        row(
-            "GB a day in Postgres",
-            f"{stored / jobs:,.0f} bytes a job",
-            (f"{rate * DAY_S * stored / jobs / 1e9:,.1f}" for *_, rate in cases),
-        ),
-        row(
-            f"TB at {RETENTION_DAYS} days",
-            "",
-            (f"{rate * DAY_S * RETENTION_DAYS * stored / jobs / 1e12:,.2f}" for *_, rate in cases),
-        ),
-        row(
+    submitted = least(report["submit"]["submits"], "rows_per_s")
+    freeze_age = int(report["postgres"]["autovacuum_freeze_max_age"])
+    cases = [(gpus, each) for each in ASSUMED for gpus in GPUS]
+    by_rate: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+        ("jobs/s", "assumed", "{:,.0f}".format),
+        ("cores of Postgres", f"{cost['postgres']:.0f} µs a job", _per_s(cost["postgres"] / 1e6, 3)),
+        ("cores of all but engines", f"{cost['cpu_us']:.0f} µs a job", _per_s(cost["cpu_us"] / 1e6, 3)),
+        ("WAL, MB/s", f"{wal:,.0f} bytes a job", _per_s(wal / 1e6, 2)),
+        ("transactions/s", f"{transactions:.4f} a job", _per_s(transactions, 1)),
+        ("GB a day in Postgres", f"{stored:,.0f} bytes a job", _per_s(DAY_S * stored / 1e9, 1)),
+        (f"TB at {RETENTION_DAYS} days", "the same", _per_s(RETENTION_DAYS * DAY_S * stored / 1e12, 2)),
+        (
             "days to a freezing vacuum",
             f"{freeze_age:,} transactions",
-            (f"{freeze_age / (rate * transactions * DAY_S):,.0f}" for *_, rate in cases),
+            lambda rate: f"{freeze_age / (rate * transactions * DAY_S):,.0f}",
         ),
-        row(
-            "submits side by side",
-            f"{submitted:,} lines/s",
-            (f"{rate / submitted:.3f}" for *_, rate in cases),
-        ),
-        row("connections", f"{connections} of one worker", (f"{gpus * connections:,}" for gpus, *_ in cases)),
-        row(
+        ("submits side by side", f"{submitted:,} lines/s", _per_s(1 / submitted, 3)),
+    )
+    rows = [(name, how, *(shown(gpus * each) for gpus, each in cases)) for name, how, shown in by_rate]
+    head = ("", "measured", *(f"{gpus} × {each}/s" for gpus, each in cases))
+    return _markdown(head, [*rows, *_by_workers(report, [gpus for gpus, _ in cases])])
+
+
+def _by_workers(report: Mapping[str, Any], gpus: Sequence[int]) -> list[tuple[str, ...]]:
+    connections = max(sample["connections"] for sample in report["run"]["samples"]) - 1  # the sampler has a second one
+    fills = {row["children"]: row for row in json.loads((RESULTS / "dispatch_children.json").read_text())["rows"]}
+    return [
+        ("connections", f"{connections} of a worker", *(f"{count * connections:,}" for count in gpus)),
+        (
             "a fill of the leader's window, ms",
             f"at {', '.join(map(str, fills))} children",
-            (f"{_fill_ms(fills, gpus):.1f}" for gpus, *_ in cases),
+            *(f"{_fill_ms(fills, count):.1f}" for count in gpus),
         ),
     ]
-    head = ("", "measured", *(f"{gpus} × {each}/s" for gpus, each, _ in cases))
-    return _markdown(head, rows)
+
+
+def _per_s(each: float, digits: int) -> Callable[[float], str]:
+    return lambda rate: f"{rate * each:,.{digits}f}"
 
 
 def _fill_ms(fills: Mapping[int, Mapping[str, Any]], gpus: int) -> float:
@@ -238,16 +212,8 @@ def _fill_ms(fills: Mapping[int, Mapping[str, Any]], gpus: int) -> float:
     return float(fills[children]["fill_ms_median"])
 
 
-def _cores(rate: float, us: float) -> str:
-    return f"{rate * us / 1e6:.3f}"
-
-
 def _s(seconds: float) -> str:
     return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-
-
-def _load(found: Mapping[str, Any]) -> str:
-    return f"load {', '.join(f'{load:.0f}' for load in found['load'])}"
 
 
 def _made(report: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ from inference.replies import result_of
 from models.jobs import JobResult
 from models.states import Outcome
 from runtime.settings import Settings
-from scripts.terminal import seconds_of
+from scripts.shown_batch import seconds_of
 from store.database import Database
 
 POLL_S: Final = 0.1

@@ -1,9 +1,10 @@
 """Ten million jobs in one Postgres: submit, run, ask, download, dump, retention: `python -m benchmarks.size`.
 
 Two batches of half of them each, whose rows lie in the partitions of two weeks; shards of --shard jobs, by default as
-large as `stoker submit` cuts them for a worker that is as fast. One worker on an endpoint that answers at once, so that all there is to see is ours. Services
-of its own: Postgres 18 on the disk with the settings of docker-compose.yml, pg_stat_statements and auto_explain.
-About 35 GB of disk and two hours on two cores. Writes benchmarks/results/size.json, after each phase what there is.
+large as `stoker submit` cuts them for a worker that is as fast. One worker on an endpoint that answers at once, so that
+all there is to see is ours. Services of its own: Postgres 18 on the disk with the settings of docker-compose.yml,
+pg_stat_statements and auto_explain. About 35 GB of disk and two hours on two cores. Writes after each phase what there
+is, at last benchmarks/results/size.json.
 """
 
 from __future__ import annotations
@@ -79,14 +80,18 @@ def main() -> None:
     options = parser.parse_args()
     server = size_postgres.server_settings(explain_ms=options.explain_ms)
     with (
-        own_place(programs=size_postgres.PROGRAMS, postgres=server) as place,
+        own_place(programs=size_postgres.programs(), postgres=server) as place,
         StaticEndpoint(core=None) as endpoint,
         psycopg.connect(place.settings.require_postgres(), autocommit=True) as connection,
     ):
         if size_ends.free_bytes(place.folder) < options.jobs * NEEDED_BYTES_A_JOB:
             raise SystemExit(f"{place.folder} has no room: {options.jobs * NEEDED_BYTES_A_JOB / 1e9:.0f} GB are needed")
         run = Run(
-            prepared(place, endpoint), endpoint, connection, size_postgres.PlanLog(place.postgres_log), options.jobs
+            prepared(place, endpoint, shard_jobs=options.shard),
+            endpoint,
+            connection,
+            size_postgres.PlanLog(place.postgres_log),
+            options.jobs,
         )
         connection.execute("CREATE EXTENSION pg_stat_statements")
         run.report = {

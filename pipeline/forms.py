@@ -193,9 +193,9 @@ def _compiled(pattern: str) -> Any:
     try:
         return re2.compile(pattern, options)
     except re2.error as error:
-        [fault] = error.args
+        fault = _shown(error.args[0].decode(errors="replace"))
         raise ValueError(
-            f"schema: the pattern {pattern[:SHOWN_CHARACTERS]!r} is refused ({_shown(fault.decode(errors='replace'))}); "
+            f"schema: the pattern {pattern[:SHOWN_CHARACTERS]!r} is refused ({fault}); "
             "write it as RE2 takes it, which has no look-around and no back-references"
         ) from error
 

@@ -51,8 +51,9 @@ class Problem:
     message: str
 
     def members(self) -> dict[str, str | int | None]:
-        """As the batch contract lists it among a batch's errors."""
-        return {"code": self.code, "message": self.message, "param": self.field, "line": self.line}
+        """As the batch contract lists it among a batch's errors, and as Postgres stores it: without NUL."""
+        field = None if self.field is None else self.field.replace("\0", " ")
+        return {"code": self.code, "message": self.message.replace("\0", " "), "param": field, "line": self.line}
 
     def __str__(self) -> str:
         place = "file" if self.line is None else f"line {self.line}"

@@ -19,19 +19,9 @@ from runtime.settings import Settings
 from scripts.local import connected
 from scripts.lookup import TENANT, named_batch, opened_database, progress_of
 from scripts.result_files import check_writable, replacing, write_manifest
+from scripts.shown_batch import exit_code, print_summary, say_failures, say_paused, seconds_of, summary, watch_batch
 from scripts.source import expect_tables
-from scripts.terminal import (
-    emit_json,
-    emit_table,
-    exit_code,
-    print_summary,
-    say,
-    say_failures,
-    say_paused,
-    seconds_of,
-    summary,
-    watch_batch,
-)
+from scripts.terminal import emit_json, emit_table, say
 from store.batches import BatchProgress, latest_batches, request_cancel
 from store.batches import resume as resume_batch
 from store.budget_tables import MONEY, TOKENS, BudgetReport

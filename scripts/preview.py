@@ -15,7 +15,8 @@ from models.states import Outcome
 from pipeline.preview import Range, forecast
 from pipeline.table_lines import row_of
 from pipeline.table_results import CHAT, asked_of
-from scripts.terminal import say, seconds_of, stderr
+from scripts.shown_batch import seconds_of
+from scripts.terminal import say, stderr
 from store.batches import BatchProgress
 from store.database import Database
 from store.results import ResultRow, job_pages, result_pages

@@ -20,6 +20,7 @@ from runtime.settings import Settings
 from runtime.tracing import start_tracing
 from scripts.local import connected, ensure_node, local_services, prepare_schema
 from scripts.lookup import TENANT, named_batch, opened_database
+from scripts.shown_batch import exit_code, print_summary, say_failures, say_paused, summary, watch_batch
 from scripts.skipped_lines import SkippedLines, skipped_file, skipped_lines
 from scripts.source import Lines, Source, Terms
 from scripts.sources import FileSource, seekable, with_source
@@ -34,19 +35,7 @@ from scripts.submit_options import (
     with_how,
     with_window,
 )
-from scripts.terminal import (
-    bar,
-    emit,
-    emit_json,
-    emit_table,
-    exit_code,
-    print_summary,
-    say,
-    say_failures,
-    say_paused,
-    summary,
-    watch_batch,
-)
+from scripts.terminal import bar, emit, emit_json, emit_table, say
 from store.batches import BatchProgress, latest_batches
 from store.budget_tables import MONEY
 from store.database import Database

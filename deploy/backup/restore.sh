@@ -97,7 +97,7 @@ trap 'exit 1' HUP INT TERM
 
 pg_restore --exit-on-error --no-owner --no-privileges --jobs="${RESTORE_JOBS:-2}" --dbname="$restoring" "$backup/database"
 in_database "$restoring" --single-transaction --file="$after" > /dev/null
-in_database "$restoring" --command=ANALYZE
+in_database "$restoring" --command='SET client_min_messages = error' --command=ANALYZE # else a line for each system table
 [ -z "$files" ] || find "$backup/files" -type f -exec cp -p {} "$files/" \;
 sync
 rename "$restoring" "$PGDATABASE"

@@ -13,9 +13,9 @@ from tests.support.processes import WorkerProcess
 from tests.support.scripted_endpoint import ScriptedEndpoint
 from tests.support.waiting import wait_until
 
-QUICK, SLOW = 40, 60
+QUICK, SLOW = 40, 40
 MIDDLE = 20
-SLOW_S = 4
+SLOW_S = 3
 LONG_LEASES = {"STOKER_WORKER__LEASE_S": "90", "STOKER_WORKER__HEARTBEAT_S": "30"}  # nobody waits for them to end
 
 
@@ -35,14 +35,14 @@ def test_a_batch_goes_on_from_a_backup_of_its_middle(
     endpoint.script(f"[[latency {SLOW_S}]]", match="slow")
     with WorkerProcess("old", env=env | LONG_LEASES, folder=tmp_path) as old:
         ended = store_batch(database, tmp_path, [chat("of a batch that has ended")])
-        wait_until(lambda: batch_row(database, ended)["state"] == "completed", 30, "a batch has ended")
+        wait_until(lambda: batch_row(database, ended)["state"] == "completed", 60, "a batch has ended")
         prompts = [*chats(QUICK), *(chat(f"slow question {number}") for number in range(SLOW))]
         batch = store_batch(database, tmp_path, prompts, shard_jobs=10)
-        wait_until(lambda: len(results(database)) > MIDDLE, 30, "the batch is in its middle")
+        wait_until(lambda: len(results(database)) > MIDDLE, 60, "the batch is in its middle")
         before = results(database)
         backup = backed_up(postgres_url, tmp_path)
         later = store_batch(database, tmp_path, chats(10), shard_jobs=10)
-        wait_until(lambda: results(database) > before, 30, "more is done after the backup")
+        wait_until(lambda: results(database) > before, 60, "more is done after the backup")
         # The disk is lost. The worker hangs meanwhile, and wakes with the answers to what it had asked for.
         signal_all(old, signal.SIGSTOP)
         assert batch_row(database, batch)["state"] == "in_progress"
@@ -51,13 +51,13 @@ def test_a_batch_goes_on_from_a_backup_of_its_middle(
         assert before <= results(database)
         lost = old.log.count("fence_lost")
         signal_all(old, signal.SIGCONT)
-        wait_until(lambda: old.log.count("fence_lost") > lost, 30, "what the old worker writes is refused")
+        wait_until(lambda: old.log.count("fence_lost") > lost, 60, "what the old worker writes is refused")
         signal_all(old, signal.SIGKILL)
         wait_until(lambda: not old.processes(), 5, "all of it is gone")
     endpoint.forget()
     # RabbitMQ and Redis are as the old life left them: hints of shards that are not there, presence, answers.
     with WorkerProcess("new", env=env | LONG_LEASES, folder=tmp_path):
-        wait_until(lambda: batch_row(database, batch)["state"] == "completed", 30, "the batch ends")
+        wait_until(lambda: batch_row(database, batch)["state"] == "completed", 60, "the batch ends")
     each_once = "SELECT count(*), count(DISTINCT seq), min(outcome) FROM results WHERE batch_id = :batch"
     assert rows(database, each_once, batch=batch) == [(QUICK + SLOW, QUICK + SLOW, "succeeded")]
     assert before <= results(database), "what was there at the backup was not written again"

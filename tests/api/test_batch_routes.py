@@ -396,7 +396,8 @@ def test_what_postgres_cannot_store_of_a_line_is_told_and_ends_no_validator(
 
 
 def test_what_was_sent_is_not_sent_back_whole_with_an_error(client: TestClient) -> None:
-    error = create(client, "file-0", **{"x" * 100_000: 1}).json()["error"]
+    body = {"input_file_id": "file-0", "endpoint": CHAT, "completion_window": "24h", "x" * 100_000: 1}
+    error = client.post("/v1/batches", json=body).json()["error"]
     assert error["param"] == "x" * 199 + "…"
     assert len(error["message"]) <= 2_000
 

@@ -1,10 +1,10 @@
-"""`make compose-dry`: every service of docker-compose.yml in a Docker engine of its own, used as a user does, and measured.
+"""`make compose-dry`: every service of docker-compose.yml in a Docker engine of its own, used as users do, measured.
 
     python -m tests.compose.dry
 
 The engine is Debian's, in namespaces of its own (engine.py); the images that cannot be fetched are stood in for
-(images.py). What is shown by it: commands, environments, healthchecks, users, networks, volumes, limits, restarts, stops.
-What is not: the images' own contents. It ends with 2 where it cannot run.
+(images.py). Shown by it: commands, environments, healthchecks, users, networks, volumes, limits, restarts, stops. Not:
+the images' own contents. It ends with 2 where it cannot run.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _run(docker: Docker, made: Project, images: dict[str, Any]) -> dict[str, Any
     for name in names:
         if containers[name]["State"]["Running"]:
             rows[name]["memory_bytes"] = memory_bytes(docker, containers[name]["Id"])
-            rows[name]["ports"] = listening(made.container(name)["State"]["Pid"])
+            rows[name]["ports"] = listening(containers[name]["State"]["Pid"])
     steps += proof.cut_power(made, [name for name in names if name != "migrate"])
     asked = time.time()
     made("stop")

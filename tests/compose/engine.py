@@ -30,7 +30,8 @@ PROGRAMS = ("debootstrap", "unshare", "nsenter", "ip", "pivot_root", "mount")
 START_S = 60.0
 STOP_S = 30.0
 
-# What the engine sees: its own folders, this repository at its place (what compose binds is there), nothing else of ours.
+# What the engine sees: its own folders, and this repository at its place, as compose binds files of it. By pivot_root,
+# as after a chroot what is run in a container later would begin in this machine's root.
 _START = """
 set -e
 mount --make-rprivate /
@@ -41,10 +42,12 @@ mount -t tmpfs run "$0/run"
 cat /etc/resolv.conf > "$0/run/resolv.conf" && ln -sf /run/resolv.conf "$0/etc/resolv.conf"
 mkdir -p "$0$1" && mount --bind "$1" "$0$1"
 cd "$0"; shift
-mkdir -p before && pivot_root . before  # and not chroot: what is run in a container later would begin in this machine's root
+mkdir -p before && pivot_root . before
 umount -l /before
 exec dockerd "$@"
 """
+CGROUPS = Path("/sys/fs/cgroup")
+WEIGHT = 10 * 1024  # of all containers together, where one process has 1,024; theirs would be that of one process
 # Images are made in this machine's own network, which the engine then leaves as it is.
 _BUILDING = ("--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false")
 
@@ -155,11 +158,22 @@ def engine(*, building: bool) -> Iterator[Docker]:
         guard_s=STOP_S,
     )
     docker = Docker(socket)
+    _weigh()
     try:
         wait_until(lambda: docker("version", check=False) != "" and socket.exists(), START_S, "the Docker engine")
         yield docker
     finally:
         stop(child, grace_s=STOP_S, stop_signal=signal.SIGTERM)
+        for folder in CGROUPS.glob("*/docker"):
+            folder.rmdir()
+
+
+def _weigh() -> None:
+    """Let containers have their part of the CPUs, where cgroups are of the first version."""
+    cpu = CGROUPS / "cpu"
+    if cpu.is_dir():
+        (cpu / "docker").mkdir(exist_ok=True)
+        (cpu / "docker" / "cpu.shares").write_text(str(WEIGHT))
 
 
 def in_namespaces(module: str, *words: str) -> int:

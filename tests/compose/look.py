@@ -1,4 +1,4 @@
-"""What is seen of running containers from outside: memory, open ports, whether the world is within reach, how they end."""
+"""What is seen of containers from outside: memory, open ports, whether the world is within reach, how they end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docker-compose.yml as a user has it: the files that it needs in a folder, secrets of their own, and its containers."""
+"""docker-compose.yml as a user has it: its files in a folder, with secrets made for it, and its containers."""
 
 from __future__ import annotations
 

@@ -12,9 +12,12 @@ import urllib.request
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import openai
+
 from tests.compose.project import FOLDER, Project
 from tests.support.waiting import wait_until
 
+GATEWAY = "http://127.0.0.1:8080"
 ANSWER_S = 300.0
 BACK_S = 300.0
 SLOW_S = 120.0
@@ -28,10 +31,10 @@ def use(made: Project) -> list[Step]:
         _step("`cli doctor` finds all well", lambda: _doctor(made)),
         _step("`cli submit` of examples/prompts.jsonl, `cli results`: each line has one answer", lambda: _batch(made)),
         _step(
-            "a key by `cli keys create`, a file and a batch through the gateway's published port",
+            "a key by `cli keys create`; a file, a batch and a single request by openai's client at the published port",
             lambda: _gateway(made),
         ),
-        _step("the gateway refuses who has no key", lambda: _status("http://127.0.0.1:8080/v1/batches") == "401"),
+        _step("the gateway refuses who has no key", lambda: _status(f"{GATEWAY}/v1/batches") == "401"),
         _step("Flower asks for its password, and lets in who has it", lambda: _flower(made)),
         _step("Prometheus finds every target up", _targets),
         _step("all queues are quorum queues, with their delivery limit and dead letter queue", lambda: _queues(made)),
@@ -87,8 +90,7 @@ def _batch(made: Project) -> str:
 
 
 def _done(made: Project, batch: str) -> int:
-    shown = json.loads(made.cli("status", batch, "--json").stdout)
-    return int(shown["counts"]["completed"]) + int(shown["counts"]["failed"])
+    return int(json.loads(made.cli("status", batch, "--json").stdout)["done"])
 
 
 def _is_whole(made: Project, batch: str) -> str:
@@ -103,16 +105,20 @@ def _is_whole(made: Project, batch: str) -> str:
 
 def _gateway(made: Project) -> str:
     key = made.cli("keys", "create", "--scope", "admin").stdout.decode().split()[-1]
-    done = made.cli("keys", "list")
-    assert done.returncode == 0
-    with urllib.request.urlopen(_request("http://127.0.0.1:8080/v1/models", f"Bearer {key}"), timeout=10) as answer:
-        models = [model["id"] for model in json.loads(answer.read())["data"]]
-    assert models
-    body = {"model": models[0], "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 8}
-    request = _request("http://127.0.0.1:8080/v1/chat/completions", f"Bearer {key}", body)
-    with urllib.request.urlopen(request, timeout=SLOW_S) as answer:
-        said = json.loads(answer.read())["choices"][0]["message"]["content"]
-    return f"{', '.join(models)}; a single request said {said!r}"
+    client = openai.OpenAI(base_url=f"{GATEWAY}/v1", api_key=key, timeout=SLOW_S)
+    prompts = (FOLDER / "examples" / "prompts.jsonl").read_bytes()
+    file = client.files.create(file=("prompts.jsonl", prompts), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
+    wait_until(lambda: client.batches.retrieve(batch.id).status == "completed", ANSWER_S, "the batch's end")
+    ended = client.batches.retrieve(batch.id)
+    assert ended.output_file_id is not None
+    lines = client.files.content(ended.output_file_id).text.splitlines()
+    assert len(lines) == len(prompts.splitlines())
+    model = client.models.list().data[0].id
+    said = client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": "Say hello."}], max_tokens=8
+    )
+    return f"{len(lines)} answers; a single request of {model}: {said.choices[0].message.content!r}"
 
 
 def _flower(made: Project) -> bool:

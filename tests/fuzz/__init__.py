@@ -1,1 +1,1 @@
-"""Fuzzing of our own parsers, and of the HTTP contract: bytes that nobody would send, and what must hold all the same."""
+"""Fuzzing of our own parsers, and of the HTTP contract: inputs that nobody would send, and what holds all the same."""

@@ -1,4 +1,4 @@
-"""Targets of what servers say, and of what is read of requests on their way there: replies, streams, heads, the cache."""
+"""Targets of what servers say, and of what is read of requests on their way: replies, streams, heads, the cache."""
 
 from __future__ import annotations
 

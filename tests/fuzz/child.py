@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import random
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.fuzz.mutations import mutated, stretched
+from tests.fuzz.registry import named
 from tests.fuzz.target import Target
 
 REPOSITORY: Final = Path(__file__).parents[2]
@@ -28,7 +28,6 @@ LEAST_S: Final = 1.0  # of CPU, that any input may take
 MEMORY_BYTES: Final = 64 << 20  # that any input may take, and some for each of its bytes
 MEMORY_A_BYTE: Final = 64
 LONGEST_BYTES: Final = 8192  # of what libFuzzer makes; the stretched inputs are the long ones
-REGISTRY: Final = "tests.fuzz.registry"
 
 
 @dataclass(slots=True)
@@ -77,7 +76,7 @@ def _fuzz(name: str, folder: Path, seconds: float, corpus: Path, seed: int) -> N
     import atheris  # noqa: PLC0415  # only `make fuzz` installs it
 
     with atheris.instrument_imports(include=INSTRUMENTED):
-        target: Target = importlib.import_module(REGISTRY).TARGETS[name]
+        target = named(name)
     watch = Watch(target, folder, slowness=20)  # what instruments cost, and a busy machine
 
     def mutator(data: bytes, most_bytes: int, number: int) -> bytes:
@@ -95,7 +94,7 @@ def _fuzz(name: str, folder: Path, seconds: float, corpus: Path, seed: int) -> N
 
 
 def _stretch(name: str, folder: Path, seconds: float, corpus: Path, seed: int) -> None:
-    target: Target = importlib.import_module(REGISTRY).TARGETS[name]
+    target = named(name)
     watch, rng = Watch(target, folder, slowness=1), random.Random(seed)
     inputs = [path.read_bytes() for path in sorted(corpus.iterdir())]
     until = time.monotonic() + seconds

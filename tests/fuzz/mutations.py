@@ -53,7 +53,7 @@ def mutated(content: bytes, rng: random.Random, *, head_bytes: int, is_json: boo
 
 
 def stretched(content: bytes, rng: random.Random, *, head_bytes: int, most_bytes: int) -> bytes:
-    """The content with a part of it repeated until it is long: what takes time that grows faster than that shows here."""
+    """The content with a part repeated until it is long: what takes time that grows faster than that shows here."""
     head, rest = content[:head_bytes], content[head_bytes:]
     start = rng.randrange(len(rest) + 1)
     part = rest[start : start + rng.choice((1, 1, 2, 3, 8, 40, len(rest) + 1))]

@@ -1,4 +1,4 @@
-"""The table of a run, and its copy in docs/threats.md: python -m tests.fuzz.table (from benchmarks/results/fuzz.json)."""
+"""The table of a run, and its copy of the last one in docs/threats.md: python -m tests.fuzz.table."""
 
 from __future__ import annotations
 
@@ -46,10 +46,11 @@ def _statuses(counts: Mapping[str, int]) -> str:
 def described(report: Mapping[str, Any]) -> str:
     """What the document says of the last run."""
     made = report["made_with"]
-    return (
-        f"The last run of `make fuzz` (commit {made['commit']}, {made['date']}, {made['cpu']}, {made['cores']} cores that "
-        f"others used too, atheris {made['atheris']}):\n\n{table_of(report['targets'], report['contract'])}"
+    machine = f"{made['cpu']}, {made['cores']} cores, load {made['load_before']} before"
+    head = (
+        f"The last run of `make fuzz` (commit {made['commit']}, {made['date']}, {machine}, atheris {made['atheris']}):"
     )
+    return f"{head}\n\n{table_of(report['targets'], report['contract'])}"
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """What a target of the fuzzer is, and the oracles that several share.
 
-A target is a plain function of bytes, so that its findings are replayed without a fuzzer. It raises nothing that it does
-not mean: AssertionError where a promise is broken, and whatever else escapes from the code under test is a finding too.
+A target is a plain function of bytes, so that its findings are replayed without a fuzzer. It raises AssertionError
+where a promise is broken; whatever else escapes from the code under test is a finding too.
 """
 
 from __future__ import annotations

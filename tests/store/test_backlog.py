@@ -20,9 +20,9 @@ from store.batches import request_cancel, resume
 from store.database import Database, libpq_url
 from store.documents import claim_document, postpone_document
 from store.shards import close, give_back, write_results
+from tests.support.backups import tools_for
 from tests.support.batches import LEASE_S, answers, chats, claimed, dispatch_all, execute, rows, store_batch
 from tests.support.cooking import add
-from tests.support.packages import located
 from tests.support.processes import REPOSITORY
 
 KEDA = REPOSITORY / "deploy" / "kubernetes" / "keda"
@@ -194,12 +194,9 @@ def reader_of(postgres_url: str) -> Iterator[psycopg.Connection]:
     """Who connects as the role of backlog-role.sql, here by a name of its own: roles are the whole server's."""
     role, password = f"stoker_backlog_{uuid4().hex[:8]}", "a 'quoted' password"
     owner_url = libpq_url(make_url(postgres_url))
-    psql = located("psql")
-    if psql is None:
-        pytest.skip("psql is not installed")
     for _ in range(2):  # safe to repeat
         subprocess.run(
-            [psql, "-X", "-q", "-v", "ON_ERROR_STOP=1", owner_url],
+            [tools_for(postgres_url) / "psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", owner_url],
             input=ROLE_SQL.replace("stoker_backlog", role),
             env={**os.environ, "BACKLOG_PASSWORD": password},
             check=True,

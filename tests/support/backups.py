@@ -59,7 +59,7 @@ def libpq_environment(url: str) -> dict[str, str]:
         "PGPASSWORD": parts.password and str(parts.password),
         "PGDATABASE": parts.database,
     }
-    path = f"{_tools_for(url)}:{os.environ['PATH']}"
+    path = f"{tools_for(url)}:{os.environ['PATH']}"
     return {name: value for name, value in named.items() if value} | {"PATH": path}
 
 
@@ -76,7 +76,8 @@ def _beside(url: str) -> str:
     return make_url(url).set(database="postgres").render_as_string(hide_password=False)
 
 
-def _tools_for(url: str) -> Path:
+def tools_for(url: str) -> Path:
+    """The folder with psql, pg_dump and pg_restore of that server's version."""
     with psycopg.connect(_beside(url)) as connection:
         version = connection.info.server_version // 10_000
     for folder in _folders():

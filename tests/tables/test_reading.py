@@ -173,14 +173,14 @@ def test_jsonl_types_are_those_of_the_whole_file_and_text_is_never_made_a_date(t
     ],
 )
 def test_a_jsonl_line_that_is_no_one_object_is_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(BadInput, match="line [12]"):
+    with pytest.raises(BadInput, match=r"line [12]"):
         open_table(written(tmp_path / "t.jsonl", text))
 
 
 def test_an_arrow_file_whose_offsets_lead_beyond_it_is_refused_and_not_read(tmp_path: Path) -> None:
     file = tmp_path / "t.arrow"
     batch = pa.record_batch({"a": ["x", "yz"]})
-    with pa.ipc.new_file(file, batch.schema) as writer:
+    with pa.ipc.new_file(str(file), batch.schema) as writer:
         writer.write_batch(batch)
     offsets = b"".join(number.to_bytes(4, "little") for number in (0, 1, 3))
     content = file.read_bytes()
@@ -192,7 +192,7 @@ def test_an_arrow_file_whose_offsets_lead_beyond_it_is_refused_and_not_read(tmp_
 
 def test_an_arrow_stream_without_columns_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "t.arrow"
-    with pa.ipc.new_stream(file, pa.schema({})) as writer:
+    with pa.ipc.new_stream(str(file), pa.schema({})) as writer:
         writer.write_batch(pa.record_batch({}))
     with pytest.raises(BadInput, match="has no rows"):
         open_table(file)

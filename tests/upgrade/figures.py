@@ -1,4 +1,4 @@
-"""What Postgres's rows and its log say of an upgrade: speed and gaps by phase, waits for locks, errors."""
+"""What Postgres's rows and its log say of an upgrade: speed and gaps by phase, waits for tables, errors."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Final
 
 from tests.chaos.system import System
+from tests.upgrade.waits import TableWaits
 
 _LINE: Final = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+) \w+ \[(\d+)\] ([A-Z]+):  (.*)$")
-_ACQUIRED: Final = re.compile(r"acquired (\w+) on relation \d+ of database \d+ after ([\d.]+) ms")
 # Of any process, in its log: a schema that is not the one it was written for, or a defect.
 _FAULTS: Final = re.compile(
     r"Traceback|UndefinedColumn|UndefinedTable|lacks a (?:table|column)|cached plan|ValidationError|_defect"
@@ -23,7 +23,7 @@ _FAULTS: Final = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class PhaseFigures:
-    """One phase: results committed in it, the longest time without one, waits for a table beyond `deadlock_timeout`."""
+    """One phase: results committed in it, the longest time without one, waits for a table that were seen."""
 
     name: str
     seconds: float
@@ -44,16 +44,15 @@ class Said:
     message: str
 
 
-def figures_of(system: System, marks: Sequence[tuple[str, float]], lines: Sequence[Said]) -> list[PhaseFigures]:
+def figures_of(system: System, marks: Sequence[tuple[str, float]], waits: TableWaits) -> list[PhaseFigures]:
     """Each phase of `marks` (name, when it began; the last one is the end)."""
     rows = system.query("SELECT extract(epoch FROM created_at) FROM results ORDER BY created_at")
     results = [float(row[0]) for row in rows]
-    waits = [(said.at, float(found[2]) / 1000) for said in lines if (found := _ACQUIRED.search(said.message))]
     figures = []
     for (name, began), (_, end) in pairwise(marks):
         within = [at for at in results if began <= at < end]
         gaps = [b - a for a, b in pairwise([began, *within, end])]
-        waited = [seconds for at, seconds in waits if began <= at < end]
+        waited = waits.within(began, end)
         figures.append(
             PhaseFigures(
                 name,

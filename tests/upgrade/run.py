@@ -3,12 +3,14 @@
     python -m tests.upgrade.run                     (make upgrade)
     python -m tests.upgrade.run --from 83da5c1^     (make upgrade FROM=83da5c1^)
 
-By default from the code before each of the newest three revisions; writes benchmarks/results/upgrade.json.
+By default from the code before each of the newest three revisions; writes benchmarks/results/upgrade.json,
+and its tables into docs/upgrade.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -21,13 +23,11 @@ from tests.support.own_services import server_folder
 from tests.support.waiting import wait_until
 from tests.upgrade.code import Code, before_revisions, checked_out, this_code
 from tests.upgrade.figures import PhaseFigures, errors_in, faults_in, figures_of, postgres_lines
+from tests.upgrade.report import DOCUMENT, KEPT, TABLE_WAIT_S, document, row
 from tests.upgrade.scenario import IN_FLIGHT, JOB_S, SHARD_JOBS, Note, Upgrade
 
 BACK = 3
 END_S = 300.0
-# What a worker's statement may wait for a table: migrations/env.py lets a migration wait for half a second, and then
-# it is quick. On a machine that others use, too.
-TABLE_WAIT_S = 2.0
 
 
 @dataclass(slots=True)
@@ -77,7 +77,7 @@ def _count(upgrade: Upgrade, outcome: Outcome) -> None:
     outcome.repeated = system.journal.repeated
     outcome.submitted, outcome.read, outcome.tried_again = dict(client.submitted), dict(client.read), client.tried_again
     lines = postgres_lines(system.folder / "postgres.log")
-    outcome.phases = figures_of(system, upgrade.marks, lines)
+    outcome.phases = figures_of(system, upgrade.marks, upgrade.waits)
     outcome.notes = upgrade.notes
     outcome.problems = [*upgrade.problems, *client.problems]
     outcome.problems += [*batch_problems(system), *shard_problems(system), *process_problems(system)]
@@ -115,6 +115,7 @@ def table(outcome: Outcome) -> str:
 
 def main() -> int:
     """0 when every promise held in each of them."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it has started goes with it
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "--from", dest="commits", nargs="+", help="commits; by default those before the newest revisions"
@@ -126,8 +127,11 @@ def main() -> int:
         with server_folder() as folder:
             outcomes.append(run_upgrade(checked_out(commit, Path(folder) / f"old-{number}"), new))
         print(table(outcomes[-1]), end="\n\n", flush=True)
-    report = {"made_with": made_with("celery", "alembic"), "upgrades": [asdict(outcome) for outcome in outcomes]}
+    made = [asdict(outcome) for outcome in outcomes]
+    report = {"made_with": made_with("celery", "alembic"), "upgrades": made}
+    report["table"] = [row(upgrade).as_json() for upgrade in made]
     keep_run("upgrade", report, parser, options, is_whole=not any(outcome.problems for outcome in outcomes))
+    DOCUMENT.write_text(document(DOCUMENT.read_text(), KEPT))
     return 1 if any(outcome.problems for outcome in outcomes) else 0
 
 

@@ -24,6 +24,7 @@ from tests.support.processes import MARK, WorkerProcess, code_environment, new_m
 from tests.support.waiting import wait_until
 from tests.upgrade.client import Client
 from tests.upgrade.code import Code
+from tests.upgrade.waits import TableWaits
 
 JOB_S: Final = 0.1
 IN_FLIGHT: Final = 4  # a child
@@ -31,7 +32,6 @@ SHARD_JOBS: Final = 16
 STEADY_S: Final = 8.0
 MIXED_S: Final = 12.0
 BLOCKED_S: Final = 2.0
-LOG_WAITS_MS: Final = 100
 DRAIN_S: Final = 30.0
 LOOK_S: Final = 0.05
 READY_S: Final = 180.0
@@ -79,6 +79,7 @@ class Upgrade:
         self.expected_errors: set[str] = {LOCK_TIMEOUT}
         self.migration_s, self.migration_tries = 0.0, 1
         self.client: Client | None = None
+        self.waits = TableWaits(system.postgres.url)
         self._stack = ExitStack()
         self._gateways: list[GatewayProcess] = []
         self._dispatches: list[Dispatch] = []
@@ -88,7 +89,8 @@ class Upgrade:
     def run(self) -> None:
         """All steps."""
         self._prepare()
-        with self._client() as self.client:
+        with self.waits, self._client() as self.client:
+            wait_until(lambda: _works(self.system), READY_S, "the first batch is under way")
             self._phase("old code, old schema")
             time.sleep(STEADY_S)
             self._see_commands(self.new, "new", "old")
@@ -107,9 +109,9 @@ class Upgrade:
             self._phase("new code; gateway last")
             self._roll_gateway()
             time.sleep(STEADY_S)
+            self._phase("end")
             self.client.stop_submitting()
             wait_until(self.client.has_read_all, READY_S, "all results were read")
-            self._phase("end")
         self._see_schedule()
 
     def end(self) -> None:
@@ -135,8 +137,8 @@ class Upgrade:
             found = code.place_of("store.schema")
             assert found.is_relative_to(code.folder), f"{code.commit} would run {found}"
         system = self.system
-        for setting in ("log_lock_waits = on", f"deadlock_timeout = '{LOG_WAITS_MS}ms'"):
-            system.query(f"ALTER SYSTEM SET {setting}")
+        # The disk is no part of what is tried, and others may use it.
+        system.query("ALTER SYSTEM SET fsync = off")
         system.query("SELECT pg_reload_conf()")
         done = self.old.run("migrate", env=system.env)
         assert done.returncode == 0, done.stderr
@@ -269,7 +271,14 @@ class Upgrade:
     def _see_schedule(self) -> None:
         if not self.old.has_schedules:
             return
-        rows = self.system.query("SELECT state, batch_id, started_at > %s FROM schedule_runs", self._migrated_at())
+        marks = dict(self.marks)
+        open_runs = "SELECT 1 FROM schedule_runs WHERE due_at < to_timestamp(%s) AND ended_at IS NULL"
+        wait_until(lambda: not self.system.query(open_runs, marks["end"]), READY_S, "runs of the schedule have ended")
+        rows = self.system.query(
+            "SELECT state, batch_id, started_at > to_timestamp(%s) FROM schedule_runs WHERE due_at < to_timestamp(%s)",
+            marks["old code, new schema"],
+            marks["end"],
+        )
         states = [str(row[0]) for row in rows]
         after = sum(bool(row[2]) for row in rows)
         for row in rows:
@@ -278,9 +287,6 @@ class Upgrade:
         self.notes.append(Note("runs of a schedule, one a minute", f"{states}, {after} of them after the migration"))
         if set(states) - {"succeeded"} or not states:
             self.problems.append(f"runs of the schedule: {states}")
-
-    def _migrated_at(self) -> object:
-        return self.system.query("SELECT to_timestamp(%s)", dict(self.marks)["old code, new schema"])[0][0]
 
     def _stop_worker(self, worker: WorkerProcess) -> None:
         self.system.workers.remove(worker)
@@ -310,6 +316,11 @@ class Upgrade:
     def _worker(self, name: str, code: Code, *, node: str = "generation") -> WorkerProcess:
         env = {**self.system.env, "STOKER_WORKER__NODE": node}
         return WorkerProcess(name, env=env, folder=self.system.folder, ready_s=READY_S, code=code.folder)
+
+
+def _works(system: System) -> bool:
+    """Whether results come."""
+    return bool(system.query("SELECT 1 FROM results LIMIT 1"))
 
 
 def _waits(part: WorkerProcess | GatewayProcess | Dispatch) -> bool:

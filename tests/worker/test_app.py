@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from kombu.exceptions import ContentDisallowed
+from kombu.serialization import loads, prepare_accept_content
 
 from models.messages import RunShard
 from runtime.errors import EXIT_USAGE
@@ -37,6 +39,13 @@ def test_dispatchers_and_publishers_need_no_checkpoint(tmp_path: Path, monkeypat
     app = make_app(Settings.model_construct(broker=broker, engine=engine))
 
     assert app.conf.worker_concurrency is None
+
+
+def test_a_pickle_in_a_message_is_not_opened() -> None:
+    app = make_app(Settings.model_construct(broker=BrokerSettings(url="amqp://guest@127.0.0.1:1//")))
+    accepted = prepare_accept_content(app.conf.accept_content)
+    with pytest.raises(ContentDisallowed):
+        loads(b"cos\nsystem\n(S'false'\ntR.", "application/x-python-serialize", "binary", accept=accepted)
 
 
 def test_an_app_runs_its_own_task_beside_another_app() -> None:
