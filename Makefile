@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 include engines.mk
 
-.PHONY: help demo up cache documents test test-engine chaos upgrade fuzz check audit format env-example dashboard compose-env \
+.PHONY: help demo up cache documents test test-engine chaos upgrade fuzz check audit format env-example dashboard compose-dry compose-env \
 	bench bench-submit bench-gateway bench-tables bench-pipeline bench-growth bench-size bench-dispatch bench-order bench-break-even bench-endpoints bench-express bench-refill bench-knee bench-observability bench-takeover bench-end-to-end bench-front-end bench-cache nginx rabbitmq chromium prometheus
 
 help: ## show this list
@@ -57,6 +57,10 @@ audit: .venv/.dev audit-env ## what is known against each pinned version, and se
 
 format: .venv/.dev ## put the code into its format
 	@ruff check --quiet --fix . ; ruff format --quiet .
+
+compose-dry: .venv/.dev engine-vllm checkpoint ## every service of docker-compose.yml run for real, in a Docker engine of its own: needs root
+	@python -m tests.support.packages debootstrap || true # what is missing is said by the next
+	@python -m tests.compose.dry
 
 compose-env: ## secrets for docker compose, made once
 	@$(PYTHON) scripts/compose_env.py

@@ -16,9 +16,9 @@ from uuid import UUID
 from models.states import Ending
 from pipeline.counting import count_ended
 from pipeline.fairness import FairShare, to_recall
+from pipeline.finishing import Finisher
 from pipeline.leading import Leading
 from pipeline.spill import SpillWatch
-from pipeline.traced import trace_end
 from runtime.clock import utc_now
 from runtime.errors import ServiceUnreachable
 from runtime.logs import get_logger
@@ -26,9 +26,7 @@ from runtime.metrics import HINTS_READY, HINTS_RESENT, LEASES_RECOVERED, SWEEP_S
 from runtime.settings import Settings
 from store.answers import delete_expired
 from store.batches import (
-    batches_to_finish,
     end_unfinished,
-    finish,
     mark_expired,
     screen,
     shards_to_wind_down,
@@ -109,9 +107,9 @@ def dispatch_until(
                         stop.wait(SWEEP_S)
                         continue
                     dispatcher.leading.begin()
-                    dispatcher.tick()
+                    goes_on = dispatcher.tick()
                     stop.wait(WAKE_REST_S)
-                    lead.wait(SWEEP_S)
+                    lead.wait(0.0 if goes_on else SWEEP_S)
         except ServiceUnreachable as error:
             dispatcher.leading.end()
             log.warning("dispatch_waits", error=str(error))
@@ -129,6 +127,7 @@ class Dispatcher:
         self._settings = settings
         self._fairness = FairShare(settings.dispatch.tenant_weights)
         self._spill = SpillWatch()
+        self._finisher = Finisher(database)
         self.leading = Leading()
         self._window = self._readers = BLIND_WINDOW
         self._beside = 0
@@ -136,15 +135,19 @@ class Dispatcher:
         self._sweep_at = 0.0
         self._house_at = 0.0
 
-    def tick(self) -> None:
-        """Finish what has ended, fill the window, and once a second sweep for what needs care."""
+    def tick(self) -> bool:
+        """Finish what has ended, fill the window, and once a second sweep for what needs care.
+
+        Whether something is left to be done at once.
+        """
         now = time.monotonic()
         if now >= self._sweep_at:
             self._sweep_at = now + SWEEP_S
             self.sweep()
             SWEEP_SECONDS.observe(time.monotonic() - now)
-        self.finish_batches()
+        goes_on = self.finish_batches()
         self.fill_window()
+        return goes_on
 
     def fill_window(self) -> None:
         """Dispatch shards until the hints nobody has claimed are as many as the live children."""
@@ -169,18 +172,9 @@ class Dispatcher:
         alone = [batch.shards[0][0] for batch in batches if batch.shards and not (batch.unclaimed or batch.running)]
         return [shard_id for shard_id in alone if shard_id not in but][: max(0, most)]
 
-    def finish_batches(self) -> None:
-        """End the batches whose last shard is closed."""
-        with self._database.transaction() as session:
-            ready = batches_to_finish(session)
-        for batch_id in ready:
-            with self._database.transaction() as session:
-                missing = finish(session, batch_id)
-            if missing:
-                log.error("results_missing", batch_id=str(batch_id), jobs=missing)
-            else:
-                log.info("batch_ended", batch_id=str(batch_id))
-                trace_end(self._database, batch_id)
+    def finish_batches(self) -> bool:
+        """End the batches whose last shard is closed and whose results are counted; whether some have more to count."""
+        return self._finisher.finish_some()
 
     def sweep(self) -> None:
         """Once a second: presence, dead leases, expiry, winding down, screening, spilling, lost hints, partitions."""

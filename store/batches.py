@@ -297,10 +297,22 @@ def batches_to_finish(session: Session) -> list[UUID]:
     return list(session.scalars(select(Batch.id).where(Batch.state == BatchState.FINALIZING).order_by(Batch.id)))
 
 
-def finish(session: Session, batch_id: UUID) -> int:
+def count_results(session: Session, batch_id: UUID, *, first: int, limit: int) -> tuple[int, int]:
+    """(results of the `limit` jobs from seq `first` on, jobs of the batch)."""
+    row = session.execute(
+        text("""
+        SELECT (SELECT count(*) FROM results WHERE batch_id = :id AND seq >= :first AND seq < :first + :limit), total
+        FROM batches WHERE id = :id"""),
+        {"id": batch_id, "first": first, "limit": limit},
+    ).one()
+    return row[0], row[1]
+
+
+def finish(session: Session, batch_id: UUID, *, results: int | None = None) -> int:
     """End a finalizing batch once every job has its result: how many had none (0 in a sound system).
 
-    Jobs found without a result get new shards and the batch goes on: nothing is lost even to a defect.
+    `results` were counted since it is finalizing; None: they are counted here. Jobs found without a result get new
+    shards and the batch goes on: nothing is lost even to a defect.
     """
     locked = session.execute(
         text("SELECT total FROM batches WHERE id = :id AND state = 'finalizing' FOR UPDATE SKIP LOCKED"),
@@ -308,7 +320,8 @@ def finish(session: Session, batch_id: UUID) -> int:
     ).scalar_one_or_none()
     if locked is None:
         return 0
-    results = session.execute(text("SELECT count(*) FROM results WHERE batch_id = :id"), {"id": batch_id}).scalar_one()
+    if results is None:
+        results, _ = count_results(session, batch_id, first=0, limit=locked)
     if results != locked:
         return _requeue_missing(session, batch_id)
     session.execute(text("DELETE FROM job_tries WHERE batch_id = :id"), {"id": batch_id})

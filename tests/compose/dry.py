@@ -29,6 +29,7 @@ from tests.support.processes import REPOSITORY
 EXIT_CANNOT = 2
 IMAGES = HOME / "images.json"
 UP_S = 600
+SETTLE_S = 2  # an event may be told after its command has returned
 
 
 def main() -> None:
@@ -89,7 +90,7 @@ def _run(docker: Docker, made: Project, images: dict[str, Any]) -> dict[str, Any
     steps += proof.cut_power(made, [name for name in names if name != "migrate"])
     asked = time.time()
     made("stop")
-    ended = events_between(docker, asked, time.time())
+    ended = events_between(docker, asked, time.time() + SETTLE_S)
     for name in names:
         if (end := ending(containers[name], ended)) is not None:
             rows[name] |= {"stop_s": round(end.seconds, 1), "exit_code": end.exit_code}

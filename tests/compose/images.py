@@ -19,7 +19,13 @@ from tests.support.processes import REPOSITORY
 DOCKERFILE = REPOSITORY / "deploy" / "Dockerfile"
 STAND_INS = Path(__file__).parent / "stand_ins"
 PYTHON, SERVERS = HOME / "python", HOME / "servers"
-PYTHON_PACKAGES = ("python3", "python3-venv", "python3-pip", "ca-certificates")
+PYTHON_PACKAGES = (
+    "python3",
+    "python3-venv",
+    "python3-pip",
+    "libnuma1",
+    "ca-certificates",
+)  # libnuma1: of vLLM for CPUs
 SERVER_PACKAGES = ("rabbitmq-server", "redis-server", "prometheus", "wget", "ca-certificates")
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 BASE = "stand-in/debian"

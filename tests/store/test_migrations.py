@@ -28,6 +28,7 @@ from tests.conftest import empty_database
 from tests.support.batches import execute, rows
 from tests.support.waiting import wait_until
 
+LOCK_TIMEOUT = "500ms"
 FIRST_TRIED = "0006"  # the first that was applied under load: benchmarks/results/upgrade.json
 STYLE = (  # not about what runs meanwhile, or seen to by alembic and migrations/env.py
     "prefer-bigint-over-int",
@@ -100,6 +101,8 @@ def test_old_code_can_live_with_every_revision() -> None:
     with database_at("0005") as database:
         sent = statements_of(database)
     assert min(sent) == FIRST_TRIED and all(sent.values())
+    waits = {revision: [one for one in statements if "lock_timeout" in one] for revision, statements in sent.items()}
+    assert waits == {revision: [f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'"] for revision in sent}, "env.py's alone"
     assert {revision: faults(statements) for revision, statements in sent.items()} == {
         revision: [] for revision in sent
     }

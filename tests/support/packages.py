@@ -14,6 +14,7 @@ from pathlib import Path
 # By program: the package that brings it, the service that must not run if it has one, and what else there is to do.
 PACKAGES: dict[str, tuple[str, str | None, str]] = {
     "chromium": ("chromium", None, "install your system's chromium; without it the page's tests are skipped"),
+    "debootstrap": ("debootstrap", None, "install your system's debootstrap, as root"),
     "nginx": ("nginx-light", "nginx", "install your system's nginx-light, stopped"),
     "promtool": (
         "prometheus",

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final, TypeVar
 
 import openai
@@ -74,34 +75,51 @@ class Client:
                 continue
             name = f"batch-{number}"
             file = self._system.write_file(name, BATCH_JOBS)
-            by_command = number % COMMAND_EVERY == COMMAND_EVERY - 1
             revision = self.code.revision
-            if by_command:
-                done = self.code.run("submit", file, env=self._system.env)
-                assert done.returncode == 0, done.stderr
-                batch = done.stdout.strip()
-            else:
-                uploaded = self._asked(lambda api, sent=file: api.files.create(file=sent, purpose="batch").id)  # type: ignore[misc]
-                batch = self._asked(lambda api, sent=uploaded, named=name: _created(api, sent, named))  # type: ignore[misc]
+            is_command = number % COMMAND_EVERY == COMMAND_EVERY - 1
+            batch = self._by_command(file) if is_command else self._over_http(name, file)
             self._system.batches[batch.removeprefix("batch_")] = [f"{name}-{job}" for job in range(BATCH_JOBS)]
             self.submitted[revision] += 1
             self._unread.append(batch)
             number += 1
 
+    def _by_command(self, file: Path) -> str:
+        done = self.code.run("submit", file, env=self._system.env)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def _over_http(self, name: str, file: Path) -> str:
+        uploaded = self._asked(lambda api: api.files.create(file=file, purpose="batch"))
+        created = self._asked(
+            lambda api: api.batches.create(
+                input_file_id=uploaded.id,
+                endpoint="/v1/chat/completions",
+                completion_window="24h",
+                extra_headers={"Idempotency-Key": name},
+            )
+        )
+        return created.id
+
     def _read(self) -> None:
         while self._unread or not self._is_over.wait(LOOK_S):
             for batch in list(self._unread):
-                found = self._asked(lambda api, asked=batch: api.batches.retrieve(asked))  # type: ignore[misc]
-                if found.status in ("failed", "expired", "cancelled"):
-                    self.problems.append(f"{batch} is {found.status}: {found.errors}")
-                    self._unread.remove(batch)
-                elif found.status == "completed" and found.output_file_id is not None:
-                    revision = self.code.revision
-                    text = self._asked(lambda api, file=found.output_file_id: api.files.content(file).text)  # type: ignore[misc]
-                    self._compare(batch, text)
-                    self.read[revision] += 1
+                if self._has_ended(batch):
                     self._unread.remove(batch)
             time.sleep(LOOK_S)
+
+    def _has_ended(self, batch: str) -> bool:
+        """Whether it has; its results are read then."""
+        found = self._asked(lambda api: api.batches.retrieve(batch))
+        if found.status in ("failed", "expired", "cancelled"):
+            self.problems.append(f"{batch} is {found.status}: {found.errors}")
+            return True
+        output = found.output_file_id
+        if found.status != "completed" or output is None:
+            return False
+        revision = self.code.revision
+        self._compare(batch, self._asked(lambda api: api.files.content(output).text))
+        self.read[revision] += 1
+        return True
 
     def _compare(self, batch: str, text: str) -> None:
         got = sorted(str(json.loads(line)["custom_id"]) for line in text.splitlines())
@@ -122,12 +140,3 @@ class Client:
                 self.tried_again += 1
                 print(f"client: {error}", flush=True)
                 time.sleep(LOOK_S)
-
-
-def _created(api: openai.OpenAI, file_id: str, name: str) -> str:
-    return api.batches.create(
-        input_file_id=file_id,
-        endpoint="/v1/chat/completions",
-        completion_window="24h",
-        extra_headers={"Idempotency-Key": name},
-    ).id

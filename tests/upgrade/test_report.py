@@ -40,19 +40,17 @@ def test_a_schema_that_a_process_does_not_know_is_a_fault_and_an_outage_is_none(
 
 
 def test_the_document_has_the_tables_of_the_kept_run() -> None:
-    assert KEPT.exists()
     text = DOCUMENT.read_text()
     assert document(text, KEPT) == text
 
 
 def test_who_waits_for_a_table_that_a_migration_has_is_seen(database: Database, postgres_url: str) -> None:
     began = time.time()
-    with TableWaits(postgres_url) as waits:
-        with ThreadPoolExecutor(1) as pool, database.connection() as migration:
-            migration.execute("LOCK TABLE batches IN ACCESS EXCLUSIVE MODE")
-            waiting = pool.submit(rows, database, "SELECT count(*) FROM batches")
-            wait_until(lambda: max(waits.within(began, time.time()), default=0.0) > LOOK_S, 20.0, "its wait is seen")
-            migration.rollback()
-            assert waiting.result(20.0) == [(0,)]
+    with TableWaits(postgres_url) as waits, ThreadPoolExecutor(1) as pool, database.connection() as migration:
+        migration.execute("LOCK TABLE batches IN ACCESS EXCLUSIVE MODE")
+        waiting = pool.submit(rows, database, "SELECT count(*) FROM batches")
+        wait_until(lambda: max(waits.within(began, time.time()), default=0.0) > LOOK_S, 20.0, "its wait is seen")
+        migration.rollback()
+        assert waiting.result(20.0) == [(0,)]
     assert len(waits.within(began, time.time())) == 1
     assert waits.within(began - 1, began) == []
