@@ -181,7 +181,7 @@ def judged(faults: Iterable[Fault], accepted: Iterable[dict[str, Any]]) -> tuple
 
 
 def secrets_in_the_tree() -> list[str]:
-    """What looks like a secret in the files that git knows, beyond .secrets.baseline."""
+    """Where something looks like a secret in the files that git knows, beyond .secrets.baseline."""
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     ended = subprocess.run(
         [PROGRAMS / "detect-secrets-hook", "--baseline", ".secrets.baseline", *files.rstrip("\0").split("\0")],
@@ -192,7 +192,10 @@ def secrets_in_the_tree() -> list[str]:
     )
     if ended.returncode in (0, LINES_MOVED):
         return []
-    return [line for line in f"{ended.stdout}{ended.stderr}".splitlines() if line.strip()]
+    found = [line.split()[1] for line in ended.stdout.splitlines() if line.startswith("Location:")]
+    if not found:
+        raise SystemExit(f"detect-secrets failed: {ended.stdout.strip()} {ended.stderr.strip()}")
+    return found
 
 
 def report(
@@ -202,7 +205,7 @@ def report(
     print(f"{len(pins)} pinned versions; PyPI answered about {len(pins) - len(answers.unanswered)}")
     for line in _lines(answers, pins, new=new, stale=stale):
         print(line)
-    print("\n".join(secrets) if secrets else "no secret in the tree")
+    print("\n".join(f"  SECRET        {place}" for place in secrets) if secrets else "no secret in the tree")
     keep(
         "audit",
         {

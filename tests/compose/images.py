@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,9 +125,3 @@ def _stand_in(docker: Docker, tag: str, context: Path) -> Image:
     docker("build", "--target", stage, "-t", tag, ".", folder=context)
     said = docker("run", "--rm", "--network", "none", "--entrypoint", "sh", tag, "-c", version).split("\n")[0]
     return Image(tag, " ".join(said.split()))
-
-
-def freed(docker: Docker) -> None:
-    """Forget what builds left over."""
-    docker("image", "prune", "-f", check=False)
-    subprocess.run(["sync"], check=False)

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +91,6 @@ def memory_bytes(docker: Docker, container: str) -> int:
     shown = docker("stats", "--no-stream", "--format", "{{.MemUsage}}", container).split("/")[0].strip()
     number, unit = shown.rstrip("KMGiB"), shown.lstrip("0123456789.")
     return int(float(number) * {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}[unit])
-
-
-def moment(stated: str) -> datetime:
-    """A time as Docker states it, with nanoseconds."""
-    whole, _, rest = stated.rstrip("Z").partition(".")
-    return datetime.fromisoformat(f"{whole}.{(rest + '000000')[:6]}+00:00")
 
 
 def healthy_after_s(container: dict[str, Any], events: list[dict[str, Any]]) -> float | None:

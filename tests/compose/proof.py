@@ -28,38 +28,39 @@ Step = dict[str, Any]
 def use(made: Project) -> list[Step]:
     """What a user does with everything up, step by step: what, how it went, the seconds."""
     return [
-        _step("`cli doctor` finds all well", lambda: _doctor(made)),
-        _step("`cli submit` of examples/prompts.jsonl, `cli results`: each line has one answer", lambda: _batch(made)),
-        _step(
+        step_of("`cli doctor` finds all well", lambda: _doctor(made)),
+        step_of("`cli submit` of 64 prompts, `cli results`: each line has one answer", lambda: _batch(made)),
+        step_of(
             "a key by `cli keys create`; a file, a batch and a single request by openai's client at the published port",
             lambda: _gateway(made),
         ),
-        _step("the gateway refuses who has no key", lambda: _status(f"{GATEWAY}/v1/batches") == "401"),
-        _step("Flower asks for its password, and lets in who has it", lambda: _flower(made)),
-        _step("Prometheus finds every target up", _targets),
-        _step("all queues are quorum queues, with their delivery limit and dead letter queue", lambda: _queues(made)),
-        _step("Redis appends to its file", lambda: _redis(made)),
+        step_of("the gateway refuses who has no key", lambda: _status(f"{GATEWAY}/v1/batches") == 401),
+        step_of("Flower asks for its password, and lets in who has it", lambda: _flower(made)),
+        step_of("Prometheus finds every target up", _targets),
+        step_of("all queues are quorum queues, with their delivery limit and dead letter queue", lambda: _queues(made)),
+        step_of("Redis appends to its file", lambda: _redis(made)),
     ]
 
 
 def cut_power(made: Project, names: Iterable[str]) -> list[Step]:
     """kill -9 of every container at once while a batch runs: all come back by themselves, and it ends."""
-    batch = _submitted(made, "--set", "max_tokens=96", "--cache", "off")
+    batch = submitted(made, "--set", "max_tokens=96", "--cache", "off")
     before = {name: made.container(name) for name in names}
-    wait_until(lambda: _done(made, batch) > 0, ANSWER_S, "the first results")
-    done = _done(made, batch)
+    wait_until(lambda: done_of(made, batch) > 0, ANSWER_S, "the first results")
+    done = done_of(made, batch)
     for container in before.values():
         os.kill(container["State"]["Pid"], signal.SIGKILL)
     return [
-        _step(
+        step_of(
             f"kill -9 of all {len(before)} containers with {done} of 64 jobs done: each is restarted and healthy again",
             lambda: _are_back(made, before),
         ),
-        _step("the batch that ran then ends, each line with one answer", lambda: _is_whole(made, batch)),
+        step_of("the batch that ran then ends, each line with one answer", lambda: is_whole(made, batch)),
     ]
 
 
-def _step(what: str, shows: Callable[[], object]) -> Step:
+def step_of(what: str, shows: Callable[[], object]) -> Step:
+    """Do it: how it went. What it shows is a text for the report, or whether it is so; it may raise as tests do."""
     began = time.monotonic()
     try:
         outcome = shows()
@@ -79,21 +80,24 @@ def _doctor(made: Project) -> str:
     return f"{len(json.loads(done.stdout))} findings"
 
 
-def _submitted(made: Project, *options: str) -> str:
+def submitted(made: Project, *options: str) -> str:
+    """The id of a batch of examples/prompts.jsonl."""
     done = made.cli("submit", "-", *options, stdin=(FOLDER / "examples" / "prompts.jsonl").read_bytes())
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout.decode().split()[-1]
 
 
 def _batch(made: Project) -> str:
-    return _is_whole(made, _submitted(made))
+    return is_whole(made, submitted(made))
 
 
-def _done(made: Project, batch: str) -> int:
+def done_of(made: Project, batch: str) -> int:
+    """How many of its jobs have a result."""
     return int(json.loads(made.cli("status", batch, "--json").stdout)["done"])
 
 
-def _is_whole(made: Project, batch: str) -> str:
+def is_whole(made: Project, batch: str) -> str:
+    """Wait for its end; AssertionError unless each line has one answer."""
     watched = made.cli("watch", batch)
     assert watched.returncode == 0, watched.stderr.decode()[-500:]
     lines = [json.loads(line) for line in made.cli("results", batch).stdout.splitlines()]
@@ -124,7 +128,7 @@ def _gateway(made: Project) -> str:
 def _flower(made: Project) -> bool:
     login = base64.b64encode(f"stoker:{made.password('FLOWER_PASSWORD')}".encode()).decode()
     url = "http://127.0.0.1:5555/workers"
-    return (_status(url), _status(url, f"Basic {login}")) == ("401", "200")
+    return (_status(url), _status(url, f"Basic {login}")) == (401, 200)
 
 
 def _targets() -> str:
@@ -195,14 +199,10 @@ def _are_back(made: Project, before: dict[str, dict[str, Any]]) -> str:
     return f"after {time.monotonic() - began:.0f} s"
 
 
-def _request(url: str, login: str | None = None, body: object = None) -> urllib.request.Request:
-    headers = {"Content-Type": "application/json", **({"Authorization": login} if login else {})}
-    return urllib.request.Request(url, headers=headers, data=None if body is None else json.dumps(body).encode())
-
-
-def _status(url: str, login: str | None = None) -> str:
+def _status(url: str, login: str | None = None) -> int:
+    request = urllib.request.Request(url, headers={"Authorization": login} if login else {})
     try:
-        with urllib.request.urlopen(_request(url, login), timeout=10) as answer:
-            return str(answer.status)
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return int(answer.status)
     except urllib.error.HTTPError as error:
-        return str(error.code)
+        return error.code
