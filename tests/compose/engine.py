@@ -76,24 +76,12 @@ class Docker:
     def imported(self, root: Path, tag: str) -> None:
         """Make an image of a Debian's folder, unless it was made of it: what is built on it is built once then."""
         made_of = root.with_suffix(".complete").read_text().strip()
-        if self("image", "inspect", "--format", "{{.Config.Labels.made_of}}", tag, check=False).strip() == made_of:
+        if self("image", "inspect", "--format", "{{.Comment}}", tag, check=False).strip() == made_of:
             return
-        tar = subprocess.Popen(
-            [
-                "tar",
-                "-C",
-                str(root),
-                "--exclude=./proc/*",
-                "--exclude=./sys/*",
-                "--exclude=./var/cache/apt/*",
-                "-c",
-                ".",
-            ],
-            stdout=subprocess.PIPE,
-        )
-        subprocess.run(
-            [self._program, "import", "-", tag], env=self.env, stdin=tar.stdout, check=True, capture_output=True
-        )
+        left_out = [f"--exclude=./{folder}/*" for folder in ("proc", "sys", "var/cache/apt")]
+        tar = subprocess.Popen(["tar", "-C", str(root), *left_out, "-c", "."], stdout=subprocess.PIPE)
+        command = [self._program, "import", "--message", made_of, "-", tag]
+        subprocess.run(command, env=self.env, stdin=tar.stdout, check=True, capture_output=True)
         assert tar.wait() == 0
 
 
