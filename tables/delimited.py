@@ -16,6 +16,7 @@ from runtime.errors import BadInput
 # A cell may span two blocks: the first size keeps memory small, the second is taken where a cell is longer than that.
 BLOCK_BYTES: Final = (1 << 20, 1 << 26)
 TAIL_BYTES: Final = 64
+MOST_COLUMNS: Final = 10_000  # chosen: pyarrow takes 4 KB for each, and a file with more has another delimiter
 SHOWN_CHARS: Final = 80
 
 
@@ -80,6 +81,8 @@ def _header(file: Path, *, delimiter: str) -> list[str]:
             ) from error
     if not names:
         raise BadInput(f"{file}: is empty; the first row must name the columns")
+    if len(names) > MOST_COLUMNS:
+        raise BadInput(f"{file}: its header has {len(names):,} columns; give a table of at most {MOST_COLUMNS:,}")
     return names
 
 

@@ -137,12 +137,12 @@ def _first_bad_line(file: Path, first_line: int, block: bytes, *, known: pa.Sche
         if not isinstance(json.loads(lines[good]), dict):
             return BadInput(f"{place} is no JSON object{_remedy(lines[good])}")
         _with(_with(known, _table(b"\n".join(lines[:good]) + b"\n").schema), _table(lines[good]).schema)
-    except (ValueError, RecursionError) as error:  # also of a number with more digits than Python reads
-        return BadInput(f"{place} is no JSON ({error}){_remedy(lines[good])}")
     except Unlike as error:
         return BadInput(f"{place}: {_of_two_types(error)}")
     except pa.ArrowException as error:
         return BadInput(f"{place}: {_worded(str(error))}")
+    except (ValueError, RecursionError) as error:  # also of a number with more digits than Python reads
+        return BadInput(f"{place} is no JSON ({error}){_remedy(lines[good])}")
     return BadInput(f"{place}: does not go with the lines before it")
 
 

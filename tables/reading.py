@@ -73,9 +73,9 @@ class Table:
 
         Raises BadInput for a column that is not there, and for a file that turns out to be damaged.
         """
-        names = self.column_names if columns is None else list(columns)
+        names, known = self.column_names if columns is None else list(columns), frozenset(self.column_names)
         for name in names:
-            if name not in self.schema.names:
+            if name not in known:
                 raise BadInput(f"{self.path}: has no column {name!r}; it has {', '.join(self.column_names)}")
         wanted = pa.schema([self.schema.field(name) for name in names or self.column_names[:1]])
         for file in self.files:
@@ -178,7 +178,8 @@ def _unified(files: Sequence[Path], schemas: Sequence[pa.Schema]) -> pa.Schema:
                 f"{file}: column {error.column} is {error.here} here and {error.before} in the files before; "
                 "give it one type in every file, or name a single file"
             ) from error
-    lacking = {name for name in schema.names for other in schemas if name not in other.names}
+    held = [frozenset(other.names) for other in schemas]  # `names` makes them anew each time
+    lacking = {name for name in schema.names for names in held if name not in names}
     fields = [field.with_nullable(True) if field.name in lacking else field for field in schema]
     return pa.schema(fields).with_metadata(schema.metadata)
 

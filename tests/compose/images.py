@@ -32,7 +32,7 @@ BASE = "stand-in/debian"
 # By the image's name without its tag: the stage of stand_ins/Dockerfile, and what prints its version.
 STAGES = {
     "postgres": ("postgres", "postgres --version"),
-    "rabbitmq": ("rabbitmq", "rabbitmq-server --version 2>/dev/null || dpkg-query -W rabbitmq-server"),
+    "rabbitmq": ("rabbitmq", "dpkg-query -W rabbitmq-server"),
     "redis": ("redis", "redis-server --version"),
     "prom/prometheus": ("prometheus", "prometheus --version 2>&1 | head -1"),
     "chromadb/chroma": ("chroma", "chroma --version"),

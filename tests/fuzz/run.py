@@ -12,6 +12,8 @@ import argparse
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -52,6 +54,7 @@ class Counted:
 
 def main() -> int:
     """0 if nothing was found."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it has made goes with it
     targets = list(all_targets())
     parser = argparse.ArgumentParser(description="Fuzz our parsers, and the HTTP contract.")
     parser.add_argument("--minutes", type=float, default=MINUTES)
@@ -84,6 +87,8 @@ def main() -> int:
     found = sum(len(one.findings) for one in counted) + bool(contract and contract["findings"])
     if found:
         print(f"{found} findings: inputs in {kept}", file=sys.stderr)
+    elif not options.keep:
+        shutil.rmtree(kept)
     keep_run("fuzz", report, parser, options)
     return min(1, found)
 

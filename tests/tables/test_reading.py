@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import time
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -175,6 +176,17 @@ def test_jsonl_types_are_those_of_the_whole_file_and_text_is_never_made_a_date(t
 def test_a_jsonl_line_that_is_no_one_object_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(BadInput, match=r"line [12]"):
         open_table(written(tmp_path / "t.jsonl", text))
+
+
+def test_a_table_of_many_columns_takes_a_time_that_follows_their_number(tmp_path: Path) -> None:
+    names = [f"c{number}" for number in range(10_000)]
+    began = time.thread_time()
+    table = open_table(written(tmp_path / "t.csv", f"{','.join(names)}\n{',' * 9_999}\n"))
+    assert sum(batch.num_rows for batch in table.batches(["c0", "c9999"])) == 1
+    assert time.thread_time() - began < 4  # 0.3 s; by looking for each name in a list, 8 s
+
+    with pytest.raises(BadInput, match="10,001 columns"):
+        open_table(written(tmp_path / "t.csv", "c," * 10_000 + "\n"))
 
 
 def test_an_arrow_file_whose_offsets_lead_beyond_it_is_refused_and_not_read(tmp_path: Path) -> None:
