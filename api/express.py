@@ -187,7 +187,12 @@ def _response(single: SingleRequest, answer: SingleAnswer) -> Response:
         raise _refusal(single, answer)
     if not single.streams:
         return Response(answer.response, media_type=JSON)
-    return Response(events_of(answer.response, with_usage=single.with_usage), media_type=EVENTS)
+    try:
+        events = events_of(answer.response, with_usage=single.with_usage)
+    except ValueError as error:
+        log.warning("single_without_events", model=single.model, error=str(error))
+        raise _useless("invalid_response") from error
+    return Response(events, media_type=EVENTS)
 
 
 # What is no client's fault, and no business of its. One that repeats what an engine died of may kill the next one too.
@@ -216,8 +221,12 @@ def _refusal(single: SingleRequest, answer: SingleAnswer) -> ApiError:
     if 400 <= status < 500 and status not in (401, 403, 407):
         kind: Any = "not_found_error" if status == 404 else "invalid_request_error"
         return ApiError(status, _said(answer.response) or message, kind=kind, code=answer.code)
+    return _useless(answer.code)
+
+
+def _useless(code: str | None) -> ApiError:
     return ApiError(
-        502, "the engine's answer was of no use; its worker's log says more", kind="server_error", code=answer.code
+        502, "the engine's answer was of no use; its worker's log says more", kind="server_error", code=code
     )
 
 

@@ -9,8 +9,17 @@ EVENTS = "text/event-stream"
 
 
 def events_of(response: str, *, with_usage: bool) -> str:
-    """The events of a chat's or completion's answer: all of it in one chunk, its usage if asked for, and the end."""
-    answer = json.loads(response)
+    """The events of a chat's or completion's answer: all of it in one chunk, its usage if asked for, and the end.
+
+    Raises ValueError for an answer that has not the form of one, or a number that not every reader takes.
+    """
+    try:
+        return _events(json.loads(response), with_usage=with_usage)
+    except (AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"no form that events can have: {error}") from error
+
+
+def _events(answer: Any, *, with_usage: bool) -> str:
     usage = answer.pop("usage", None)
     if answer.get("object") == "chat.completion":
         answer["object"] = "chat.completion.chunk"
@@ -18,7 +27,7 @@ def events_of(response: str, *, with_usage: bool) -> str:
     chunks = [answer | ({"usage": None} if with_usage else {})]
     if with_usage:
         chunks.append(answer | {"choices": [], "usage": usage})
-    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+    return "".join(f"data: {json.dumps(chunk, allow_nan=False)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
 
 
 def _delta_of(choice: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from runtime.entry import run_process
 from runtime.metrics import metrics_served
 from runtime.settings import Settings
 from runtime.tracing import start_tracing, stop_tracing
+from store.revisions import await_database
 
 
 def validate(settings: Settings) -> None:
@@ -24,6 +25,7 @@ def validate(settings: Settings) -> None:
         start_tracing(settings, process="validator")
         stack.callback(stop_tracing)
         gateway = open_gateway(settings, stack)
+        await_database(gateway.database, stop)
         start_aftercare(gateway.database, gateway.blobs, settings, stop)
         run_validator(gateway.database, gateway.blobs, gateway.board, settings, stop)
 

@@ -121,8 +121,7 @@ def prepared(place: Place, endpoint: StaticEndpoint, *, shard_jobs: int) -> Plac
     shard = place.settings.shard.model_copy(update={"max_jobs": shard_jobs})
     settings = place.settings.model_copy(update={"metrics": metrics, "engine": engine, "shard": shard})
     database = Database(settings.require_postgres(), pool_size=1)
-    with database.transaction() as session:
-        make_partitions(session, now=utc_now() - WEEK)
+    make_partitions(database, now=utc_now() - WEEK)
     database.close()
     return Place(settings, place.servers, place.folder, place.postgres_log)
 

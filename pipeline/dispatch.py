@@ -103,7 +103,7 @@ def dispatch_until(
             with leadership(database) as lead:
                 while not stop.is_set():
                     if not lead.acquire(silent_s=silent_s):
-                        dispatcher.leading.end()
+                        dispatcher.stand_by()
                         stop.wait(SWEEP_S)
                         continue
                     dispatcher.leading.begin()
@@ -111,10 +111,10 @@ def dispatch_until(
                     stop.wait(WAKE_REST_S)
                     lead.wait(0.0 if goes_on else SWEEP_S)
         except ServiceUnreachable as error:
-            dispatcher.leading.end()
+            dispatcher.stand_by()
             log.warning("dispatch_waits", error=str(error))
             stop.wait(SWEEP_S)
-    dispatcher.leading.end()
+    dispatcher.stand_by()
 
 
 class Dispatcher:
@@ -134,6 +134,11 @@ class Dispatcher:
         self._unsent: list[tuple[int, UUID]] = []
         self._sweep_at = 0.0
         self._house_at = 0.0
+
+    def stand_by(self) -> None:
+        """It does not lead, or may not: it states nothing more and forgets what another may have changed."""
+        self.leading.end()
+        self._finisher.forget()
 
     def tick(self) -> bool:
         """Finish what has ended, fill the window, and once a second sweep for what needs care.
@@ -311,8 +316,8 @@ class Dispatcher:
         if now < self._house_at:
             return
         self._house_at = now + HOUSE_EVERY_S
+        make_partitions(self._database, now=utc_now())
         with self._database.transaction() as session:
-            make_partitions(session, now=utc_now())
             delete_abandoned_batches(session)
             more = delete_expired(session)
         if delete_past_retention(self._database, retention_s=self._settings.limits.retention_s) or more:

@@ -72,7 +72,7 @@ class AnswerSchema:
 
 
 def _shown(fault: str) -> str:
-    """As a row takes it: cut, and without NUL, which an answer's names may have."""
+    """As a row takes it: cut, and without NUL, which schemas and answers may have."""
     return fault[:SHOWN_CHARACTERS].replace("\0", " ")
 
 
@@ -223,7 +223,7 @@ class _Expansion:
         if not isinstance(reference := part.get("$ref"), str):
             return size
         if reference in above:
-            raise ValueError(f"schema: {reference[:SHOWN_CHARACTERS]!r} refers to itself; write its levels out")
+            raise ValueError(f"schema: {_shown(reference)} refers to itself; write its levels out")
         if reference not in self._known:
             self._known[reference] = self.of(self._referred(reference), (*above, reference))
         return size + self._known[reference]
@@ -236,7 +236,7 @@ class _Expansion:
             check_pattern(pattern)
 
     def _referred(self, reference: str) -> Any:
-        shown = repr(reference[:SHOWN_CHARACTERS])  # what a problem says can be stored: no NUL
+        shown = _shown(reference)
         if not reference.startswith("#/") or "%" in reference:
             raise ValueError(f"schema: refers to {shown}, which is not fetched; put it under $defs: #/$defs/…")
         found = self._schema

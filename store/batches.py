@@ -292,38 +292,39 @@ def screen(session: Session) -> list[tuple[UUID, str]]:
     return paused
 
 
-def batches_to_finish(session: Session) -> list[UUID]:
-    """Batches whose last shard is closed."""
-    return list(session.scalars(select(Batch.id).where(Batch.state == BatchState.FINALIZING).order_by(Batch.id)))
+def batches_to_finish(session: Session) -> dict[UUID, int]:
+    """Batches whose last shard is closed, and how many jobs each has."""
+    ready = select(Batch.id, Batch.total).where(Batch.state == BatchState.FINALIZING).order_by(Batch.id)
+    return {batch_id: total for batch_id, total in session.execute(ready)}
 
 
-def count_results(session: Session, batch_id: UUID, *, first: int, limit: int) -> tuple[int, int]:
-    """(results of the `limit` jobs from seq `first` on, jobs of the batch)."""
-    row = session.execute(
-        text("""
-        SELECT (SELECT count(*) FROM results WHERE batch_id = :id AND seq >= :first AND seq < :first + :limit), total
-        FROM batches WHERE id = :id"""),
-        {"id": batch_id, "first": first, "limit": limit},
-    ).one()
-    return row[0], row[1]
+def count_results(session: Session, batch_id: UUID, *, first: int, limit: int) -> int:
+    """Results of the `limit` jobs from seq `first` on."""
+    return int(
+        session.execute(
+            text("SELECT count(*) FROM results WHERE batch_id = :id AND seq >= :first AND seq < :first + :limit"),
+            {"id": batch_id, "first": first, "limit": limit},
+        ).scalar_one()
+    )
 
 
-def finish(session: Session, batch_id: UUID, *, results: int | None = None) -> int:
+def finish(session: Session, batch_id: UUID, *, results: int | None = None) -> int | None:
     """End a finalizing batch once every job has its result: how many had none (0 in a sound system).
 
-    `results` were counted since it is finalizing; None: they are counted here. Jobs found without a result get new
-    shards and the batch goes on: nothing is lost even to a defect.
+    None: it is not finalizing, or another transaction holds it, and nothing was done. `results` were counted since it
+    is finalizing; without them they are counted here. Jobs found without a result get new shards and the batch goes on:
+    nothing is lost even to a defect.
     """
     locked = session.execute(
         text("SELECT total FROM batches WHERE id = :id AND state = 'finalizing' FOR UPDATE SKIP LOCKED"),
         {"id": batch_id},
     ).scalar_one_or_none()
     if locked is None:
-        return 0
+        return None
     if results is None:
-        results, _ = count_results(session, batch_id, first=0, limit=locked)
-    if results != locked:
-        return _requeue_missing(session, batch_id)
+        results = count_results(session, batch_id, first=0, limit=locked)
+    if results != locked and (missing := _requeue_missing(session, batch_id)):
+        return missing
     session.execute(text("DELETE FROM job_tries WHERE batch_id = :id"), {"id": batch_id})
     give_up_lookups(session, batch_id)
     fold_usage(session, batch_id)
@@ -342,7 +343,10 @@ def finish(session: Session, batch_id: UUID, *, results: int | None = None) -> i
 
 
 def _requeue_missing(session: Session, batch_id: UUID) -> int:
-    """A follower is brought by its leader if that is missing too; else it runs by itself."""
+    """Give the jobs without a result new shards: how many. Nothing changes if there are none, as an old count may say.
+
+    A follower is brought by its leader if that is missing too; else it runs by itself.
+    """
     release(session, batch_id)
     missing = list(
         session.scalars(
@@ -354,6 +358,8 @@ def _requeue_missing(session: Session, batch_id: UUID) -> int:
             {"id": batch_id},
         )
     )
+    if not missing:
+        return 0
     # The old shards give up what they lack and are counted anew, so that progress counts each job once.
     session.execute(
         text("""

@@ -18,7 +18,7 @@ from models.states import TERMINAL
 from runtime.clock import WEEK, utc_now, uuid7_floor, week_start
 from runtime.logs import get_logger
 from store.database import Database
-from store.schema import partition_start
+from store.schema import PARTITION_LOCK_TIMEOUT, partition_start
 
 log = get_logger(__name__)
 
@@ -27,8 +27,6 @@ ROWS_AT_ONCE = 2_000  # rows in a transaction; with bodies of a few KB it takes 
 SLICE_S = 0.25  # deleting in one call, so that dispatch never waits long
 # Between out of sight and gone: an export that had begun reads in many short transactions, and would end early.
 UNSEEN_S = 1800.0
-# The lock on a partitioned table stops everybody who comes after it; far below deadlock_timeout, so no deadlock.
-DROP_LOCK_TIMEOUT = "100ms"
 _PARTS = (
     ("results", "seq"),
     ("jobs", "seq"),
@@ -136,7 +134,7 @@ def drop_partition(session: Session, name: str) -> bool:
     table = name.partition("_")[0]
     try:
         with session.begin_nested():
-            session.execute(text(f"SET LOCAL lock_timeout = '{DROP_LOCK_TIMEOUT}'"))
+            session.execute(text(f"SET LOCAL lock_timeout = '{PARTITION_LOCK_TIMEOUT}'"))
             session.execute(text(f"LOCK TABLE ONLY {table} IN ACCESS EXCLUSIVE MODE"))
             session.execute(text(f"LOCK TABLE {name} IN ACCESS EXCLUSIVE MODE"))
             if not _is_unneeded(session, name):  # a batch that was stored before we had the lock

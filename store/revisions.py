@@ -11,6 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 import migrations
+from runtime.errors import ServiceUnreachable
 from runtime.logs import get_logger
 from store.database import Database
 
@@ -49,6 +50,20 @@ def schema_revisions(session: Session) -> Revisions:
         current = session.scalar(text("SELECT version_num FROM alembic_version"))
     files = (Path(migrations.__file__).parent / "versions").glob("[0-9]*.py")
     return Revisions(current, sorted(file.name.partition("_")[0] for file in files))
+
+
+def await_database(database: Database, stop: threading.Event | None = None) -> None:
+    """As await_schema, and wait for Postgres too while it is away."""
+    stop = stop or threading.Event()
+    told = None
+    while not stop.is_set():
+        try:
+            return await_schema(database, stop)
+        except ServiceUnreachable as error:
+            if str(error) != told:
+                told = str(error)
+                log.warning("schema_waits", error=told)
+            stop.wait(LOOK_S)
 
 
 def await_schema(database: Database, stop: threading.Event | None = None) -> None:

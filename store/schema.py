@@ -31,6 +31,8 @@ WEEKS_AHEAD = 4
 # so between two tries all of them get on with their work.
 PAUSE_S = (1.0, 3.0)
 PATIENCE_S = 120.0
+# The lock on a partitioned table stops everybody who comes after it; far below deadlock_timeout, so no deadlock.
+PARTITION_LOCK_TIMEOUT = "100ms"
 
 
 def migrate(database: Database, *, patience_s: float = PATIENCE_S) -> None:
@@ -51,22 +53,23 @@ def migrate(database: Database, *, patience_s: float = PATIENCE_S) -> None:
                 raise LockHeld(f"{error}{told}") from error
             log.warning("migration_waits", error=str(error), open=holders)
             time.sleep(random.uniform(*PAUSE_S))  # noqa: S311
-    with _alone(database) as session:
-        make_partitions(session, now=utc_now())
+    make_partitions(database, now=utc_now())
 
 
-def make_partitions(session: Session, *, now: datetime) -> None:
+def make_partitions(database: Database, *, now: datetime) -> None:
     """Create this week's partitions of jobs and results and the next four weeks'; existing ones stay.
 
+    Each in a transaction of its own, up to the first that others' locks are in the way of: the next call goes on there.
     A batch whose week has no partition lands in the DEFAULT partition, so a missed call loses nothing.
     """
-    existing = set(session.scalars(text("SELECT relname FROM pg_class WHERE relispartition")))
+    with database.transaction() as session:
+        existing = set(session.scalars(text("SELECT relname FROM pg_class WHERE relispartition")))
     for week in range(WEEKS_AHEAD + 1):
         start = week_start(now) + week * WEEK
         for table in PARTITIONED:
             name = partition_name(table, start)
-            if name not in existing:
-                _make_partition(session, name, table=table, start=start)
+            if name not in existing and not _make_partition(database, name, table=table, start=start):
+                return
 
 
 def partition_name(table: str, start: datetime) -> str:
@@ -81,15 +84,19 @@ def partition_start(name: str) -> datetime | None:
     return datetime.strptime(f"{found[1]} {found[2]} 1 +0000", "%G %V %u %z") if found else None
 
 
-def _make_partition(session: Session, name: str, *, table: str, start: datetime) -> None:
-    """Create one partition, unless that would wait for others or DEFAULT has rows of its week: then it stays there."""
+def _make_partition(database: Database, name: str, *, table: str, start: datetime) -> bool:
+    """Create one partition, unless DEFAULT has rows of its week: they stay there. False if others hold the table."""
     bounds = f"FROM ('{uuid7_floor(start)}') TO ('{uuid7_floor(start + timedelta(weeks=1))}')"
     try:
-        with session.begin_nested():
-            session.execute(text("SET LOCAL lock_timeout = '2s'"))
+        with database.transaction() as session:
+            session.execute(text(f"SET LOCAL lock_timeout = '{PARTITION_LOCK_TIMEOUT}'"))
             session.execute(text(f"CREATE TABLE IF NOT EXISTS {name} PARTITION OF {table} FOR VALUES {bounds}"))
+    except (LockHeld, Deadlocked) as error:
+        log.warning("partition_not_made", name=name, error=str(error))
+        return False
     except DBAPIError as error:
         log.warning("partition_not_made", name=name, error=str(error.orig))
+    return True
 
 
 def _step(database: Database) -> bool:

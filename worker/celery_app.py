@@ -15,13 +15,13 @@ from celery import Celery, signals
 from celery.worker.consumer.consumer import Consumer as CeleryConsumer
 
 from models.messages import AnswerSingle, Ingest, LookAtSchedules, RunSchedule, RunShard
-from runtime.errors import EXIT_USAGE, BadInput, ServiceUnreachable
+from runtime.errors import EXIT_USAGE, BadInput
 from runtime.logs import configure_logs
 from runtime.redaction import secrets_of
 from runtime.settings import Settings
 from runtime.tracing import TRACEPARENT, check_tracing
 from store.database import Database
-from store.revisions import await_schema
+from store.revisions import await_database
 from tasks.control import look_at_schedules, run_one
 from tasks.express import answer_singles
 from tasks.generation import run_shard
@@ -158,13 +158,11 @@ def _require_tracing(parts: WorkerParts) -> None:
 
 
 def _await_schema(settings: Settings) -> None:
-    """Begin nothing on a schema that lacks what this version asks for; a Postgres that is away is met later."""
+    """Begin nothing on a schema that lacks what this version asks for, or while Postgres is away."""
     _configure_logs(settings)  # Celery has not asked for it yet
     database = Database(settings.require_postgres(), pool_size=1)
     try:
-        await_schema(database)
-    except ServiceUnreachable:
-        return
+        await_database(database)
     finally:
         database.close()
 

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tests.compose.engine import HOME, Docker, run
 from tests.support.processes import REPOSITORY
 
@@ -74,10 +72,11 @@ def project(docker: Docker) -> Iterator[Project]:
             shutil.copytree(source, target, ignore=shutil.ignore_patterns(".env*"))
         else:
             shutil.copy(source, target)
-    (FOLDER / "dry.yml").write_text(yaml.safe_dump({"services": _changes()}))
+    (FOLDER / "dry.yml").write_text(_changes())
     run([sys.executable, "scripts/compose_env.py"], env=dict(os.environ), folder=FOLDER)
     with (FOLDER / "deploy" / ".env").open("a") as file:
         file.write(f"CHECKPOINTS={REPOSITORY / '.checkpoints'}\n")
+        file.write(f"GPU_WORKER_CPUS={min(8, os.cpu_count() or 1)}\n")  # more than there are is refused
     made = Project(docker)
     made("down", "--volumes", "--timeout", "1")  # what a run that was killed has left has other passwords
     try:
@@ -86,12 +85,16 @@ def project(docker: Docker) -> Iterator[Project]:
         made("down", "--volumes", "--timeout", "10", check=False)
 
 
-def _changes() -> dict[str, Any]:
-    """What this machine cannot give: a GPU, and more open files than its own limit."""
+def _changes() -> str:
+    """What this machine cannot give, as compose reads it: a GPU, and more open files than its own limit."""
     packages = next(iter(sorted(VLLM.glob("python3.11/site-packages"))), None)
     volumes = [] if packages is None else [f"{packages}:{DIST_PACKAGES}:ro"]
     most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    return {
-        "worker-gpu": {"deploy": {"resources": {"reservations": {"devices": []}}}, "volumes": volumes},
-        "rabbitmq": {"ulimits": {"nofile": min(most_files, 65536)}},
-    }
+    return f"""
+services:
+  worker-gpu:
+    deploy: {{resources: {{reservations: !reset null}}}}
+    volumes: {json.dumps(volumes)}
+  rabbitmq:
+    ulimits: {{nofile: {min(most_files, 65536)}}}
+"""

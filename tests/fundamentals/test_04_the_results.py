@@ -27,7 +27,7 @@ def test_the_batch_ends_with_its_last_shard_and_its_results_stand_in_input_order
             close(session, shard)
 
     with database.transaction() as session:
-        assert batches_to_finish(session) == [batch_id]
+        assert batches_to_finish(session) == {batch_id: 4}
         assert finish(session, batch_id) == 0, "no job is missing its result"
         progress = batch_progress(session, batch_id, tenant="local")
     assert progress.state is BatchState.COMPLETED

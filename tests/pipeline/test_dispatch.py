@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import text
 
 from pipeline.dispatch import BLIND_WINDOW, Dispatcher, dispatch_until
+from pipeline.finishing import Finisher
 from runtime.errors import ServiceUnreachable
 from runtime.settings import Settings
 from store.batches import request_cancel
@@ -226,12 +227,15 @@ def test_a_standby_takes_over_when_the_leader_ends(database: Database, tmp_path:
             wait_until(lambda: len(second.sent) == 1, 10, "the standby sends the next")
 
 
-def test_dispatch_goes_on_after_its_connections_were_cut(
-    database: Database, tmp_path: Path, broker: MemoryBroker, board: PresenceBoard
+def test_dispatch_goes_on_after_its_connections_were_cut_and_trusts_no_count_of_before(
+    database: Database, tmp_path: Path, broker: MemoryBroker, board: PresenceBoard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    forgotten: list[Finisher] = []
+    monkeypatch.setattr(Finisher, "forget", forgotten.append)
     with dispatching(database, broker, board):
         store_batch(database, tmp_path, chats(1))
         wait_until(lambda: len(broker.sent) == 1, 10, "the first hint")
+        forgotten.clear()
         with database.connection(autocommit=True) as connection:
             connection.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
@@ -239,6 +243,7 @@ def test_dispatch_goes_on_after_its_connections_were_cut(
             )
         store_batch(database, tmp_path, chats(1))
         wait_until(lambda: len(broker.sent) == 2, 15, "the second hint")
+        assert forgotten
 
 
 def test_a_leader_that_is_frozen_is_succeeded_and_finds_its_lock_gone_when_it_wakes(database: Database) -> None:

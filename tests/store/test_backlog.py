@@ -114,6 +114,41 @@ def test_documents_count_until_they_are_read(database: Database) -> None:
     assert backlog(database)[0] == 0
 
 
+def test_what_a_budget_keeps_from_being_sent_does_not_count(database: Database, tmp_path: Path) -> None:
+    batch = store_batch(database, tmp_path, chats(4), shard_jobs=2)
+    claim = claimed(database, dispatch_all(database)[0])
+    execute(database, "UPDATE shards SET state = 'pending' WHERE state = 'dispatched'")
+    execute(
+        database,
+        "INSERT INTO budgets (batch_id, cap, waits_until) VALUES (:id, 10, clock_timestamp() + interval '1 hour')",
+        id=batch,
+    )
+
+    assert backlog(database) == (len(claim.seqs), 0.0)  # what runs goes on
+
+    execute(database, "UPDATE budgets SET waits_until = clock_timestamp()")
+    assert backlog(database)[0] == 4
+
+
+@pytest.mark.parametrize(
+    "lacking",
+    [
+        "UPDATE collections SET lost = true",
+        "INSERT INTO vector_removals (index_name, passage_id) VALUES ('one', 7)",
+        "INSERT INTO passages (document_id, collection_id, place, text, starts, ends, vector) "
+        "SELECT id, collection_id, 0, 'text', 0, 4, '' FROM documents",
+    ],
+)
+def test_what_chroma_has_not_been_told_of_is_a_job(database: Database, lacking: str) -> None:
+    add(database, "text")
+    execute(database, "UPDATE documents SET state = 'ready'")
+    assert backlog(database, "documents") == (0, 0.0)
+
+    execute(database, lacking)
+
+    assert backlog(database, "documents") == (1, 0.0)
+
+
 def test_the_role_reads_the_view_and_no_table(database: Database, postgres_url: str, tmp_path: Path) -> None:
     store_batch(database, tmp_path, chats(7))
     relations = rows(

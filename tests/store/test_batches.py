@@ -196,10 +196,10 @@ def test_a_batch_ends_once_every_job_has_its_result(database: Database, tmp_path
     batch_id = store_batch(database, tmp_path, chats(5), shard_jobs=2)
     run_all(database)
     with database.transaction() as session:
-        assert batches_to_finish(session) == [batch_id]
+        assert batches_to_finish(session) == {batch_id: 5}
         assert finish(session, batch_id) == 0
-        assert finish(session, batch_id) == 0, "twice is harmless"
-        assert batches_to_finish(session) == []
+        assert finish(session, batch_id) is None, "twice is harmless"
+        assert batches_to_finish(session) == {}
     row = batch_row(database, batch_id)
     assert (row["state"], row["ending"], row["ended_at"] is not None) == ("completed", "completed", True)
 
@@ -250,8 +250,7 @@ def test_partitions_are_made_for_four_weeks_ahead_and_making_them_twice_is_harml
 
     before = partitions()
     assert len(before) == 2 * (1 + 5), "the default one, this week and four more, of two tables"
-    with database.transaction() as session:
-        make_partitions(session, now=utc_now())
+    make_partitions(database, now=utc_now())
     assert partitions() == before
 
 

@@ -7,9 +7,11 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,16 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, event
 
 import migrations
-from runtime.errors import LockHeld
-from store.database import Database
+from runtime.clock import utc_now
+from runtime.errors import LockHeld, ServiceUnreachable
+from runtime.settings import PostgresSettings, Settings
+from store.database import Database, Session
 from store.revisions import await_schema, schema_revisions
-from store.schema import migrate
+from store.schema import make_partitions, migrate
 from tests.conftest import empty_database
 from tests.support.batches import execute, rows
 from tests.support.waiting import wait_until
+from worker.celery_app import _await_schema
 
 LOCK_TIMEOUT = "500ms"
 FIRST_TRIED = "0006"  # the first that was applied under load: benchmarks/results/upgrade.json
@@ -185,3 +190,44 @@ def test_an_empty_database_is_behind() -> None:
             revisions = schema_revisions(session)
         database.close()
     assert (revisions.current, revisions.is_behind, revisions.is_ahead) == (None, True, False)
+
+
+def test_partitions_are_made_when_nobody_is_in_the_way_and_nobody_is_held_up_by_it(database: Database) -> None:
+    later = utc_now() + timedelta(weeks=30)
+    made = "SELECT count(*) FROM pg_class WHERE relispartition AND relkind = 'r'"
+    ((before,),) = rows(database, made)
+    with database.connection() as dump:
+        dump.execute("LOCK TABLE jobs, results IN ACCESS SHARE MODE")
+        began = time.monotonic()
+        make_partitions(database, now=later)
+        assert time.monotonic() - began < 1.0, "one refusal ends the round, and is far below deadlock_timeout"
+        assert rows(database, made) == [(before,)]
+        migrate(database)
+    make_partitions(database, now=later)
+    assert rows(database, made) == [(before + 2 * 5,)]
+
+
+def test_who_begins_while_postgres_is_away_waits_for_it_and_for_the_migration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("store.revisions.LOOK_S", 0.05)
+    away = threading.Event()
+    away.set()
+    with database_at("0007") as database, ThreadPoolExecutor(1) as pool:
+        transaction = database.transaction
+
+        def asked() -> AbstractContextManager[Session]:
+            if away.is_set():
+                raise ServiceUnreachable("Postgres does not answer")
+            return transaction()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(database, "transaction", asked)
+            patch.setattr("worker.celery_app.Database", lambda *_, **__: database)
+            settings = Settings.model_construct(postgres=PostgresSettings(url="postgresql://nobody@127.0.0.1:1/none"))
+            waiting = pool.submit(_await_schema, settings)
+            with pytest.raises(TimeoutError):
+                waiting.result(0.3)
+            away.clear()
+            with pytest.raises(TimeoutError):
+                waiting.result(0.3)
+            migrate(database)
+            waiting.result(WAIT_S)

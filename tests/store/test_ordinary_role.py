@@ -47,8 +47,7 @@ def test_an_ordinary_role_is_enough(ordinary: Database, tmp_path: Path) -> None:
     with ordinary.transaction() as session:
         assert write_results(session, taken, answers(taken.seqs), engine_id=None, lease_s=LEASE_S) == 3
     later = utc_now() + timedelta(weeks=30)
-    with ordinary.transaction() as session:
-        make_partitions(session, now=later)
+    make_partitions(ordinary, now=later)
     with ordinary.transaction() as session:
         past = droppable_partitions(session, now=later)
         assert past and all([drop_partition(session, one) for one in past])

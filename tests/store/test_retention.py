@@ -74,8 +74,7 @@ def end(database: Database, batch_id: UUID, *, days_ago: float) -> None:
 def grow_old(database: Database, batch_id: UUID, *, number: int) -> UUID:
     """Give a batch the id that it had if it had been submitted at OLD, in that week's partitions."""
     old = UUID(int=uuid7_floor(OLD).int | (0x7 << 76) | number)
-    with database.transaction() as session:
-        make_partitions(session, now=OLD)
+    make_partitions(database, now=OLD)
     execute(
         database,
         "INSERT INTO batches (id, state, endpoint, input_name, input_digest, submit_digest, options) "
