@@ -47,7 +47,7 @@ check: .venv/.dev prometheus ## lint, types, layers, generated files, compose fi
 		docker-compose --env-file /dev/null --profile '*' config -q
 	@python -m tests.cluster.manifests
 
-fuzz: .venv/.dev ## our parsers and the HTTP contract under inputs that nobody would send (an hour): MINUTES=60
+fuzz: .venv/.dev ## our parsers and the HTTP contract under inputs that nobody would send (45 minutes): MINUTES=45
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes -r requirements/fuzz.txt
 	@python -m tests.fuzz.run $(if $(findstring command,$(origin MINUTES)),--minutes $(MINUTES)); code=$$?; \
 		python -m tests.fuzz.table; exit $$code

@@ -236,14 +236,14 @@ def dump(run: Run) -> None:
 
 def retain(run: Run) -> None:
     """A week's partitions dropped, and as many rows of a batch deleted one by one."""
-    dropped = size_ends.by_partition(run.place.settings, run.batches[0], rows=run.jobs)
+    dropped = size_ends.by_partition(run.place.settings, run.batches[0])
     deleted = size_ends.by_delete(run.place.settings, run.batches[1])
     run.keep("retention", {"dropped": dropped, "deleted": deleted, "tables": size_postgres.tables(run.connection)})
 
 
 def restore(run: Run) -> None:
     """The backup into an empty database."""
-    run.keep("restore", size_ends.restore(run.place.settings, run.place.folder))
+    run.keep("restore", size_ends.restore(run.place.settings, run.place.folder, rows=run.jobs))
 
 
 if __name__ == "__main__":

@@ -63,8 +63,11 @@ def dump(settings: Settings, folder: Path) -> dict[str, Any]:
     return {"options": " ".join(arguments[:5]), "seconds": round(time.monotonic() - began, 1), "bytes": size}
 
 
-def restore(settings: Settings, folder: Path) -> dict[str, Any]:
-    """pg_restore of that dump into another database of the same server: seconds; the dump and the database go."""
+def restore(settings: Settings, folder: Path, *, rows: int) -> dict[str, Any]:
+    """pg_restore of that dump into another database of the same server: seconds; the dump and the database go.
+
+    Ends the program if not so many jobs and results are there.
+    """
     url = settings.require_postgres()
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {RESTORED}")
@@ -81,23 +84,35 @@ def restore(settings: Settings, folder: Path) -> dict[str, Any]:
         connection.execute(f"DROP DATABASE {RESTORED} WITH (FORCE)")
     shutil.rmtree(folder / "dump")
     jobs, results = counts or (0, 0)
+    if (jobs, results) != (rows, rows):
+        raise SystemExit(f"{jobs} jobs and {results} results were restored, of {rows} each")
     return {"seconds": round(seconds, 1), "wal_bytes": written, "jobs": jobs, "results": results}
 
 
-def by_partition(settings: Settings, batch: UUID, *, rows: int) -> dict[str, Any]:
-    """A past week's rows, dropped as the leader does it; then the rest of its batch, deleted in slices."""
+def by_partition(settings: Settings, batch: UUID) -> dict[str, Any]:
+    """A past week's rows, dropped as the leader does it; then the rest of its batch, deleted in slices.
+
+    Ends the program if that was not one partition of jobs and one of results.
+    """
     with psycopg.connect(settings.require_postgres(), autocommit=True) as connection:
         database = Database(settings.require_postgres(), pool_size=1)
         aged(connection, database, batch)
         before, began = counters(connection), time.monotonic()
         with database.transaction() as session:
             names = droppable_partitions(session, now=utc_now())
+        if sorted(name.partition("_")[0] for name in names) != ["jobs", "results"]:
+            raise SystemExit(f"not one week's jobs and results may be dropped, but {names}")
+        looked_s = time.monotonic() - began
+        rows = sum(_one(connection, f"SELECT count(*) FROM {name}") for name in names)
+        began = time.monotonic() - looked_s
         dropped = []
         for name in names:
             with database.transaction() as session:
                 if drop_partition(session, name):
                     dropped.append(name)
         drop_s = time.monotonic() - began
+        if dropped != names:
+            raise SystemExit(f"of {names} only {dropped} were dropped")
         after = counters(connection)
         calls = 0
         while delete_past_retention(database, retention_s=RETENTION_S):

@@ -33,18 +33,17 @@ _HARMLESS: Final = frozenset({"os.listdir", "os.scandir"})  # how Python finds m
 _WRITING: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
-def leave_network() -> None:
-    """Move this process and its later children into a network without interfaces; without effect where not allowed.
+def leave_network() -> bool:
+    """Move this process and its later children into a network without interfaces; False where that is not allowed.
 
     A user namespace comes with it where it may: nobody needs to be root then, and root is none any more. It must
     have one thread only, so call it before numpy and its like are imported.
     """
     if sys.platform != "linux":
-        return
+        return False
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    if libc.unshare(CLONE_NEWUSER | CLONE_NEWNET) != 0:
-        libc.unshare(CLONE_NEWNET)
+    return any(libc.unshare(flags) == 0 for flags in (CLONE_NEWUSER | CLONE_NEWNET, CLONE_NEWNET))
 
 
 def confine(*, memory_bytes: int, cpu_s: int) -> None:

@@ -20,6 +20,9 @@ LINE_REFUSALS = (msgspec.MsgspecError, UnicodeError, RecursionError)
 
 CUSTOM_ID_CHARACTERS = 512
 SHOWN_CHARACTERS = 60
+MOST_DEPTH = (
+    64  # of settings: how deep JSON may be depends on the reader's stack, and a worker's is deeper than submit's
+)
 
 _LIMIT_RULE = "must be a whole number of at least 1; left out, --max-output-tokens stands for it"
 _BODY_RULES = {
@@ -120,8 +123,8 @@ def settings_problem(settings: LineSettings, url: str, number: int) -> Problem |
         fault = "template", "is missing, but stoker.variables is there; write the template that they fill"
     elif settings.variables is None and settings.template is not None:
         fault = "variables", "is missing, but stoker.template is there; give each of its slots a value"
-    elif name := next((name for name in _SETTINGS_RULES if _holds_nul(getattr(settings, name))), None):
-        fault = name, r"holds \u0000, which Postgres cannot store; leave it out"
+    elif found := next(filter(None, (_unfit(name, getattr(settings, name)) for name in _SETTINGS_RULES)), None):
+        fault = found
     else:
         return None
     return Problem(number, "invalid_request", f"stoker.{fault[0]}", fault[1])
@@ -162,13 +165,19 @@ def _steps_fault(settings: LineSettings, url: str) -> tuple[str, str] | None:
     return None
 
 
-def _holds_nul(value: object) -> bool:
-    if isinstance(value, dict):
-        return any("\0" in name or _holds_nul(member) for name, member in value.items())
-    return isinstance(value, str | list) and any(
-        _holds_nul(text) if not isinstance(text, str) else "\0" in text
-        for text in ([value] if isinstance(value, str) else value)
-    )
+def _unfit(name: str, value: object) -> tuple[str, str] | None:
+    """The field and its fault, if no row takes the value, or a worker might not read it."""
+    waiting = [(value, 0)]
+    while waiting:
+        one, depth = waiting.pop()
+        if isinstance(one, str) and "\0" in one:
+            return name, r"holds \u0000, which Postgres cannot store; leave it out"
+        if isinstance(one, dict | list):
+            if depth == MOST_DEPTH:
+                return name, f"is nested more than {MOST_DEPTH} levels deep; flatten it"
+            waiting += [(member, depth + 1) for member in one]
+            waiting += [(member, depth + 1) for member in one.values()] if isinstance(one, dict) else []
+    return None
 
 
 def _encoding_problem(raw: bytes, number: int) -> Problem | None:

@@ -81,14 +81,14 @@ def answer_schema(schema: bytes) -> AnswerSchema:
     """The schema of this JSON. Raises ValueError, with the remedy, for one that is wrong or may take ages."""
     if len(schema) > MOST_SCHEMA_BYTES:
         raise ValueError(f"schema: has more than {MOST_SCHEMA_BYTES:,} bytes; ask for less at once")
-    read = msgspec.json.decode(schema)
     try:
+        read = msgspec.json.decode(schema)
         Draft202012Validator.check_schema(read, format_checker=None)  # patterns are RE2's
         expanded = _Expansion(read).of(read, (), is_root=True)
     except SchemaError as error:
         raise ValueError(f"schema: {error.message[:SHOWN_CHARACTERS]}; write a JSON schema (draft 2020-12)") from error
     except RecursionError as error:
-        raise ValueError("schema: is nested too deeply; flatten it") from error
+        raise ValueError(f"schema: {_TOO_DEEP}") from error
     if expanded > MOST_EXPANDED:
         raise ValueError(f"schema: has over {MOST_EXPANDED:,} parts, references followed; ask for less at once")
     return AnswerSchema(_VALIDATOR(read, registry=Registry()))
@@ -99,7 +99,7 @@ def form_of(body: str | bytes) -> AnswerSchema | None:
 
     Raises ValueError for a schema that is wrong.
     """
-    schema = _schema_in(_BODY.decode(body))
+    schema = _schema_in(_read(body))
     return None if schema is None else answer_schema(schema)
 
 
@@ -108,7 +108,7 @@ def check_form(body: str | bytes) -> int | None:
 
     Raises ValueError, with the remedy, if no answer can be held to it.
     """
-    read = _BODY.decode(body)
+    read = _read(body)
     if (read.n or 1) > 1:
         raise ValueError("n: several answers to one request are not validated; ask for one")
     schema = _schema_in(read)
@@ -133,7 +133,15 @@ class _Body(Struct):
 
 
 _BODY: Final = msgspec.json.Decoder(_Body)
+_TOO_DEEP: Final = "is nested too deeply; flatten it"
 _ANY_OBJECT: Final = b'{"type":"object"}'
+
+
+def _read(body: str | bytes) -> _Body:
+    try:
+        return _BODY.decode(body)
+    except RecursionError as error:
+        raise ValueError(f"the body {_TOO_DEEP}") from error
 
 
 def _schema_in(body: _Body) -> bytes | None:

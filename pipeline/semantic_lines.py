@@ -96,8 +96,8 @@ def template_problem(line: ParsedLine, settings: LineSettings, number: int) -> P
 
 
 def _texts(line: ParsedLine) -> tuple[str, str] | None:
-    """As prompt_of; None too for a body that holds what Python cannot read, such as 1e999."""
+    """As prompt_of; None too for a body that holds what Python cannot read, such as 1e999, or one nested too deeply."""
     try:
         return prompt_of(read_body(line.body))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

@@ -78,7 +78,7 @@ class Claim:
     @property
     def is_first(self) -> bool:
         """Whether nobody had this shard before."""
-        return self.fence == 1
+        return self.fence % RESTORE_STEP == 1
 
     @property
     def key(self) -> tuple[int, int]:

@@ -17,6 +17,7 @@ BUILT = {"text", "select", "update", "delete", "insert"}  # whose values SQLAlch
 # By function: of its own text, or given by callers in the same file, each with text that stands there.
 READ = {
     "batches": {"name", "sum_", "', '.join("},
+    "batches.batches_to_finish": {"ready"},  # a select
     "batches.finish": {"name", "sum_", "', '.join("},
     "batches.latest_batches": {"older", "newest"},
     "batches.progress_of_batches": {"condition"},
@@ -122,7 +123,7 @@ def placeholders(source: str, place: str) -> Iterator[tuple[str, int, str]]:
     """The function, line and text of every value in SQL that is no constant of its module."""
     for function, node in inside(ast.parse(source), place):
         if isinstance(node, ast.Call) and name_of(node.func) in RUN:
-            roots = [one for one in node.args[:1] if name_of(first(one)) not in BUILT]
+            roots: list[ast.AST] = [one for one in node.args[:1] if name_of(first(one)) not in BUILT]
         elif function in NO_SQL or not is_composed(node):
             continue
         else:
@@ -138,8 +139,10 @@ def inside(node: ast.AST, place: str) -> Iterator[tuple[str, ast.AST]]:
         if isinstance(child, ast.Raise):
             continue
         yield place, child
-        is_named = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
-        yield from inside(child, f"{place.split('.')[0]}.{child.name}" if is_named else place)
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from inside(child, f"{place.partition('.')[0]}.{child.name}")
+        else:
+            yield from inside(child, place)
 
 
 def is_composed(node: ast.AST) -> bool:
@@ -149,8 +152,9 @@ def is_composed(node: ast.AST) -> bool:
     return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Call) and name_of(node.func) == "format")
 
 
-def values(node: ast.expr) -> Iterator[ast.expr]:
+def values(node: ast.AST) -> Iterator[ast.expr]:
     """What a text is made of that is no constant."""
+    parts: list[ast.expr]
     if isinstance(node, ast.JoinedStr):
         parts = [part.value for part in node.values if isinstance(part, ast.FormattedValue)]
     elif isinstance(node, ast.BinOp):
@@ -162,14 +166,14 @@ def values(node: ast.expr) -> Iterator[ast.expr]:
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "format":
         parts = [node.func.value, *node.args, *(keyword.value for keyword in node.keywords)]
     else:
-        if not is_text(node) and not is_constant(node):
+        parts = []
+        if isinstance(node, ast.expr) and not is_text(node) and not is_constant(node):
             yield node
-        return
     for part in parts:
         yield from values(part)
 
 
-def is_text(node: ast.expr) -> bool:
+def is_text(node: ast.AST) -> bool:
     """A text that stands there."""
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -207,7 +209,15 @@ def _documents(settings: Settings) -> list[Finding]:
             remedy or "set STOKER_CACHE__CHROMA_URL for the documents node; until then searches compare all vectors"
         )
     found = f"{tally.ready:,} ready, {tally.failed:,} failed, {open_count:,} waiting, {len(readers)} workers read"
-    return [Finding("documents", found, remedy)]
+    return [Finding("documents", found, remedy), Finding("documents' readers", _network_of_readers())]
+
+
+def _network_of_readers() -> str:
+    """What keeps a document's reader from the network on this machine; tried in a process that it may be taken from."""
+    script = "import sys; from documents.confinement import leave_network; sys.exit(not leave_network())"
+    if subprocess.run([sys.executable, "-c", script], check=False).returncode == 0:
+        return "have no network"
+    return "no namespace is allowed here: Python's calls to the network are refused, native code's are not"
 
 
 def _gateway(settings: Settings) -> list[Finding]:

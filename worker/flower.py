@@ -11,9 +11,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import ipaddress
 import math
+import os
 import signal
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from celery import Celery
@@ -40,6 +43,7 @@ log = get_logger(__name__)
 
 OPEN = "/healthcheck"
 ADDRESS_PREFIX = "stoker:limit:flower:"  # wrong passwords of an address, in Redis
+PROXIES_VARIABLE, PROXIES = "FORWARDED_ALLOW_IPS", "127.0.0.1,::1"  # uvicorn's, which the gateway reads it with
 TASKS_KEPT = 10_000  # in memory: 30 MB of shards that ended, the newest
 # Doors of its API that could harm jobs: a time limit or a kill ends an attempt in its middle, and jobs whose attempts
 # die again and again are taken for poison; a rate limit lets engines run empty, and so does a queue that is taken away;
@@ -89,12 +93,14 @@ class GuardedFlower(Flower):  # type: ignore[misc]  # flower has no types
 
     _expected = b""
     _limits: RateLimits | None = None
+    _proxies = ""
 
     def close_doors(self, settings: FlowerSettings, limits: RateLimits | None) -> None:
         """Set who may enter, and replace what is not fit to be shown."""
         login = base64.b64encode(f"{settings.user}:{settings.password}".encode()).decode()
         self._expected = f"Basic {login}".encode()
         self._limits = limits
+        self._proxies = os.environ.get(PROXIES_VARIABLE, PROXIES)
         self.add_transform(Unframed)
         handlers = [
             (r"/metrics", NotFoundErrorHandler),  # of Flower's own process; ours are elsewhere and of everything
@@ -111,21 +117,39 @@ class GuardedFlower(Flower):  # type: ignore[misc]  # flower has no types
             return super().find_handler(request, **options)
         shown = request.headers.get("Authorization", "").encode()
         digest = hashlib.sha256(shown).digest()
-        wait_s = self._limits.refused_s(request.remote_ip, digest) if self._limits is not None and shown else 0.0
+        address = asking(request.remote_ip, request.headers.get("X-Forwarded-For", ""), self._proxies)
+        wait_s = self._limits.refused_s(address, digest) if self._limits is not None and shown else 0.0
         if wait_s > 0:
             return self.get_handler_delegate(request, NotHeard, {"wait_s": wait_s})
         if hmac.compare_digest(shown, self._expected):
             if self._limits is not None:
-                self._limits.welcome(request.remote_ip, digest)
+                self._limits.welcome(address, digest)
             return super().find_handler(request, **options)
         if shown:
-            self._note_failure(request.remote_ip)
+            self._note_failure(address)
         return self.get_handler_delegate(request, Refusal)
 
     def _note_failure(self, address: str) -> None:
         log.warning("flower_password_wrong", address=address)
         if self._limits is not None:
             self._limits.failed(address)
+
+
+def asking(address: str, forwarded: str, proxies: str) -> str:
+    """Who asks: of a proxy among these (addresses, networks, `*`) whom it says, as the gateway reads it."""
+    for named in reversed(forwarded.split(",")):
+        if not _is_among(address, proxies) or not named.strip():
+            break
+        address = named.strip()
+    return address
+
+
+def _is_among(address: str, proxies: str) -> bool:
+    for proxy in proxies.split(","):
+        with suppress(ValueError):  # what is no address trusts nobody
+            if proxy.strip() == "*" or ipaddress.ip_address(address) in ipaddress.ip_network(proxy.strip()):
+                return True
+    return False
 
 
 @stream_request_body

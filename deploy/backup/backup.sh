@@ -11,7 +11,7 @@
 #   BACKUP_KEEP=       how many backups to keep, this one included; older ones are deleted. Not set: all
 #   BACKUP_COMPRESS=   as pg_dump's --compress; not set: zstd:1 if pg_dump has it, else gzip
 #
-# It needs pg_dump and psql of the server's version or newer. docs/backup.md says how to restore.
+# It needs pg_dump, pg_restore and psql of the server's version or newer. docs/backup.md says how to restore.
 set -eu
 umask 077
 export LC_ALL=C
@@ -54,14 +54,29 @@ copy_files() {
     done
 }
 
+count_files() { find "$@" -type f | wc -l | tr -d ' '; }
+
+# Of every file, or none of any: sort alone would hide that one could not be read.
+sum_files() {
+    find database files -type f -exec sha256sum {} + > unsorted && sort -k 2 unsorted > SHA256SUMS && rm unsorted &&
+        [ "$(wc -l < SHA256SUMS)" -eq "$(count_files database files)" ]
+}
+
+# As the dump has it: a migration may have come since the question at the beginning.
+dumped_schema() {
+    pg_restore --file=- --data-only --table=alembic_version "$work/database" | sed -n '/^COPY /{n;p;}'
+}
+
 # What was begun and not finished by one that was killed goes after a day; what BACKUP_KEEP does not keep goes now.
 delete_old() {
-    find "$into" -maxdepth 1 -name 'stoker-*.partial' -mtime +0 -exec rm -rf {} +
+    find "$into" -maxdepth 1 -name 'stoker-*.partial' -mtime +0 -exec rm -rf {} + || return 1
     [ -n "$keep" ] || return 0
-    set -- "$into"/stoker-*Z
-    while [ $# -gt "$keep" ]; do
-        [ ! -f "$1/MANIFEST" ] || rm -rf "$1"
-        shift
+    whole=$(find "$into" -mindepth 2 -maxdepth 2 -path '*/stoker-*Z/MANIFEST' | wc -l)
+    for one in "$into"/stoker-*Z; do
+        [ "$whole" -gt "$keep" ] || break
+        [ -f "$one/MANIFEST" ] || continue
+        if ! mv "$one" "$one.partial" || ! rm -rf "$one.partial"; then return 1; fi
+        whole=$((whole - 1))
     done
 }
 
@@ -76,7 +91,7 @@ child='' last=''
 case $keep in *[!0-9]* | 0) say "BACKUP_KEEP: $keep is no count"; exit 2 ;; esac
 if [ ! -d "$into" ] || [ ! -w "$into" ]; then fail "$into is no folder that $(id -un 2> /dev/null || id -u) may write to"; fi
 if [ -n "$files" ] && { [ ! -d "$files" ] || [ ! -r "$files" ]; }; then fail "$files is no folder that can be read"; fi
-schema=$(ask 'SELECT version_num FROM alembic_version') || fail "no tables of Stoker where PGHOST and PGDATABASE point"
+ask 'SELECT version_num FROM alembic_version' > /dev/null || fail "no tables of Stoker where PGHOST and PGDATABASE point"
 server=$(ask 'SHOW server_version_num')
 database=$(ask 'SELECT current_database()')
 database_kb=$(ask 'SELECT pg_database_size(current_database()) / 1024')
@@ -99,9 +114,11 @@ run pg_dump --format=directory --jobs="${BACKUP_JOBS:-2}" --compress="$compress"
     --file="$work/database" || fail "pg_dump has failed"
 [ -z "$files" ] || copy_files || fail "$files could not be copied"
 
-(cd "$work" && find database files -type f -exec sha256sum {} + | sort -k 2 > SHA256SUMS)
+schema=$(dumped_schema)
+[ -n "$schema" ] || fail "the dump does not say of which schema it is"
+(cd "$work" && sum_files) || fail "the sums could not be made"
 dump_kb=$(du -sk "$work/database" | cut -f 1)
-count=$(find "$work/files" -type f | wc -l | tr -d ' ')
+count=$(count_files "$work/files")
 files_kb=$(du -sk "$work/files" | cut -f 1)
 seconds=$(($(date -u +%s) - began))
 cat > "$work/MANIFEST" << END
@@ -116,11 +133,12 @@ dump_kb=$dump_kb
 files=$([ -n "$files" ] && echo "$count" || echo none)
 files_kb=$files_kb
 seconds=$seconds
+parts=$(count_files "$work/database" "$work/files")
 sums=$(sha256sum < "$work/SHA256SUMS" | cut -d ' ' -f 1)
 END
 sync
 mv "$work" "$into/$name"
 sync
-delete_old
+delete_old || say "what is older could not be deleted"
 say "$seconds s: $dump_kb kB of a database of $database_kb kB, schema $schema; $count files of $files_kb kB"
 echo "$into/$name"

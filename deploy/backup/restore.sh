@@ -35,11 +35,17 @@ END
 
 stated() { sed -n "s/^$1=//p" "$backup/MANIFEST"; }
 
+count_files() { find "$@" -type f | wc -l; }
+
 check_backup() {
     [ -f "$backup/MANIFEST" ] || fail "$backup has no MANIFEST: it is no backup, or not a whole one"
     [ "$(head -n 1 "$backup/MANIFEST")" = "stoker-backup 1" ] || fail "$backup/MANIFEST is not of a backup that this can read"
     [ "$(sha256sum < "$backup/SHA256SUMS" | cut -d ' ' -f 1)" = "$(stated sums)" ] ||
         fail "$backup/SHA256SUMS is not what the backup wrote"
+    if [ "$(wc -l < "$backup/SHA256SUMS")" -ne "$(stated parts)" ] ||
+        [ "$(count_files "$backup/database" "$backup/files")" -ne "$(stated parts)" ]; then
+        fail "$backup is not what the backup wrote: it has more or fewer files"
+    fi
     (cd "$backup" && sha256sum --check --quiet SHA256SUMS >&2) || fail "$backup is not what the backup wrote"
 }
 
@@ -56,8 +62,9 @@ END
     )
     [ "$found" = 0 ] || fail "the database $PGDATABASE is not empty: it has $found tables, indexes and the like"
     others=$(in_database "$PGDATABASE" << 'END'
-SELECT string_agg(coalesce(nullif(application_name, ''), usename), ', ') FROM pg_stat_activity
-WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
+-- backend_type is not told of others' sessions; of autovacuum, which gives way, there is no user.
+SELECT string_agg(coalesce(nullif(application_name, ''), usename, 'a session'), ', ') FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid() AND usesysid IS NOT NULL
 END
     )
     [ -z "$others" ] || fail "the database $PGDATABASE is in use, stop these: $others"
@@ -91,14 +98,17 @@ if [ "$(stated files)" != none ] && [ -z "$files" ]; then say "the backup has fi
 check_target
 restoring=${PGDATABASE}_restoring
 began=$(date -u +%s)
-rename "$PGDATABASE" "$restoring" || fail "the database could not be renamed: its owner may, who may create databases"
+told=$(rename "$PGDATABASE" "$restoring" 2>&1) || fail "the database $PGDATABASE could not be renamed: $told"
 trap not_finished EXIT
 trap 'exit 1' HUP INT TERM
 
 pg_restore --exit-on-error --no-owner --no-privileges --jobs="${RESTORE_JOBS:-2}" --dbname="$restoring" "$backup/database"
-in_database "$restoring" --single-transaction --file="$after" > /dev/null
+in_database "$restoring" --single-transaction --set=moment="$(stated time)" --file="$after" > /dev/null
 in_database "$restoring" --command='SET client_min_messages = error' --command=ANALYZE # else a line for each system table
-[ -z "$files" ] || find "$backup/files" -type f -exec cp -p {} "$files/" \;
+if [ "$(stated files)" != none ]; then
+    find "$backup/files" -type f -exec cp -p -t "$files" {} + || fail "the files could not be copied to $files"
+    [ "$(count_files "$files")" -eq "$(stated files)" ] || fail "not all files have come to $files"
+fi
 sync
 rename "$restoring" "$PGDATABASE"
 trap - EXIT

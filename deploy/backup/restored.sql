@@ -1,12 +1,22 @@
 -- What restore.sh does to rows that were just restored, in one transaction, before anybody can see them.
 --
+--   psql --single-transaction --set=ON_ERROR_STOP=1 --set=moment=TIME --file=restored.sql
+--
+-- TIME is the moment whose rows these are, such as 2026-11-29T20:39:12Z.
+--
 -- A process of the time after the backup may still live. It knows rows by numbers that this database would give out
--- again: fences of attempts, ids of shards. Both go on far above any that it can hold, so whatever it writes finds no
--- row. And attempts that were under way at the backup's moment are taken back, as none of them is heard of again.
+-- again: fences of attempts, ids of shards. Both go on far above any that it can hold, so what it writes under them
+-- finds no row. Two of its writes have no fence: how a webhook's delivery went (guarded by its id and number of tries)
+-- and the size of a results file. And attempts that were under way at the backup's moment are taken back, as none of them is heard of again.
+
+\if :{?moment}
+\else
+DO $$ BEGIN RAISE EXCEPTION 'state the moment whose rows these are: --set=moment=2026-11-29T20:39:12Z'; END $$;
+\endif
 
 DO $$
 DECLARE
-    fence_step CONSTANT int8 := 1000000000; -- more claims than a row sees, more rows than weeks bring
+    fence_step CONSTANT int8 := 1000000000; -- store.shards.RESTORE_STEP: more claims or rows than weeks bring
     int4_step CONSTANT int8 := 1000000; -- of engines, which are few
     one record;
 BEGIN
@@ -38,7 +48,14 @@ UPDATE money_budgets SET spent = spent + reserved, reserved = 0 WHERE reserved <
 DELETE FROM money_reservations;
 
 UPDATE documents SET state = 'pending', lease_until = NULL WHERE state = 'running';
-UPDATE batches SET lease_until = clock_timestamp() WHERE state = 'validating';
+UPDATE batches SET lease_until = clock_timestamp(),
+    validations = greatest(0, validations - (lease_until > :'moment')::int) -- the try that was under way is none
+WHERE state = 'validating' AND lease_until IS NOT NULL;
+
+-- A window is time in which there is somebody to work: it does not run from the backup to here.
+UPDATE batches SET expires_at = expires_at + greatest(clock_timestamp() - :'moment', interval '0')
+WHERE ended_at IS NULL AND expires_at IS NOT NULL;
+
 UPDATE files SET counting_until = NULL WHERE counting_until IS NOT NULL;
 UPDATE cache_namespaces SET fitting_until = NULL WHERE fitting_until IS NOT NULL;
 

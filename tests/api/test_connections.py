@@ -61,6 +61,29 @@ def test_a_connection_that_says_nothing_or_half_a_head_is_closed() -> None:
         assert 0.5 < time.monotonic() - began < 8
 
 
+def test_a_body_after_its_answer_has_a_time_of_its_own_and_the_connection_stays() -> None:
+    class Hasty(BoundedHeads):
+        head_s = 0.5
+        rest_s = 2.0
+
+    post, get = (f"{method} / HTTP/1.1\r\nHost: here\r\n".encode() for method in ("POST", "GET"))
+    with served_by(Hasty) as port, connected(port) as late, connected(port) as endless, connected(port) as half:
+        began = time.monotonic()
+        for one in (late, endless):
+            one.sendall(post + b"content-length: 4\r\n\r\nab")
+            assert one.recv(4096).startswith(b"HTTP/1.1 404")
+        half.sendall(get + b"\r\n" + get)
+        assert half.recv(4096).startswith(b"HTTP/1.1 404")
+        assert half.recv(4096) == b"", "half a head that came before the answer to another"
+        time.sleep(0.7)
+        late.sendall(b"cd")
+        time.sleep(0.7)
+        late.sendall(get + b"\r\n")
+        assert late.recv(4096).startswith(b"HTTP/1.1 404"), "neither the rest nor idleness has the head's time"
+        assert endless.recv(4096) == b""
+        assert time.monotonic() - began < 4.5, "uvicorn's own time is 5 s"
+
+
 @contextmanager
 def served_by(protocol: type[BoundedHeads]) -> Iterator[int]:
     """The port of an application without routes."""

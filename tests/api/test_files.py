@@ -230,3 +230,33 @@ def test_blobs_may_be_anywhere_that_fsspec_reaches() -> None:
     with pytest.raises(BlobGone):
         next(blobs.pieces("one"))
     assert blobs.older_than(-60.0) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("../../x.jsonl", "x.jsonl"),
+        ("/etc/x.jsonl", "x.jsonl"),
+        ("..\\..\\x.jsonl", "x.jsonl"),
+        ("a\0b.jsonl", "ab.jsonl"),
+        ("..", "upload"),
+        ("y" * 300 + ".jsonl", None),
+    ],
+)
+def test_a_name_leads_nowhere(client: TestClient, gateway: Gateway, name: str, shown: str | None) -> None:
+    folder = Path(gateway.blobs.url)
+    around = sorted(folder.parent.iterdir())
+    body = (
+        b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nuser_data\r\n'
+        b'--b\r\nContent-Disposition: form-data; name="file"; filename="' + name.encode() + b'"\r\n\r\nx\r\n--b--\r\n'
+    )
+    made = client.post("/v1/files", content=body, headers={"Content-Type": "multipart/form-data; boundary=b"})
+    if made.status_code == 200:
+        file = made.json()
+        assert blobs_in(gateway) == [file["id"]], "stored under an id of ours"
+        assert file["filename"] == shown or (shown is None and len(file["filename"]) <= 255)
+        answer = client.get(f"/v1/files/{file['id']}/content")
+        assert not set(answer.headers["content-disposition"]) & set("/\\\0\r\n")
+    else:
+        assert (made.status_code, blobs_in(gateway)) == (400, [])
+    assert sorted(folder.parent.iterdir()) == around

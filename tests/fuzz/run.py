@@ -1,6 +1,6 @@
 """Every target of the fuzzer in turn, then the HTTP contract; a table, and the counts in benchmarks/results/fuzz.json.
 
-python -m tests.fuzz.run --minutes 60 [--target NAME …] [--seed 1]     (make fuzz MINUTES=60)
+python -m tests.fuzz.run --minutes 45 [--target NAME …] [--seed 1]     (make fuzz MINUTES=45)
 
 Each target has an equal share of the time: two thirds by atheris (coverage-guided), one third by long inputs. What it
 found stands under --keep, and is replayed by `python -m tests.fuzz.run --replay NAME FILE`.
@@ -28,7 +28,7 @@ from tests.fuzz.registry import all_targets, named
 from tests.fuzz.table import table_of
 from tests.fuzz.test_contract import COUNTS, SECONDS, SEED
 
-MINUTES: Final = 60.0
+MINUTES: Final = 45.0
 CONTRACT_SHARE: Final = 0.1
 GUIDED_SHARE: Final = 2 / 3
 STARTING_S: Final = 600.0  # that a child may take beside its seconds: what it imports is instrumented first

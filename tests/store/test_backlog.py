@@ -120,7 +120,8 @@ def test_what_a_budget_keeps_from_being_sent_does_not_count(database: Database, 
     execute(database, "UPDATE shards SET state = 'pending' WHERE state = 'dispatched'")
     execute(
         database,
-        "INSERT INTO budgets (batch_id, cap, waits_until) VALUES (:id, 10, clock_timestamp() + interval '1 hour')",
+        "INSERT INTO budgets (batch_id, period, began_at, cap, waits_until) "
+        "VALUES (:id, 'batch', clock_timestamp(), 10, clock_timestamp() + interval '1 hour')",
         id=batch,
     )
 
@@ -135,12 +136,12 @@ def test_what_a_budget_keeps_from_being_sent_does_not_count(database: Database, 
     [
         "UPDATE collections SET lost = true",
         "INSERT INTO vector_removals (index_name, passage_id) VALUES ('one', 7)",
-        "INSERT INTO passages (document_id, collection_id, place, text, starts, ends, vector) "
-        "SELECT id, collection_id, 0, 'text', 0, 4, '' FROM documents",
+        "INSERT INTO passages (document_id, collection_id, place, start_char, end_char, tokens, digest, content, vector) "
+        "SELECT id, collection_id, 0, 0, 4, 1, '', 'text', '' FROM documents",
     ],
 )
 def test_what_chroma_has_not_been_told_of_is_a_job(database: Database, lacking: str) -> None:
-    add(database, "text")
+    add(database, "text", collection="papers")
     execute(database, "UPDATE documents SET state = 'ready'")
     assert backlog(database, "documents") == (0, 0.0)
 

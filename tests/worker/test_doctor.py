@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from models.states import Missed, Overlap
@@ -14,6 +17,9 @@ from store.presence import PresenceBoard, WorkerPresence
 from store.schedules import NewSchedule
 from tests.support.batches import execute
 from worker.doctor import Finding, examine
+
+LEAVING = "from documents.confinement import leave_network; print(leave_network())"
+NO_NAMESPACE = "no namespace is allowed here: Python's calls to the network are refused, native code's are not"
 
 
 @pytest.fixture
@@ -58,6 +64,21 @@ def test_doctor_says_which_schedules_are_overdue_and_whether_anybody_runs_them(
     assert "STOKER_WORKER__CHILDREN" in late.remedy
     looks.close()
     board.close()
+
+
+def test_doctor_says_whether_a_documents_reader_has_a_network(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found() -> str:
+        (readers,) = [finding for finding in examine(settings) if finding.what == "documents' readers"]
+        assert readers.is_well
+        return readers.found
+
+    monkeypatch.setattr("worker.doctor.sys.executable", "/bin/false")
+    assert found() == NO_NAMESPACE
+    monkeypatch.undo()
+    tried = subprocess.run([sys.executable, "-c", LEAVING], check=True, capture_output=True, text=True).stdout
+    assert found() == {"True\n": "have no network", "False\n": NO_NAMESPACE}[tried]
 
 
 def test_doctor_says_which_way_the_schema_and_this_version_differ(settings: Settings, database: Database) -> None:
