@@ -78,7 +78,7 @@ dashboard: .venv/.demo ## Grafana's dashboard from deploy/grafana/panels.toml, t
 	@python -m scripts.dashboard > deploy/grafana/dashboards/stoker.json
 	@python -m scripts.metrics_table
 
-# `make bench-cache`, `make bench-dispatch` and `make chaos` are of other questions; the table shows their last results.
+# `make bench-cache`, `bench-dispatch`, `bench-size` and `make chaos` are of other questions or too long; the table shows their last results.
 BENCHES := bench-end-to-end bench-front-end bench-pipeline bench-growth bench-submit bench-gateway bench-order bench-refill bench-endpoints bench-knee bench-express bench-observability bench-takeover
 bench: .venv/.dev ## all ratios anew (about 2 hours), one table of them, README.md and docs/benchmarks.md
 	@failed=; for bench in $(BENCHES); do \

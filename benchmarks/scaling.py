@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.gateway import LINES
 from benchmarks.paired import RESULTS
 from benchmarks.size_report import COUNTED, between, edge_samples, edges, least, of
 
@@ -167,6 +169,7 @@ def _arithmetic(report: Mapping[str, Any]) -> str:
     wal = (report["submit"]["wal_bytes"] + run["wal_bytes"]) / jobs
     transactions = run["transactions"] / jobs
     submitted = least(report["submit"]["submits"], "rows_per_s")
+    uploaded = _uploaded()
     freeze_age = int(report["postgres"]["autovacuum_freeze_max_age"])
     cases = [(gpus, each) for each in ASSUMED for gpus in GPUS]
     by_rate: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -183,6 +186,7 @@ def _arithmetic(report: Mapping[str, Any]) -> str:
             lambda rate: f"{freeze_age / (rate * transactions * DAY_S):,.0f}",
         ),
         ("submits side by side", f"{submitted:,} lines/s", _per_s(1 / submitted, 3)),
+        ("uploads side by side", f"{uploaded:,.0f} lines/s", _per_s(1 / uploaded, 3)),
     )
     rows = [(name, how, *(shown(gpus * each) for gpus, each in cases)) for name, how, shown in by_rate]
     head = ("", "measured", *(f"{gpus} × {each}/s" for gpus, each in cases))
@@ -194,22 +198,30 @@ def _by_workers(report: Mapping[str, Any], gpus: Sequence[int]) -> list[tuple[st
     fills = {row["children"]: row for row in json.loads((RESULTS / "dispatch_children.json").read_text())["rows"]}
     return [
         ("connections", f"{connections} of a worker", *(f"{count * connections:,}" for count in gpus)),
-        (
-            "a fill of the leader's window, ms",
-            f"at {', '.join(map(str, fills))} children",
-            *(f"{_fill_ms(fills, count):.1f}" for count in gpus),
+        *(
+            (
+                f"a {what} of the leader, ms",
+                f"at {', '.join(map(str, fills))} children",
+                *(f"{_at(fills, count)[f'{what}_ms_median']:.1f}" for count in gpus),
+            )
+            for what in ("fill", "sweep")
         ),
     ]
+
+
+def _uploaded() -> float:
+    """Lines/s of one file through the gateway, from its first byte until its batch is going, beside others."""
+    uploads = json.loads((RESULTS / "gateway.json").read_text())["legs"]["paced, beside"]["uploads"]
+    return statistics.median(LINES / upload["going_s"] for upload in uploads)
 
 
 def _per_s(each: float, digits: int) -> Callable[[float], str]:
     return lambda rate: f"{rate * each:,.{digits}f}"
 
 
-def _fill_ms(fills: Mapping[int, Mapping[str, Any]], gpus: int) -> float:
-    """Of the measured number of children next above."""
-    children = min((count for count in fills if count >= gpus * CHILDREN_A_WORKER), default=max(fills))
-    return float(fills[children]["fill_ms_median"])
+def _at(fills: Mapping[int, Mapping[str, Any]], gpus: int) -> Mapping[str, Any]:
+    """What was measured with the number of children next above."""
+    return fills[min((count for count in fills if count >= gpus * CHILDREN_A_WORKER), default=max(fills))]
 
 
 def _s(seconds: float) -> str:

@@ -57,7 +57,7 @@ class Scope:
 
 
 def read_body(body: str | bytes) -> dict[str, Any]:
-    """The fields of a stored body. Raises ValueError if it is no JSON object."""
+    """The fields of a stored body. Raises ValueError if it is no JSON object, RecursionError if it is too deep."""
     return msgspec.json.decode(body, type=dict[str, Any])
 
 

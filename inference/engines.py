@@ -35,6 +35,9 @@ VLLM_COMMAND = "vllm.entrypoints.cli.main"
 # Compiling costs 90 s more at each start for about a tenth of the speed; the default KV block of 128 tokens
 # on a CPU would never reuse a shorter prefix.
 CPU_FLAGS = ["--enforce-eager", "--block-size", "32"]
+# vLLM's processes speak with each other over sockets that ask nobody for a password: by default on the machine's own
+# address, where its network reaches them.
+ON_THIS_MACHINE = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 Policy = Literal["fcfs", "priority"]
 LLAMACPP_SLOTS = 4  # on two cores 4 to 32 are alike in tokens/s, and each slot computes a shared prefix for itself
 
@@ -159,6 +162,8 @@ def _vllm(settings: EngineSettings, checkpoint: Path, *, alias: str, socket: Pat
     server = (VLLM_COMMAND, "serve", str(checkpoint)) if is_gpu else (VLLM_SERVER, "--model", str(checkpoint))
     command = (str(settings.vllm_python), "-m", *server, "--uds", str(socket), *flags)
     env = {**_environment(), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    for name, value in ON_THIS_MACHINE.items():
+        env.setdefault(name, value)
     if not is_gpu:
         cores = sorted(os.sched_getaffinity(0))
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")

@@ -17,8 +17,8 @@ from models.endpoints import RatesSeen
 from runtime.clock import utc_now
 
 _MINUTE_S: Final = 60.0
-_MOST: Final = 1e15  # a number that Redis's Lua and a timedelta take; a higher one is a mistake
-_LONGEST_WISH_S: Final = 86_400.0  # quotas are of a day at the most; a longer wish is a mistake, such as an epoch
+_MOST: Final = 1e15  # a count that Redis's Lua keeps exactly; a higher one is a mistake
+_LONGEST_S: Final = 86_400.0  # quotas are of a day at the most; a longer time is a mistake, such as an epoch
 _STARTS: Final = (b"x-ratelimit-", b"anthropic-ratelimit-", b"ratelimit")
 _UNITS_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
@@ -28,8 +28,7 @@ _PARAMETER: Final = re.compile(r";\s*([a-z]+)=(\d+)")
 
 def retry_after_s(answer: Answer) -> float | None:
     """The wish in `retry-after-ms` (OpenAI, Azure) or `Retry-After` (RFC 9110: seconds or a date); a day at most."""
-    wish_s = _wish_s(answer)
-    return None if wish_s is None else min(wish_s, _LONGEST_WISH_S)
+    return _a_day_at_most(_wish_s(answer))
 
 
 def rates_seen(answer: Answer) -> RatesSeen | None:
@@ -85,7 +84,7 @@ def _of_ietf(said: Mapping[str, str]) -> RatesSeen | None:
         limit = max(1, round(limit * _MINUTE_S / window_s))
     if limit is None and remaining is None:
         return None
-    return RatesSeen(limit_requests=limit, remaining_requests=remaining, reset_requests_s=reset_s)
+    return RatesSeen(limit_requests=limit, remaining_requests=remaining, reset_requests_s=_a_day_at_most(reset_s))
 
 
 def _rates(said: Mapping[str, str], *, requests: str, tokens: str) -> RatesSeen | None:
@@ -106,7 +105,7 @@ def _rates(said: Mapping[str, str], *, requests: str, tokens: str) -> RatesSeen 
 def _three(said: Mapping[str, str], pattern: str) -> tuple[int | None, int | None, float | None]:
     """(limit, remaining, reset in seconds). A limit of more than a minute, as Groq's of a day, is not told as one."""
     limit, remaining = (_count(said.get(pattern.format(word))) for word in ("limit", "remaining"))
-    reset_s = _duration_s(said.get(pattern.format("reset")))
+    reset_s = _a_day_at_most(_duration_s(said.get(pattern.format("reset"))))
     return None if reset_s is not None and reset_s > _MINUTE_S else limit, remaining, reset_s
 
 
@@ -138,6 +137,10 @@ def _until(moment: datetime) -> float | None:
         return max(0.0, (moment - utc_now()).total_seconds())
     except OverflowError:
         return None
+
+
+def _a_day_at_most(seconds: float | None) -> float | None:
+    return None if seconds is None else min(seconds, _LONGEST_S)
 
 
 def _count(text: str | None) -> int | None:

@@ -177,7 +177,10 @@ class PrefixTree:
 
     def _turn_to(self, model: str, body: bytes) -> None:
         """The root of this model and these tools, which templates render before the messages."""
-        tools = _decode_tools(body)
+        try:
+            tools = _decode_tools(body)
+        except RecursionError:  # it could just be read at submit, from a shallower stack
+            tools = _Tools()
         beginning = (model, hash((bytes(tools.tools), bytes(tools.functions))))
         root = self._roots.get(beginning)
         if root is None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from runtime.errors import StokerError, exit_code_of
 from runtime.logs import configure_logs
-from runtime.redaction import secrets_of
+from runtime.redaction import harmless, secrets_of
 from runtime.settings import Settings, load_settings
 
 
@@ -18,5 +18,5 @@ def run_process(work: Callable[[Settings], None]) -> None:
         configure_logs(settings.log, secrets=secrets_of(settings))
         work(settings)
     except StokerError as error:
-        print(f"stoker: {error}", file=sys.stderr)  # noqa: T201
+        print(f"stoker: {harmless(str(error))}", file=sys.stderr)  # noqa: T201
         sys.exit(exit_code_of(error))

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import structlog
 
-from runtime.redaction import Redaction
+from runtime.redaction import Redaction, harmless_fields
 from runtime.settings import LogSettings
 
 Logger = structlog.stdlib.BoundLogger
@@ -34,10 +34,10 @@ def configure_logs(settings: LogSettings, *, secrets: Iterable[str] = ()) -> Non
         cache_logger_on_first_use=True,
     )
     # No pretty traceback on a terminal either: it would show what the variables hold.
-    renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    renderers: list[structlog.typing.Processor] = (
+        [harmless_fields, structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
         if human
-        else structlog.processors.JSONRenderer()
+        else [structlog.processors.JSONRenderer()]
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
@@ -47,7 +47,7 @@ def configure_logs(settings: LogSettings, *, secrets: Iterable[str] = ()) -> Non
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 structlog.processors.format_exc_info,
                 Redaction(secrets),
-                renderer,
+                *renderers,
             ],
         )
     )

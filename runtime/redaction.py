@@ -48,6 +48,25 @@ _SIGNS = (
 )
 _OURS = frozenset({"level", "logger", "timestamp"})
 
+# What a terminal obeys: C0 but tab and newline, DEL, C1, and those that turn the direction of the text around them.
+_OBEYED = dict.fromkeys(
+    {*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {0x09, 0x0A},
+    "\N{REPLACEMENT CHARACTER}",
+)
+
+
+def harmless(text: str) -> str:
+    """A text, such as a stranger's name, document or answer, of which a terminal obeys nothing."""
+    return text.translate(_OBEYED)
+
+
+def harmless_fields(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """A processor of structlog before what shows an event to people: its texts as `harmless` has them."""
+    for name, value in event.items():
+        if isinstance(value, str):
+            event[name] = harmless(value)
+    return event
+
 
 class Redaction:
     """A processor of structlog: the same event, without what must not stand in it."""

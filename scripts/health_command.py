@@ -1,7 +1,8 @@
 """`stoker health`: whether one process of Stoker does its work, for the healthchecks of containers.
 
-It asks what that process itself has to show and nothing else: `stoker doctor` looks at the whole system. A container
-asks every half minute, so each part imports what it needs.
+It asks what that process itself has to show and nothing else: `stoker doctor` looks at the whole system. Dispatch has
+nothing of its own to show: for it is asked whether any process leads and is not silent. A container asks every half
+minute, so each part imports what it needs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104
 def health(settings: Settings, part: str) -> int:
     """Whether the worker, dispatcher, gateway or Flower of this machine is healthy.
 
-    Exit codes: 0 it is, 1 it is not, 3 a service is unreachable. A worker is healthy once its engine answers.
+    Exit codes: 0 it is, 1 it is not, 3 a service is unreachable. A worker is healthy once its engine answers; dispatch
+    while somebody leads, on this machine or another.
     """
     fault = _FAULTS[part](settings)
     if fault is not None:
@@ -53,7 +55,10 @@ def worker_fault(settings: Settings) -> str | None:
 
 
 def dispatch_fault(settings: Settings) -> str | None:
-    """What is wrong with dispatch: that nobody leads, this process or another."""
+    """What is wrong with dispatch: that nobody leads. One that stands by is healthy, and tells nothing of itself.
+
+    A leader that is silent is ended by those that stand by, so the lock is held by one that does its work.
+    """
     from scripts.lookup import opened_database  # noqa: PLC0415
     from store.health import has_dispatch_leader  # noqa: PLC0415
 

@@ -16,11 +16,9 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.tree import Tree
 
-POLL_S = 0.25
-PLAIN_LINE_EVERY_S = 5.0
+from runtime.redaction import harmless
 
-# What a terminal obeys: C0 but tab and newline, DEL, C1. Names, documents and answers are written by strangers.
-_OBEYED = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {0x09, 0x0A}, "\N{REPLACEMENT CHARACTER}")
+PLAIN_LINE_EVERY_S = 5.0
 
 
 class HarmlessConsole(Console):
@@ -30,13 +28,12 @@ class HarmlessConsole(Console):
         """As rich renders it, without control characters in texts; rich's own are segments of their own."""
         for segment in super().render(renderable, options):
             text, style, control = segment
-            yield segment if control else Segment(text.translate(_OBEYED), style)
+            yield segment if control else Segment(harmless(text), style)
 
 
 stderr = HarmlessConsole(stderr=True, highlight=False, emoji=False)
 stdout = HarmlessConsole(highlight=False, emoji=False)
 WIDE = 1000
-FAILURE_KINDS, FAILURE_CHARACTERS = 3, 300
 
 
 def say(message: str) -> None:

@@ -58,7 +58,8 @@ def await_database(database: Database, stop: threading.Event | None = None) -> N
     told = None
     while not stop.is_set():
         try:
-            return await_schema(database, stop)
+            await_schema(database, stop)
+            return
         except ServiceUnreachable as error:
             if str(error) != told:
                 told = str(error)

@@ -29,6 +29,7 @@ from store.written import columns_of, write_of
 
 CRASHES_TO_HALVE = 3  # in a row without a committed result; simulated: halving at the first blamed the innocent
 CRASHES_TO_POISON = 6  # of a shard with one unfinished job
+RESTORE_STEP = 1_000_000_000  # that deploy/backup/restored.sql adds to fences
 CRASHES_TO_RUN_ALONE = CRASHES_TO_HALVE - 1  # so no shard is halved for having run beside the one that kills
 
 _RUNNABLE = "b.state = 'in_progress' AND b.ending IS NULL AND b.paused_reason IS NULL"

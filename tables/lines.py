@@ -25,9 +25,6 @@ BOM: Final = b"\xef\xbb\xbf"
 # pyarrow makes a float of an integer beyond 64 bits without a word.
 LONG_INTEGER: Final = re.compile(rb"[:,\[]\s*-?\d{19}")
 LARGEST_INTEGER: Final = (1 << 63) - 1
-# pyarrow makes a row of a null, and where one comes first in a block it ends the process (26.0.1, SIGSEGV).
-NULL_LINE: Final = re.compile(rb"(?:\A|\n)[ \t\r]*null")
-BLANK_LINE: Final = re.compile(rb"\n[ \t\r]*\n")
 
 
 def lines_schema(file: Path) -> tuple[pa.Schema, int]:
@@ -86,26 +83,31 @@ def _extended(file: Path, first_line: int, block: bytes, *, known: pa.Schema) ->
         ) from error
     except (pa.ArrowException, Unlike) as error:
         raise _first_bad_line(file, first_line, block, known=known) from error
-    if table.num_rows != _lines_in(block):
-        raise _first_bad_line(file, first_line, block, known=known)
     if any(_beyond_64_bits(chunk) for column in table.columns for chunk in column.chunks):
         _check_integers(file, first_line, block)
     return schema, table.num_rows
 
 
 def _objects(block: bytes) -> pa.Table:
-    """As _table, of lines whose types are not known yet. Raises ArrowInvalid for one that is null."""
-    if NULL_LINE.search(block):
-        raise pa.ArrowInvalid("a line is null")
-    return _table(block)
+    """As _table, of lines whose types are not known yet. Raises ArrowInvalid unless each is one object or blank.
+
+    Where each begins and ends as an object, none goes on in the next; so as many rows as lines are one a line. pyarrow
+    makes a row of a null, and where one comes first in a block it ends the process (26.0.1, SIGSEGV).
+    """
+    lines = _lines_in(block)
+    if lines is None or (table := _table(block)).num_rows != lines:
+        raise pa.ArrowInvalid("not one object a line")
+    return table
 
 
-def _lines_in(block: bytes) -> int:
-    """How many are not blank."""
-    text = block.removesuffix(b"\n")
-    if not text[:1].strip() or not text[-1:].strip() or BLANK_LINE.search(text):
-        return sum(1 for line in text.split(b"\n") if line.strip())
-    return text.count(b"\n") + 1
+def _lines_in(block: bytes) -> int | None:
+    """How many are not blank; None where one does not begin and end as an object."""
+    text = block.strip()
+    breaks = text.count(b"\n")
+    if text[:1] + text[-1:] == b"{}" and text.count(b"}\n{") + text.count(b"}\r\n{") == breaks:  # most files
+        return breaks + 1
+    lines = [line for line in map(bytes.strip, text.split(b"\n")) if line]
+    return len(lines) if all(line[:1] + line[-1:] == b"{}" for line in lines) else None
 
 
 def _with(known: pa.Schema, found: pa.Schema) -> pa.Schema:
@@ -149,11 +151,10 @@ def _first_bad_line(file: Path, first_line: int, block: bytes, *, known: pa.Sche
 def _fits(lines: list[bytes], *, known: pa.Schema) -> bool:
     """Whether each line is one object, of the same types as the others and as `known`."""
     try:
-        table = _objects(b"\n".join(lines))
-        _with(known, table.schema)
+        _with(known, _objects(b"\n".join(lines)).schema)
     except (pa.ArrowException, Unlike):
         return False
-    return table.num_rows == sum(1 for line in lines if line.strip())
+    return True
 
 
 def _remedy(line: bytes) -> str:

@@ -3,7 +3,7 @@
 What it does not see, or that it is down, costs no job. It may stop workers, which give back what they have, and
 nothing that could harm a job. Its library is an extra, so nothing but the process itself may import this module.
 Flower shows /metrics and error pages to anybody; here nothing but /healthcheck is answered without the password, and an
-address that guesses it is soon no longer heard.
+address that guesses it is not heard for as long as it does.
 """
 
 from __future__ import annotations

@@ -69,15 +69,16 @@ dumped_schema() {
 
 # What was begun and not finished by one that was killed goes after a day; what BACKUP_KEEP does not keep goes now.
 delete_old() {
-    find "$into" -maxdepth 1 -name 'stoker-*.partial' -mtime +0 -exec rm -rf {} + || return 1
-    [ -n "$keep" ] || return 0
-    whole=$(find "$into" -mindepth 2 -maxdepth 2 -path '*/stoker-*Z/MANIFEST' | wc -l)
-    for one in "$into"/stoker-*Z; do
-        [ "$whole" -gt "$keep" ] || break
-        [ -f "$one/MANIFEST" ] || continue
-        if ! mv "$one" "$one.partial" || ! rm -rf "$one.partial"; then return 1; fi
-        whole=$((whole - 1))
-    done
+    if [ -n "$keep" ]; then
+        whole=$(find "$into" -mindepth 2 -maxdepth 2 -path '*/stoker-*Z/MANIFEST' | wc -l)
+        for one in "$into"/stoker-*Z; do
+            [ "$whole" -gt "$keep" ] || break
+            [ -f "$one/MANIFEST" ] || continue
+            mv "$one" "$one.old" || return 1 # so that half of it never passes for a backup
+            whole=$((whole - 1))
+        done
+    fi
+    find "$into" -maxdepth 1 \( -name 'stoker-*Z.old' -o -name 'stoker-*Z.partial' -mtime +0 \) -exec rm -rf {} +
 }
 
 if [ $# -lt 1 ] || [ $# -gt 2 ]; then

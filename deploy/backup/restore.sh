@@ -42,8 +42,9 @@ check_backup() {
     [ "$(head -n 1 "$backup/MANIFEST")" = "stoker-backup 1" ] || fail "$backup/MANIFEST is not of a backup that this can read"
     [ "$(sha256sum < "$backup/SHA256SUMS" | cut -d ' ' -f 1)" = "$(stated sums)" ] ||
         fail "$backup/SHA256SUMS is not what the backup wrote"
-    if [ "$(wc -l < "$backup/SHA256SUMS")" -ne "$(stated parts)" ] ||
-        [ "$(count_files "$backup/database" "$backup/files")" -ne "$(stated parts)" ]; then
+    parts=$(stated parts)
+    if [ "$(wc -l < "$backup/SHA256SUMS")" -ne "${parts:-0}" ] ||
+        [ "$(count_files "$backup/database" "$backup/files")" -ne "${parts:-0}" ]; then
         fail "$backup is not what the backup wrote: it has more or fewer files"
     fi
     (cd "$backup" && sha256sum --check --quiet SHA256SUMS >&2) || fail "$backup is not what the backup wrote"

@@ -7,7 +7,8 @@
 -- A process of the time after the backup may still live. It knows rows by numbers that this database would give out
 -- again: fences of attempts, ids of shards. Both go on far above any that it can hold, so what it writes under them
 -- finds no row. Two of its writes have no fence: how a webhook's delivery went (guarded by its id and number of tries)
--- and the size of a results file. And attempts that were under way at the backup's moment are taken back, as none of them is heard of again.
+-- and the size of a results file. And attempts that were under way at the backup's moment are taken back, as none of
+-- them is heard of again.
 
 \if :{?moment}
 \else
@@ -49,11 +50,11 @@ DELETE FROM money_reservations;
 
 UPDATE documents SET state = 'pending', lease_until = NULL WHERE state = 'running';
 UPDATE batches SET lease_until = clock_timestamp(),
-    validations = greatest(0, validations - (lease_until > :'moment')::int) -- the try that was under way is none
+    validations = greatest(0, validations - (lease_until > :'moment'::timestamptz)::int) -- no try
 WHERE state = 'validating' AND lease_until IS NOT NULL;
 
 -- A window is time in which there is somebody to work: it does not run from the backup to here.
-UPDATE batches SET expires_at = expires_at + greatest(clock_timestamp() - :'moment', interval '0')
+UPDATE batches SET expires_at = expires_at + greatest(clock_timestamp() - :'moment'::timestamptz, interval '0')
 WHERE ended_at IS NULL AND expires_at IS NOT NULL;
 
 UPDATE files SET counting_until = NULL WHERE counting_until IS NOT NULL;

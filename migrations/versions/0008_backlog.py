@@ -6,8 +6,8 @@ Revises: 0007
 
 from alembic import op
 
-revision = "0008"
-down_revision = "0007"
+revision = '0008'
+down_revision = '0007'
 branch_labels = None
 depends_on = None
 
@@ -38,4 +38,4 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    raise NotImplementedError("restore a backup instead: what is new cannot be told in the old schema")
+    raise NotImplementedError('restore a backup instead: what is new cannot be told in the old schema')

@@ -87,6 +87,15 @@ def test_the_figures_that_are_shown_are_those_that_are_kept() -> None:
     assert scaling.text() == scaling.SCALING.read_text()
 
 
+def test_what_the_leader_does_is_that_of_the_number_of_children_next_above() -> None:
+    report = {"run": {"samples": [{"connections": 9}, {"connections": 15}]}}
+    rows = {name: cells for name, *cells in scaling._by_workers(report, [1, 10, 1000])}
+    kept = json.loads((RESULTS / "dispatch_children.json").read_text())["rows"]
+    assert rows["connections"] == ["14 of a worker", "14", "140", "14,000"]
+    for what in ("fill", "sweep"):
+        assert rows[f"a {what} of the leader, ms"][1:] == [f"{row[f'{what}_ms_median']:.1f}" for row in kept]
+
+
 def test_the_readme_shows_every_figure_that_falls_short() -> None:
     readme = README.read_text()
     assert all(row.figure in readme for report in reports() for row in report.rows if row.is_met is False)

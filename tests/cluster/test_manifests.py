@@ -276,6 +276,12 @@ def test_no_worker_is_killed_because_a_service_is_away(manifests: tuple[Manifest
             assert command == ["stoker", "health", name.split("-")[0]], name
 
 
+def test_a_gateway_that_waits_for_the_migration_is_given_an_hour(manifests: tuple[Manifest, ...]) -> None:
+    (container,) = pods(manifests)["gateway"]["spec"]["containers"]
+    probe = container["startupProbe"]
+    assert probe["failureThreshold"] * probe["periodSeconds"] >= 3600
+
+
 def test_images_and_settings_of_servers_are_those_of_compose() -> None:
     templates = pods(built("single-node"))
     for name in SERVERS:

@@ -21,7 +21,16 @@ from benchmarks.paired import keep, made_with
 from tests.compose import proof
 from tests.compose.engine import HOME, Docker, engine, in_namespaces, missing
 from tests.compose.images import make_images
-from tests.compose.look import ending, events_between, healthy_after_s, listening, memory_bytes, reaches_world, world
+from tests.compose.look import (
+    ending,
+    events_of,
+    healthy_after_s,
+    listening,
+    memory_bytes,
+    reaches_world,
+    recorded,
+    world,
+)
 from tests.compose.project import PROFILES, Project, project
 from tests.compose.report import printed, write_docs
 from tests.support.processes import REPOSITORY
@@ -75,11 +84,11 @@ def _inside() -> int:
 def _run(docker: Docker, made: Project, images: dict[str, Any]) -> dict[str, Any]:
     """Start everything that has an image, look at it, use it, cut its power, stop it."""
     names = [name for name, service in made.services.items() if images[service["image"]][1] and name != "cli"]
-    began = time.time()
-    made("up", "-d", "--no-build", "--wait", "--wait-timeout", str(UP_S), *names)
+    with recorded(docker, HOME / "events.log") as file:
+        made("up", "-d", "--no-build", "--wait", "--wait-timeout", str(UP_S), *names)
+        started = events_of(file)
     containers = {name: made.container(name) for name in names}
-    started = events_between(docker, began, time.time())
-    rows = {name: _row(docker, made, name, containers[name], images) for name in names}
+    rows = {name: _row(made, name, containers[name], images) for name in names}
     for name in names:
         rows[name]["healthy_s"] = healthy_after_s(containers[name], started)
     steps = proof.use(made)
@@ -88,9 +97,10 @@ def _run(docker: Docker, made: Project, images: dict[str, Any]) -> dict[str, Any
             rows[name]["memory_bytes"] = memory_bytes(docker, containers[name]["Id"])
             rows[name]["ports"] = listening(containers[name]["State"]["Pid"])
     steps += proof.cut_power(made, [name for name in names if name != "migrate"])
-    asked = time.time()
-    made("stop")
-    ended = events_between(docker, asked, time.time() + SETTLE_S)
+    with recorded(docker, HOME / "events.log") as file:
+        made("stop")
+        time.sleep(SETTLE_S)
+        ended = events_of(file)
     for name in names:
         if (end := ending(containers[name], ended)) is not None:
             rows[name] |= {"stop_s": round(end.seconds, 1), "exit_code": end.exit_code}
@@ -106,7 +116,7 @@ def _run(docker: Docker, made: Project, images: dict[str, Any]) -> dict[str, Any
     }
 
 
-def _row(docker: Docker, made: Project, name: str, container: dict[str, Any], images: dict[str, Any]) -> dict[str, Any]:
+def _row(made: Project, name: str, container: dict[str, Any], images: dict[str, Any]) -> dict[str, Any]:
     service = made.services[name]
     limits = container["HostConfig"]
     is_running = container["State"]["Running"]

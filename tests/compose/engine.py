@@ -64,9 +64,9 @@ class Docker:
         """What `docker WORDS` prints."""
         return run([self._program, *words], env=self.env, check=check, folder=folder)
 
-    def objects(self, *words: str) -> list[dict[str, Any]]:
-        """What it prints as JSON, one object a line."""
-        return [json.loads(line) for line in self(*words, "--format", "{{json .}}").splitlines()]
+    def spawned(self, *words: str, log: Path) -> subprocess.Popen[bytes]:
+        """It runs, and goes on; what it prints goes into the log."""
+        return spawn([self._program, *words], env=self.env, log=log, session=True)
 
     def inspect(self, container: str) -> dict[str, Any]:
         """Everything that is known of a container."""

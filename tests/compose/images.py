@@ -29,14 +29,15 @@ SERVER_PACKAGES = ("rabbitmq-server", "redis-server", "prometheus", "wget", "ca-
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 BASE = "stand-in/debian"
 
-# By the image's name without its tag: the stage of stand_ins/Dockerfile, and what prints its version.
+# By the image's name without its tag: the stage of stand_ins/Dockerfile, what that is, and what prints its version.
 STAGES = {
-    "postgres": ("postgres", "postgres --version"),
-    "rabbitmq": ("rabbitmq", "dpkg-query -W rabbitmq-server"),
-    "redis": ("redis", "redis-server --version"),
-    "prom/prometheus": ("prometheus", "prometheus --version 2>&1 | head -1"),
-    "chromadb/chroma": ("chroma", "chroma --version"),
+    "postgres": ("postgres", "the wheel's Postgres", "postgres --version"),
+    "rabbitmq": ("rabbitmq", "Debian's RabbitMQ", "dpkg-query -W rabbitmq-server"),
+    "redis": ("redis", "Debian's Redis", "redis-server --version"),
+    "prom/prometheus": ("prometheus", "Debian's Prometheus", "prometheus --version 2>&1"),
+    "chromadb/chroma": ("chroma", "the wheel's Chroma", "pip list --format freeze | grep ^chromadb="),
 }
+VERSION = re.compile(r"\d+\.\d+\.?\d*")
 WITHOUT = {
     "grafana/grafana": "no package of Debian's or PyPI's has it",
     "otel/opentelemetry-collector-contrib": "no package of Debian's or PyPI's has it",
@@ -117,11 +118,12 @@ def _ours(docker: Docker, tag: str) -> Image:
     docker("build", "--network", "host", "-f", str(DOCKERFILE), "--target", target, "-t", tag, ".")
     base = next(name for name in base_images() if name.startswith("vllm/" if target == "gpu" else "python:"))
     python = docker("run", "--rm", "--network", "none", "--entrypoint", "python", tag, "--version").strip()
-    return Image(tag, f"deploy/Dockerfile, with Debian's {python} in place of {base}")
+    return Image(tag, f"deploy/Dockerfile, on Debian's {python} for {base}")
 
 
 def _stand_in(docker: Docker, tag: str, context: Path) -> Image:
-    stage, version = STAGES[tag.rpartition(":")[0]]
+    stage, what, version = STAGES[tag.rpartition(":")[0]]
     docker("build", "--target", stage, "-t", tag, ".", folder=context)
-    said = docker("run", "--rm", "--network", "none", "--entrypoint", "sh", tag, "-c", version).split("\n")[0]
-    return Image(tag, " ".join(said.split()))
+    said = VERSION.search(docker("run", "--rm", "--network", "none", "--entrypoint", "sh", tag, "-c", version))
+    assert said is not None, tag
+    return Image(tag, f"{what} {said[0]}")

@@ -18,7 +18,6 @@ from tests.support.waiting import wait_until
 WORLD, WORLD_GATE = "198.51.100.2", "198.51.100.1"  # of the addresses that are for documentation
 WORLD_PORT = 80
 LISTEN = "0A"
-LOOPBACK = ("127.", "::1")
 _ASK = f"""
 import socket, sys
 try:
@@ -82,8 +81,8 @@ def _address(hexadecimal: str) -> str:
     if len(hexadecimal) == 8:
         return ".".join(str(byte) for byte in reversed(bytes.fromhex(hexadecimal)))
     if not int(hexadecimal, 16):
-        return "::"
-    return "::1" if hexadecimal.endswith("01000000") and not int(hexadecimal[:-8], 16) else hexadecimal
+        return "[::]"
+    return "[::1]" if hexadecimal.endswith("01000000") and not int(hexadecimal[:-8], 16) else hexadecimal
 
 
 def memory_bytes(docker: Docker, container: str) -> int:
@@ -102,26 +101,30 @@ def healthy_after_s(container: dict[str, Any], events: list[dict[str, Any]]) -> 
 
 
 def ending(container: dict[str, Any], events: list[dict[str, Any]]) -> Ending | None:
-    """How it ended at its stop signal; None if it was not stopped."""
+    """How it ended at the last signal that it was sent; None if it was sent none."""
     mine = [event for event in events if event["Actor"]["ID"] == container["Id"]]
     asked = next((event["timeNano"] for event in mine if event["Action"] == "kill"), None)
-    died = next((event for event in mine if event["Action"] == "die"), None)
+    died = next((event for event in reversed(mine) if event["Action"] == "die"), None)
     if asked is None or died is None:
         return None
     return Ending((died["timeNano"] - asked) / 1e9, int(died["Actor"]["Attributes"]["exitCode"]))
 
 
-def events_between(docker: Docker, since: float, until: float) -> list[dict[str, Any]]:
-    """What happened to containers, in order."""
-    said = docker(
-        "events",
-        "--since",
-        f"{since:.3f}",
-        "--until",
-        f"{until:.3f}",
-        "--filter",
-        "type=container",
-        "--format",
-        "{{json .}}",
-    )
-    return [json.loads(line) for line in said.splitlines()]
+@contextmanager
+def recorded(docker: Docker, file: Path) -> Iterator[Path]:
+    """The file in which every start, healthy answer, signal and end of containers is written from now on.
+
+    The engine itself remembers 256 events, and each healthcheck is three.
+    """
+    file.unlink(missing_ok=True)
+    kinds = [word for kind in ("start", "health_status", "kill", "die") for word in ("--filter", f"event={kind}")]
+    child = docker.spawned("events", *kinds, "--format", "{{json .}}", log=file)
+    try:
+        yield file
+    finally:
+        stop(child, grace_s=5)
+
+
+def events_of(file: Path) -> list[dict[str, Any]]:
+    """What has been recorded, in order."""
+    return [json.loads(line) for line in file.read_text().splitlines()]

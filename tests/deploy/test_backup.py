@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import psycopg
 import pytest
+from psycopg import sql
+from sqlalchemy import make_url
 
 from models.cost_rows import MoneyBudget
 from models.document_rows import Document
@@ -24,7 +28,16 @@ from store.money import lock_money, open_batch_money, state_money
 from store.schedules import ClaimedRun, NewSchedule, add_schedule, ask_run, claim_run, end_run, hold_schedule_of
 from store.shards import Claim, close, extend_leases, write_results
 from tests.conftest import empty_database
-from tests.support.backups import SCRIPTS, backed_up, command, empty_again, libpq_environment, restored, script
+from tests.support.backups import (
+    SCRIPTS,
+    backed_up,
+    command,
+    empty_again,
+    libpq_environment,
+    restored,
+    script,
+    with_stand_in,
+)
 from tests.support.batches import (
     answers,
     chats,
@@ -116,6 +129,7 @@ def test_what_was_under_way_goes_on_at_once_and_whoever_held_it_finds_no_row(
     (other_now,) = (claimed(database, shard.id) for shard in shards_of(database, waiting))
     _, (new,) = claimed_batch(database, tmp_path, shards=1)
     assert (other_now.shard_id, new.shard_id > gone.shard_id) == (other.shard_id, True)
+    assert (other_now.is_first, held_now.is_first, new.is_first) == (True, False, True)
     for zombie in (held, other, gone):
         assert written(database, zombie, jobs=2) is None
         with database.transaction() as session:
@@ -134,6 +148,32 @@ def test_what_was_under_way_goes_on_at_once_and_whoever_held_it_finds_no_row(
         assert close(session, held_now)
     assert results_of(database, batch_id)[:1] == before
     assert [(shard.state, shard.crashes) for shard in shards_of(database, batch_id)] == [("done", 0)]
+
+
+def test_a_window_does_not_run_while_the_rows_lie_in_a_backup(
+    database: Database, postgres_url: str, tmp_path: Path
+) -> None:
+    running, ended, validating, waiting = (store_batch(database, tmp_path, chats(1)) for _ in range(4))
+    with psycopg.connect(postgres_url) as connection:
+        connection.execute("UPDATE batches SET expires_at = now() - interval '1 h', validations = 2")
+        connection.execute("UPDATE batches SET state = 'completed', ended_at = now() WHERE id = %s", [ended])
+        connection.execute("UPDATE batches SET state = 'validating' WHERE id = ANY(%s)", [[validating, waiting]])
+        connection.execute("UPDATE batches SET lease_until = now() - interval '23 h' WHERE id = %s", [validating])
+        connection.execute("UPDATE batches SET lease_until = now() - interval '25 h' WHERE id = %s", [waiting])
+        moment = connection.execute("SELECT (now() - interval '24 h')::text").fetchone()
+    assert moment is not None
+    psql = ["psql", "-X", "--single-transaction", "--set=ON_ERROR_STOP=1", f"--file={SCRIPTS / 'restored.sql'}"]
+    env = libpq_environment(postgres_url)
+    forgot = subprocess.run(psql, env=env, capture_output=True, text=True, check=False)
+    assert (forgot.returncode, "state the moment" in forgot.stderr) == (3, True)
+    subprocess.run([*psql, f"--set=moment={moment[0]}"], env=env, capture_output=True, check=True)
+    left = "SELECT id, round(extract(epoch FROM expires_at - now()) / 3600)::int, validations FROM batches"
+    assert {row[0]: row[1:] for row in rows(database, left)} == {
+        running: (23, 2),
+        ended: (-1, 2),
+        validating: (23, 1),
+        waiting: (23, 2),
+    }
 
 
 def test_every_lease_is_named_where_they_are_given_back() -> None:
@@ -156,18 +196,30 @@ def test_files_are_copied_once_and_old_backups_go(postgres_url: str, tmp_path: P
         folder.mkdir()
     (files / "file-one").write_bytes(b"one")
     (files / "file-two.partial").write_bytes(b"tw")
+    (into / "stoker-20990101T000000Z").mkdir()  # not a whole one, so it is not counted
+    for name in ("stoker-20200101T000000Z.partial", "stoker-20200101T000001Z.partial"):
+        (into / name / "database").mkdir(parents=True)
+    os.utime(into / "stoker-20200101T000000Z.partial", (0, 0))
     made = []
     for number in range(3):
         made.append(backed_up(postgres_url, into, files, BACKUP_KEEP="2"))
         (files / f"file-{number}").write_bytes(b"more")
         wait_until(lambda: not (into / f"stoker-{utc_now():%Y%m%dT%H%M%SZ}").exists(), 5, "another second")
-    assert sorted(into.iterdir()) == made[1:]
+    assert names_in(into) == [
+        "stoker-20200101T000001Z.partial",
+        *(backup.name for backup in made[1:]),
+        "stoker-20990101T000000Z",
+    ]
     assert names_in(made[2] / "files") == ["file-0", "file-1", "file-one"]
     assert (made[1] / "files" / "file-one").stat().st_ino == (made[2] / "files" / "file-one").stat().st_ino
     assert made[2].stat().st_mode & 0o077 == 0
     assert script("restore.sh", "--check", made[2], url=postgres_url).returncode == 0
     refused = script("restore.sh", made[2], url=postgres_url)
     assert (refused.returncode, refused.stderr) == (2, "restore: the backup has files: state the gateway's folder\n")
+    empty_again(postgres_url)
+    no_room = with_stand_in(tmp_path, postgres_url, cp="exit 1")
+    failed = script("restore.sh", made[2], target, url=postgres_url, **no_room)
+    assert (failed.returncode, "could not be copied" in failed.stderr) == (1, True), failed.stderr
     empty_again(postgres_url)
     restored(made[2], target, url=postgres_url)
     assert names_in(target) == ["file-0", "file-1", "file-one"]
@@ -190,6 +242,10 @@ def change_rows(backup: Path) -> None:
 
 def lose_rows(backup: Path) -> None:
     min((backup / "database").iterdir()).unlink()
+
+
+def add_a_file(backup: Path) -> None:
+    (backup / "files" / "file-of-nobody").touch()
 
 
 def change_sums(backup: Path) -> None:
@@ -217,6 +273,7 @@ def made_backup(postgres_template: str, tmp_path_factory: pytest.TempPathFactory
         (cut_manifest, "has no MANIFEST"),
         (change_rows, "is not what the backup wrote"),
         (lose_rows, "is not what the backup wrote"),
+        (add_a_file, "has more or fewer files"),
         (change_sums, "is not what the backup wrote"),
         (state_newer_server, "the backup is of 99"),
         (leave_it, "is not empty"),
@@ -234,13 +291,63 @@ def test_a_backup_that_cannot_be_trusted_is_refused_and_nothing_is_touched(
         assert connection.execute("SELECT count(*) FROM batches").fetchone() == (0,)
 
 
-def test_a_restore_beside_processes_that_still_use_the_database_is_refused(
+@contextmanager
+def mere_owner(url: str) -> Iterator[dict[str, str]]:
+    """libpq's variables of a role that owns this database, may create others and is no superuser."""
+    name = f"stoker_test_{uuid4().hex[:8]}"
+    role, database = sql.Identifier(name), sql.Identifier(make_url(url).database or "")
+    of_database = sql.SQL("ALTER DATABASE {} OWNER TO {}")
+    with psycopg.connect(_elsewhere(url), autocommit=True) as admin:
+        admin.execute(sql.SQL("CREATE ROLE {} LOGIN CREATEDB PASSWORD 'x'").format(role))
+        try:
+            admin.execute(of_database.format(database, role))
+            yield {"PGUSER": name, "PGPASSWORD": "x"}
+        finally:
+            admin.execute(of_database.format(database, sql.SQL("CURRENT_USER")))
+            admin.execute(sql.SQL("DROP ROLE {}").format(role))
+
+
+def test_why_the_database_cannot_be_taken_is_told_to_an_owner_who_is_no_superuser(
     made_backup: Path, postgres_url: str
 ) -> None:
     empty_again(postgres_url)
-    with psycopg.connect(postgres_url, application_name="stoker 7 on there"):
-        refused = script("restore.sh", made_backup, url=postgres_url)
-    assert (refused.returncode, "stop these: stoker 7 on there" in refused.stderr) == (1, True), refused.stderr
+    with mere_owner(postgres_url) as owner:
+        with psycopg.connect(postgres_url, application_name="stoker 7 on there"):
+            used = script("restore.sh", made_backup, url=postgres_url, **owner)
+        with psycopg.connect(_elsewhere(postgres_url), autocommit=True) as admin:
+            admin.execute(sql.SQL("ALTER ROLE {} NOCREATEDB").format(sql.Identifier(owner["PGUSER"])))
+        denied = script("restore.sh", made_backup, url=postgres_url, **owner)
+    assert (used.returncode, "stop these: stoker 7 on there" in used.stderr) == (1, True), used.stderr
+    assert (denied.returncode, "could not be renamed: ERROR:  permission denied" in denied.stderr) == (1, True), denied
+
+
+def test_a_sum_that_cannot_be_made_makes_no_backup(postgres_url: str, tmp_path: Path) -> None:
+    into, tools = tmp_path / "backups", tmp_path / "tools"
+    into.mkdir()
+    tools.mkdir()
+    unread = with_stand_in(tools, postgres_url, sha256sum='[ $# = 0 ] && exec "$REAL"; "$REAL" "$1"; exit 1')
+    failed = script("backup.sh", into, url=postgres_url, **unread)
+    assert (failed.returncode, "the sums could not be made" in failed.stderr) == (1, True), failed.stderr
+    assert names_in(into) == []
+
+
+def test_a_backup_stands_though_an_older_one_stays_and_has_the_schema_of_its_rows(
+    postgres_url: str, tmp_path: Path
+) -> None:
+    old, tools = tmp_path / "stoker-20200101T000000Z", tmp_path / "tools"
+    old.mkdir()
+    tools.mkdir()
+    (old / "MANIFEST").touch()
+    migrated = """psql -Xqc "UPDATE alembic_version SET version_num = '9999'"; exec "$REAL" "$@" """
+    kept = f'case "$*" in *{old.name}*) exit 1;; esac; exec "$REAL" "$@"'
+    beside = with_stand_in(tools, postgres_url, pg_dump=migrated, rm=kept)
+    made = script("backup.sh", tmp_path, url=postgres_url, BACKUP_KEEP="1", **beside)
+    assert (made.returncode, "could not be deleted" in made.stderr) == (0, True), made.stderr
+    assert "\nschema=9999\n" in (Path(made.stdout.strip()) / "MANIFEST").read_text()
+
+
+def _elsewhere(url: str) -> str:
+    return make_url(url).set(database="postgres").render_as_string(hide_password=False)
 
 
 def test_a_backup_that_is_interrupted_leaves_nothing(postgres_url: str, tmp_path: Path) -> None:

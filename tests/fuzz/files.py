@@ -161,6 +161,7 @@ TARGETS: Final = {
         (
             b'{"a":1,"b":"x","c":[1,2],"d":{"e":true}}\n{"a":2.5,"b":null,"f":"2026-01-01"}\n',
             b'\xef\xbb\xbf{"a":"\xc3\xa9"}\n',
+            b'{"a":1}{"a":2}\n{"a":\n3}\n',  # as many objects as lines, but not one in each
         ),
         head_bytes=0,
         s_per_mb=10.0,

@@ -66,6 +66,8 @@ def main() -> int:
     if options.replay:
         named(options.replay[0]).run(Path(options.replay[1]).read_bytes())
         return 0
+    if options.keep and options.keep.is_dir() and any(options.keep.iterdir()):
+        parser.error(f"{options.keep} is not empty: what is in it would count as found")
     names = options.target or [*targets, "contract"]
     kept = options.keep or Path(tempfile.mkdtemp(prefix="stoker-fuzz-findings-"))
     parsers = [name for name in names if name != "contract"]
@@ -107,7 +109,8 @@ def _fuzzed(name: str, seconds: float, folder: Path, *, seed: int) -> Counted:
         while (left := guided_s - (time.monotonic() - began)) > 1:  # it ends early where the process dies
             told = _child(name, folder, "fuzz", left, corpus, seed=seed).stderr
             if not (pulses := _PULSE.findall(told)):
-                raise RuntimeError(f"the target {name} did not start:\n{told[-2000:]}")
+                counted.findings.append({"kind": "did not start", "told": told[-500:]})
+                break
             counted.executions += int(pulses[-1][0])
             counted.edges = max(counted.edges, int(pulses[-1][1]))
             seed += 1
@@ -126,19 +129,26 @@ def _fuzzed(name: str, seconds: float, folder: Path, *, seed: int) -> Counted:
 def _child(
     name: str, folder: Path, mode: str, seconds: float, corpus: Path, *, seed: int
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tests.fuzz.child", name, str(folder), mode, str(seconds), str(corpus), str(seed)],
-        env={**os.environ, "TMPDIR": str(corpus.parent)},
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=seconds + STARTING_S,
-        check=False,
-    )
+    command = [sys.executable, "-m", "tests.fuzz.child", name, str(folder), mode, str(seconds), str(corpus), str(seed)]
+    try:
+        return subprocess.run(
+            command,
+            env={**os.environ, "TMPDIR": str(corpus.parent)},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds + STARTING_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        return subprocess.CompletedProcess(command, 124, "", str(error)[-300:])
 
 
 def _contract(seconds: float, folder: Path, *, seed: int) -> dict[str, Any]:
-    """The counts of the test that is in the ordinary suite, run for so long; what it found is in its output."""
+    """The counts of the test that is in the ordinary suite, run for so long; what it found is in its output.
+
+    Without counts it did not start, which is a finding.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     counts = folder / "contract.json"
     ended = subprocess.run(
@@ -150,7 +160,10 @@ def _contract(seconds: float, folder: Path, *, seed: int) -> dict[str, Any]:
     )
     if ended.returncode:
         (folder / "contract.txt").write_text(ended.stdout)
-    return {"findings": int(ended.returncode != 0), **json.loads(counts.read_text())}
+    told: dict[str, Any] = {"sequences": 0, "requests": 0, "statuses": {}, "seconds": 0.0}
+    if counts.exists():
+        told = json.loads(counts.read_text())
+    return {"findings": int(ended.returncode != 0 or not told["sequences"]), **told}
 
 
 if __name__ == "__main__":

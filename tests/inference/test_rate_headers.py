@@ -59,6 +59,20 @@ def test_a_wish_of_more_than_a_day_is_taken_for_a_day() -> None:
     assert retry_after_s(Answer(429, [(b"Retry-After", an_epoch)], b"")) == 86_400
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"x_ratelimit_remaining_requests": "1", "x_ratelimit_reset_requests": "100000000000000"},
+        {"x_ratelimit_remaining_requests": "1", "x_ratelimit_reset_requests": "1000000d"},
+        {"anthropic_ratelimit_requests_remaining": "1", "anthropic_ratelimit_requests_reset": "9999-01-01T00:00:00Z"},
+        {"RateLimit": '"x";r=1;t=100000000000000'},
+        {"RateLimit_Remaining": "1", "RateLimit_Reset": "1764446400"},
+    ],
+)
+def test_a_reset_is_in_a_day_at_most(headers: dict[str, str]) -> None:
+    assert seen(**headers) == RatesSeen(None, 1, 86_400)
+
+
 def test_a_limit_of_a_day_is_not_taken_for_one_of_a_minute() -> None:
     assert seen(
         x_ratelimit_limit_requests="14400",

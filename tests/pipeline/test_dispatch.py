@@ -230,8 +230,8 @@ def test_a_standby_takes_over_when_the_leader_ends(database: Database, tmp_path:
 def test_dispatch_goes_on_after_its_connections_were_cut_and_trusts_no_count_of_before(
     database: Database, tmp_path: Path, broker: MemoryBroker, board: PresenceBoard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forgotten: list[Finisher] = []
-    monkeypatch.setattr(Finisher, "forget", forgotten.append)
+    forgotten = threading.Event()
+    monkeypatch.setattr(Finisher, "forget", lambda _: forgotten.set())
     with dispatching(database, broker, board):
         store_batch(database, tmp_path, chats(1))
         wait_until(lambda: len(broker.sent) == 1, 10, "the first hint")
@@ -243,7 +243,7 @@ def test_dispatch_goes_on_after_its_connections_were_cut_and_trusts_no_count_of_
             )
         store_batch(database, tmp_path, chats(1))
         wait_until(lambda: len(broker.sent) == 2, 15, "the second hint")
-        assert forgotten
+        assert forgotten.is_set()
 
 
 def test_a_leader_that_is_frozen_is_succeeded_and_finds_its_lock_gone_when_it_wakes(database: Database) -> None:

@@ -13,11 +13,14 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from models.keys import make_key
+from runtime import entry
+from runtime.errors import BadInput
 from runtime.redaction import MARK, Redaction, secrets_of
 from runtime.settings import BrokerSettings, EngineSettings, FlowerSettings, PostgresSettings, Settings
 from tests.support.processes import REPOSITORY, clean_environment
 
 PROMPT = "my husband's name is Herbert"
+HOSTILE = r"\x1b]52;c;ZXZpbA==\x07\x9b2J\u202e"
 WRITER = f"""
 import logging
 from runtime.logs import configure_logs, get_logger
@@ -29,7 +32,7 @@ log.info("shards_fed", batch_id="0193", jobs=190, messages=[{{"content": "{PROMP
 logging.getLogger("theirs").warning("opens %s", "amqp://stoker:hunter22@rabbitmq:5672/stoker")
 secret = "correct horse"
 try:
-    raise ValueError(f"no answer to {{secret}}")
+    raise ValueError(f"no answer to {{secret}}") from OSError("{HOSTILE}")
 except ValueError:
     log.exception("broke", answer="{PROMPT}")
 """
@@ -71,6 +74,20 @@ def test_a_terminal_shows_the_traceback_without_what_variables_hold() -> None:
 
     assert "shards_fed" in text and "Traceback" in text
     assert not any(secret in text for secret in (PROMPT, "hunter22", "correct horse"))
+    assert "]52;c;ZXZpbA==" in text
+    assert not any(order in text for order in ("\x1b]", "\x07", "\x9b", "\u202e"))
+
+
+def test_an_error_that_ends_a_process_orders_no_terminal_about(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(_: Settings) -> None:
+        raise BadInput("\x1b]0;title\x07")
+
+    monkeypatch.setattr(entry, "configure_logs", lambda *_, **__: None)
+    with pytest.raises(SystemExit):
+        entry.run_process(work)
+    assert capsys.readouterr().err == "stoker: \ufffd]0;title\ufffd\n"
 
 
 @pytest.mark.parametrize(

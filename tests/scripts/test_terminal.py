@@ -12,7 +12,7 @@ from rich.table import Table
 
 from scripts.terminal import HarmlessConsole
 
-HOSTILE = "name\x1b]52;c;ZXZpbA==\x07 \x1b[2J\x9b2J\x1bc\r\x7f\x00\x08end"
+HOSTILE = "name\x1b]52;c;ZXZpbA==\x07 \x1b[2J\x9b2J\x1bc\r\x7f\x00\x08 \u202e\u2066 end of it"
 OURS = re.compile(r"\x1b\[[0-9;]*m|\x1b\[\?25[lh]|\x1b\[2K|\x1b\[1A|\r")  # rich's colours, cursor and lines
 
 

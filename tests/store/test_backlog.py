@@ -136,8 +136,8 @@ def test_what_a_budget_keeps_from_being_sent_does_not_count(database: Database, 
     [
         "UPDATE collections SET lost = true",
         "INSERT INTO vector_removals (index_name, passage_id) VALUES ('one', 7)",
-        "INSERT INTO passages (document_id, collection_id, place, start_char, end_char, tokens, digest, content, vector) "
-        "SELECT id, collection_id, 0, 0, 4, 1, '', 'text', '' FROM documents",
+        "INSERT INTO passages (document_id, collection_id, place, start_char, end_char, tokens, digest, content, "
+        "vector) SELECT id, collection_id, 0, 0, 4, 1, '', 'text', '' FROM documents",
     ],
 )
 def test_what_chroma_has_not_been_told_of_is_a_job(database: Database, lacking: str) -> None:

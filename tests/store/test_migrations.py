@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -212,22 +213,20 @@ def test_who_begins_while_postgres_is_away_waits_for_it_and_for_the_migration(mo
     away = threading.Event()
     away.set()
     with database_at("0007") as database, ThreadPoolExecutor(1) as pool:
-        transaction = database.transaction
 
         def asked() -> AbstractContextManager[Session]:
             if away.is_set():
                 raise ServiceUnreachable("Postgres does not answer")
-            return transaction()
+            return database.transaction()
 
-        with monkeypatch.context() as patch:
-            patch.setattr(database, "transaction", asked)
-            patch.setattr("worker.celery_app.Database", lambda *_, **__: database)
-            settings = Settings.model_construct(postgres=PostgresSettings(url="postgresql://nobody@127.0.0.1:1/none"))
-            waiting = pool.submit(_await_schema, settings)
-            with pytest.raises(TimeoutError):
-                waiting.result(0.3)
-            away.clear()
-            with pytest.raises(TimeoutError):
-                waiting.result(0.3)
-            migrate(database)
-            waiting.result(WAIT_S)
+        workers = SimpleNamespace(transaction=asked, close=lambda: None)
+        monkeypatch.setattr("worker.celery_app.Database", lambda *_, **__: workers)
+        settings = Settings.model_construct(postgres=PostgresSettings(url="postgresql://nobody@127.0.0.1:1/none"))
+        waiting = pool.submit(_await_schema, settings)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.3)
+        away.clear()
+        with pytest.raises(TimeoutError):
+            waiting.result(0.3)
+        migrate(database)
+        waiting.result(WAIT_S)

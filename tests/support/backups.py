@@ -30,6 +30,16 @@ def script(name: str, *words: str | Path, url: str, **variables: str) -> subproc
     )
 
 
+def with_stand_in(folder: Path, url: str, **tools: str) -> dict[str, str]:
+    """The PATH of a script for which these tools are the text of a shell script, in which REAL is the tool itself."""
+    path = libpq_environment(url)["PATH"]
+    for name, text in tools.items():
+        tool = folder / name
+        tool.write_text(f"#!/bin/sh\nREAL={shutil.which(name, path=path)}\n{text}\n")
+        tool.chmod(0o755)
+    return {"PATH": f"{folder}:{path}"}
+
+
 def command(name: str, *words: str | Path) -> list[str]:
     """The command line of a script; it bears no address and no password."""
     return ["sh", str(SCRIPTS / name), *(str(word) for word in words)]

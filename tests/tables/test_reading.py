@@ -169,6 +169,8 @@ def test_jsonl_types_are_those_of_the_whole_file_and_text_is_never_made_a_date(t
         *("null", "null\n", " \n\tnull\n", "null]"),  # the first of a block, at which pyarrow ends the process
         '{"a":1}\nnull\n{"a":2}\n',
         '{"a":1} {"a":2}\n\n',
+        '{"a":1}{"a":2}\n{"a":\n3}\n',
+        '{"a":1}\r\n{"a":2}{"a":3}\r\n {"a":\r\n4}\r\n',
         '{"a":1}\n\ufeff',
         "1" * 5000,
     ],
