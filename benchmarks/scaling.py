@@ -212,7 +212,7 @@ def _by_workers(report: Mapping[str, Any], gpus: Sequence[int]) -> list[tuple[st
 def _uploaded() -> float:
     """Lines/s of one file through the gateway, from its first byte until its batch is going, beside others."""
     uploads = json.loads((RESULTS / "gateway.json").read_text())["legs"]["paced, beside"]["uploads"]
-    return statistics.median(LINES / upload["going_s"] for upload in uploads)
+    return statistics.median(LINES / float(upload["going_s"]) for upload in uploads)
 
 
 def _per_s(each: float, digits: int) -> Callable[[float], str]:

@@ -20,9 +20,8 @@ LINE_REFUSALS = (msgspec.MsgspecError, UnicodeError, RecursionError)
 
 CUSTOM_ID_CHARACTERS = 512
 SHOWN_CHARACTERS = 60
-MOST_DEPTH = (
-    64  # of settings: how deep JSON may be depends on the reader's stack, and a worker's is deeper than submit's
-)
+# Of settings. How deep JSON may be read depends on the reader's stack, and a worker's is deeper than submit's.
+MOST_DEPTH = 64
 
 _LIMIT_RULE = "must be a whole number of at least 1; left out, --max-output-tokens stands for it"
 _BODY_RULES = {

@@ -51,7 +51,8 @@ def reply(data: bytes) -> None:
         first = said(path, found.response)
         first.text.encode()
         first.finish_reason.encode()
-        assert answer_text(found.response) in (None, *_texts(found.response))
+        with suppress(RecursionError):
+            assert answer_text(found.response) in (None, *_texts(found.response))
         if path != EMBEDDINGS:
             _check_events(found.response, with_usage=bool(data[0] & 1))
 

@@ -58,6 +58,7 @@ def bad(raw: bytes, held_to: LineRules | None = None, *, endpoint: str | None = 
     return found
 
 
+NESTED = b"[" * 700 + b"]" * 700
 BAD_LINES = {
     "malformed JSON": (b'{"custom_id": "a",}\n', "invalid_json_line", None, "comma in object at byte 19"),
     "a truncated last line": (GOOD[:30], "invalid_json_line", None, "the file ends inside this line"),
@@ -124,6 +125,12 @@ BAD_LINES = {
     ),
     "no input": (line({"model": "m"}, url="/v1/embeddings"), "invalid_request", "body.input", "is missing"),
     "NUL in the model": (chat(model="a\0"), "invalid_request", "body.model", r"without \u0000"),
+    "settings nested too deeply": (
+        chat().replace(b'"body"', b'"stoker":{"recipe":"extract","document":1,"options":{"a":%s}},"body"' % NESTED),
+        "invalid_request",
+        "stoker.options",
+        "64 levels",
+    ),
     "NUL in the name of a setting": (
         chat().replace(b'"body"', rb'"stoker":{"a\u0000":1},"body"'),
         "invalid_request",
