@@ -153,6 +153,7 @@ TARGETS: Final = {
         csv_file,
         (b"\1" + _csv(), b"\1a,b\n1,2\n3,\n", b"\0a\tb\r\n1\t2\r\n"),
         is_json=False,
+        most_bytes=1 << 18,  # rows of two bytes are dicts of 180 here, which would pass for a fault of the reader
         s_per_mb=6.0,
     ),
     "jsonl": Target(
