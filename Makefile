@@ -161,7 +161,7 @@ bench-front-end: .venv/.dev engine-vllm checkpoint ## vLLM's batch route beside 
 
 # Only what a run needs: no test tools.
 .venv/.demo: pyproject.toml client/pyproject.toml constraints.txt
-	@echo "building .venv (about 30 s)" >&2
+	@echo "building .venv: pip is at work, about 30 s, minutes on a slow network" >&2
 	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[demo,flower,gateway,tables,traces]' -e ./client
 	@touch $@

@@ -22,7 +22,7 @@ import msgspec
 
 from documents.kinds import Kind, kind_of
 from documents.wire import Fault, Order, Text, out_of_memory, out_of_time, too_much_text, unreadable
-from runtime.errors import Fatal, Permanent, Transient
+from runtime.errors import Fatal, Permanent, Transient, extra_remedy
 from runtime.settings import DocumentSettings
 
 START_S: Final = 60.0  # the parsers' import takes 1 s, on a disk that is cold and busy far more
@@ -158,7 +158,7 @@ class _Server:
             self.stop()
             raise Fatal(
                 f"the process that reads documents ended with status {self._process.returncode} as it started; "
-                "its stderr says why, and `pip install 'stoker[documents]'` may be the remedy"
+                f"its stderr says why; the remedy may be: {extra_remedy('documents')}"
             )
 
     @property

@@ -124,3 +124,8 @@ class Fatal(StokerError):
 def exit_code_of(error: StokerError) -> int:
     """What a process that ends with this error exits with."""
     return EXIT_USAGE if isinstance(error, BadInput | NotFound) else EXIT_UNREACHABLE
+
+
+def extra_remedy(extra: str) -> str:
+    """How the libraries of one of our extras are installed. Stoker is on no package index: from its own folder."""
+    return f"pip install -e '.[{extra}]' in Stoker's folder"

@@ -18,7 +18,7 @@ from uuid import UUID
 
 import structlog
 
-from runtime.errors import BadInput
+from runtime.errors import BadInput, extra_remedy
 from runtime.settings import Settings
 
 Value = str | int | float | bool | Sequence[str]
@@ -322,5 +322,5 @@ def _export() -> Any:
     try:
         from runtime import trace_export  # noqa: PLC0415  # as above
     except ImportError as error:
-        raise BadInput("STOKER_TRACE__TO needs OpenTelemetry's libraries: pip install 'stoker[traces]'") from error
+        raise BadInput(f"STOKER_TRACE__TO needs OpenTelemetry's libraries: {extra_remedy('traces')}") from error
     return trace_export

@@ -18,7 +18,6 @@ from pathlib import Path
 ENV_FILE = Path(__file__).resolve().parent.parent / "deploy" / ".env"
 PASSWORDS = ("POSTGRES_PASSWORD", "RABBITMQ_PASSWORD", "REDIS_PASSWORD", "FLOWER_PASSWORD", "GRAFANA_PASSWORD")
 PASSWORD_BYTES = 32
-EXIT_EXISTS = 2
 HEAD = (
     "# Made by scripts/compose_env.py for: docker compose --env-file deploy/.env …\n"
     "# Postgres, RabbitMQ and Grafana keep the passwords that their volumes were made with: keep this file.\n"
@@ -71,7 +70,7 @@ def _written_beside(file: Path, text: str) -> Path:
 
 
 def main() -> int:
-    """Write the file, or add to it; return 0, or 2 when it exists and has all it needs."""
+    """Write the file, or add to it; 0, also when it exists and has all it needs."""
     try:
         write_new(ENV_FILE)
     except FileExistsError:
@@ -82,7 +81,7 @@ def main() -> int:
             f"compose_env: {ENV_FILE} exists and is left as it is; delete it for new passwords, "
             "together with the volumes that were made with the old ones\n"
         )
-        return EXIT_EXISTS
+        return 0
     sys.stderr.write(f"written: {ENV_FILE}\n")
     return 0
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from runtime.children import end_remembered, remember, spawn, stop
-from runtime.errors import BadInput, ServiceUnreachable
+from runtime.errors import BadInput, ServiceUnreachable, extra_remedy
 
 ACCOUNT = "stoker-embedded"  # Postgres refuses to run as root: as root, both servers run under this account
 DATABASE = "stoker"
@@ -253,7 +253,7 @@ def _programs(place: _Home) -> _Programs:
 def _package(name: str, *, extra: str = "demo") -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise BadInput(f"the package {name} is not installed: pip install 'stoker[{extra}]'")
+        raise BadInput(f"the package {name} is not installed: {extra_remedy(extra)}")
     return Path(spec.origin).parent
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from runtime.errors import BadInput
+from runtime.errors import BadInput, extra_remedy
 from runtime.kept_process import KeptProcess
 from runtime.settings import Settings, environment_of
 from scripts.embedded import free_port, is_answering
@@ -32,7 +32,7 @@ def flower(settings: Settings) -> None:
     `stoker up` has one already.
     """
     if not has_flower():
-        raise BadInput("Flower is missing: pip install 'stoker[flower]'")
+        raise BadInput(f"Flower is missing: {extra_remedy('flower')}")
     served = connected(settings)
     password = served.flower.password or _kept_password(served)
     if password is None:

@@ -250,11 +250,11 @@ def ensure_node(settings: Settings, stack: ExitStack, node: Node) -> LocalProces
         return stack.enter_context(local_worker(settings, name=name, node=node, on_wait=show))
 
 
-def prepare_schema(settings: Settings) -> None:
-    """Bring the database's schema up to date."""
+def prepare_schema(settings: Settings) -> tuple[str | None, str | None]:
+    """Bring the database's schema up to date; its revision before, None if it was empty, and after."""
     database = Database(settings.require_postgres())
     try:
-        migrate(database)
+        return migrate(database)
     finally:
         database.close()
 

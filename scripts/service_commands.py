@@ -14,7 +14,7 @@ from dataclasses import asdict
 import click
 
 from pipeline.keys import ensure_first_key
-from runtime.errors import EXIT_UNREACHABLE, BadInput
+from runtime.errors import EXIT_UNREACHABLE, BadInput, extra_remedy
 from runtime.logs import configure_logs
 from runtime.redaction import secrets_of
 from runtime.settings import METRICS_PARTS, MetricsPart, Settings, environment_of
@@ -89,7 +89,7 @@ def up(settings: Settings, as_json: bool, until_eof: bool) -> None:
     --json, one that runs already is told of, and no other is started: this command then ends with that one.
     """
     if as_json and not has_gateway_parts():
-        raise BadInput("the gateway's libraries are missing: pip install 'stoker[gateway]'")
+        raise BadInput(f"the gateway's libraries are missing: {extra_remedy('gateway')}")
     check_tracing(settings)
     stop = threading.Event()
     if until_eof:
@@ -170,7 +170,7 @@ def _running_elsewhere(settings: Settings, stop: threading.Event) -> GatewayPlac
 def _start_gateway(settings: Settings, stack: ExitStack, started: list[LocalProcess], *, as_json: bool) -> str:
     """Start the gateway if it can run here; what is to be said of it."""
     if not has_gateway_parts():
-        return "no gateway and no page: their libraries are missing (pip install 'stoker[gateway]')\n"
+        return f"no gateway and no page: their libraries are missing ({extra_remedy('gateway')})\n"
     wished = (settings.gateway.host, settings.gateway.port)
     host, port = wished if not is_answering(*wished) else (wished[0], free_port(wished[0]))
     taken = "" if port == wished[1] else f"port {wished[1]} is taken, so another one is used\n"
@@ -195,7 +195,7 @@ def gateway(settings: Settings) -> None:
     Keys are made with `stoker keys create`. Put a TLS proxy before it where it listens on more than this machine.
     """
     if not has_gateway_parts():
-        raise BadInput("the gateway's libraries are missing: pip install 'stoker[gateway]'")
+        raise BadInput(f"the gateway's libraries are missing: {extra_remedy('gateway')}")
     host, port = settings.gateway.host, settings.gateway.port
     if port and is_answering(host, port):
         raise BadInput(f"port {port} of {host} is taken: set STOKER_GATEWAY__PORT to another")
@@ -207,8 +207,11 @@ def gateway(settings: Settings) -> None:
 @click.pass_obj
 def migrate(settings: Settings) -> None:
     """Create or update the database's schema; safe to repeat."""
-    prepare_schema(connected(settings))
-    say("the schema is up to date")
+    before, after = prepare_schema(connected(settings))
+    if before == after:
+        say(f"the schema is up to date: revision {after}")
+    else:
+        say(f"the schema is up to date: revision {after}, before {before or 'none'}")
 
 
 @click.command()

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from models.states import CacheMode
-from runtime.errors import BadInput
+from runtime.errors import BadInput, extra_remedy
 from runtime.settings import Settings
 from scripts.result_files import check_writable, write_files
 from scripts.submit_options import How
@@ -96,4 +96,4 @@ class Source(ABC):
 def expect_tables() -> None:
     """Raises BadInput if tables cannot be read here."""
     if importlib.util.find_spec("pyarrow") is None:
-        raise BadInput("tables need pyarrow: pip install 'stoker[tables]'")
+        raise BadInput(f"tables need pyarrow: {extra_remedy('tables')}")

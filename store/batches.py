@@ -323,8 +323,9 @@ def finish(session: Session, batch_id: UUID, *, results: int | None = None) -> i
         return None
     if results is None:
         results = count_results(session, batch_id, first=0, limit=locked)
-    if results != locked and (missing := _requeue_missing(session, batch_id)):
-        return missing
+    if results != locked and (missing := _missing(session, batch_id)):
+        _requeue(session, batch_id, missing)
+        return len(missing)
     session.execute(text("DELETE FROM job_tries WHERE batch_id = :id"), {"id": batch_id})
     give_up_lookups(session, batch_id)
     fold_usage(session, batch_id)
@@ -342,13 +343,13 @@ def finish(session: Session, batch_id: UUID, *, results: int | None = None) -> i
     return 0
 
 
-def _requeue_missing(session: Session, batch_id: UUID) -> int:
-    """Give the jobs without a result new shards: how many. Nothing changes if there are none, as an old count may say.
+def _missing(session: Session, batch_id: UUID) -> list[int]:
+    """The jobs without a result, which may be none though an old count says so.
 
     A follower is brought by its leader if that is missing too; else it runs by itself.
     """
     release(session, batch_id)
-    missing = list(
+    return list(
         session.scalars(
             text("""
         SELECT j.seq FROM jobs j WHERE j.batch_id = :id
@@ -358,8 +359,10 @@ def _requeue_missing(session: Session, batch_id: UUID) -> int:
             {"id": batch_id},
         )
     )
-    if not missing:
-        return 0
+
+
+def _requeue(session: Session, batch_id: UUID, missing: Sequence[int]) -> None:
+    """Give these jobs new shards, and let the batch go on."""
     # The old shards give up what they lack and are counted anew, so that progress counts each job once.
     session.execute(
         text("""
@@ -404,7 +407,6 @@ def _requeue_missing(session: Session, batch_id: UUID) -> int:
         ),
         {"id": batch_id, "n": len(parts)},
     )
-    return len(missing)
 
 
 def _progress(row: Row[Any]) -> BatchProgress:

@@ -35,12 +35,15 @@ PATIENCE_S = 120.0
 PARTITION_LOCK_TIMEOUT = "100ms"
 
 
-def migrate(database: Database, *, patience_s: float = PATIENCE_S) -> None:
+def migrate(database: Database, *, patience_s: float = PATIENCE_S) -> tuple[str | None, str | None]:
     """Bring the schema to the newest revision, with partitions; safe to repeat, and in several processes at once.
+
+    Answers the revision before (None: an empty database) and after.
 
     Each revision is a transaction of its own, and is tried again while others hold a table that it needs. Raises
     LockHeld after so many seconds, saying who did: revisions that were done before stay.
     """
+    before = _current(database)
     until = time.monotonic() + patience_s
     while True:
         try:
@@ -54,6 +57,7 @@ def migrate(database: Database, *, patience_s: float = PATIENCE_S) -> None:
             log.warning("migration_waits", error=str(error), open=holders)
             time.sleep(random.uniform(*PAUSE_S))  # noqa: S311
     make_partitions(database, now=utc_now())
+    return before, _current(database)
 
 
 def make_partitions(database: Database, *, now: datetime) -> None:
@@ -97,6 +101,11 @@ def _make_partition(database: Database, name: str, *, table: str, start: datetim
     except DBAPIError as error:
         log.warning("partition_not_made", name=name, error=str(error.orig))
     return True
+
+
+def _current(database: Database) -> str | None:
+    with database.transaction() as session:
+        return schema_revisions(session).current
 
 
 def _step(database: Database) -> bool:

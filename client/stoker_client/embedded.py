@@ -30,7 +30,7 @@ TERMINATE_S: Final = 20.0  # that the signal is obeyed in; then it is killed
 SHOWN_LINES: Final = 12
 _REMEDY: Final = (
     "name a gateway with base_url and api_key (or STOKER_URL and STOKER_API_KEY), or install Stoker beside this "
-    "Python, with its parts for one machine: pip install 'stoker[demo,gateway]'"
+    "Python, with its parts for one machine: pip install -e '.[demo,gateway]' in Stoker's folder"
 )
 
 

@@ -18,6 +18,7 @@ export LC_ALL=C
 
 say() { echo "backup: $*" >&2; }
 fail() { say "$*"; exit 1; }
+asker() { id -un 2> /dev/null || id -u; }
 
 ask() { psql --no-psqlrc --quiet --tuples-only --no-align --set=ON_ERROR_STOP=1 --command="$1"; }
 
@@ -90,9 +91,11 @@ files=${2:-}
 keep=${BACKUP_KEEP:-}
 child='' last=''
 case $keep in *[!0-9]* | 0) say "BACKUP_KEEP: $keep is no count"; exit 2 ;; esac
-if [ ! -d "$into" ] || [ ! -w "$into" ]; then fail "$into is no folder that $(id -un 2> /dev/null || id -u) may write to"; fi
+if [ ! -d "$into" ] || [ ! -w "$into" ]; then fail "$into is no folder that $(asker) may write to"; fi
 if [ -n "$files" ] && { [ ! -d "$files" ] || [ ! -r "$files" ]; }; then fail "$files is no folder that can be read"; fi
-ask 'SELECT version_num FROM alembic_version' > /dev/null || fail "no tables of Stoker where PGHOST and PGDATABASE point"
+ask 'SELECT 1' > /dev/null || fail "Postgres at ${PGHOST:-its socket} does not answer, or refuses ${PGUSER:-$(asker)}"
+ask 'SELECT version_num FROM alembic_version' > /dev/null ||
+    fail "no tables of Stoker there, or none that this role may read"
 server=$(ask 'SHOW server_version_num')
 database=$(ask 'SELECT current_database()')
 database_kb=$(ask 'SELECT pg_database_size(current_database()) / 1024')

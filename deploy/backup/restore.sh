@@ -19,12 +19,21 @@ export LC_ALL=C
 
 say() { echo "restore: $*" >&2; }
 fail() { say "$*"; exit 1; }
+asker() { id -un 2> /dev/null || id -u; }
 
 # psql DATABASE OPTION…; statements come from stdin, since only there `:"name"` is a quoted name.
 in_database() {
     database=$1
     shift
     psql --no-psqlrc --quiet --tuples-only --no-align --set=ON_ERROR_STOP=1 --dbname="$database" "$@"
+}
+
+# In the background, since a shell hears a signal only between two commands, but at once while it waits.
+run() {
+    "$@" &
+    child=$!
+    wait "$child" || { child='' && return 1; }
+    child=''
 }
 
 rename() {
@@ -38,8 +47,12 @@ stated() { sed -n "s/^$1=//p" "$backup/MANIFEST"; }
 count_files() { find "$@" -type f | wc -l; }
 
 check_backup() {
+    if [ ! -d "$backup" ] || [ ! -r "$backup" ] || [ ! -x "$backup" ]; then
+        fail "$backup is no folder that $(asker) may read; if it is there, as root: chown -R $(id -u):$(id -g) it"
+    fi
     [ -f "$backup/MANIFEST" ] || fail "$backup has no MANIFEST: it is no backup, or not a whole one"
-    [ "$(head -n 1 "$backup/MANIFEST")" = "stoker-backup 1" ] || fail "$backup/MANIFEST is not of a backup that this can read"
+    [ "$(head -n 1 "$backup/MANIFEST")" = "stoker-backup 1" ] ||
+        fail "$backup/MANIFEST is not of a backup that this can read"
     [ "$(sha256sum < "$backup/SHA256SUMS" | cut -d ' ' -f 1)" = "$(stated sums)" ] ||
         fail "$backup/SHA256SUMS is not what the backup wrote"
     parts=$(stated parts)
@@ -51,9 +64,12 @@ check_backup() {
 }
 
 check_target() {
-    major=$(($(in_database "$PGDATABASE" --command='SHOW server_version_num') / 10000))
+    version=$(in_database "$PGDATABASE" --command='SHOW server_version_num') ||
+        fail "the database $PGDATABASE at ${PGHOST:-its socket} does not answer, or refuses ${PGUSER:-$(asker)}"
+    major=$((version / 10000))
     if [ "$major" -lt $(($(stated postgres) / 10000)) ] || [ "$major" -lt "$(stated pg_dump)" ]; then
-        fail "the server is Postgres $major, the backup is of $(($(stated postgres) / 10000)), made by pg_dump $(stated pg_dump)"
+        fail "the server is Postgres $major; the backup is of $(($(stated postgres) / 10000))," \
+            "made by pg_dump $(stated pg_dump)"
     fi
     found=$(in_database "$PGDATABASE" << 'END'
 SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -70,12 +86,28 @@ END
     )
     [ -z "$others" ] || fail "the database $PGDATABASE is in use, stop these: $others"
     [ -n "$files" ] || return 0
-    if [ ! -d "$files" ] || [ ! -w "$files" ]; then fail "$files is no folder that $(id -un 2> /dev/null || id -u) may write to"; fi
+    if [ ! -d "$files" ] || [ ! -w "$files" ]; then fail "$files is no folder that $(asker) may write to"; fi
     [ -z "$(find "$files" -type f | head -n 1)" ] || fail "$files is not empty"
 }
 
+copy_files() {
+    for file in "$backup/files"/*; do
+        [ ! -f "$file" ] || run cp -p "$file" "$files/" || return 1
+    done
+}
+
+is_left_over() {
+    found=$(in_database "${MAINTENANCE_DATABASE:-postgres}" --set=name="$restoring" 2> /dev/null << 'END'
+SELECT count(*) FROM pg_database WHERE datname = :'name'
+END
+    ) && [ "$found" = 1 ]
+}
+
+# What there is of this restore, or of one before it.
 not_finished() {
-    say "not finished; what there is of it is the database $restoring. Once it is clear why:"
+    if [ -n "$child" ] && kill "$child" 2> /dev/null; then wait "$child" || :; fi
+    if [ -z "$renamed" ] && ! is_left_over; then return; fi
+    say "the database $restoring is of a restore that has not finished. If none runs now, and once it is clear why:"
     say "  DROP DATABASE \"$restoring\"; CREATE DATABASE \"$PGDATABASE\";  empty the folder of files; then again"
 }
 
@@ -94,23 +126,32 @@ if [ -n "$is_check" ]; then
     exit 0
 fi
 if [ -z "${PGDATABASE:-}" ]; then say "PGDATABASE: state which database"; exit 2; fi
-if [ "$(stated files)" != none ] && [ -z "$files" ]; then say "the backup has files: state the gateway's folder"; exit 2; fi
+if [ "$(stated files)" != none ] && [ -z "$files" ]; then
+    say "the backup has files: state the gateway's folder"
+    exit 2
+fi
 [ -f "$after" ] || fail "$after is not there: it belongs beside restore.sh"
-check_target
 restoring=${PGDATABASE}_restoring
-began=$(date -u +%s)
-told=$(rename "$PGDATABASE" "$restoring" 2>&1) || fail "the database $PGDATABASE could not be renamed: $told"
+child='' renamed=''
 trap not_finished EXIT
 trap 'exit 1' HUP INT TERM
+check_target
+began=$(date -u +%s)
+told=$(rename "$PGDATABASE" "$restoring" 2>&1) || fail "the database $PGDATABASE could not be renamed: $told"
+renamed=1
 
-pg_restore --exit-on-error --no-owner --no-privileges --jobs="${RESTORE_JOBS:-2}" --dbname="$restoring" "$backup/database"
-in_database "$restoring" --single-transaction --set=moment="$(stated time)" --file="$after" > /dev/null
-in_database "$restoring" --command='SET client_min_messages = error' --command=ANALYZE # else a line for each system table
+run pg_restore --exit-on-error --no-owner --no-privileges --jobs="${RESTORE_JOBS:-2}" --dbname="$restoring" \
+    "$backup/database" || fail "pg_restore has failed"
+# Without client_min_messages ANALYZE has a line for each system table.
+run psql --no-psqlrc --quiet --single-transaction --set=ON_ERROR_STOP=1 --dbname="$restoring" \
+    --set=moment="$(stated time)" --file="$after" --command='SET client_min_messages = error' --command=ANALYZE \
+    > /dev/null || fail "the restored rows could not be made ready"
 if [ "$(stated files)" != none ]; then
-    find "$backup/files" -type f -exec cp -p -t "$files" {} + || fail "the files could not be copied to $files"
+    copy_files || fail "the files could not be copied to $files"
     [ "$(count_files "$files")" -eq "$(stated files)" ] || fail "not all files have come to $files"
 fi
 sync
+trap '' HUP INT TERM
 rename "$restoring" "$PGDATABASE"
 trap - EXIT
 say "$(($(date -u +%s) - began)) s: the rows of $(stated time), schema $(stated schema), are the database $PGDATABASE"

@@ -1,4 +1,4 @@
-"""backlog: what an autoscaler asks
+"""backlog: what an autoscaler asks; no statistics of what is in shards
 
 Revision ID: 0008
 Revises: 0007
@@ -13,6 +13,8 @@ depends_on = None
 
 
 def upgrade() -> None:
+    # ANALYZE counts each element of an array: 54 s for the shards of ten million jobs, 0.6 s without; no plan asks for it.
+    op.execute('ALTER TABLE shards ALTER COLUMN seqs SET STATISTICS 0')
     # Of each node: jobs that are due and have no result, and for how long the oldest one that no worker holds has waited.
     # What dispatch would not send does not count; what Chroma has not been told of is one job of the node documents.
     # OFFSET 0: a batch's budgets are looked at once and not for each of its shards.

@@ -318,7 +318,7 @@ def test_a_stoker_that_does_not_end_is_made_to(program: Callable[[str], None], t
 
 
 def test_a_stoker_that_does_not_start_is_told_with_what_it_said(program: Callable[[str], None]) -> None:
-    with pytest.raises(NoGateway, match=r"no program `stoker`.*STOKER_URL.*pip install 'stoker\[demo,gateway\]'"):
+    with pytest.raises(NoGateway, match=r"no program `stoker`.*STOKER_URL.*pip install -e '\.\[demo,gateway\]'"):
         stoker_client.run(["a"], progress=False)
     program("#!/bin/sh\necho 'no checkpoint: run make demo' >&2\nexit 2\n")
     with pytest.raises(NoGateway, match=r"exit status 2\):\nno checkpoint: run make demo\nMend that"):

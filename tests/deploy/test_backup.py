@@ -365,6 +365,73 @@ def test_a_backup_that_is_interrupted_leaves_nothing(postgres_url: str, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_restore_that_is_interrupted_says_what_is_left_also_to_the_next_one(
+    made_backup: Path, postgres_url: str, tmp_path: Path
+) -> None:
+    empty_again(postgres_url)
+    seen = tmp_path / "pid"
+    slow = with_stand_in(
+        tmp_path, postgres_url, pg_restore=f"echo $$ > {seen}.new; mv {seen}.new {seen}; exec sleep 60"
+    )
+    process = subprocess.Popen(
+        command("restore.sh", made_backup),
+        env=libpq_environment(postgres_url) | slow,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(seen.exists, 20, "pg_restore runs")
+    process.terminate()
+    told = process.communicate(timeout=10)[1]
+    name = make_url(postgres_url).database
+    hint = f'DROP DATABASE "{name}_restoring"; CREATE DATABASE "{name}"'
+    assert (process.returncode, hint in told) == (1, True), told
+    assert not Path(f"/proc/{seen.read_text().strip()}").exists()
+    again = script("restore.sh", made_backup, url=postgres_url)
+    assert (again.returncode, f"{name} at" in again.stderr, hint in again.stderr) == (1, True, True), again.stderr
+    empty_again(postgres_url)
+
+
+def test_a_backup_that_may_not_be_read_is_not_called_broken(made_backup: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", made_backup, copy], check=True)
+    copy.chmod(0)
+    nobody = 65534 if os.geteuid() == 0 else None
+    refused = subprocess.run(
+        ["sh", "-s", "--", "--check", copy],
+        input=(SCRIPTS / "restore.sh").read_text(),
+        cwd="/",
+        user=nobody,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    copy.chmod(0o700)
+    remedy = f"chown -R {nobody or os.geteuid()}:"
+    assert (refused.returncode, remedy in refused.stderr, "MANIFEST" in refused.stderr) == (1, True, False), refused
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("PGPORT", "1", "Connection refused"),
+        ("PGUSER", "stoker_nobody", "stoker_nobody"),
+        ("PGDATABASE", "none", "none"),
+    ],
+)
+def test_that_postgres_cannot_be_asked_is_told_as_such(
+    made_backup: Path, postgres_url: str, tmp_path: Path, variable: str, value: str, words: str
+) -> None:
+    for one in (
+        script("backup.sh", tmp_path, url=postgres_url, **{variable: value}),
+        script("restore.sh", made_backup, url=postgres_url, **{variable: value}),
+    ):
+        assert (one.returncode, words in one.stderr, "does not answer, or refuses" in one.stderr) == (1, True, True), (
+            one
+        )
+        assert "no tables of Stoker" not in one.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_wrong_use_is_told(postgres_url: str, tmp_path: Path) -> None:
     assert script("backup.sh", url=postgres_url).returncode == 2
     assert script("backup.sh", tmp_path, url=postgres_url, BACKUP_KEEP="0").returncode == 2

@@ -97,6 +97,17 @@ def test_a_folder_is_run_by_vllm_in_its_own_environment(folder: Path, vllm_pytho
     assert json.loads(json.dumps(plan.description)) == plan.description
 
 
+def test_vllms_own_sockets_are_on_loopback_unless_somebody_says_where(
+    folder: Path, vllm_python: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth1")
+    plan = plan_engine(EngineSettings(checkpoint=folder, vllm_python=vllm_python), socket=SOCKET)
+
+    assert plan is not None
+    assert (plan.env["VLLM_HOST_IP"], plan.env["GLOO_SOCKET_IFNAME"]) == ("127.0.0.1", "lo")
+    assert plan.env["NCCL_SOCKET_IFNAME"] == "eth1"
+
+
 def test_on_a_gpu_vllm_serve_starts_as_many_front_ends_as_are_wished_for(
     folder: Path, vllm_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

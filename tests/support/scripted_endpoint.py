@@ -11,6 +11,7 @@ double brackets anywhere in a prompt change the answer to it:
     [[answer yes]] [[later answer no]]   this instead of the echo, and when the prompt comes again; the last one counts
     [[empty]] [[reasoning]]       no content; the thoughts apart from the content
     [[not json]] [[surrogate]] [[nul]] [[invalid utf-8]]   bodies that are hard to read
+    [[held]]                      no answer until `script(…, match=…)` holds this prompt no more
     [[hang]] [[drop connection]] [[drop mid-body]]   no answer, or half of one
     [[huge]] [[die]]              a body said to be 1 TB; the end of the server
     [[plain floats]] [[swap]]     embeddings: base64 ignored; vectors in reverse order, with their indices

@@ -33,6 +33,7 @@ QUOTA = {
     "param": None,
     "code": "insufficient_quota",
 }
+HELD_POLL_S = 0.01
 CLIENT_GONE = 499  # nginx's number for a client that closed its connection
 ESCAPES = {"surrogate": b"\\ud83d", "nul": b"\\u0000"}
 
@@ -174,6 +175,8 @@ class Script:
         latency_s = self._latency_s(prompts, orders)
         if latency_s:
             await asyncio.sleep(latency_s)
+        if "held" in orders:
+            await self._released("\n".join(prompts))
         if self.fail_share and self._chance.random() < self.fail_share:
             return _error(500, "by chance")
         if orders and (trouble := await self._trouble(request, prompts, orders)):
@@ -193,6 +196,10 @@ class Script:
         for order in orders:
             encoded = encoded.replace(b"echo: ", b"echo: " + ESCAPES.get(order, b""))
         return web.Response(body=encoded, content_type=JSON)
+
+    async def _released(self, prompt: str) -> None:
+        while any("[[held]]" in orders and match in prompt for match, orders in self.overrides.items()):
+            await asyncio.sleep(HELD_POLL_S)
 
     def _latency_s(self, prompts: list[str], orders: list[str]) -> float:
         stated = next((float(order.split()[1]) for order in orders if order.startswith("latency ")), None)

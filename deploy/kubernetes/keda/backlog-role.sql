@@ -1,5 +1,5 @@
 -- A role for KEDA, or any autoscaler: it may read the view `backlog`, counts and seconds, and no table. Run it by the
--- owner of the schema, after `stoker migrate`; safe to repeat, and then it sets the password anew:
+-- schema's owner if it has CREATEROLE, else by a superuser, after `stoker migrate`; safe to repeat, and then it sets the password anew:
 --   BACKLOG_PASSWORD=… psql -X -v ON_ERROR_STOP=1 -f backlog-role.sql postgresql://…/stoker
 \getenv password BACKLOG_PASSWORD
 BEGIN;
