@@ -149,6 +149,8 @@ def engine(*, building: bool) -> Iterator[Docker]:
     _weigh()
     try:
         wait_until(lambda: docker("version", check=False) != "" and socket.exists(), START_S, "the Docker engine")
+        if building:
+            docker("network", "prune", "-f")  # bridges of a run that was killed would be made anew, and here
         yield docker
     finally:
         stop(child, grace_s=STOP_S, stop_signal=signal.SIGTERM)
