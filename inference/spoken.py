@@ -12,7 +12,7 @@ from typing import Any, Final
 MOST_BYTES: Final = 16 * 1024
 # Characters of each text, tried in turn until all of it fits: long prompts are cut, short ones stay whole.
 _CUTS: Final = (16_384, 4_096, 1_024, 256, 64)
-_MOST_MESSAGES: Final = 64
+_MOST: Final = 64  # messages, and parts of one: of more the first and the last ones
 
 
 def messages_json(body: bytes) -> str:
@@ -35,18 +35,18 @@ def _encoded(body: bytes, said_in: Callable[[dict[str, Any]], list[dict[str, Any
 
 def _messages(fields: dict[str, Any]) -> list[dict[str, Any]]:
     if isinstance(messages := fields.get("messages"), list):
-        return [_message(one, "user") for one in messages]
+        return [_message(one, "user") for one in _ends(messages)]
     prompt = fields.get("prompt", fields.get("input"))
     if prompt is None:
         return []
     texts = prompt if isinstance(prompt, list) else [prompt]
-    return [{"role": "user", "parts": _parts(one)} for one in texts]
+    return [{"role": "user", "parts": _parts(one)} for one in _ends(texts)]
 
 
 def _answers(fields: dict[str, Any]) -> list[dict[str, Any]]:
     choices = fields.get("choices")
     said = []
-    for one in choices if isinstance(choices, list) else []:
+    for one in _ends(choices) if isinstance(choices, list) else []:
         choice = one if isinstance(one, dict) else {}
         message = choice.get("message", {"content": choice.get("text")})
         said.append(_message(message, "assistant") | {"finish_reason": choice.get("finish_reason") or "stop"})
@@ -66,7 +66,7 @@ def _message(message: Any, role: str) -> dict[str, Any]:
         return {"role": role, "parts": _parts(message)}
     parts = _parts(message.get("content"))
     calls = message.get("tool_calls")
-    for call in calls if isinstance(calls, list) else []:
+    for call in _ends(calls) if isinstance(calls, list) else []:
         function = call.get("function") if isinstance(call, dict) else None
         named = function if isinstance(function, dict) else {}
         parts.append({"type": "tool_call", "name": str(named.get("name")), "arguments": str(named.get("arguments"))})
@@ -85,15 +85,17 @@ def _parts(content: Any) -> list[dict[str, str]]:
         {"type": "text", "content": one["text"]}
         if isinstance(one, dict) and isinstance(one.get("text"), str)
         else {"type": str(one.get("type", "part")) if isinstance(one, dict) else "part"}
-        for one in content
+        for one in _ends(content)
     ]
+
+
+def _ends(items: list[Any]) -> list[Any]:
+    return items if len(items) <= _MOST else [items[0], *items[1 - _MOST :]]
 
 
 def _within_bound(messages: Sequence[dict[str, Any]]) -> str:
     """The JSON within MOST_BYTES: of many messages the first and the last ones, of long texts their beginnings."""
     kept = list(messages)
-    if len(kept) > _MOST_MESSAGES:
-        kept = [kept[0], *kept[1 - _MOST_MESSAGES :]]
     while True:
         for most in _CUTS:
             text = json.dumps([_cut(one, most) for one in kept], ensure_ascii=False)

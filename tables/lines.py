@@ -25,6 +25,7 @@ BOM: Final = b"\xef\xbb\xbf"
 # pyarrow makes a float of an integer beyond 64 bits without a word.
 LONG_INTEGER: Final = re.compile(rb"[:,\[]\s*-?\d{19}")
 LARGEST_INTEGER: Final = (1 << 63) - 1
+MOST_DIGITS: Final = 40  # of one that is too large, in what is said of it
 
 
 def lines_schema(file: Path) -> tuple[pa.Schema, int]:
@@ -157,6 +158,10 @@ def _fits(lines: list[bytes], *, known: pa.Schema) -> bool:
     return True
 
 
+def _shown(digits: str) -> str:
+    return digits if len(digits) <= MOST_DIGITS else f"{digits[:MOST_DIGITS]}… of {len(digits):,} digits"
+
+
 def _remedy(line: bytes) -> str:
     if line.lstrip().startswith(b"["):
         return "; a file that is one JSON array becomes lines with `jq -c '.[]'`"
@@ -214,5 +219,6 @@ def _check_integers(file: Path, first_line: int, block: bytes) -> None:
                 json.loads(line, parse_int=within_64_bits)
             except OverflowError as error:
                 raise BadInput(
-                    f"{file}: line {number}: the integer {error} does not fit in 64 bits; write it as text in quotes"
+                    f"{file}: line {number}: the integer {_shown(str(error))} does not fit in 64 bits; "
+                    "write it as text in quotes"
                 ) from error

@@ -21,7 +21,7 @@ from runtime.children import spawn, stop
 from tests.support.processes import REPOSITORY
 from tests.support.waiting import wait_until
 
-HOME = REPOSITORY / ".engine"
+HOME = REPOSITORY / ".docker-engine"
 ROOT = HOME / "debian"
 STATE = HOME / "docker"
 SUITE = "trixie"  # the first Debian whose engine (26) knows a healthcheck's start_interval

@@ -64,6 +64,7 @@ REFUSED: dict[str, tuple[str, bytes | str, str]] = {
         '{"a": 12345678901234567890}\n',
         "line 1: the integer 12345678901234567890 does not fit",
     ),
+    "endless_integer": ("t.jsonl", '{"a": ' + "9" * 4_000 + "}\n", "99… of 4,000 digits does not fit in 64 bits"),
     "long_within": (
         "t.jsonl",
         '{"a": [{"b": 0.5}, {"b": -12345678901234567890}]}\n',
