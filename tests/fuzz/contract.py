@@ -233,7 +233,8 @@ class Contract(RuleBasedStateMachine):
     def act_on_a_batch(self, batch: tuple[int, str], tenant: int, part: str) -> None:
         owner, name = batch
         answer = self.door.ask("POST" if part else "GET", f"/v1/batches/{name}{part}", tenant=tenant)
-        assert answer.status in ((200, 409) if owner == tenant else (404,))
+        told = f"{'own' if owner == tenant else 'foreign'} batch{part}: {answer.status} {answer.body[:300]!r}"
+        assert answer.status in ((200, 409) if owner == tenant else (404,)), told
         if owner == tenant and not part:
             assert answer.json()["id"] == name
 
