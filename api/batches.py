@@ -143,6 +143,8 @@ def retry_failed_lines(request: Request, principal: Submitter, batch_id: BatchId
     gateway = gateway_of(request)
     with gateway.database.transaction() as session:
         earlier = _found(session, batch_id, principal)
+    if not earlier.is_ended:  # one that is being validated is nobody's yet but here
+        raise _ended(f"{batch_id} is {batch_object(earlier).status.value} and cannot be retried; wait for its end")
     try:
         made = retry_batch(
             gateway.database,

@@ -326,6 +326,13 @@ def end_cancelled_jobs(database: Database) -> None:
             finish(session, batch_id)
 
 
+def test_a_batch_that_is_validated_cannot_be_retried_yet(client: TestClient) -> None:
+    batch = create(client, upload(client, line("a"))).json()["id"]
+    answer = client.post(f"/v1/batches/{batch}/retry")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "wrong_state")
+    assert "is validating and cannot be retried" in answer.json()["error"]["message"]
+
+
 def test_a_retry_has_the_trust_of_its_batch_and_none_of_its_budgets(
     client: TestClient, gateway: Gateway, validate: Validate
 ) -> None:
