@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 THREATS = (ROOT / "docs/threats.md").read_text()
 DRY_RUN = ROOT / "benchmarks/results/compose_dry.json"
 SERVICES: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
-LOOPBACK: Final = ("127.", "[::1]")
+LOOPBACK = ("127.", "[::1]")
 
 
 def ports() -> list[list[str]]:
