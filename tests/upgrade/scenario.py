@@ -232,7 +232,8 @@ class Upgrade:
 
     def _note_command(self, what: str, done: subprocess.CompletedProcess[str]) -> None:
         """Its exit code, and what it says of the schema."""
-        told = [" ".join(re.sub(r"[│!]|/\S*/site-packages/", " ", line).split()) for line in (done.stderr + done.stdout).splitlines()]
+        plain = re.sub(r"[│!]|/\S*/site-packages/", " ", done.stderr + done.stdout)
+        told = [" ".join(line.split()) for line in plain.splitlines()]
         about = next((line for line in told if "revision" in line or "migrate" in line), "nothing of the schema")
         self.notes.append(Note(what, f"exit {done.returncode}; {about}"))
 
