@@ -7,7 +7,6 @@ Postgres is the truth of what was done: a process that is killed between a commi
 
 from __future__ import annotations
 
-import http.client
 import os
 import struct
 import threading
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final, Literal
 
+from runtime.local_http import status_of
 from runtime.logs import get_logger
 from runtime.metrics_folder import FOLDER_VARIABLE, MetricsFolder, families_in, is_metrics_folder
 from runtime.metrics_http import PATH, MetricsHttp
@@ -224,15 +224,7 @@ def serve_metrics(
 
 def answers_metrics(host: str, port: int) -> bool:
     """Whether somebody answers at /metrics there; one that listens everywhere is asked on this machine."""
-    address = host if host not in ("0.0.0.0", "::") else "127.0.0.1"  # noqa: S104
-    connection = http.client.HTTPConnection(address, port, timeout=LOOK_S)
-    try:
-        connection.request("GET", PATH)
-        return connection.getresponse().status == HTTPStatus.OK
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
+    return status_of(host, port, PATH, timeout_s=LOOK_S) == HTTPStatus.OK
 
 
 @contextmanager

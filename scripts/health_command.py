@@ -7,7 +7,6 @@ minute, so each part imports what it needs.
 
 from __future__ import annotations
 
-import http.client
 import os
 from collections.abc import Callable
 from http import HTTPStatus
@@ -15,11 +14,11 @@ from http import HTTPStatus
 import click
 
 from runtime.errors import ServiceUnreachable
+from runtime.local_http import status_of
 from runtime.settings import Settings
 from scripts.terminal import say
 
 ANSWER_S = 5.0
-EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104
 
 
 @click.command()
@@ -68,7 +67,7 @@ def dispatch_fault(settings: Settings) -> str | None:
 
 def gateway_fault(settings: Settings) -> str | None:
     """What is wrong with the gateway; raises ServiceUnreachable if it answers that it reaches no Postgres."""
-    status = _status_of(settings.gateway.host, settings.gateway.port, "/healthz")
+    status = status_of(settings.gateway.host, settings.gateway.port, "/healthz", timeout_s=ANSWER_S)
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
         raise ServiceUnreachable("the gateway answers, but does not reach Postgres")
     return _fault_of("the gateway", status)
@@ -76,7 +75,9 @@ def gateway_fault(settings: Settings) -> str | None:
 
 def flower_fault(settings: Settings) -> str | None:
     """What is wrong with Flower."""
-    return _fault_of("Flower", _status_of(settings.flower.host, settings.flower.port, "/healthcheck"))
+    return _fault_of(
+        "Flower", status_of(settings.flower.host, settings.flower.port, "/healthcheck", timeout_s=ANSWER_S)
+    )
 
 
 def _connected(settings: Settings) -> Settings:
@@ -91,18 +92,6 @@ def _fault_of(name: str, status: int | None) -> str | None:
     if status == HTTPStatus.OK:
         return None
     return f"{name} does not answer" if status is None else f"{name} answers {status}"
-
-
-def _status_of(host: str, port: int, path: str) -> int | None:
-    """The status of what a server answers; None without an answer. One that listens everywhere is asked on loopback."""
-    connection = http.client.HTTPConnection("127.0.0.1" if host in EVERYWHERE else host, port, timeout=ANSWER_S)
-    try:
-        connection.request("GET", path)
-        return connection.getresponse().status
-    except (OSError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
 
 
 _FAULTS: dict[str, Callable[[Settings], str | None]] = {
